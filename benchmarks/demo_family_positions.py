@@ -1,0 +1,85 @@
+"""Where in the task's answer each model of the demo family is right: teacher-forced, position by position.
+
+    python benchmarks/demo_family_positions.py [--alpha 0.5]
+
+Reads the validation split and prints two Markdown tables: how often the right token is the likeliest one, and the mean
+natural log-probability of the right token. Prompts and the right answer up to a position are given (teacher-forcing), so a
+column is not hurt by errors in the columns before it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+ROOT = Path(__file__).resolve().parents[1]
+FAMILY = ROOT / "ensembler" / "demo" / "family"
+LABELS = {"source_ft": "source FT", "source_pt": "source PT", "target_pt": "target PT"}
+POSITIONS = ("first operand", "sign", "second operand", "=", "result", ";", "so", "result again", ".", "end")
+
+
+def right_answers(family: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of prompt, right answer and end-of-text, for each validation example."""
+    examples = [json.loads(line) for line in (family / "data" / "validation.jsonl").read_text().splitlines()]
+    return [[*tokenizer(e["prompt"] + e["completion"])["input_ids"], tokenizer.eos_token_id] for e in examples]
+
+
+@torch.inference_mode()
+def answer_logits(model: torch.nn.Module, rows: list[list[int]]) -> Tensor:
+    """Logits that predict the ten tokens of the answer, `(examples, 10, vocabulary)`, fp32."""
+    found = []
+    for row in rows:
+        ids = torch.tensor([row[:-1]])
+        found.append(model(input_ids=ids).logits[0, -len(POSITIONS) :].float())
+    return torch.stack(found)
+
+
+def combined(logits: dict[str, Tensor], rule: str, alpha: float) -> Tensor:
+    anchor, other = ("source_ft", "target_pt") if rule == "base-change" else ("target_pt", "source_ft")
+    return logits[anchor] + alpha * (logits[other] - logits["source_pt"])
+
+
+def table(columns: dict[str, list[str]]) -> str:
+    lines = ["| position | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for position, *cells in zip(POSITIONS, *columns.values(), strict=True):
+        lines.append(f"| {position} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def top_one(logits: Tensor, right: Tensor) -> list[str]:
+    return [f"{100 * share:.1f}" for share in (logits.argmax(-1) == right).float().mean(0).tolist()]
+
+
+def mean_log_prob(logits: Tensor, right: Tensor) -> list[str]:
+    chosen = logits.log_softmax(-1).gather(-1, right[..., None])[..., 0]
+    return [f"{value:.2f}" for value in chosen.mean(0).tolist()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--family", type=Path, default=FAMILY)
+    parser.add_argument("--alpha", type=float, default=0.5)
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    rows = right_answers(options.family, AutoTokenizer.from_pretrained(options.family / "source_ft"))
+    right = torch.tensor([row[-len(POSITIONS) :] for row in rows])
+    logits = {}
+    for role, label in LABELS.items():
+        print(label, file=sys.stderr, flush=True)
+        logits[role] = answer_logits(AutoModelForCausalLM.from_pretrained(options.family / role).eval(), rows)
+    named = {label: logits[role] for role, label in LABELS.items()}
+    named |= {f"{rule} {options.alpha:g}": combined(logits, rule, options.alpha) for rule in ("base-change", "eft")}
+    print("Right token is the likeliest, %:\n")
+    print(table({name: top_one(z, right) for name, z in named.items()}))
+    print("\nMean log-probability of the right token:\n")
+    print(table({name: mean_log_prob(z, right) for name, z in named.items()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""Ensembler: decode with an ensemble of language models, as if it were one."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = ["EnsembleCache", "EnsembleConfig", "EnsembleForCausalLM", "EnsemblerError", "MemberConfig"]
+
+if TYPE_CHECKING:
+    from ensembler.cache import EnsembleCache
+    from ensembler.config import EnsembleConfig, MemberConfig
+    from ensembler.errors import EnsemblerError
+    from ensembler.modeling import EnsembleForCausalLM
+
+_MODULES = {
+    "EnsembleCache": "ensembler.cache",
+    "EnsembleConfig": "ensembler.config",
+    "EnsembleForCausalLM": "ensembler.modeling",
+    "EnsemblerError": "ensembler.errors",
+    "MemberConfig": "ensembler.config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported at first use: `import ensembler` and `ensembler --help` load no torch.
+    if name not in _MODULES:
+        raise AttributeError(f"module 'ensembler' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

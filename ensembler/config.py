@@ -1,0 +1,139 @@
+"""What to run: the rule, α and the members. One object, validated when made, and the config.json of a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+
+from ensembler.errors import ConfigError
+from ensembler.rules import Rule, get_rule
+from ensembler.vocab import OUTSIDE_CHOICES
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class MemberConfig:
+    """One member: where its weights are and how they are loaded.
+
+    `model`: a folder or a hub id. `adapter`: a PEFT LoRA folder or id, merged into the weights when loaded. `revision`:
+    of a hub id. `dtype`: 'auto' is the dtype of the weights file. `device`: as in torch, for example 'cuda:1'.
+    """
+
+    model: str
+    adapter: str | None = None
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("model", "adapter", "revision", "dtype", "device"):
+            value = getattr(self, name)
+            optional = name in ("adapter", "revision") and value is None
+            if not optional and (not isinstance(value, str) or not value):
+                raise ConfigError(f"{name} of a member is {value!r}; expected a text that is not empty")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"unknown dtype {self.dtype!r}; expected one of: {', '.join(DTYPES)}")
+
+    @classmethod
+    def parse(cls, role: str, value: MemberConfig | Mapping[str, Any] | str) -> MemberConfig:
+        """Return a MemberConfig from one, from a path or hub id, or from the mapping that config.json holds."""
+        if isinstance(value, MemberConfig):
+            return value
+        if isinstance(value, str):
+            return cls(model=value)
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"member {role!r} is {value!r}; expected a path, a hub id or a mapping with 'model'")
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(value) - known)
+        if unknown:
+            raise ConfigError(f"unknown key {unknown[0]!r} of member {role!r}; expected: {', '.join(sorted(known))}")
+        if "model" not in value:
+            raise ConfigError(f"member {role!r} has no 'model'; give it a path or a hub id")
+        return cls(**value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The mapping for config.json: what differs from the defaults."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return {key: value for key, value in asdict(self).items() if value != defaults[key]}
+
+
+class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
+    """An ensemble: `rule`, `alpha`, `members` by role, and what the vocabulary contract found.
+
+    `constant` and `slope` (by role) are the numbers of the rule 'linear'; `cutoff` belongs to 'contrastive'.
+    `outside` says what happens to tokens that not every member holds: 'mask' forbids them, 'neutral' gives them
+    log-ratio 0. `vocab_size` is the anchor's width, `shared_vocab_size` the number of ids that all members share,
+    `max_position_embeddings` the shortest context of the members, in tokens.
+    """
+
+    model_type: ClassVar[str] = "ensembler"
+
+    rule: str = "base-change"
+    alpha: float = 1.0
+    members: dict[str, Any] | None = None
+    constant: dict[str, float] | None = None
+    slope: dict[str, float] | None = None
+    cutoff: float | None = None
+    outside: str = "mask"
+    vocab_size: int | None = None
+    shared_vocab_size: int | None = None
+    max_position_embeddings: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for key in kwargs:
+            if not key.startswith("_") and key not in _KEYS_OF_TRANSFORMERS:
+                raise ConfigError(f"unknown key {key!r} in the ensemble's configuration; remove it or mend its name")
+        self.architectures = ["EnsembleForCausalLM"]
+        super().__post_init__(**kwargs)
+        if self.members is None:  # transformers makes a default instance to find out what differs from it
+            return
+        rule = self.get_rule()
+        self.alpha = rule.check_alpha(self.alpha)
+        if self.outside not in OUTSIDE_CHOICES:
+            raise ConfigError(f"outside is {self.outside!r}; expected one of: {', '.join(OUTSIDE_CHOICES)}")
+        check_roles(rule, self.members)
+        self.members = {role: MemberConfig.parse(role, self.members[role]) for role in rule.roles}
+
+    def get_rule(self) -> Rule:
+        """Return the rule with the numbers of this configuration."""
+        return get_rule(self.rule, constant=self.constant, slope=self.slope, cutoff=self.cutoff)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of config.json."""
+        content: dict[str, Any] = super().to_dict()
+        content["members"] = {role: member.to_dict() for role, member in (self.members or {}).items()}
+        return {key: value for key, value in content.items() if key in _KEYS_WRITTEN and value is not None}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """All keys of an ensemble are worth writing, defaults too."""
+        return self.to_dict()
+
+
+_KEYS_WRITTEN = {"model_type", "architectures", "transformers_version", *EnsembleConfig.__annotations__}
+_KEYS_OF_TRANSFORMERS = {
+    "attn_implementation",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "torch_dtype",
+    "use_cache",
+}
+
+
+def check_roles(rule: Rule, roles: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless `roles` are exactly the roles of `rule`."""
+    missing = [role for role in rule.roles if role not in roles]
+    if missing:
+        raise ConfigError(f"the rule {rule.name!r} needs a member {missing[0]!r}; its roles: {', '.join(rule.roles)}")
+    unknown = [role for role in roles if role not in rule.roles]
+    if unknown:
+        raise ConfigError(f"unknown role {unknown[0]!r}; the roles of {rule.name!r}: {', '.join(rule.roles)}")

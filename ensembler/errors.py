@@ -1,0 +1,63 @@
+"""Every error that a user can meet.
+
+    EnsemblerError
+    ├── InputError              what was given cannot be run; exit code 2, nothing was written
+    │   ├── ConfigError         a rule, role, key or number
+    │   ├── MemberError         a model, an adapter or their files
+    │   ├── VocabularyError     members that do not share a vocabulary
+    │   ├── PromptError         a prompt or a file of prompts
+    │   ├── OutputError         a place to write to
+    │   └── MissingExtraError   an optional package that is not installed
+    └── RunError                a run that failed half-way; exit code 1, finished rows are kept
+        └── LogitsError         a member computed NaN
+
+A message is one line: what was given, what was expected, what to do. Only the command line turns these into
+``Error: ...``; a library never prints them.
+"""
+
+
+class EnsemblerError(Exception):
+    """Base of all errors of this package; `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class InputError(EnsemblerError, ValueError):
+    """What was given cannot be run."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """An unknown rule, role or key, a missing role, or a number out of range."""
+
+
+class MemberError(InputError):
+    """A member's model, adapter or weights file is missing, damaged or does not fit."""
+
+
+class VocabularyError(InputError):
+    """Members do not give the same ids to the same tokens."""
+
+
+class PromptError(InputError):
+    """A prompt is empty, too long, or its file cannot be read."""
+
+
+class OutputError(InputError):
+    """The output exists already or cannot be written."""
+
+
+class MissingExtraError(InputError):
+    """An optional package is missing; the message holds the pip line."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(f"{package} is not installed; install it with: pip install 'logit-ensembler[{extra}]'")
+
+
+class RunError(EnsemblerError):
+    """A run failed half-way; what was finished is kept."""
+
+
+class LogitsError(RunError):
+    """A member computed NaN logits."""

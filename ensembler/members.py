@@ -1,0 +1,215 @@
+"""One member: find its files, check them without reading weights, load it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file, logging
+
+from ensembler.config import MemberConfig
+from ensembler.errors import ConfigError, MemberError
+from ensembler.vocab import MemberVocabulary, read_vocabulary
+from ensembler.weights import check_folder, safetensors_header
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+_logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class MemberFiles:
+    """A member whose files were found and checked: nothing of its weights is loaded yet."""
+
+    role: str
+    config: MemberConfig
+    model_config: Any
+    tokenizer: Any | None
+
+    @property
+    def vocabulary(self) -> MemberVocabulary:
+        return read_vocabulary(self.role, self.tokenizer, self.model_config)
+
+    @property
+    def context(self) -> int | None:
+        """The longest text in tokens, or None where the model sets no limit."""
+        return context_length(self.model_config)
+
+
+def context_length(model_config: Any) -> int | None:
+    """Return `max_position_embeddings` of a model config, or None where it has none."""
+    length = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def is_local(name: str) -> bool:
+    """Whether a member's name is a path (absolute, or written with a leading dot) or an existing folder."""
+    return os.path.isabs(name) or name.startswith((".", "~")) or os.path.isdir(name)
+
+
+def resolve_adapter(role: str, config: MemberConfig) -> MemberConfig:
+    """Where `model` is a PEFT folder, return its base as the model and the folder as the adapter."""
+    folder = Path(config.model)
+    if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
+        return config
+    base = _read_json(role, folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not base:
+        raise MemberError(f"{role}: {folder / ADAPTER_CONFIG} names no base model; give the base and the adapter apart")
+    if (folder / base).is_dir():
+        base = str((folder / base).resolve())
+    return replace(config, model=base, adapter=config.model)
+
+
+def check_member(role: str, config: MemberConfig, *, trust_remote_code: bool = False) -> MemberFiles:
+    """Find and check a member's files: configs, tokenizer, safetensors headers, adapter shapes. Loads no weights.
+
+    Raises MemberError or ConfigError.
+    """
+    check_device(role, config.device)
+    config = resolve_adapter(role, config)
+    if is_local(config.model):
+        check_folder(role, Path(config.model))
+    options = {"revision": config.revision, "trust_remote_code": trust_remote_code}
+    try:
+        model_config = AutoConfig.from_pretrained(config.model, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise _not_found(role, config.model, error) from error
+    if getattr(model_config, "is_encoder_decoder", False):
+        raise MemberError(f"{role}: {config.model} is an encoder-decoder model; expected a causal language model")
+    files = MemberFiles(role, config, model_config, _load_tokenizer(config, options))
+    if config.adapter is not None:
+        _check_adapter(role, config, model_config)
+    return files
+
+
+def load_member(
+    files: MemberFiles, *, attn_implementation: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """Load a checked member in evaluation mode on its device; an adapter is merged into the weights."""
+    role, config = files.role, files.config
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            config.model,
+            revision=config.revision,
+            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+            use_safetensors=True,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )
+        if config.adapter is not None:
+            model = _merge_adapter(model, config.adapter)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise MemberError(f"{role}: {config.model} cannot be loaded: {_one_line(error)}") from error
+    model.eval()
+    return model.to(config.device)
+
+
+def check_device(role: str, device: str) -> None:
+    """Raise ConfigError unless torch has this device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        num = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        raise ConfigError(
+            f"{role}: device {device!r} is not there ({num} CUDA devices were found); use 'cpu' or one that is"
+        ) from error
+
+
+def _load_tokenizer(config: MemberConfig, options: Mapping[str, Any]) -> Any | None:
+    """The tokenizer beside the model, or None where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(config.model, **options)
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+
+
+def _not_found(role: str, name: str, error: Exception) -> MemberError:
+    """Tell an id that does not exist from a hub that cannot be reached."""
+    text = _one_line(error)
+    if is_local(name):
+        return MemberError(f"{role}: {name} cannot be read: {text}")
+    offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") or "connect" in text or "offline" in text.lower()
+    if offline:
+        return MemberError(
+            f"{role}: {name!r} is no folder here, is not in the local cache, and the hub cannot be reached (offline); "
+            "give a folder or fetch the model first"
+        )
+    return MemberError(f"{role}: {name!r} is neither a folder here nor a model on the hub: {text}")
+
+
+def _adapter_file(role: str, adapter: str, name: str) -> Path:
+    """A file of an adapter, local or from the hub."""
+    if is_local(adapter):
+        path = Path(adapter) / name
+        if path.is_file():
+            return path
+        if name == ADAPTER_WEIGHTS and (Path(adapter) / "adapter_model.bin").exists():
+            raise MemberError(f"{role}: {adapter}/adapter_model.bin is a pickle file; convert it to safetensors")
+        raise MemberError(f"{role}: {path} is not there; expected a PEFT LoRA folder")
+    try:
+        return Path(cached_file(adapter, name))
+    except OSError as error:
+        raise _not_found(role, adapter, error) from error
+
+
+def _check_adapter(role: str, config: MemberConfig, model_config: Any) -> None:
+    """Compare the shapes in the adapter's header with those of the model, built without memory."""
+    assert config.adapter is not None
+    settings = _read_json(role, _adapter_file(role, config.adapter, ADAPTER_CONFIG))
+    base = settings.get("base_model_name_or_path")
+    if base and Path(base).name != Path(config.model).name:
+        _logger.warning("%s: the adapter %s was made for %s, not %s", role, config.adapter, base, config.model)
+    header = safetensors_header(_adapter_file(role, config.adapter, ADAPTER_WEIGHTS))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    modules = dict(model.named_modules())
+    for name, factor, shape in _lora_factors(header):
+        weight = getattr(modules.get(name), "weight", None)
+        if weight is None:
+            raise MemberError(f"{role}: the adapter {config.adapter} changes {name}, which {config.model} does not have")
+        sizes = set(weight.shape)  # Conv1D holds (in, out), Linear (out, in)
+        outer = shape[1] if factor == "lora_A" else shape[0]
+        if outer not in sizes:
+            raise MemberError(
+                f"{role}: {factor} of {name} in the adapter {config.adapter} has shape {tuple(shape)}; "
+                f"the weight in {config.model} has {tuple(weight.shape)}: it was made for another base"
+            )
+
+
+def _lora_factors(header: Mapping[str, Any]) -> Iterator[tuple[str, str, list[int]]]:
+    """Yield (module, 'lora_A' or 'lora_B', shape) for the LoRA factors of linear layers in an adapter's header."""
+    for key, tensor in header.items():
+        for factor in ("lora_A", "lora_B"):
+            module, found, _ = key.partition(f".{factor}.")
+            if found:
+                yield module.removeprefix("base_model.model."), factor, tensor["shape"]
+
+
+def _merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    """Add the adapter's update to the weights: one forward then costs what the base costs."""
+    from peft import PeftModel
+
+    merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    return merged
+
+
+def _read_json(role: str, path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MemberError(f"{role}: {path} cannot be read: {_one_line(error)}") from error
+    return content
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,366 @@
+"""EnsembleForCausalLM: several causal language models, combined by a rule, as one `transformers` model.
+
+It runs the members, combines their logits and hands the result to `transformers`, whose `generate` does the rest. It
+does not know how members are loaded (`members`), what the arithmetic is (`ensembler_kernels`) or what a rule means.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from ensembler_kernels import combine
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ensembler import folder as folders
+from ensembler.cache import EnsembleCache
+from ensembler.config import EnsembleConfig, MemberConfig, check_roles
+from ensembler.errors import ConfigError, InputError, LogitsError
+from ensembler.members import load_member
+from ensembler.preflight import check_ensemble
+from ensembler.runners import Member, Step, run_serial
+from ensembler.vocab import VocabularyContract
+
+
+class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc,unused-ignore]
+    """Members combined by a rule, as one causal language model (DESIGN: an ensemble is a model).
+
+    Make one with `from_members` or `from_pretrained`. `members` is a ModuleDict by role, the anchor first; `contract`
+    says what their vocabularies share; `tokenizer` is the anchor's, where it is known. `alpha` may be set between
+    calls: a number, or a tensor (rows,) with one value per row of the batch.
+    """
+
+    config_class = EnsembleConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    _is_stateful: ClassVar[bool] = False
+    _supports_sdpa: ClassVar[bool] = True
+    _supports_flash_attn: ClassVar[bool] = True
+    _supports_flex_attn: ClassVar[bool] = True
+
+    def __init__(
+        self, config: EnsembleConfig, members: Mapping[str, PreTrainedModel], contract: VocabularyContract
+    ) -> None:
+        rule = config.get_rule()
+        check_roles(rule, members)
+        super().__init__(config)
+        self.rule = rule
+        self.contract = contract
+        self.members = nn.ModuleDict({role: members[role] for role in rule.roles})
+        self.tokenizer: Any | None = None
+        self._runnable = {role: _runnable(role, members[role], contract) for role in rule.roles}
+        self._constant = [rule.constant.get(role, 0.0) for role in rule.roles]
+        self._slope = [rule.slope.get(role, 0.0) for role in rule.roles]
+        self._raw = [role in rule.raw_roles for role in rule.roles]
+        self._alpha: float | Tensor = config.alpha
+        self.generation_config = self.anchor.generation_config or GenerationConfig.from_model_config(config)
+        self.eval()
+
+    # -- making one ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_members(
+        cls,
+        *,
+        rule: str = "base-change",
+        alpha: float = 1.0,
+        members: Mapping[str, str | Path | MemberConfig | Mapping[str, Any] | PreTrainedModel],
+        constant: Mapping[str, float] | None = None,
+        slope: Mapping[str, float] | None = None,
+        cutoff: float | None = None,
+        outside: str = "mask",
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> EnsembleForCausalLM:
+        """Return an ensemble of `members` by role: paths, hub ids, MemberConfigs, or models that are loaded already.
+
+        `constant` and `slope` are the numbers of the rule 'linear'; `cutoff` belongs to 'contrastive'; `outside` says
+        what becomes of tokens that not every member holds. Raises ConfigError, MemberError or VocabularyError before
+        any weight is loaded.
+        """
+        loaded = {role: member for role, member in members.items() if isinstance(member, PreTrainedModel)}
+        named = {role: _named(member) for role, member in members.items()}
+        config = EnsembleConfig(
+            rule=rule,
+            alpha=alpha,
+            members=named,
+            constant=None if constant is None else dict(constant),
+            slope=None if slope is None else dict(slope),
+            cutoff=cutoff,
+            outside=outside,
+        )
+        return cls.from_config(
+            config, loaded=loaded, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+        )
+
+    @classmethod
+    def from_config(
+        cls,
+        config: EnsembleConfig,
+        *,
+        loaded: Mapping[str, PreTrainedModel] | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> EnsembleForCausalLM:
+        """Return the ensemble that `config` describes; paths in it are absolute or relative to the working directory.
+
+        `loaded` holds members that need no loading. Everything is checked before the first weight is read.
+        """
+        models = dict(loaded or {})
+        checked = check_ensemble(config, models, trust_remote_code=trust_remote_code)
+        for role, files in checked.files.items():
+            models[role] = load_member(
+                files, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+            )
+        model = cls(checked.config, models, checked.contract)
+        anchor = checked.files.get(model.rule.anchor)
+        model.tokenizer = anchor.tokenizer if anchor is not None else None
+        return model
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override,unused-ignore]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: EnsembleConfig | None = None,
+        alpha: float | None = None,
+        dtype: str | torch.dtype | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        revision: str | None = None,
+        **options: Any,
+    ) -> EnsembleForCausalLM:
+        """Return the ensemble of a folder (or hub id of one) that `save_pretrained` or `ensembler create` wrote.
+
+        `alpha` and `dtype` (for all members) override the folder's; `config` is read from the folder and only there
+        because the auto classes hand it over. Other options are refused, but for those that are None.
+        """
+        unknown = [name for name, value in options.items() if value is not None and name not in _OPTIONS_OF_AUTO]
+        if unknown:
+            raise ConfigError(f"from_pretrained of an ensemble takes no {unknown[0]!r}; set it for each member instead")
+        folder = folders.find(pretrained_model_name_or_path, revision=revision)
+        config = folders.read(folder)
+        if alpha is not None:
+            config.alpha = config.get_rule().check_alpha(alpha)
+        if dtype not in (None, "auto"):
+            config = folders.with_members(config, dtype=str(dtype).removeprefix("torch."))
+        model = cls.from_config(config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+        model.name_or_path = config.name_or_path = str(folder)
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        return model
+
+    def save_pretrained(  # type: ignore[override,unused-ignore]
+        self, save_directory: str | Path, *, copy_members: bool = False, overwrite: bool = False
+    ) -> None:
+        """Write the folder: config.json, generation_config.json, the anchor's tokenizer; members are referenced.
+
+        `copy_members` copies them too, for a folder that stands alone; members that were passed in as objects have no
+        path and are always copied. Raises OutputError if the folder is not empty, unless `overwrite`.
+        """
+        if isinstance(self._alpha, Tensor):
+            raise ConfigError("alpha is a tensor with one value per row; set it to a number before saving")
+        self.config.alpha = self._alpha
+        config = self.config
+        copies = {
+            role: model
+            for role, model in self.members.items()
+            if copy_members or config.members[role].model == folders.IN_MEMORY
+        }
+        folders.write(
+            config,
+            Path(save_directory),
+            tokenizer=self.tokenizer,
+            generation_config=self.generation_config,
+            copies=copies,
+            overwrite=overwrite,
+        )
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def alpha(self) -> float | Tensor:
+        """The strength of the log-ratio: a number, or a tensor (rows,) with one value per row."""
+        return self._alpha
+
+    @alpha.setter
+    def alpha(self, value: float | Tensor) -> None:
+        if isinstance(value, Tensor) and value.dim() == 1:
+            for number in value.tolist():
+                self.rule.check_alpha(number)
+            self._alpha = value
+        elif isinstance(value, Tensor) and value.dim():
+            raise ConfigError(f"alpha has shape {tuple(value.shape)}; expected a number or one value per row")
+        else:
+            self._alpha = self.rule.check_alpha(value.item() if isinstance(value, Tensor) else value)
+
+    @property
+    def anchor(self) -> PreTrainedModel:
+        """The member that the ensemble equals at α = 0."""
+        member: PreTrainedModel = self.members[self.rule.anchor]
+        return member
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are expected and combined logits are made: the anchor's device."""
+        device: torch.device = self.anchor.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The anchor's dtype; combined logits are float32 whatever it is."""
+        dtype: torch.dtype = self.anchor.dtype
+        return dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The anchor's: `transformers` asks for it; members embed tokens by themselves."""
+        embeddings: nn.Module = self.anchor.get_input_embeddings()
+        return embeddings
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """None: there is no single head."""
+        return None
+
+    # -- running it ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: EnsembleCache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        **unused: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run all members on `input_ids` (rows, positions) and return combined logits (rows, kept positions, V), fp32.
+
+        V is the anchor's width. `logits_to_keep`: as in `transformers`, the last positions that are wanted (0: all).
+        `labels` (rows, positions; −100 is ignored) adds the loss. Raises LogitsError where a member computed NaN; the
+        cache then is as it was before.
+        """
+        _refuse(unused)
+        if past_key_values is None and use_cache:
+            past_key_values = EnsembleCache.dynamic(self.members)
+        logits = self.member_logits(
+            Step(input_ids, attention_mask, position_ids, logits_to_keep if labels is None else 0), past_key_values
+        )
+        combined = self.combine(logits)
+        loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(
+                combined[:, :-1].flatten(0, 1), labels[:, 1:].to(combined.device).flatten(), ignore_index=-100
+            )
+        output = CausalLMOutputWithPast(loss=loss, logits=combined, past_key_values=past_key_values)
+        return output if return_dict is not False else output.to_tuple()
+
+    def member_logits(self, step: Step, cache: EnsembleCache | None = None) -> dict[str, Tensor]:
+        """Return every member's own logits (rows, kept positions, V_member) by role; all caches advance, or none."""
+        if cache is None:
+            logits = run_serial(self._runnable, step, None)
+            self._check_nan(logits)
+            return logits
+        if not isinstance(cache, EnsembleCache):
+            raise InputError(f"past_key_values is a {type(cache).__name__}; an ensemble takes an EnsembleCache")
+        lengths = cache.lengths()
+        try:
+            logits = run_serial(self._runnable, step, cache.members)
+            self._check_nan(logits)
+        except BaseException:
+            cache.restore(lengths)
+            raise
+        return logits
+
+    def combine(self, logits: Mapping[str, Tensor], alpha: float | Tensor | None = None) -> Tensor:
+        """Return the combination of member logits (rows, positions, V_member) by the rule, (rows, positions, V) fp32.
+
+        `alpha` defaults to the ensemble's; one value per row is repeated for beams and for several returned sequences.
+        """
+        alpha = self._alpha if alpha is None else alpha
+        ordered = [logits[role].to(self.device) for role in self.rule.roles]
+        return combine(
+            ordered,
+            self._constant,
+            self._slope,
+            _spread(alpha, ordered[0].shape[0]) if isinstance(alpha, Tensor) else alpha,
+            shared=self.contract.shared,
+            neutral=self.config.outside == "neutral",
+            raw=self._raw,
+            cutoff=self.rule.cutoff,
+        )
+
+    def _check_nan(self, logits: Mapping[str, Tensor]) -> None:
+        for role, values in logits.items():
+            if values.isnan().any():
+                raise LogitsError(f"{role} computed NaN logits in {values.dtype}; try another dtype for it")
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """Let every member prepare the cache it would prepare alone (dynamic, static, quantised) and join them."""
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            if not isinstance(given, EnsembleCache):
+                raise InputError(f"past_key_values is a {type(given).__name__}; an ensemble takes an EnsembleCache")
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            return
+        caches: dict[str, Cache] = {}
+        for role, member in self.members.items():
+            own = {name: value for name, value in model_kwargs.items() if name != "past_key_values"}
+            member._prepare_cache_for_generation(generation_config, own, *args, **kwargs)
+            if own.get("past_key_values") is None:
+                break
+            caches[role] = own["past_key_values"]
+        else:
+            model_kwargs["past_key_values"] = EnsembleCache(caches)
+            return
+        if generation_config.use_cache is not False:
+            raise InputError(f"{role} ({type(member).__name__}) keeps no key-value cache; call with use_cache=False")
+
+
+_OPTIONS_OF_AUTO = {"_from_auto", "_commit_hash", "adapter_kwargs"}
+
+
+def _named(member: object) -> Any:
+    """What config.json holds for a member that was given as a path, a MemberConfig, a mapping or a model."""
+    if isinstance(member, PreTrainedModel):
+        return MemberConfig(folders.IN_MEMORY)
+    return str(member) if isinstance(member, Path) else member
+
+
+def _runnable(role: str, model: PreTrainedModel, contract: VocabularyContract) -> Member:
+    accepts = frozenset(inspect.signature(model.forward).parameters)
+    lacks_some = contract.widths[role] < max(contract.widths.values())
+    return Member(
+        role=role,
+        model=model,
+        num_held=contract.widths[role],
+        substitute=contract.substitutes[role] if lacks_some else -1,
+        accepts=accepts,
+    )
+
+
+def _spread(alpha: Tensor, num_rows: int) -> Tensor:
+    """One α per row of the batch; beams and returned sequences of a row stand next to each other."""
+    repeats, rest = divmod(num_rows, alpha.shape[0])
+    if rest:
+        raise InputError(f"alpha has {alpha.shape[0]} values for {num_rows} rows; expected one per row of the batch")
+    return alpha.repeat_interleave(repeats)
+
+
+def _refuse(unused: Mapping[str, Any]) -> None:
+    """Raise for arguments that an ensemble cannot honour; None and False ask for nothing."""
+    for name, value in unused.items():
+        if value is not None and value is not False:
+            raise InputError(f"an ensemble's forward takes no {name!r}; its members differ in hidden size and layers")
+
+
+AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
+AutoModelForCausalLM.register(EnsembleConfig, EnsembleForCausalLM, exist_ok=True)

@@ -1,0 +1,67 @@
+"""Is this ensemble possible? Answered from configs, tokenizers and file headers, before any weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ensembler.config import EnsembleConfig
+from ensembler.members import MemberFiles, check_member, context_length
+from ensembler.vocab import VocabularyContract, make_contract, read_vocabulary
+
+
+@dataclass(frozen=True)
+class CheckedEnsemble:
+    """A configuration whose members, vocabularies and files were found to fit; no weight is loaded.
+
+    `files` holds the members that are to be loaded; `model_configs` those of all members, by role.
+    """
+
+    config: EnsembleConfig
+    files: dict[str, MemberFiles]
+    model_configs: dict[str, Any]
+    contract: VocabularyContract
+
+
+def check_ensemble(
+    config: EnsembleConfig,
+    loaded: Mapping[str, PreTrainedModel] | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> CheckedEnsemble:
+    """Check every member and the vocabulary contract, and fill in what `config` takes from them.
+
+    `loaded` are members that were passed in as models, without a tokenizer. Raises ConfigError, MemberError or
+    VocabularyError.
+    """
+    loaded = loaded or {}
+    rule = config.get_rule()
+    members = config.members or {}
+    files = {
+        role: check_member(role, members[role], trust_remote_code=trust_remote_code)
+        for role in rule.roles
+        if role not in loaded
+    }
+    model_configs = {role: loaded[role].config if role in loaded else files[role].model_config for role in rule.roles}
+    contract = make_contract(
+        [
+            files[role].vocabulary if role in files else read_vocabulary(role, None, model_configs[role])
+            for role in rule.roles
+        ]
+    )
+    _fill_in(config, model_configs, contract)
+    return CheckedEnsemble(config, files, model_configs, contract)
+
+
+def _fill_in(config: EnsembleConfig, model_configs: Mapping[str, Any], contract: VocabularyContract) -> None:
+    anchor = config.get_rule().anchor
+    text_config = model_configs[anchor].get_text_config(decoder=True)
+    config.vocab_size = contract.widths[anchor]
+    config.shared_vocab_size = contract.shared
+    contexts = [length for length in map(context_length, model_configs.values()) if length is not None]
+    config.max_position_embeddings = min(contexts, default=None)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(text_config, name, None))

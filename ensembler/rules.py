@@ -1,0 +1,147 @@
+"""The rules: how the next-token logits of the members become those of the ensemble.
+
+A rule is affine in α: with one constant c and one slope s per role,
+
+    z(α) = Σ_role c_role · z_role + α · Σ_role s_role · z_role,        p = softmax(z).
+
+The first sum is the *anchor* (a single role, in every named rule): at α = 0 the ensemble is that member. The second
+sum is the log-ratio that α scales. `ensembler_kernels` does the arithmetic; this module only says which numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ensembler.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule: a constant and a slope for each role.
+
+    `cutoff` keeps only tokens whose anchor probability is at least `cutoff` times the anchor's largest (None: all).
+    `raw_roles` are members whose output is a score and not a distribution: it is never normalised.
+    """
+
+    name: str
+    constant: Mapping[str, float]
+    slope: Mapping[str, float]
+    paper: str
+    formula: str
+    cutoff: float | None = None
+    raw_roles: frozenset[str] = frozenset()
+    allows_negative_alpha: bool = False
+
+    @property
+    def anchor(self) -> str:
+        """The role that the ensemble equals at α = 0 (for `linear`: the first role with a constant)."""
+        return next(iter(self.constant))
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """All roles, the anchor first."""
+        return tuple(dict.fromkeys((*self.constant, *self.slope)))
+
+    def weights(self, alpha: float) -> dict[str, float]:
+        """Return the weight of each role's logits at `alpha`."""
+        return {role: self.constant.get(role, 0.0) + alpha * self.slope.get(role, 0.0) for role in self.roles}
+
+    def check_alpha(self, alpha: object) -> float:
+        """Return `alpha` as a float, or raise ConfigError where the rule has no meaning for it."""
+        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+            raise ConfigError(f"alpha is {alpha!r}; expected a finite number")
+        if alpha < 0 and not self.allows_negative_alpha:
+            raise ConfigError(f"alpha is {alpha:g}; the rule {self.name!r} takes a number that is not negative")
+        return float(alpha)
+
+
+DEFAULT_CUTOFF = 0.1
+
+_NAMED = (
+    Rule(
+        name="base-change",
+        constant={"source_ft": 1.0},
+        slope={"target_pt": 1.0, "source_pt": -1.0},
+        formula="p_source_ft · (p_target_pt / p_source_pt)^α",
+        paper="Chijiwa et al. 2024, Base-Change at Prediction, eq. 2",
+    ),
+    Rule(
+        name="eft",
+        constant={"target_pt": 1.0},
+        slope={"source_ft": 1.0, "source_pt": -1.0},
+        formula="p_target_pt · (p_source_ft / p_source_pt)^α",
+        paper="Mitchell et al. 2024, emulated fine-tuning; Liu et al. 2024, proxy-tuning (arXiv 2401.08565)",
+    ),
+    Rule(
+        name="realign",
+        constant={"reference": 1.0},
+        slope={"aligned": 1.0, "reference": -1.0},
+        formula="p_reference · (p_aligned / p_reference)^α",
+        paper="Liu et al. 2024, Decoding-time realignment (arXiv 2402.02992)",
+    ),
+    Rule(
+        name="contrastive",
+        constant={"expert": 1.0},
+        slope={"expert": 1.0, "amateur": -1.0},
+        cutoff=DEFAULT_CUTOFF,
+        formula="p_expert · (p_expert / p_amateur)^α where p_expert ≥ cutoff · max p_expert",
+        paper="Li et al. 2023, Contrastive decoding (ACL 2023); this α form: O'Brien and Lewis 2023",
+    ),
+    Rule(
+        name="reward",
+        constant={"target_pt": 1.0},
+        slope={"reward": 1.0},
+        raw_roles=frozenset({"reward"}),
+        formula="p_target_pt · exp(α · reward)",
+        paper="Chijiwa et al. 2025, Portable reward tuning; GenARM (arXiv 2410.08193)",
+    ),
+)
+RULES: Mapping[str, Rule] = {rule.name: rule for rule in _NAMED}
+RULE_NAMES = (*RULES, "linear")
+
+
+def linear_rule(constant: Mapping[str, float], slope: Mapping[str, float]) -> Rule:
+    """Return the rule with these numbers: products of experts, several fine-tuned / base pairs, model arithmetic."""
+    for kind, numbers in (("constant", constant), ("slope", slope)):
+        for role, number in numbers.items():
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
+                raise ConfigError(f"{kind} of {role!r} is {number!r}; expected a finite number")
+    constant = {role: float(number) for role, number in constant.items() if number}
+    slope = {role: float(number) for role, number in slope.items() if number}
+    if not constant:
+        raise ConfigError("the rule 'linear' has no constant; give at least one role a constant that is not 0")
+    return Rule(
+        name="linear",
+        constant=constant,
+        slope=slope,
+        formula="exp(Σ (constant + α · slope) · log p)",
+        paper="Hinton 2002, products of experts; Dekoninck et al. 2024, model arithmetic (arXiv 2311.14479)",
+        allows_negative_alpha=True,
+    )
+
+
+def get_rule(
+    name: str,
+    *,
+    constant: Mapping[str, float] | None = None,
+    slope: Mapping[str, float] | None = None,
+    cutoff: float | None = None,
+) -> Rule:
+    """Return the rule called `name`; `constant` and `slope` belong to 'linear', `cutoff` to 'contrastive'."""
+    if name == "linear":
+        rule = linear_rule(constant or {}, slope or {})
+    elif name in RULES:
+        rule = RULES[name]
+        if constant or slope:
+            raise ConfigError(f"the rule {name!r} has fixed numbers; constant and slope belong to 'linear'")
+    else:
+        raise ConfigError(f"unknown rule {name!r}; expected one of: {', '.join(RULE_NAMES)}")
+    if cutoff is None:
+        return rule
+    if rule.cutoff is None:
+        raise ConfigError(f"the rule {name!r} takes no cutoff; it belongs to 'contrastive'")
+    if isinstance(cutoff, bool) or not isinstance(cutoff, (int, float)) or not 0 < cutoff <= 1:
+        raise ConfigError(f"cutoff is {cutoff!r}; expected a number above 0 and at most 1")
+    return Rule(**{**vars(rule), "cutoff": float(cutoff)})
