@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -23,9 +23,9 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
         self._broken = False
 
     @classmethod
-    def dynamic(cls, models: Mapping[str, PreTrainedModel]) -> EnsembleCache:
+    def dynamic(cls, models: Iterable[tuple[str, PreTrainedModel]]) -> EnsembleCache:
         """Return an empty growing cache for each model, sliding windows as its config says."""
-        return cls({role: DynamicCache(config=model.config) for role, model in models.items()})
+        return cls({role: DynamicCache(config=model.config) for role, model in models})
 
     @property
     def is_compileable(self) -> bool:

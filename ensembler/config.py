@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -47,7 +47,7 @@ class MemberConfig:
             return cls(model=value)
         if not isinstance(value, Mapping):
             raise ConfigError(f"member {role!r} is {value!r}; expected a path, a hub id or a mapping with 'model'")
-        known = {field.name for field in fields(cls)}
+        known = {entry.name for entry in fields(cls)}
         unknown = sorted(set(value) - known)
         if unknown:
             raise ConfigError(f"unknown key {unknown[0]!r} of member {role!r}; expected: {', '.join(sorted(known))}")
@@ -57,7 +57,7 @@ class MemberConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The mapping for config.json: what differs from the defaults."""
-        defaults = {field.name: field.default for field in fields(self)}
+        defaults = {entry.name: entry.default for entry in fields(self)}
         return {key: value for key, value in asdict(self).items() if value != defaults[key]}
 
 
@@ -74,7 +74,7 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
 
     rule: str = "base-change"
     alpha: float = 1.0
-    members: dict[str, Any] | None = None
+    members: dict[str, Any] = field(default_factory=dict)
     constant: dict[str, float] | None = None
     slope: dict[str, float] | None = None
     cutoff: float | None = None
@@ -92,7 +92,7 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
                 raise ConfigError(f"unknown key {key!r} in the ensemble's configuration; remove it or mend its name")
         self.architectures = ["EnsembleForCausalLM"]
         super().__post_init__(**kwargs)
-        if self.members is None:  # transformers makes a default instance to find out what differs from it
+        if not self.members:  # transformers makes a default instance to find out what differs from it
             return
         rule = self.get_rule()
         self.alpha = rule.check_alpha(self.alpha)
@@ -108,7 +108,7 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json."""
         content: dict[str, Any] = super().to_dict()
-        content["members"] = {role: member.to_dict() for role, member in (self.members or {}).items()}
+        content["members"] = {role: member.to_dict() for role, member in self.members.items()}
         return {key: value for key, value in content.items() if key in _KEYS_WRITTEN and value is not None}
 
     def to_diff_dict(self) -> dict[str, Any]:

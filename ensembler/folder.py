@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from transformers import GenerationConfig
 
 from ensembler.config import EnsembleConfig, MemberConfig
 from ensembler.errors import ConfigError, OutputError
+from ensembler.preflight import CheckedEnsemble
 
 IN_MEMORY = "<in memory>"
 
@@ -98,6 +100,17 @@ def write(
         if folder.exists():
             folder.rename(Path(partial) / "replaced")
         made.rename(folder)
+
+
+def write_checked(checked: CheckedEnsemble, folder: Path, *, overwrite: bool = False) -> None:
+    """Write the folder of a checked ensemble, with the anchor's tokenizer and generation settings; loads no weights."""
+    rule = checked.config.get_rule()
+    anchor = checked.files[rule.anchor]
+    try:
+        generation_config = GenerationConfig.from_pretrained(anchor.config.model, revision=anchor.config.revision)
+    except OSError:  # a model without one has its end tokens in its config
+        generation_config = GenerationConfig.from_model_config(anchor.model_config)
+    write(checked.config, folder, tokenizer=anchor.tokenizer, generation_config=generation_config, overwrite=overwrite)
 
 
 def _absolute(member: MemberConfig, folder: Path) -> MemberConfig:

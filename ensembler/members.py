@@ -175,7 +175,9 @@ def _check_adapter(role: str, config: MemberConfig, model_config: Any) -> None:
     for name, factor, shape in _lora_factors(header):
         weight = getattr(modules.get(name), "weight", None)
         if weight is None:
-            raise MemberError(f"{role}: the adapter {config.adapter} changes {name}, which {config.model} does not have")
+            raise MemberError(
+                f"{role}: the adapter {config.adapter} changes {name}, which {config.model} does not have"
+            )
         sizes = set(weight.shape)  # Conv1D holds (in, out), Linear (out, in)
         outer = shape[1] if factor == "lora_A" else shape[0]
         if outer not in sizes:

@@ -20,8 +20,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ensembler import folder as folders
 from ensembler.cache import EnsembleCache
 from ensembler.config import EnsembleConfig, MemberConfig, check_roles
-from ensembler.errors import ConfigError, InputError, LogitsError
-from ensembler.members import load_member
+from ensembler.errors import ConfigError, InputError, LogitsError, MemberError
+from ensembler.members import context_length, load_member
 from ensembler.preflight import check_ensemble
 from ensembler.runners import Member, Step, run_serial
 from ensembler.vocab import VocabularyContract
@@ -181,6 +181,12 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             overwrite=overwrite,
         )
 
+    def require_tokenizer(self) -> Any:
+        """Return the anchor's tokenizer, or raise MemberError where it came without one."""
+        if self.tokenizer is None:
+            raise MemberError(f"{self.rule.anchor} has no tokenizer files beside its weights; texts need them")
+        return self.tokenizer
+
     # -- what it is ---------------------------------------------------------------------------------------------------
 
     @property
@@ -204,6 +210,13 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """The member that the ensemble equals at α = 0."""
         member: PreTrainedModel = self.members[self.rule.anchor]
         return member
+
+    @property
+    def shortest_context(self) -> tuple[str, int] | None:
+        """The role with the shortest context and its length in tokens, or None where no member sets a limit."""
+        lengths = {role: context_length(member.config) for role, member in self.members.items()}
+        known = [(role, length) for role, length in lengths.items() if length is not None]
+        return min(known, key=lambda item: item[1], default=None)
 
     @property
     def device(self) -> torch.device:
@@ -248,7 +261,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """
         _refuse(unused)
         if past_key_values is None and use_cache:
-            past_key_values = EnsembleCache.dynamic(self.members)
+            past_key_values = EnsembleCache.dynamic(self.members.items())
         logits = self.member_logits(
             Step(input_ids, attention_mask, position_ids, logits_to_keep if labels is None else 0), past_key_values
         )
@@ -314,7 +327,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         caches: dict[str, Cache] = {}
         for role, member in self.members.items():
             own = {name: value for name, value in model_kwargs.items() if name != "past_key_values"}
-            member._prepare_cache_for_generation(generation_config, own, *args, **kwargs)
+            model: Any = member
+            model._prepare_cache_for_generation(generation_config, own, *args, **kwargs)
             if own.get("past_key_values") is None:
                 break
             caches[role] = own["past_key_values"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ensembler.config import EnsembleConfig
+from ensembler.config import EnsembleConfig, check_roles
 from ensembler.members import MemberFiles, check_member, context_length
 from ensembler.vocab import VocabularyContract, make_contract, read_vocabulary
 
@@ -39,9 +39,9 @@ def check_ensemble(
     """
     loaded = loaded or {}
     rule = config.get_rule()
-    members = config.members or {}
+    check_roles(rule, config.members)
     files = {
-        role: check_member(role, members[role], trust_remote_code=trust_remote_code)
+        role: check_member(role, config.members[role], trust_remote_code=trust_remote_code)
         for role in rule.roles
         if role not in loaded
     }

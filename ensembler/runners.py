@@ -17,7 +17,8 @@ class Step:
     """One input for all members.
 
     `input_ids` (rows, positions) int64; `attention_mask` (rows, past + positions) or None where nothing is padded;
-    `position_ids` (rows or 1, positions) or None; `logits_to_keep`: how many last positions go through the head (0: all).
+    `position_ids` (rows or 1, positions) or None; `logits_to_keep`: how many last positions go through the
+    head (0: all), or which.
     """
 
     input_ids: Tensor
@@ -42,14 +43,17 @@ class Member:
         ids = step.input_ids.to(device)
         if self.substitute >= 0:
             ids = torch.where(ids < self.num_held, ids, self.substitute)
-        inputs = {"attention_mask": _to(step.attention_mask, device), "position_ids": _to(step.position_ids, device)}
-        inputs = {name: value for name, value in inputs.items() if name in self.accepts}
-        if "logits_to_keep" in self.accepts:
-            inputs["logits_to_keep"] = step.logits_to_keep
-        output = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **inputs)
+        optional = {
+            "attention_mask": _to(step.attention_mask, device),
+            "position_ids": _to(step.position_ids, device),
+            "logits_to_keep": step.logits_to_keep,
+        }
+        accepted = {name: value for name, value in optional.items() if name in self.accepts}
+        output = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **accepted)
         logits: Tensor = output.logits
-        if "logits_to_keep" not in self.accepts and isinstance(step.logits_to_keep, int):
-            logits = logits[:, -step.logits_to_keep :]
+        if "logits_to_keep" not in accepted:
+            keep = step.logits_to_keep
+            logits = logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
         return logits
 
 

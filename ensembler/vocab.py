@@ -40,6 +40,10 @@ class MemberVocabulary:
         """One more than the largest id that is a token (the width, where the tokenizer is not known)."""
         return max(self.tokens.values(), default=-1) + 1 if self.tokens is not None else self.width
 
+    def by_id(self) -> dict[int, str]:
+        """The tokens by their ids."""
+        return {i: token for token, i in (self.tokens or {}).items()}
+
 
 @dataclass(frozen=True)
 class VocabularyContract:
@@ -77,15 +81,12 @@ def make_contract(members: Sequence[MemberVocabulary]) -> VocabularyContract:
         _check_same_ids(known[0], member)
     same_tokens = len({len(member.tokens or ()) for member in known}) <= 1
     widths = {member.role: member.width for member in members}
-    if not same_tokens:
-        kind = "extended"
-    else:
-        kind = "identical" if len(set(widths.values())) == 1 else "padded"
     shared = min(widths.values())
-    if kind == "extended":
+    if not same_tokens:
         shared = min(shared, *(member.num_ids for member in known))
+    same_widths = len(set(widths.values())) == 1
     return VocabularyContract(
-        kind=kind,
+        kind="extended" if not same_tokens else "identical" if same_widths else "padded",
         shared=shared,
         widths=widths,
         substitutes={member.role: member.substitute for member in members},
@@ -95,15 +96,14 @@ def make_contract(members: Sequence[MemberVocabulary]) -> VocabularyContract:
 
 def _check_same_ids(first: MemberVocabulary, other: MemberVocabulary) -> None:
     """Raise unless the smaller vocabulary is the beginning of the larger."""
-    assert first.tokens is not None and other.tokens is not None
     if first.tokens == other.tokens:
         return
     end = min(first.num_ids, other.num_ids)
-    by_id = [{i: token for token, i in member.tokens.items()} for member in (first, other) if member.tokens is not None]
-    differing = [i for i in range(end) if by_id[0].get(i) != by_id[1].get(i)]
+    firsts, others = first.by_id(), other.by_id()
+    differing = [i for i in range(end) if firsts.get(i) != others.get(i)]
     if not differing:
         return
-    shown = ", ".join(f"{i} is {by_id[0].get(i)!r} and {by_id[1].get(i)!r}" for i in differing[:3])
+    shown = ", ".join(f"{i} is {firsts.get(i)!r} and {others.get(i)!r}" for i in differing[:3])
     raise VocabularyError(
         f"the tokenizers of {first.role} and {other.role} differ in {len(differing):,} of {end:,} ids: {shown}; "
         "members must share a vocabulary, so choose models of one tokenizer family"

@@ -1,1 +1,1 @@
-
+"""Decoding with an ensemble: prompts in, texts out. The decode loops themselves are transformers'."""

@@ -104,7 +104,7 @@ def _per_row(alpha: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
 def _outside(
     logits: Sequence[Tensor], constant: Sequence[float], shared: int, neutral: bool, dtype: torch.dtype
 ) -> Tensor:
-    """The ids from `shared` up to the anchor's width: forbidden, or the first sum alone where all its members have them."""
+    """The ids from `shared` up to the anchor's width: forbidden, or the first sum where its members have them."""
     anchor = logits[0]
     outside = torch.full_like(anchor[..., shared:], -math.inf, dtype=dtype)
     if neutral:

@@ -1,0 +1,41 @@
+"""`ensembler chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from ensembler.cli.options import EnsembleOptions, decoding_options, ensemble_options
+
+if TYPE_CHECKING:
+    from ensembler.decoding.texts import DecodingOptions
+
+_HELP = "an empty line or /exit ends, /reset forgets the conversation"
+
+
+@click.command()
+@ensemble_options()
+@decoding_options
+@click.option("--system", metavar="TEXT", help="The system message.")
+def chat(given: EnsembleOptions, decoding: DecodingOptions, system: str | None) -> None:
+    """Talk with ENSEMBLE in the anchor's chat template.
+
+    Lines are read from standard input; an empty line or /exit ends, /reset forgets the conversation.
+    """
+    from ensembler.decoding.conversation import Conversation
+    from ensembler.modeling import EnsembleForCausalLM
+
+    model = EnsembleForCausalLM.from_config(given.load_config())
+    conversation = Conversation(model, decoding, system=system)
+    click.echo(f"{model.config.rule} at alpha {model.config.alpha:g}; {_HELP}", err=True)
+    while True:
+        click.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline().strip()
+        if line in ("", "/exit"):
+            return
+        if line == "/reset":
+            conversation.reset()
+            continue
+        conversation.reply(line)

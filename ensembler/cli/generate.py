@@ -1,0 +1,200 @@
+"""`ensembler generate`: texts from prompts."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ensembler.cli.options import EnsembleOptions, decoding_options, ensemble_options
+from ensembler.errors import ConfigError, PromptError
+
+if TYPE_CHECKING:
+    from ensembler.decoding.explain import Choice
+    from ensembler.decoding.prompts import Prompt
+    from ensembler.decoding.texts import Completion, DecodingOptions
+    from ensembler.modeling import EnsembleForCausalLM
+
+
+@click.command()
+@ensemble_options()
+@click.option("--prompt", metavar="TEXT", help="One prompt. Without --prompt and --prompts, standard input is one.")
+@click.option("--prompts", type=click.Path(path_type=Path), help='JSON lines: {"prompt": "..."}.')
+@click.option("--skip-bad", is_flag=True, help="Go on over lines of --prompts that cannot be decoded.")
+@decoding_options
+@click.option("--chat", is_flag=True, help="Put the prompt into the anchor's chat template.")
+@click.option("--system", metavar="TEXT", help="The system message for --chat.")
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Prompts decoded together.")
+@click.option("--stream/--no-stream", default=None, help="Print tokens as they come.  [default: on a terminal]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON line per prompt.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the JSON lines to a file, in input order.")
+@click.option("--resume", is_flag=True, help="Go on with an --output file that was interrupted.")
+@click.option("--overwrite", is_flag=True, help="Replace the --output file if it exists.")
+@click.option("--explain", is_flag=True, help="Mark the tokens that are not the anchor's own choice.")
+def generate(
+    given: EnsembleOptions,
+    prompt: str | None,
+    prompts: Path | None,
+    skip_bad: bool,
+    decoding: DecodingOptions,
+    chat: bool,
+    system: str | None,
+    batch_size: int,
+    stream: bool | None,
+    as_json: bool,
+    output: Path | None,
+    resume: bool,
+    overwrite: bool,
+    explain: bool,
+) -> None:
+    """Decode texts with ENSEMBLE.
+
+    \b
+    ensembler generate demo --prompt "Tom has 5 pears ..." --explain
+    ensembler generate math --prompts questions.jsonl --output answers.jsonl --batch-size 16
+    """
+    if system is not None and not chat:
+        raise ConfigError("--system was given without --chat; add --chat")
+    if output is None and (resume or overwrite):
+        raise ConfigError(f"--{'resume' if resume else 'overwrite'} was given without --output; name the file")
+    from ensembler.cli.tables import progress
+    from ensembler.decoding.prompts import encode_prompts
+    from ensembler.decoding.results import ResultsFile, check_output
+    from ensembler.decoding.texts import complete_batches, run_settings
+    from ensembler.modeling import EnsembleForCausalLM
+
+    skip = (lambda message: click.echo(f"skipped: {message}", err=True)) if skip_bad else None
+    asked = _read(prompt, prompts, skip)
+    if output is not None:
+        check_output(output, resume=resume, overwrite=overwrite)
+    model = EnsembleForCausalLM.from_config(given.load_config())
+    tokenizer = model.require_tokenizer()
+    encoded = encode_prompts(asked, tokenizer, chat=chat, system=system, context=model.shortest_context, skip=skip)
+    if not encoded:
+        raise PromptError("no prompt is left to decode; mend the skipped lines")
+
+    plain = not as_json and not explain and output is None
+    streamer = _streamer(stream, plain and len(encoded) == 1, decoding, tokenizer)
+    printer = _Printer(
+        tokenizer, as_json=as_json, quiet=output is not None or streamer is not None, many=len(asked) > 1
+    )
+    results = None
+    if output is not None:
+        settings = run_settings(model, encoded, decoding, batch_size=batch_size)
+        results = ResultsFile(output, settings, resume=resume, overwrite=overwrite)
+    done = results.done if results is not None else frozenset()
+    start, num_tokens, num_texts = time.perf_counter(), 0, 0
+    with results or nullcontext(), progress(len(encoded), shown=prompts is not None) as advance:
+        advance(len(done))
+        for batch in complete_batches(
+            model, tokenizer, encoded, decoding, batch_size=batch_size, done=done, streamer=streamer
+        ):
+            for completion in batch:
+                choices = _explain(model, completion) if explain else None
+                row = {**completion.to_row(), **_explain_row(choices, tokenizer)}
+                if results is not None:
+                    results.append(row)
+                printer.add(completion, row, choices)
+                num_tokens += sum(sample.num_tokens for sample in completion.samples)
+                num_texts += len(completion.samples)
+            advance(len(batch))
+    printer.flush()
+    seconds = time.perf_counter() - start
+    click.echo(
+        f"{num_texts} texts, {num_tokens} tokens in {seconds:.1f} s: {num_tokens / seconds:.1f} tokens/s", err=True
+    )
+
+
+def _read(prompt: str | None, path: Path | None, skip: Callable[[str], None] | None) -> list[Prompt]:
+    """The prompts from where they were given: --prompt, --prompts or standard input."""
+    from ensembler.decoding.prompts import Prompt, read_prompts
+
+    if prompt is not None and path is not None:
+        raise ConfigError("--prompt and --prompts were both given; give one of them")
+    if path is not None:
+        return read_prompts(path, skip=skip)
+    if prompt is not None:
+        return [Prompt(0, prompt, "--prompt")]
+    if sys.stdin.isatty():
+        raise PromptError("no prompt was given; use --prompt TEXT, --prompts FILE or standard input")
+    return [Prompt(0, sys.stdin.read().rstrip("\n"), "standard input")]
+
+
+def _streamer(stream: bool | None, possible: bool, decoding: DecodingOptions, tokenizer: Any) -> Any | None:
+    """A streamer to standard output where one text is printed plainly and streaming was not refused."""
+    possible = possible and decoding.num_beams == 1 and decoding.num_return_sequences == 1 and not decoding.stop
+    if stream and not possible:
+        raise ConfigError(
+            "--stream prints one text as it comes: it takes one prompt, one sequence, and no --json, --explain, "
+            "--output, --stop or beams; leave --stream out"
+        )
+    if not possible or stream is False or (stream is None and not sys.stdout.isatty()):
+        return None
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def _explain(model: EnsembleForCausalLM, completion: Completion) -> list[list[Choice]]:
+    from ensembler.decoding.explain import explain
+
+    return [explain(model, completion.prompt_ids, sample.ids) for sample in completion.samples]
+
+
+def _explain_row(choices: list[list[Choice]] | None, tokenizer: Any) -> dict[str, Any]:
+    """What --explain adds to a row: for each sample, the tokens that the anchor alone would not have chosen."""
+    if choices is None:
+        return {}
+    moved = [
+        [
+            {
+                "position": position,
+                "token": tokenizer.decode([choice.token]),
+                "anchor_token": tokenizer.decode([choice.anchor_token]),
+                "probability": choice.probability,
+                "anchor_probability": choice.anchor_probability,
+            }
+            for position, choice in enumerate(sample)
+            if choice.moved
+        ]
+        for sample in choices
+    ]
+    return {"moved": moved[0] if len(moved) == 1 else moved}
+
+
+class _Printer:
+    """Prints completions in the order of their prompts, whatever the order in which they are decoded."""
+
+    def __init__(self, tokenizer: Any, *, as_json: bool, quiet: bool, many: bool) -> None:
+        self._tokenizer = tokenizer
+        self._as_json = as_json
+        self._quiet = quiet and not as_json
+        self._many = many
+        self._waiting: dict[int, tuple[Completion, dict[str, Any], list[list[Choice]] | None]] = {}
+
+    def add(self, completion: Completion, row: dict[str, Any], choices: list[list[Choice]] | None) -> None:
+        """JSON lines carry their number and are printed at once; plain texts wait for `flush`."""
+        if self._as_json:
+            click.echo(json.dumps(row, ensure_ascii=False))
+        elif not self._quiet:
+            self._waiting[completion.number] = (completion, row, choices)
+
+    def flush(self) -> None:
+        """Print the plain texts."""
+        from ensembler.cli.tables import print_explained
+
+        for number in sorted(self._waiting):
+            completion, _, choices = self._waiting[number]
+            for index, sample in enumerate(completion.samples):
+                if self._many or len(completion.samples) > 1:
+                    click.echo(f"--- prompt {number}, text {index}", err=True)
+                if choices is None:
+                    click.echo(sample.text)
+                else:
+                    print_explained(choices[index], self._tokenizer)

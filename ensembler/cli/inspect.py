@@ -1,0 +1,47 @@
+"""`ensembler inspect`: what an ensemble is made of, and what its members say next."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from ensembler.cli.options import EnsembleOptions, ensemble_options
+
+
+@click.command()
+@ensemble_options()
+@click.option("--prompt", metavar="TEXT", help="Show the most probable next tokens of every member after this text.")
+@click.option("--top-k", type=click.IntRange(1), default=5, show_default=True, help="How many next tokens.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(given: EnsembleOptions, prompt: str | None, top_k: int, as_json: bool) -> None:
+    """Show the members of ENSEMBLE, their weights at alpha and the vocabulary contract.
+
+    Without --prompt no weights are loaded. With it, the next-token table shows where alpha moved the choice.
+    """
+    from ensembler.cli import tables
+    from ensembler.inspection import summarise
+    from ensembler.preflight import check_ensemble
+
+    checked = check_ensemble(given.load_config())
+    summary = summarise(checked)
+    content = summary.to_dict()
+    if not as_json:
+        tables.print_summary(summary)
+    if prompt is not None:
+        from ensembler.decoding.explain import next_tokens
+        from ensembler.decoding.prompts import Prompt, encode_prompts
+        from ensembler.modeling import EnsembleForCausalLM
+
+        model = EnsembleForCausalLM.from_config(checked.config)
+        tokenizer = model.require_tokenizer()
+        ids = encode_prompts([Prompt(0, prompt, "--prompt")], tokenizer, context=model.shortest_context)[0].ids
+        candidates = next_tokens(model, ids, top_k)
+        content["next_tokens"] = {
+            role: [{"token": tokenizer.decode([c.token]), "id": c.token, "probability": c.probability} for c in column]
+            for role, column in candidates.items()
+        }
+        if not as_json:
+            tables.print_next_tokens(candidates, tokenizer, anchor=model.rule.anchor, alpha=model.config.alpha)
+    if as_json:
+        click.echo(json.dumps(content, ensure_ascii=False, indent=2))

@@ -1,0 +1,72 @@
+"""The command `ensembler`: its commands, and the one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import click
+
+from ensembler import __version__
+from ensembler.cli.chat import chat
+from ensembler.cli.create import create
+from ensembler.cli.generate import generate
+from ensembler.cli.inspect import inspect
+from ensembler.errors import EnsemblerError
+
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="ensembler")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """Decode with several language models as if they were one.
+
+    ENSEMBLE is a folder that `ensembler create` wrote, or `demo` for the embedded family, or is left out when the
+    members are given by --source-ft, --source-pt and --target-pt.
+    """
+
+
+for command in (create, inspect, generate, chat):
+    cli.add_command(command)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line and exit: 0, 2 for bad input, 1 for a failed run, 130 for Ctrl-C."""
+    arguments = sys.argv[1:] if args is None else args
+    if "--debug" in arguments:
+        cli.main(arguments, prog_name="ensembler", standalone_mode=False)
+        return
+    _quiet_libraries()
+    try:
+        code = cli.main(arguments, prog_name="ensembler", standalone_mode=False)
+    except (KeyboardInterrupt, click.Abort):
+        code = _fail("interrupted", INTERRUPTED)
+    except EnsemblerError as error:
+        code = _fail(str(error), error.exit_code)
+    except click.ClickException as error:
+        code = _fail(f"{error.format_message()}{_help_hint(error)}", 2)
+    except BrokenPipeError:  # the reader of our output, head for one, has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        code = _fail(f"{type(error).__name__}: {error} (add --debug for the traceback)", 1)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    return code
+
+
+def _help_hint(error: click.ClickException) -> str:
+    context = getattr(error, "ctx", None)
+    return f" See: {context.command_path} --help" if context is not None else ""
+
+
+def _quiet_libraries() -> None:
+    """Progress bars and advice of the libraries below would drown our own lines; errors still come through."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,0 +1,186 @@
+"""Options that several commands share: which ensemble, and how to decode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ensembler.errors import ConfigError
+from ensembler.rules import RULE_NAMES
+
+if TYPE_CHECKING:
+    from ensembler.config import EnsembleConfig
+    from ensembler.decoding.texts import DecodingOptions
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class EnsembleOptions:
+    """The ensemble as given on the command line; `load_config` turns it into a configuration."""
+
+    ensemble: str | None
+    source_ft: str | None
+    source_pt: str | None
+    target_pt: str | None
+    member: tuple[str, ...]
+    rule: str | None
+    alpha: float | None
+    constant: tuple[str, ...]
+    slope: tuple[str, ...]
+    cutoff: float | None
+    outside: str | None
+    dtype: str | None
+    device: str | None
+
+    def load_config(self) -> EnsembleConfig:
+        """Return the configuration: that of the folder (with α, dtype and device changed), or one of the members."""
+        if self.ensemble is not None:
+            return self._from_folder(self.ensemble)
+        return self._from_members()
+
+    def _members(self) -> dict[str, str]:
+        named = {"source_ft": self.source_ft, "source_pt": self.source_pt, "target_pt": self.target_pt}
+        given = {role: path for role, path in named.items() if path is not None}
+        for role, path in _pairs("--member", self.member).items():
+            if role in given:
+                raise ConfigError(f"the member {role!r} is given twice; give it once")
+            given[role] = path
+        return given
+
+    def _from_folder(self, name: str) -> EnsembleConfig:
+        from ensembler import folder
+        from ensembler.demo import demo_folder
+
+        extra = [name for name in ("rule", "constant", "slope", "cutoff", "outside") if getattr(self, name)]
+        if self._members() or extra:
+            what = f"--{extra[0]}" if extra else "a member"
+            raise ConfigError(f"{what} was given beside the ensemble {name!r}; give the folder, or the members alone")
+        config = folder.read(demo_folder() if name == DEMO else folder.find(name))
+        if self.alpha is not None:
+            config.alpha = config.get_rule().check_alpha(self.alpha)
+        return self._placed(config)
+
+    def _from_members(self) -> EnsembleConfig:
+        from ensembler.config import EnsembleConfig
+
+        members = self._members()
+        if not members:
+            raise ConfigError(
+                "no ensemble was given; name a folder, or demo, or the members with --source-ft --source-pt --target-pt"
+            )
+        config = EnsembleConfig(
+            rule=self.rule or "base-change",
+            alpha=1.0 if self.alpha is None else self.alpha,
+            members=members,
+            constant=_numbers("--constant", self.constant),
+            slope=_numbers("--slope", self.slope),
+            cutoff=self.cutoff,
+            outside=self.outside or "mask",
+        )
+        return self._placed(config)
+
+    def _placed(self, config: EnsembleConfig) -> EnsembleConfig:
+        changes = {"dtype": self.dtype, "device": self.device}
+        given = {name: value for name, value in changes.items() if value is not None}
+        config.members = {role: replace(member, **given) for role, member in config.members.items()}
+        return config
+
+
+_ENSEMBLE_OPTIONS = (
+    click.option("--source-ft", metavar="MODEL", help="The old fine-tuned model: a folder, a hub id or a LoRA folder."),
+    click.option("--source-pt", metavar="MODEL", help="The old pre-trained model."),
+    click.option("--target-pt", metavar="MODEL", help="The new pre-trained model."),
+    click.option("--member", multiple=True, metavar="ROLE=MODEL", help="A member in another role; repeat it."),
+    click.option("--rule", metavar="RULE", help=f"One of {', '.join(RULE_NAMES)}.  [default: base-change]"),
+    click.option("--alpha", type=float, help="Strength of the log-ratio; 0 is the anchor alone.  [default: 1]"),
+    click.option("--constant", multiple=True, metavar="ROLE=NUMBER", help="A constant of the rule linear; repeat it."),
+    click.option("--slope", multiple=True, metavar="ROLE=NUMBER", help="A slope of the rule linear; repeat it."),
+    click.option("--cutoff", type=float, help="Plausibility cut-off of the rule contrastive.  [default: 0.1]"),
+    click.option("--outside", metavar="mask|neutral", help="Tokens that not every member holds: forbid, or ratio 0."),
+    click.option("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16, for all members."),
+    click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ..., for all members."),
+)
+
+_DECODING_OPTIONS = (
+    click.option("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens each."),
+    click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."),
+    click.option("--top-k", type=click.IntRange(1), help="Sample from the K most probable tokens."),
+    click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from the nucleus of this mass."),
+    click.option("--min-p", type=click.FloatRange(0, 1), help="Sample tokens above this fraction of the largest."),
+    click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), help="Above 1 discourages repeats."),
+    click.option("--num-beams", type=click.IntRange(1), default=1, show_default=True, help="Beam search above 1."),
+    click.option(
+        "--num-return-sequences", type=click.IntRange(1), default=1, show_default=True, help="Texts each."
+    ),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End a text here and cut it off; repeat it."),
+    click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable."),
+)
+
+
+def ensemble_options(*, argument: bool = True) -> Callable[[Command], Command]:
+    """Add the options that say which ensemble; the command gets them as one `EnsembleOptions`."""
+
+    def decorate(function: Command) -> Command:
+        @wraps(function)
+        def collected(*args: Any, ensemble: str | None = None, **kwargs: Any) -> Any:
+            names = [field.name for field in fields(EnsembleOptions) if field.name != "ensemble"]
+            given = EnsembleOptions(ensemble=ensemble, **{name: kwargs.pop(name) for name in names})
+            return function(*args, given=given, **kwargs)
+
+        command: Any = collected
+        for option in reversed(_ENSEMBLE_OPTIONS):
+            command = option(command)
+        if argument:
+            command = click.argument("ensemble", required=False)(command)
+        result: Command = command
+        return result
+
+    return decorate
+
+
+def decoding_options(function: Command) -> Command:
+    """Add the options that say how to decode; the command gets them as one `DecodingOptions` under `decoding`."""
+
+    @wraps(function)
+    def collected(*args: Any, **kwargs: Any) -> Any:
+        from ensembler.decoding.texts import DecodingOptions
+
+        names = [field.name for field in fields(DecodingOptions)]
+        decoding: DecodingOptions = DecodingOptions(**{name: kwargs.pop(name) for name in names})
+        return function(*args, decoding=decoding, **kwargs)
+
+    command: Any = collected
+    for option in reversed(_DECODING_OPTIONS):
+        command = option(command)
+    result: Command = command
+    return result
+
+
+def _pairs(option: str, values: tuple[str, ...]) -> dict[str, str]:
+    pairs = {}
+    for value in values:
+        role, equals, rest = value.partition("=")
+        if not equals or not role or not rest:
+            raise ConfigError(f"{option} {value!r} is not of the form ROLE=VALUE")
+        pairs[role] = rest
+    return pairs
+
+
+def _numbers(option: str, values: tuple[str, ...]) -> dict[str, float] | None:
+    try:
+        return {role: float(number) for role, number in _pairs(option, values).items()} or None
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}; expected ROLE=NUMBER") from error
+
+
+def folder_path(value: str) -> Path:
+    """A path as typed, with ~ expanded."""
+    return Path(value).expanduser()

@@ -1,0 +1,124 @@
+"""Tables and marked texts for the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from ensembler.decoding.explain import Candidate, Choice
+    from ensembler.inspection import EnsembleSummary
+
+_PLAIN_WIDTH = 160  # of a file or a pipe, which have no width of their own
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Return a console that wraps at the terminal's width, and nowhere tight in a file or a pipe."""
+    made = Console(stderr=stderr, highlight=False)
+    if not made.is_terminal:
+        made.width = max(made.width, _PLAIN_WIDTH)
+    return made
+
+
+def print_summary(summary: EnsembleSummary) -> None:
+    """Print rule, vocabulary contract and members."""
+    out = console()
+    out.print(f"rule        {summary.rule} at alpha {summary.alpha:g}: {summary.formula}", markup=False)
+    out.print(f"            {summary.paper}", markup=False)
+    outside = "forbidden" if summary.outside == "mask" else "log-ratio 0"
+    widest = max(member.width for member in summary.members)
+    rest = f"; ids from there on: {outside}" if widest > summary.shared else ""
+    out.print(f"vocabulary  {summary.vocabulary}, {summary.shared:,} shared ids{rest}", markup=False)
+    for note in summary.notes:
+        out.print(f"            {note}", markup=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("role", "weight", "family", "parameters", "bytes", "dtype", "device", "context", "model"):
+        table.add_column(name, justify="right" if name in ("weight", "parameters", "bytes", "context") else "left")
+    for member in summary.members:
+        table.add_row(
+            f"{member.role} (anchor)" if member.role == summary.anchor else member.role,
+            f"{member.weight:+g}",
+            member.family,
+            "?" if member.parameters is None else f"{member.parameters:,}",
+            "?" if member.num_bytes is None else size(member.num_bytes),
+            member.dtype,
+            member.device,
+            "-" if member.context is None else f"{member.context:,}",
+            Text(member.model if member.adapter is None else f"{member.model} + {member.adapter}"),
+        )
+    out.print(table)
+
+
+def size(num_bytes: int) -> str:
+    """Return a number of bytes in decimal units."""
+    value = float(num_bytes)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} GB"
+
+
+def print_next_tokens(
+    candidates: Mapping[str, Sequence[Candidate]], tokenizer: Any, *, anchor: str, alpha: float
+) -> None:
+    """Print the top tokens of every member beside the ensemble's, and say whether α moved the choice."""
+    out = console()
+    table = Table(box=None, header_style="bold", pad_edge=False, title=None)
+    for role in candidates:
+        table.add_column(role)
+    for row in zip(*candidates.values(), strict=True):
+        table.add_row(*[Text(f"{c.probability:6.1%}  {show_token(tokenizer, c.token)}") for c in row])
+    out.print()
+    out.print(table)
+    chosen, alone = candidates["ensemble"][0].token, candidates[anchor][0].token
+    if chosen == alone:
+        line = f"alpha {alpha:g} keeps the anchor's choice: {show_token(tokenizer, alone)}"
+    else:
+        line = f"alpha {alpha:g} moves the choice: {show_token(tokenizer, alone)} -> {show_token(tokenizer, chosen)}"
+    out.print(f"\n{line}", markup=False)
+
+
+@contextmanager
+def progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Yield a function that advances a progress bar on standard error (on a terminal, where `shown`)."""
+    with Progress(
+        *Progress.get_default_columns(),
+        MofNCompleteColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not shown or not sys.stderr.isatty(),
+    ) as bar:
+        task = bar.add_task("decoding", total=total)
+        yield lambda steps: bar.advance(task, steps)
+
+
+def show_token(tokenizer: Any, token: int) -> str:
+    """Return a token's text in quotes, so that spaces show."""
+    return repr(tokenizer.decode([token]))
+
+
+def print_explained(choices: Sequence[Choice], tokenizer: Any) -> None:
+    """Print a text with brackets round the tokens that are not the anchor's choice, and then a line for each."""
+    out = console()
+    text = Text()
+    for choice in choices:
+        shown = tokenizer.decode([choice.token])
+        text.append(f"[{shown}]" if choice.moved else shown, style="bold reverse" if choice.moved else "")
+    out.print(text)
+    moved = [(position, choice) for position, choice in enumerate(choices) if choice.moved]
+    out.print(f"{len(moved)} of {len(choices)} tokens are not the anchor's choice", markup=False)
+    for position, choice in moved:
+        out.print(
+            f"  token {position}: {show_token(tokenizer, choice.token)} at {choice.probability:.1%} "
+            f"(anchor {choice.anchor_probability:.1%}); the anchor would say "
+            f"{show_token(tokenizer, choice.anchor_token)}",
+            markup=False,
+        )

@@ -1,0 +1,73 @@
+"""Where α moved the choice: next-token tables of every member, and a text marked token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ensembler.modeling import EnsembleForCausalLM
+from ensembler.runners import Step
+
+ENSEMBLE = "ensemble"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A next token and its probability."""
+
+    token: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One token of a text: what was chosen, and what the anchor alone finds most probable there.
+
+    `probability` is the ensemble's for the chosen token, `anchor_probability` the anchor's for the same token.
+    """
+
+    token: int
+    probability: float
+    anchor_token: int
+    anchor_probability: float
+
+    @property
+    def moved(self) -> bool:
+        """Whether the ensemble's choice is not its anchor's."""
+        return self.token != self.anchor_token
+
+
+@torch.inference_mode()
+def next_tokens(model: EnsembleForCausalLM, ids: Sequence[int], top_k: int = 5) -> dict[str, list[Candidate]]:
+    """Return the `top_k` most probable next tokens of the ensemble and of every member, by role, after `ids`."""
+    logits = model.member_logits(Step(torch.tensor([list(ids)], device=model.device), logits_to_keep=1))
+    scores = {ENSEMBLE: model.combine(logits), **logits}
+    return {role: _top(values[0, -1], top_k) for role, values in scores.items()}
+
+
+def _top(logits: Tensor, top_k: int) -> list[Candidate]:
+    values, tokens = logits.float().softmax(-1).topk(min(top_k, logits.shape[-1]))
+    return [Candidate(token, value) for token, value in zip(tokens.tolist(), values.tolist(), strict=True)]
+
+
+@torch.inference_mode()
+def explain(model: EnsembleForCausalLM, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> list[Choice]:
+    """Return one Choice for each token of `new_ids`, from one forward over the finished text.
+
+    Probabilities are before sampling options: temperature and cut-offs change what is drawn, not what is shown here.
+    """
+    ids = torch.tensor([[*prompt_ids, *new_ids]], device=model.device)
+    logits = model.member_logits(Step(ids[:, :-1], logits_to_keep=len(new_ids)))
+    ensemble = model.combine(logits)[0].softmax(-1)
+    anchor = logits[model.rule.anchor][0].float().softmax(-1).to(ensemble.device)
+    tokens = ids[0, len(prompt_ids) :].to(ensemble.device)
+    columns = (
+        tokens.tolist(),
+        ensemble.gather(-1, tokens[:, None])[:, 0].tolist(),
+        anchor.argmax(-1).tolist(),
+        anchor.gather(-1, tokens[:, None])[:, 0].tolist(),
+    )
+    return [Choice(*values) for values in zip(*columns, strict=True)]

@@ -1,0 +1,137 @@
+"""Prompts: read them from a file, turn them into token ids, refuse those that cannot be decoded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ensembler.errors import PromptError
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: its number in the input (from 0), its text, and where it came from (for messages)."""
+
+    number: int
+    text: str
+    source: str
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt as token ids."""
+
+    number: int
+    ids: list[int]
+
+
+def read_prompts(path: Path, *, skip: Report | None = None) -> list[Prompt]:
+    """Return the prompts of a JSON Lines file; each line is ``{"prompt": "..."}`` or a JSON string.
+
+    A broken line raises PromptError with file and line number; with `skip`, it is called with the message instead.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{path} cannot be read: {error}") from error
+    prompts = []
+    for number, line in enumerate(lines):
+        source = f"{path}:{number + 1}"
+        try:
+            prompts.append(Prompt(number, _parse(line, source), source))
+        except PromptError as error:
+            if skip is None:
+                raise
+            skip(str(error))
+    if not prompts:
+        raise PromptError(f"{path} holds no prompts; expected lines such as {{'prompt': '...'}} in JSON")
+    return prompts
+
+
+def _parse(line: str, source: str) -> str:
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise PromptError(f"{source} is no JSON ({error}); mend the line or add --skip-bad") from error
+    text = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise PromptError(f"{source} has no text under 'prompt'; mend the line or add --skip-bad")
+    return text
+
+
+def encode_prompts(
+    prompts: list[Prompt],
+    tokenizer: Any,
+    *,
+    chat: bool = False,
+    system: str | None = None,
+    context: tuple[str, int] | None = None,
+    skip: Report | None = None,
+) -> list[EncodedPrompt]:
+    """Return the prompts as token ids, by the tokenizer's chat template with `chat`.
+
+    `context` is the role with the shortest context and that length in tokens. An empty or too long prompt raises
+    PromptError; with `skip`, it is called with the message instead.
+    """
+    return list(_encode(prompts, tokenizer, chat, system, context, skip))
+
+
+def _encode(
+    prompts: list[Prompt],
+    tokenizer: Any,
+    chat: bool,
+    system: str | None,
+    context: tuple[str, int] | None,
+    skip: Report | None,
+) -> Iterator[EncodedPrompt]:
+    for prompt in prompts:
+        try:
+            if not prompt.text.strip():
+                raise PromptError(f"{prompt.source} is an empty prompt; give it some text")
+            ids = chat_ids(tokenizer, _messages(prompt.text, system)) if chat else text_ids(tokenizer, prompt.text)
+            check_length(len(ids), prompt.source, context)
+        except PromptError as error:
+            if skip is None:
+                raise
+            skip(str(error))
+        else:
+            yield EncodedPrompt(prompt.number, ids)
+
+
+def _messages(text: str, system: str | None) -> list[dict[str, str]]:
+    user = {"role": "user", "content": text}
+    return [user] if system is None else [{"role": "system", "content": system}, user]
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the ids of a plain text, with the special tokens that the tokenizer adds."""
+    ids: list[int] = tokenizer(text)["input_ids"]
+    return ids
+
+
+def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """Return the ids of a conversation in the tokenizer's chat template, ready for the assistant's turn."""
+    if not tokenizer.chat_template:
+        raise PromptError("the anchor's tokenizer has no chat template; leave --chat out, or choose another anchor")
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates are programs of the models' authors and raise what they like
+        raise PromptError(f"the chat template refuses these messages: {error}") from error
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def check_length(num_tokens: int, source: str, context: tuple[str, int] | None) -> None:
+    """Raise PromptError unless a prompt of `num_tokens` leaves room for one more in the shortest context."""
+    if not num_tokens:
+        raise PromptError(f"{source} is an empty prompt; give it some text")
+    if context is not None and num_tokens >= context[1]:
+        role, length = context
+        raise PromptError(
+            f"{source} has {num_tokens:,} tokens; the context of {role} ends at {length:,}: shorten the prompt"
+        )

@@ -1,0 +1,215 @@
+"""Texts from prompts: options, batches by length, one completion per prompt. The decoding is `model.generate`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from ensembler.decoding.prompts import EncodedPrompt
+from ensembler.errors import ConfigError
+from ensembler.modeling import EnsembleForCausalLM
+
+_SEED_STEP = 1_000_003  # batches get seeds far apart, so that neighbours of a user's seed do not share any
+
+
+@dataclass(frozen=True)
+class DecodingOptions:
+    """How to decode. Temperature 0 is greedy; what is not set leaves the ensemble's distribution as it is.
+
+    `max_new_tokens` in tokens; `stop`: texts that end a completion and are cut off; `seed`: makes sampling repeatable
+    for the same prompts and batch size.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_return_sequences > 1 and self.temperature == 0 and self.num_beams < self.num_return_sequences:
+            raise ConfigError(
+                f"{self.num_return_sequences} sequences from greedy decoding would be the same; "
+                "give a temperature above 0 or as many beams"
+            )
+        sampling = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
+        if sampling and self.temperature == 0:
+            raise ConfigError(f"{sampling[0]} needs sampling, and temperature 0 is greedy; give a temperature above 0")
+
+    def generation_config(self, max_new_tokens: int) -> GenerationConfig:
+        """Return all of it for `generate`; nothing is left to a member's own generation_config but its end tokens."""
+        sampling = self.temperature > 0
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=sampling,
+            temperature=self.temperature if sampling else 1.0,
+            top_k=(self.top_k or 0) if sampling else 50,  # 50 is transformers' default, unused when greedy
+            top_p=self.top_p if self.top_p is not None else 1.0,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty if self.repetition_penalty is not None else 1.0,
+            num_beams=self.num_beams,
+            num_return_sequences=self.num_return_sequences,
+            stop_strings=list(self.stop) or None,
+        )
+
+
+def run_settings(
+    model: EnsembleForCausalLM, prompts: Sequence[EncodedPrompt], options: DecodingOptions, *, batch_size: int
+) -> dict[str, Any]:
+    """Return what the texts of a run depend on, for JSON: two runs with the same settings make the same texts."""
+    ids = json.dumps([[prompt.number, prompt.ids] for prompt in prompts])
+    config = model.config.to_dict()
+    return {
+        "prompts": hashlib.sha256(ids.encode()).hexdigest()[:16],
+        **{key: config[key] for key in ("rule", "alpha", "members")},
+        **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(options).items()},
+        "batch_size": batch_size,
+    }
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One decoded text. `ids` are its new tokens, the end token included; finish reason is 'stop' or 'length'."""
+
+    text: str
+    num_tokens: int
+    finish_reason: str
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """All samples of one prompt, and the seconds that its batch took."""
+
+    number: int
+    prompt_ids: list[int]
+    samples: list[Sample]
+    seconds: float
+
+    def to_row(self) -> dict[str, Any]:
+        """One line of the output file: a text, or a list of samples where several were asked for."""
+        texts = [
+            {"text": sample.text, "num_tokens": sample.num_tokens, "finish_reason": sample.finish_reason}
+            for sample in self.samples
+        ]
+        body = texts[0] if len(texts) == 1 else {"samples": texts}
+        return {"number": self.number, **body, "seconds": round(self.seconds, 3)}
+
+
+def batches_by_length(prompts: Sequence[EncodedPrompt], batch_size: int) -> list[list[EncodedPrompt]]:
+    """Return batches of prompts of similar length, the longest first: too little memory then shows at once."""
+    ordered = sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.number))
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def complete_batches(
+    model: EnsembleForCausalLM,
+    tokenizer: Any,
+    prompts: Sequence[EncodedPrompt],
+    options: DecodingOptions,
+    *,
+    batch_size: int = 1,
+    done: frozenset[int] = frozenset(),
+    streamer: BaseStreamer | None = None,
+) -> Iterator[list[Completion]]:
+    """Yield the completions of one batch after another.
+
+    Batches and their seeds depend on `prompts`, `batch_size` and the seed alone: leaving out the numbers in `done`
+    (when a run is resumed) gives the others the texts they would have had.
+    """
+    for index, batch in enumerate(batches_by_length(prompts, batch_size)):
+        wanted = [prompt for prompt in batch if prompt.number not in done]
+        if not wanted:
+            continue
+        if options.seed is not None:
+            torch.manual_seed(options.seed + index * _SEED_STEP)
+        completions = _complete(model, tokenizer, batch, options, streamer)
+        yield [completion for completion in completions if completion.number not in done]
+
+
+def _complete(
+    model: EnsembleForCausalLM,
+    tokenizer: Any,
+    batch: Sequence[EncodedPrompt],
+    options: DecodingOptions,
+    streamer: BaseStreamer | None,
+) -> list[Completion]:
+    start = time.perf_counter()
+    input_ids, attention_mask = _pad_left([prompt.ids for prompt in batch], _pad_id(model, tokenizer))
+    length = input_ids.shape[1]
+    context = model.shortest_context
+    room = options.max_new_tokens if context is None else min(options.max_new_tokens, context[1] - length)
+    sequences = model.generate(
+        input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        generation_config=options.generation_config(room),
+        tokenizer=tokenizer,
+        streamer=streamer,
+    )
+    new = sequences[:, length:].tolist()
+    seconds = time.perf_counter() - start
+    num = options.num_return_sequences
+    ends = _end_ids(model)
+    return [
+        Completion(
+            number=prompt.number,
+            prompt_ids=prompt.ids,
+            samples=[_sample(ids, tokenizer, ends, options.stop) for ids in new[row * num : (row + 1) * num]],
+            seconds=seconds,
+        )
+        for row, prompt in enumerate(batch)
+    ]
+
+
+def _sample(ids: list[int], tokenizer: Any, ends: frozenset[int], stops: Sequence[str]) -> Sample:
+    """Cut a row at its end token, then its text at the first stop text."""
+    end = next((position for position, token in enumerate(ids) if token in ends), None)
+    kept = ids if end is None else ids[: end + 1]
+    text = tokenizer.decode(kept, skip_special_tokens=True)
+    cuts = [cut for cut in (text.find(stop) for stop in stops) if cut >= 0]
+    if cuts:
+        text = text[: min(cuts)]
+        kept = _until_text(kept, tokenizer, stops)
+    return Sample(text, len(kept), "stop" if cuts or end is not None else "length", kept)
+
+
+def _until_text(ids: list[int], tokenizer: Any, stops: Sequence[str]) -> list[int]:
+    """The shortest beginning of `ids` whose text holds a stop text: what follows in a batch is padding."""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+        if any(stop in text for stop in stops):
+            return ids[:end]
+    return ids
+
+
+def _pad_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Return ids and mask, both (rows, longest) int64."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+def _end_ids(model: EnsembleForCausalLM) -> frozenset[int]:
+    ends = model.generation_config.eos_token_id
+    return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
+
+
+def _pad_id(model: EnsembleForCausalLM, tokenizer: Any) -> int:
+    """Any id will do where the mask is 0; the end token is what transformers takes by itself."""
+    candidates = (model.generation_config.pad_token_id, tokenizer.pad_token_id, *_end_ids(model), 0)
+    return int(next(token for token in candidates if token is not None))
