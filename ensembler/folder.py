@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers import GenerationConfig
 
 from ensembler.config import EnsembleConfig, MemberConfig
@@ -30,15 +31,14 @@ def find(name: str | Path, *, revision: str | None = None) -> Path:
         if not (path / "config.json").is_file():
             raise ConfigError(f"{path} has no config.json, so it is not an ensemble; make one with: ensembler create")
         return path
-    if path.is_absolute() or str(name).startswith(".") or str(name).count("/") > 1:
+    if path.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
         raise ConfigError(f"there is no folder {path}; make one with: ensembler create")
     try:
         return Path(snapshot_download(str(name), revision=revision))
-    except Exception as error:
-        raise ConfigError(
-            f"{str(name)!r} is no folder here and could not be had from the hub ({type(error).__name__}); "
-            "make one with: ensembler create"
-        ) from error
+    except (OSError, ValueError) as error:
+        offline = isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled)
+        reason = "the hub cannot be reached (offline)" if offline else "it is not on the hub either"
+        raise ConfigError(f"{str(name)!r} is no folder here, and {reason}; make one with: ensembler create") from error
 
 
 def read(folder: Path) -> EnsembleConfig:

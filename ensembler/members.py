@@ -49,6 +49,12 @@ def context_length(model_config: Any) -> int | None:
     return int(length) if length else None
 
 
+def shortest_context(model_configs: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Return the role with the shortest context and its length in tokens, or None where no member sets a limit."""
+    lengths = [(role, context_length(config)) for role, config in model_configs.items()]
+    return min(((role, length) for role, length in lengths if length), key=lambda pair: pair[1], default=None)
+
+
 def is_local(name: str) -> bool:
     """Whether a member's name is a path (absolute, or written with a leading dot) or an existing folder."""
     return os.path.isabs(name) or name.startswith((".", "~")) or os.path.isdir(name)

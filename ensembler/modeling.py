@@ -20,9 +20,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ensembler import folder as folders
 from ensembler.cache import EnsembleCache
 from ensembler.config import EnsembleConfig, MemberConfig, check_roles
-from ensembler.errors import ConfigError, InputError, LogitsError, MemberError
-from ensembler.members import context_length, load_member
-from ensembler.preflight import check_ensemble
+from ensembler.errors import ConfigError, InputError, LogitsError
+from ensembler.members import load_member, shortest_context
+from ensembler.preflight import CheckedEnsemble, check_ensemble
 from ensembler.runners import Member, Step, run_serial
 from ensembler.vocab import VocabularyContract
 
@@ -111,15 +111,21 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
         `loaded` holds members that need no loading. Everything is checked before the first weight is read.
         """
-        models = dict(loaded or {})
-        checked = check_ensemble(config, models, trust_remote_code=trust_remote_code)
+        checked = check_ensemble(config, loaded, trust_remote_code=trust_remote_code)
+        return cls.from_checked(checked, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+
+    @classmethod
+    def from_checked(
+        cls, checked: CheckedEnsemble, *, attn_implementation: str | None = None, trust_remote_code: bool = False
+    ) -> EnsembleForCausalLM:
+        """Load the members of a checked ensemble, one after another."""
+        models = dict(checked.loaded)
         for role, files in checked.files.items():
             models[role] = load_member(
                 files, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
             )
         model = cls(checked.config, models, checked.contract)
-        anchor = checked.files.get(model.rule.anchor)
-        model.tokenizer = anchor.tokenizer if anchor is not None else None
+        model.tokenizer = checked.tokenizer
         return model
 
     @classmethod
@@ -181,12 +187,6 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             overwrite=overwrite,
         )
 
-    def require_tokenizer(self) -> Any:
-        """Return the anchor's tokenizer, or raise MemberError where it came without one."""
-        if self.tokenizer is None:
-            raise MemberError(f"{self.rule.anchor} has no tokenizer files beside its weights; texts need them")
-        return self.tokenizer
-
     # -- what it is ---------------------------------------------------------------------------------------------------
 
     @property
@@ -214,9 +214,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     @property
     def shortest_context(self) -> tuple[str, int] | None:
         """The role with the shortest context and its length in tokens, or None where no member sets a limit."""
-        lengths = {role: context_length(member.config) for role, member in self.members.items()}
-        known = [(role, length) for role, length in lengths.items() if length is not None]
-        return min(known, key=lambda item: item[1], default=None)
+        return shortest_context({role: member.config for role, member in self.members.items()})
 
     @property
     def device(self) -> torch.device:
@@ -339,6 +337,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             raise InputError(f"{role} ({type(member).__name__}) keeps no key-value cache; call with use_cache=False")
 
 
+_LEFT_BY_GENERATE = {"tokenizer", "assistant_tokenizer"}  # generate hands its own arguments on to forward
 _OPTIONS_OF_AUTO = {"_from_auto", "_commit_hash", "adapter_kwargs"}
 
 
@@ -372,7 +371,7 @@ def _spread(alpha: Tensor, num_rows: int) -> Tensor:
 def _refuse(unused: Mapping[str, Any]) -> None:
     """Raise for arguments that an ensemble cannot honour; None and False ask for nothing."""
     for name, value in unused.items():
-        if value is not None and value is not False:
+        if value is not None and value is not False and name not in _LEFT_BY_GENERATE:
             raise InputError(f"an ensemble's forward takes no {name!r}; its members differ in hidden size and layers")
 
 

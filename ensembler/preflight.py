@@ -9,7 +9,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ensembler.config import EnsembleConfig, check_roles
-from ensembler.members import MemberFiles, check_member, context_length
+from ensembler.errors import MemberError
+from ensembler.members import MemberFiles, check_member, shortest_context
 from ensembler.vocab import VocabularyContract, make_contract, read_vocabulary
 
 
@@ -17,13 +18,33 @@ from ensembler.vocab import VocabularyContract, make_contract, read_vocabulary
 class CheckedEnsemble:
     """A configuration whose members, vocabularies and files were found to fit; no weight is loaded.
 
-    `files` holds the members that are to be loaded; `model_configs` those of all members, by role.
+    `files` holds the members that are to be loaded, `loaded` those that were passed in as models; `model_configs`
+    has both, by role.
     """
 
     config: EnsembleConfig
     files: dict[str, MemberFiles]
+    loaded: dict[str, PreTrainedModel]
     model_configs: dict[str, Any]
     contract: VocabularyContract
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """The anchor's tokenizer, or None where it came without one."""
+        anchor = self.files.get(self.config.get_rule().anchor)
+        return None if anchor is None else anchor.tokenizer
+
+    def require_tokenizer(self) -> Any:
+        """Return the anchor's tokenizer, or raise MemberError where it came without one."""
+        if self.tokenizer is None:
+            anchor = self.config.get_rule().anchor
+            raise MemberError(f"{anchor} has no tokenizer files beside its weights; texts need them")
+        return self.tokenizer
+
+    @property
+    def shortest_context(self) -> tuple[str, int] | None:
+        """The role with the shortest context and its length in tokens, or None where no member sets a limit."""
+        return shortest_context(self.model_configs)
 
 
 def check_ensemble(
@@ -37,7 +58,7 @@ def check_ensemble(
     `loaded` are members that were passed in as models, without a tokenizer. Raises ConfigError, MemberError or
     VocabularyError.
     """
-    loaded = loaded or {}
+    loaded = dict(loaded or {})
     rule = config.get_rule()
     check_roles(rule, config.members)
     files = {
@@ -53,7 +74,7 @@ def check_ensemble(
         ]
     )
     _fill_in(config, model_configs, contract)
-    return CheckedEnsemble(config, files, model_configs, contract)
+    return CheckedEnsemble(config, files, loaded, model_configs, contract)
 
 
 def _fill_in(config: EnsembleConfig, model_configs: Mapping[str, Any], contract: VocabularyContract) -> None:
@@ -61,7 +82,7 @@ def _fill_in(config: EnsembleConfig, model_configs: Mapping[str, Any], contract:
     text_config = model_configs[anchor].get_text_config(decoder=True)
     config.vocab_size = contract.widths[anchor]
     config.shared_vocab_size = contract.shared
-    contexts = [length for length in map(context_length, model_configs.values()) if length is not None]
-    config.max_position_embeddings = min(contexts, default=None)
+    shortest = shortest_context(model_configs)
+    config.max_position_embeddings = None if shortest is None else shortest[1]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(config, name, getattr(text_config, name, None))

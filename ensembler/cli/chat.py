@@ -25,10 +25,15 @@ def chat(given: EnsembleOptions, decoding: DecodingOptions, system: str | None) 
     Lines are read from standard input; an empty line or /exit ends, /reset forgets the conversation.
     """
     from ensembler.decoding.conversation import Conversation
+    from ensembler.decoding.prompts import chat_ids
     from ensembler.modeling import EnsembleForCausalLM
+    from ensembler.preflight import check_ensemble
 
-    model = EnsembleForCausalLM.from_config(given.load_config())
-    conversation = Conversation(model, decoding, system=system)
+    checked = check_ensemble(given.load_config())
+    tokenizer = checked.require_tokenizer()
+    chat_ids(tokenizer, [{"role": "user", "content": "?"}])  # refuses a missing template before weights are loaded
+    model = EnsembleForCausalLM.from_checked(checked)
+    conversation = Conversation(model, tokenizer, decoding, system=system)
     click.echo(f"{model.config.rule} at alpha {model.config.alpha:g}; {_HELP}", err=True)
     while True:
         click.echo("> ", nl=False, err=True)

@@ -12,9 +12,7 @@ from ensembler.cli.options import EnsembleOptions, ensemble_options
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @ensemble_options(argument=False)
-@click.option(
-    "--copy-members", is_flag=True, help="Copy the members into the folder, so that it stands alone."
-)
+@click.option("--copy-members", is_flag=True, help="Copy the members into the folder, so that it stands alone.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 def create(out: Path, given: EnsembleOptions, copy_members: bool, overwrite: bool) -> None:
     """Write an ensemble to the folder OUT.

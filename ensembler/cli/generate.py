@@ -68,14 +68,15 @@ def generate(
     from ensembler.decoding.results import ResultsFile, check_output
     from ensembler.decoding.texts import complete_batches, run_settings
     from ensembler.modeling import EnsembleForCausalLM
+    from ensembler.preflight import check_ensemble
 
     skip = (lambda message: click.echo(f"skipped: {message}", err=True)) if skip_bad else None
     asked = _read(prompt, prompts, skip)
     if output is not None:
         check_output(output, resume=resume, overwrite=overwrite)
-    model = EnsembleForCausalLM.from_config(given.load_config())
-    tokenizer = model.require_tokenizer()
-    encoded = encode_prompts(asked, tokenizer, chat=chat, system=system, context=model.shortest_context, skip=skip)
+    checked = check_ensemble(given.load_config())
+    tokenizer = checked.require_tokenizer()
+    encoded = encode_prompts(asked, tokenizer, chat=chat, system=system, context=checked.shortest_context, skip=skip)
     if not encoded:
         raise PromptError("no prompt is left to decode; mend the skipped lines")
 
@@ -84,6 +85,7 @@ def generate(
     printer = _Printer(
         tokenizer, as_json=as_json, quiet=output is not None or streamer is not None, many=len(asked) > 1
     )
+    model = EnsembleForCausalLM.from_checked(checked)
     results = None
     if output is not None:
         settings = run_settings(model, encoded, decoding, batch_size=batch_size)
@@ -106,9 +108,8 @@ def generate(
             advance(len(batch))
     printer.flush()
     seconds = time.perf_counter() - start
-    click.echo(
-        f"{num_texts} texts, {num_tokens} tokens in {seconds:.1f} s: {num_tokens / seconds:.1f} tokens/s", err=True
-    )
+    rate = num_tokens / seconds
+    click.echo(f"texts: {num_texts}, tokens: {num_tokens}, seconds: {seconds:.1f}, tokens/s: {rate:.1f}", err=True)
 
 
 def _read(prompt: str | None, path: Path | None, skip: Callable[[str], None] | None) -> list[Prompt]:

@@ -33,9 +33,9 @@ def inspect(given: EnsembleOptions, prompt: str | None, top_k: int, as_json: boo
         from ensembler.decoding.prompts import Prompt, encode_prompts
         from ensembler.modeling import EnsembleForCausalLM
 
-        model = EnsembleForCausalLM.from_config(checked.config)
-        tokenizer = model.require_tokenizer()
-        ids = encode_prompts([Prompt(0, prompt, "--prompt")], tokenizer, context=model.shortest_context)[0].ids
+        tokenizer = checked.require_tokenizer()
+        ids = encode_prompts([Prompt(0, prompt, "--prompt")], tokenizer, context=checked.shortest_context)[0].ids
+        model = EnsembleForCausalLM.from_checked(checked)
         candidates = next_tokens(model, ids, top_k)
         content["next_tokens"] = {
             role: [{"token": tokenizer.decode([c.token]), "id": c.token, "probability": c.probability} for c in column]

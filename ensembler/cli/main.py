@@ -66,7 +66,9 @@ def _help_hint(error: click.ClickException) -> str:
 
 
 def _quiet_libraries() -> None:
-    """Progress bars and advice of the libraries below would drown our own lines; errors still come through."""
+    """Advice of the libraries below, and progress bars in a log, would drown our own lines; errors come through."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -117,9 +117,7 @@ _DECODING_OPTIONS = (
     click.option("--min-p", type=click.FloatRange(0, 1), help="Sample tokens above this fraction of the largest."),
     click.option("--repetition-penalty", type=click.FloatRange(0, min_open=True), help="Above 1 discourages repeats."),
     click.option("--num-beams", type=click.IntRange(1), default=1, show_default=True, help="Beam search above 1."),
-    click.option(
-        "--num-return-sequences", type=click.IntRange(1), default=1, show_default=True, help="Texts each."
-    ),
+    click.option("--num-return-sequences", type=click.IntRange(1), default=1, show_default=True, help="Texts each."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End a text here and cut it off; repeat it."),
     click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable."),
 )

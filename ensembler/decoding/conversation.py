@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import TextStreamer
 
 from ensembler.decoding.prompts import EncodedPrompt, chat_ids, check_length
@@ -13,15 +15,16 @@ from ensembler.modeling import EnsembleForCausalLM
 class Conversation:
     """The messages so far. `reply` streams the answer to standard output and returns it."""
 
-    def __init__(self, model: EnsembleForCausalLM, options: DecodingOptions, *, system: str | None = None) -> None:
+    def __init__(
+        self, model: EnsembleForCausalLM, tokenizer: Any, options: DecodingOptions, *, system: str | None = None
+    ) -> None:
         if options.num_return_sequences > 1 or options.num_beams > 1:
             raise ConfigError("chat gives one answer a turn; leave --num-return-sequences and --num-beams out")
         self._model = model
-        self._tokenizer = model.require_tokenizer()
+        self._tokenizer = tokenizer
         self._options = options
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self.reset()
-        chat_ids(self._tokenizer, [*self._start, {"role": "user", "content": "?"}])  # refuses a missing template now
 
     def reset(self) -> None:
         """Forget everything but the system message."""

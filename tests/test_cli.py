@@ -1,0 +1,276 @@
+"""The command line through click's runner: what is printed, what is written, and one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny import make_model, make_tokenizer
+from transformers import AutoModelForCausalLM
+
+from ensembler import EnsembleForCausalLM, __version__
+from ensembler.cli import main as cli_main
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of an error."""
+        lines = self.err.strip().splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("Error: "), self.err
+        assert self.out == ""
+        return lines[0]
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run() -> Run:
+    """Run the command line in this process, errors and exit codes included."""
+
+    def run(*args: object, stdin: str | None = None) -> Result:
+        runner = CliRunner()
+        with runner.isolation(input=stdin) as (out, err, _):
+            try:
+                cli_main.main([str(arg) for arg in args])
+                code = 0
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+        return Result(code, out.getvalue().decode(), err.getvalue().decode())
+
+    return run
+
+
+@pytest.fixture
+def members(folders: dict[str, Path]) -> list[str]:
+    names = {"source_ft": "--source-ft", "source_pt": "--source-pt", "target_pt": "--target-pt"}
+    return [part for role, option in names.items() for part in (option, str(folders[role]))]
+
+
+@pytest.fixture
+def ensemble(run: Run, members: list[str], tmp_path: Path) -> Path:
+    result = run("create", tmp_path / "ens", *members, "--alpha", 0.5)
+    assert result.code == 0, result.err
+    return tmp_path / "ens"
+
+
+def greedy(folder: Path, text: str, num: int) -> str:
+    model = EnsembleForCausalLM.from_pretrained(folder)
+    ids = model.tokenizer(text, return_tensors="pt")["input_ids"]
+    new = model.generate(ids, max_new_tokens=num, do_sample=False)[0, ids.shape[1] :]
+    return str(model.tokenizer.decode(new, skip_special_tokens=True))
+
+
+def test_version_and_help(run: Run) -> None:
+    assert run("--version").out == f"ensembler, version {__version__}\n"
+    for command in ("create", "inspect", "generate", "chat"):
+        result = run(command, "--help")
+        assert result.code == 0
+        assert "--source-ft" in result.out
+
+
+def test_create_writes_a_folder_that_loads_as_it_says(run: Run, ensemble: Path, folders: dict[str, Path]) -> None:
+    config = json.loads((ensemble / "config.json").read_text())
+    assert config["model_type"] == "ensembler"
+    assert config["alpha"] == 0.5
+    assert config["members"]["source_ft"] == {"model": f"../{folders['source_ft'].name}"}
+    result = run("generate", ensemble, "--prompt", "hello", "--max-new-tokens", 9)
+    assert result.out == greedy(ensemble, "hello", 9) + "\n"
+    assert "tokens/s" in result.err
+
+
+def test_create_copy_members_stands_alone(run: Run, members: list[str], tmp_path: Path) -> None:
+    assert run("create", tmp_path / "alone", *members, "--copy-members").code == 0
+    assert all(path.startswith("./") for path in _models(tmp_path / "alone"))
+    assert (tmp_path / "alone" / "target_pt" / "model.safetensors").is_file()
+
+
+def _models(folder: Path) -> list[str]:
+    return [member["model"] for member in json.loads((folder / "config.json").read_text())["members"].values()]
+
+
+def test_linear_with_two_pairs(run: Run, folders: dict[str, Path]) -> None:
+    numbers = {"a": 1.0, "b": 0.5, "c": -0.5}
+    args = [part for role, path in zip("abc", folders.values(), strict=True) for part in ("--member", f"{role}={path}")]
+    for role, number in numbers.items():
+        args += ["--constant" if role == "a" else "--slope", f"{role}={number}"]
+    result = run("inspect", *args, "--rule", "linear", "--alpha", -2, "--json")
+    found = {member["role"]: member["weight"] for member in json.loads(result.out)["members"]}
+    assert found == {"a": 1.0, "b": -1.0, "c": 1.0}
+
+
+def test_inspect_counts_parameters_and_bytes_from_headers(run: Run, ensemble: Path, folders: dict[str, Path]) -> None:
+    summary = json.loads(run("inspect", ensemble, "--json").out)
+    assert summary["vocabulary"] == "identical"
+    for member in summary["members"]:
+        loaded = AutoModelForCausalLM.from_pretrained(folders[member["role"]])
+        assert member["parameters"] == sum(p.numel() for p in loaded.parameters())
+        assert member["num_bytes"] == 4 * member["parameters"]
+    printed = run("inspect", ensemble, "--prompt", "hello").out
+    assert "source_ft (anchor)" in printed
+    assert "alpha 0.5" in printed
+
+
+def test_inspect_prompt_shows_the_next_token(run: Run, ensemble: Path) -> None:
+    content = json.loads(run("inspect", ensemble, "--prompt", "hello", "--json").out)
+    assert content["next_tokens"]["ensemble"][0]["token"] == greedy(ensemble, "hello", 1)
+
+
+def test_generate_reads_standard_input(run: Run, ensemble: Path) -> None:
+    assert run("generate", ensemble, "--max-new-tokens", 5, stdin="hello\n").out == greedy(ensemble, "hello", 5) + "\n"
+
+
+def test_generate_streams_what_it_would_print(run: Run, ensemble: Path) -> None:
+    arguments = ("generate", ensemble, "--prompt", "hello", "--max-new-tokens", 9)
+    assert run(*arguments, "--stream").out == run(*arguments, "--no-stream").out
+
+
+def test_generate_explain_brackets_moved_tokens(run: Run, ensemble: Path) -> None:
+    arguments = ("generate", ensemble, "--prompt", "hello", "--max-new-tokens", 9)
+    row = json.loads(run(*arguments, "--explain", "--json").out)
+    printed = run(*arguments, "--explain").out.splitlines()
+    assert f"{len(row['moved'])} of {row['num_tokens']} tokens are not the anchor's choice" in printed
+    assert len(printed[-1:]) == 1
+    unmoved = json.loads(run(*arguments, "--explain", "--json", "--alpha", 0).out)
+    assert unmoved["moved"] == []
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a", "hello there", "abc", "x")))
+    return path
+
+
+def rows(path: Path) -> list[dict[str, object]]:
+    found = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    for row in found:
+        assert row.pop("seconds") >= 0
+    return found
+
+
+def test_generate_output_is_in_input_order_and_resumes(run: Run, ensemble: Path, prompts: Path, tmp_path: Path) -> None:
+    arguments = ("generate", ensemble, "--prompts", prompts, "--max-new-tokens", 6, "--batch-size", 2)
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    assert run(*arguments, "--output", whole).code == 0
+    assert [row["number"] for row in rows(whole)] == [0, 1, 2, 3]
+    assert rows(whole)[1]["text"] == greedy(ensemble, "hello there", 6)
+    cut.write_text("".join(whole.read_text().splitlines(keepends=True)[1:3]))
+    assert run(*arguments, "--output", cut, "--resume").code == 0
+    assert rows(cut) == rows(whole)
+
+
+def test_generate_refuses_an_existing_output(run: Run, ensemble: Path, prompts: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("precious\n")
+    result = run("generate", ensemble, "--prompts", prompts, "--output", out)
+    assert result.code == 2
+    assert "add --resume to go on with it or --overwrite" in result.error
+    assert out.read_text() == "precious\n"
+
+
+def test_skip_bad_goes_on(run: Run, ensemble: Path, tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('"a"\n{broken\n""\n"b"\n')
+    assert f"{path}:2" in run("generate", ensemble, "--prompts", path).error
+    result = run("generate", ensemble, "--prompts", path, "--skip-bad", "--json", "--max-new-tokens", 2)
+    assert [json.loads(line)["number"] for line in sorted(result.out.splitlines())] == [0, 3]
+    assert result.err.count("skipped: ") == 2
+
+
+def test_chat_answers_and_remembers(run: Run, folders: dict[str, Path], members: list[str]) -> None:
+    assert "no chat template" in run("chat", *members, stdin="hi\n").error
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
+    tokenizer.save_pretrained(folders["source_ft"])
+    result = run("chat", *members, "--max-new-tokens", 4, stdin="hi\nhi\n/reset\nhi\n/exit\n")
+    assert result.code == 0, result.err
+    answers = result.out.splitlines()
+    assert len(answers) == 3
+    assert answers[0] == answers[2]
+
+
+MISTAKES = {
+    "no ensemble": (["generate", "--prompt", "a"], "no ensemble was given"),
+    "not a folder": (["generate", "nowhere", "--prompt", "a"], "there is no folder nowhere"),
+    "unknown rule": (["generate", "MEMBERS", "--rule", "mean", "--prompt", "a"], "unknown rule 'mean'"),
+    "unknown role": (["inspect", "MEMBERS", "--member", "judge=x"], "unknown role 'judge'"),
+    "missing role": (["inspect", "--source-ft", "x", "--source-pt", "y"], "needs a member 'target_pt'"),
+    "alpha nan": (["inspect", "ENSEMBLE", "--alpha", "nan"], "alpha is nan"),
+    "alpha below 0": (["inspect", "ENSEMBLE", "--alpha", "-1"], "not negative"),
+    "dtype": (["inspect", "ENSEMBLE", "--dtype", "int3"], "unknown dtype 'int3'"),
+    "device": (["inspect", "ENSEMBLE", "--device", "cuda:7"], "device 'cuda:7' is not there"),
+    "empty prompt": (["generate", "ENSEMBLE", "--prompt", " "], "is an empty prompt"),
+    "long prompt": (["generate", "ENSEMBLE", "--prompt", "a" * 200], "the context of source_ft ends at 128"),
+    "option": (["generate", "ENSEMBLE", "--alhpa", "1"], "No such option"),
+    "two prompts": (["generate", "ENSEMBLE", "--prompt", "a", "--prompts", "b"], "give one of them"),
+    "no such file": (["generate", "ENSEMBLE", "--prompts", "b.jsonl"], "b.jsonl cannot be read"),
+    "system": (["generate", "ENSEMBLE", "--prompt", "a", "--system", "s"], "add --chat"),
+    "resume": (["generate", "ENSEMBLE", "--prompt", "a", "--resume"], "without --output"),
+    "top-p": (["generate", "ENSEMBLE", "--prompt", "a", "--top-p", "0.5"], "top_p needs sampling"),
+    "stream": (["generate", "ENSEMBLE", "--prompt", "a", "--stream", "--json"], "--stream prints one text"),
+    "existing": (["create", "ENSEMBLE", "MEMBERS"], "exists already and is not empty"),
+    "folder and member": (["inspect", "ENSEMBLE", "--source-ft", "x"], "give the folder, or the members alone"),
+    "a member as ensemble": (["inspect", "MEMBER"], "not an ensemble"),
+    "offline": (["inspect", "--rule", "eft", "--member", "source_ft=org/name", "REST"], "cannot be reached (offline)"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(
+    run: Run, ensemble: Path, members: list[str], tmp_path: Path, mistake: str
+) -> None:
+    arguments, message = MISTAKES[mistake]
+    replaced = {"ENSEMBLE": [str(ensemble)], "MEMBERS": members, "MEMBER": [members[1]], "REST": members[2:]}
+    before = _tree(tmp_path)
+    result = run(*[part for argument in arguments for part in replaced.get(argument, [argument])])
+    assert message in result.error
+    assert result.code == 2
+    assert _tree(tmp_path) == before
+
+
+def _tree(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_nan_names_the_member_and_exits_with_1(run: Run, folders: dict[str, Path], members: list[str]) -> None:
+    model = make_model("llama", 2)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:] = float("nan")
+    model.save_pretrained(folders["source_pt"])
+    result = run("generate", *members, "--prompt", "abc")
+    assert result.code == 1
+    assert "source_pt computed NaN logits" in result.error
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+def test_ctrl_c_keeps_finished_rows_and_exits_130(ensemble: Path, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "many.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('"abc"\n' * 3000)
+    command = [sys.executable, "-m", "ensembler", "generate", ensemble, "--prompts", prompts, "--batch-size", "1"]
+    process = subprocess.Popen([*map(str, command), "--output", str(out)], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (out.exists() and out.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err.strip().splitlines()[-1] == "Error: interrupted"
+    assert len(rows(out)) >= 1

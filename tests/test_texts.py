@@ -1,0 +1,225 @@
+"""Prompts in, texts out: batching, seeds, stops, results files, explanations."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from ensembler import EnsembleForCausalLM
+from ensembler.decoding.explain import ENSEMBLE, explain, next_tokens
+from ensembler.decoding.prompts import EncodedPrompt, Prompt, encode_prompts, read_prompts
+from ensembler.decoding.results import ResultsFile
+from ensembler.decoding.texts import DecodingOptions, batches_by_length, complete_batches
+from ensembler.errors import ConfigError, OutputError, PromptError
+
+TEXTS = ["abc", "a", "hello there", "x y z", "abcabc", "q"]
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[EncodedPrompt]:
+    return encode_prompts([Prompt(i, text, f"prompt {i}") for i, text in enumerate(texts)], tokenizer)
+
+
+def texts_of(
+    model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerFast, options: DecodingOptions, batch_size: int
+) -> dict[int, list[str]]:
+    batches = complete_batches(model, tokenizer, encode(tokenizer, TEXTS), options, batch_size=batch_size)
+    return {c.number: [sample.text for sample in c.samples] for batch in batches for c in batch}
+
+
+@pytest.mark.parametrize("batch_size", [2, 4, 6])
+def test_batches_give_the_texts_of_one_by_one(
+    base_change: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerFast, batch_size: int
+) -> None:
+    options = DecodingOptions(max_new_tokens=10)
+    assert texts_of(base_change, tokenizer, options, batch_size) == texts_of(base_change, tokenizer, options, 1)
+
+
+def test_batches_are_of_similar_length_the_longest_first(tokenizer: PreTrainedTokenizerFast) -> None:
+    batches = batches_by_length(encode(tokenizer, TEXTS), 2)
+    assert [[len(prompt.ids) for prompt in batch] for batch in batches] == [[11, 6], [5, 3], [1, 1]]
+
+
+def test_a_seed_reproduces_and_another_does_not(
+    base_change: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    first, again, other = (
+        texts_of(base_change, tokenizer, DecodingOptions(max_new_tokens=12, temperature=1.0, seed=seed), 3)
+        for seed in (5, 5, 6)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_leaving_out_finished_prompts_does_not_change_the_others(
+    base_change: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    options = DecodingOptions(max_new_tokens=12, temperature=1.0, seed=3)
+    whole = texts_of(base_change, tokenizer, options, 2)
+    rest = complete_batches(
+        base_change, tokenizer, encode(tokenizer, TEXTS), options, batch_size=2, done=frozenset({0, 2, 4})
+    )
+    found = {c.number: [sample.text for sample in c.samples] for batch in rest for c in batch}
+    assert found == {number: whole[number] for number in (1, 3, 5)}
+
+
+def test_a_stop_text_is_cut_off_and_ends_the_count(
+    base_change: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    whole = texts_of(base_change, tokenizer, DecodingOptions(max_new_tokens=12), 6)
+    stop = whole[2][0][4]
+    options = DecodingOptions(max_new_tokens=12, stop=(stop,))
+    batches = complete_batches(base_change, tokenizer, encode(tokenizer, TEXTS), options, batch_size=6)
+    for completion in (c for batch in batches for c in batch):
+        text, sample = whole[completion.number][0], completion.samples[0]
+        assert sample.text == text.split(stop)[0]
+        if stop in text:
+            assert sample.finish_reason == "stop"
+            assert sample.num_tokens == text.index(stop) + 1
+
+
+def test_several_sequences_are_distinct_samples(
+    base_change: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    options = DecodingOptions(max_new_tokens=8, temperature=1.0, num_return_sequences=4, seed=0)
+    batch = next(iter(complete_batches(base_change, tokenizer, encode(tokenizer, ["abc"]), options)))
+    row = batch[0].to_row()
+    assert row["number"] == 0
+    assert len({sample["text"] for sample in row["samples"]}) > 1
+
+
+def test_decoding_ends_at_the_shortest_context(
+    base_change: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert base_change.shortest_context is not None
+    length = base_change.shortest_context[1]
+    prompt = [EncodedPrompt(0, [5] * (length - 3))]
+    batch = next(iter(complete_batches(base_change, tokenizer, prompt, DecodingOptions(max_new_tokens=50))))
+    assert batch[0].samples[0].num_tokens <= 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_return_sequences": 2}, "would be the same"),
+        ({"top_p": 0.5}, "top_p needs sampling"),
+        ({"top_k": 5}, "top_k needs sampling"),
+    ],
+)
+def test_options_that_contradict_each_other(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DecodingOptions(**settings)  # type: ignore[arg-type]
+
+
+# -- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def test_read_prompts_takes_objects_and_strings(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "one", "id": 7}\n"two"\n', encoding="utf-8")
+    assert [(p.number, p.text) for p in read_prompts(path)] == [(0, "one"), (1, "two")]
+
+
+@pytest.mark.parametrize("bad", ["{oops", '{"text": "x"}', "[1]", '{"prompt": 3}', ""])
+def test_a_broken_line_is_named_or_skipped(tmp_path: Path, bad: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(f'"one"\n{bad}\n"three"\n', encoding="utf-8")
+    with pytest.raises(PromptError, match=r"p\.jsonl:2 "):
+        read_prompts(path)
+    skipped: list[str] = []
+    assert [p.number for p in read_prompts(path, skip=skipped.append)] == [0, 2]
+    assert len(skipped) == 1
+
+
+def test_a_prompt_too_long_names_role_and_lengths(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(PromptError, match="has 40 tokens; the context of target_pt ends at 40"):
+        encode_prompts([Prompt(0, "a" * 40, "--prompt")], tokenizer, context=("target_pt", 40))
+    assert encode_prompts([Prompt(0, "a" * 39, "--prompt")], tokenizer, context=("target_pt", 40))
+
+
+def test_chat_uses_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(PromptError, match="no chat template"):
+        encode_prompts([Prompt(0, "hi", "--prompt")], tokenizer, chat=True)
+    templated = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, unk_token="<unk>")
+    templated.chat_template = "{% for m in messages %}{{ m.role[0] + ':' + m.content + '.' }}{% endfor %}a:"
+    ids = encode_prompts([Prompt(0, "hi", "--prompt")], templated, chat=True, system="be kind")[0].ids
+    assert templated.decode(ids) == "s:be kind.u:hi.a:"
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_arrive_at_once_and_end_in_input_order(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    with ResultsFile(path, {"seed": 1}) as results:
+        results.append({"number": 2, "text": "c"})
+        results.append({"number": 0, "text": "ä"})
+        assert [json.loads(line)["number"] for line in path.read_text("utf-8").splitlines()] == [2, 0]
+    assert [json.loads(line)["number"] for line in path.read_text("utf-8").splitlines()] == [0, 2]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl"]
+
+
+def interrupted(path: Path, row: dict[str, object]) -> None:
+    """Write one row with seed 1, then Ctrl-C."""
+    with contextlib.suppress(KeyboardInterrupt), ResultsFile(path, {"seed": 1}) as results:
+        results.append(row)
+        raise KeyboardInterrupt
+
+
+def test_an_interruption_keeps_rows_and_a_torn_line_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    interrupted(path, {"number": 3, "text": "d"})
+    with path.open("a") as file:
+        file.write('{"number": 1, "te')
+    with ResultsFile(path, {"seed": 1}, resume=True) as results:
+        assert results.done == {3}
+        results.append({"number": 1, "text": "b"})
+    assert [json.loads(line)["number"] for line in path.read_text("utf-8").splitlines()] == [1, 3]
+
+
+def test_other_settings_and_existing_files_are_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    interrupted(path, {"number": 0, "text": "a"})
+    before = path.read_bytes()
+    with pytest.raises(OutputError, match="begun with seed 1, not 2"):
+        ResultsFile(path, {"seed": 2}, resume=True)
+    with pytest.raises(OutputError, match="exists already"):
+        ResultsFile(path, {"seed": 1})
+    with pytest.raises(OutputError, match="is not a folder"):
+        ResultsFile(tmp_path / "none" / "out.jsonl", {})
+    assert path.read_bytes() == before
+
+
+# -- explanations -----------------------------------------------------------------------------------------------------
+
+
+def test_next_tokens_are_the_members_probabilities(base_change: EnsembleForCausalLM) -> None:
+    ids = [5, 9, 11]
+    table = next_tokens(base_change, ids, top_k=4)
+    assert list(table) == [ENSEMBLE, *base_change.rule.roles]
+    for role, member in [(ENSEMBLE, base_change), *base_change.members.items()]:
+        with torch.no_grad():
+            p = member(torch.tensor([ids])).logits[0, -1].double().softmax(-1)
+        expected = p.topk(4)
+        assert [c.token for c in table[role]] == expected.indices.tolist()
+        assert [c.probability for c in table[role]] == pytest.approx(expected.values.tolist(), rel=1e-5)
+
+
+def test_explain_marks_where_the_choice_is_not_the_anchors(base_change: EnsembleForCausalLM) -> None:
+    prompt = [5, 9, 11]
+    new = base_change.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False)[0, 3:].tolist()
+    choices = explain(base_change, prompt, new)
+    for position, choice in enumerate(choices):
+        seen = torch.tensor([[*prompt, *new[:position]]])
+        with torch.no_grad():
+            anchor = base_change.anchor(seen).logits[0, -1].softmax(-1)
+            ensemble = base_change(seen).logits[0, -1].softmax(-1)
+        assert choice.token == new[position] == ensemble.argmax().item()
+        assert choice.anchor_token == anchor.argmax().item()
+        assert choice.probability == pytest.approx(ensemble.max().item(), rel=1e-4)
+        assert choice.anchor_probability == pytest.approx(anchor[choice.token].item(), rel=1e-4)
+    assert any(choice.moved for choice in choices)
