@@ -16,7 +16,8 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: install
-	$(BIN)/python examples/demo.py
+	$(BIN)/ensembler inspect demo --prompt "$$(sed -n 1p ensembler/demo/family/data/examples.jsonl | $(BIN)/python -c 'import json, sys; print(json.loads(sys.stdin.readline())["prompt"])')"
+	$(BIN)/ensembler generate demo --prompts ensembler/demo/family/data/examples.jsonl --max-new-tokens 24 --explain
 
 test: install
 	$(BIN)/python -m pytest

@@ -3,8 +3,8 @@
     python benchmarks/demo_family_positions.py [--alpha 0.5]
 
 Reads the validation split and prints two Markdown tables: how often the right token is the likeliest one, and the mean
-natural log-probability of the right token. Prompts and the right answer up to a position are given (teacher-forcing), so a
-column is not hurt by errors in the columns before it.
+natural log-probability of the right token. The prompt and the right answer up to a position are given
+(teacher-forcing), so a position is not hurt by errors in the positions before it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--family", type=Path, default=FAMILY)
     parser.add_argument("--alpha", type=float, default=0.5)
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     rows = right_answers(options.family, AutoTokenizer.from_pretrained(options.family / "source_ft"))
     right = torch.tensor([row[-len(POSITIONS) :] for row in rows])
     logits = {}

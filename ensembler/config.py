@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
 
 from ensembler.errors import ConfigError
 from ensembler.rules import Rule, get_rule
@@ -55,6 +57,15 @@ class MemberConfig:
             raise ConfigError(f"member {role!r} has no 'model'; give it a path or a hub id")
         return cls(**value)
 
+    def absolute(self) -> MemberConfig:
+        """The same with existing relative paths made absolute."""
+        paths = {
+            name: str(Path(value).expanduser().resolve())
+            for name, value in (("model", self.model), ("adapter", self.adapter))
+            if value is not None and Path(value).expanduser().is_dir()
+        }
+        return replace(self, **paths)
+
     def to_dict(self) -> dict[str, Any]:
         """The mapping for config.json: what differs from the defaults."""
         defaults = {entry.name: entry.default for entry in fields(self)}
@@ -64,7 +75,8 @@ class MemberConfig:
 class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
     """An ensemble: `rule`, `alpha`, `members` by role, and what the vocabulary contract found.
 
-    `constant` and `slope` (by role) are the numbers of the rule 'linear'; `cutoff` belongs to 'contrastive'.
+    `constant` and `slope` (by role) are the numbers of the rule 'linear' and `anchor` its anchor (default: the first
+    role with a constant); `cutoff` belongs to 'contrastive'.
     `outside` says what happens to tokens that not every member holds: 'mask' forbids them, 'neutral' gives them
     log-ratio 0. `vocab_size` is the anchor's width, `shared_vocab_size` the number of ids that all members share,
     `max_position_embeddings` the shortest context of the members, in tokens.
@@ -77,6 +89,7 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
     members: dict[str, Any] = field(default_factory=dict)
     constant: dict[str, float] | None = None
     slope: dict[str, float] | None = None
+    anchor: str | None = None
     cutoff: float | None = None
     outside: str = "mask"
     vocab_size: int | None = None
@@ -92,18 +105,37 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
                 raise ConfigError(f"unknown key {key!r} in the ensemble's configuration; remove it or mend its name")
         self.architectures = ["EnsembleForCausalLM"]
         super().__post_init__(**kwargs)
-        if not self.members:  # transformers makes a default instance to find out what differs from it
-            return
+        if self.members != {}:  # transformers makes a default instance to find out what differs from it
+            self._check()
+
+    def _check(self) -> None:
         rule = self.get_rule()
+        if rule.name == "linear":
+            self.anchor = rule.anchor  # said, since JSON may sort the roles
+        if not isinstance(self.members, Mapping):
+            raise ConfigError(f"members is {self.members!r}; expected a mapping from role to member")
         self.alpha = rule.check_alpha(self.alpha)
         if self.outside not in OUTSIDE_CHOICES:
             raise ConfigError(f"outside is {self.outside!r}; expected one of: {', '.join(OUTSIDE_CHOICES)}")
         check_roles(rule, self.members)
+        for role in rule.roles:
+            if hasattr(nn.ModuleDict, role):
+                raise ConfigError(f"{role!r} cannot be a role: torch's modules use the name; choose another")
         self.members = {role: MemberConfig.parse(role, self.members[role]) for role in rule.roles}
 
     def get_rule(self) -> Rule:
         """Return the rule with the numbers of this configuration."""
-        return get_rule(self.rule, constant=self.constant, slope=self.slope, cutoff=self.cutoff)
+        return get_rule(self.rule, constant=self.constant, slope=self.slope, anchor=self.anchor, cutoff=self.cutoff)
+
+    def change_members(self, **changes: Any) -> None:
+        """Set the same field of every member: a dtype or a device for all."""
+        self.members = {role: replace(member, **changes) for role, member in self.members.items()}
+
+    def change_rule(self, **changes: Any) -> None:
+        """Set rule, alpha, cutoff or outside, and check the whole again."""
+        for name, value in changes.items():
+            setattr(self, name, value)
+        self._check()
 
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json."""
@@ -116,6 +148,7 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
         return self.to_dict()
 
 
+AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
 _KEYS_WRITTEN = {"model_type", "architectures", "transformers_version", *EnsembleConfig.__annotations__}
 _KEYS_OF_TRANSFORMERS = {
     "attn_implementation",

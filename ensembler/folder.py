@@ -9,32 +9,52 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from ensembler.config import EnsembleConfig, MemberConfig
 from ensembler.errors import ConfigError, OutputError
 from ensembler.preflight import CheckedEnsemble
 
+CONFIG = "config.json"
 IN_MEMORY = "<in memory>"
 
 
-def find(name: str | Path, *, revision: str | None = None) -> Path:
-    """Return the folder called `name`, fetched from the hub (at `revision`) where it is not a local one."""
+@dataclass(frozen=True)
+class Copy:
+    """A member to be saved inside the folder, with its own tokenizer if it has one."""
+
+    model: PreTrainedModel
+    tokenizer: Any | None
+
+    def save(self, folder: Path) -> None:
+        generation_config, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        try:
+            self.model.save_pretrained(folder)
+        finally:
+            self.model.generation_config = generation_config
+        if generation_config is not None:
+            _write_generation_config(generation_config, folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+
+def find(name: str | Path, **hub_options: Any) -> Path:
+    """Return the folder called `name`, fetched from the hub (`revision`, `token` ...) where it is not a local one."""
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not (path / CONFIG).is_file():
             raise ConfigError(f"{path} has no config.json, so it is not an ensemble; make one with: ensembler create")
         return path
     if path.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
         raise ConfigError(f"there is no folder {path}; make one with: ensembler create")
     try:
-        return Path(snapshot_download(str(name), revision=revision))
+        return Path(snapshot_download(str(name), **hub_options))
     except (OSError, ValueError) as error:
         offline = isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled)
         reason = "the hub cannot be reached (offline)" if offline else "it is not on the hub either"
@@ -43,25 +63,24 @@ def find(name: str | Path, *, revision: str | None = None) -> Path:
 
 def read(folder: Path) -> EnsembleConfig:
     """Return the configuration of an ensemble's folder, with the paths of members made absolute."""
-    path = folder / "config.json"
+    path = folder / CONFIG
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict) or content.get("model_type") != EnsembleConfig.model_type:
-        kind = content.get("model_type") if isinstance(content, dict) else None
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind != EnsembleConfig.model_type:
         raise ConfigError(
             f"{path} is of model type {kind!r}, not an ensemble; give it as a member (--source-ft ...) or make an "
             "ensemble with: ensembler create"
         )
-    config = EnsembleConfig(**content)
+    return located(EnsembleConfig(**{"members": None, **content}), folder)
+
+
+def located(config: EnsembleConfig, folder: Path) -> EnsembleConfig:
+    """Make the paths of members absolute and note that the configuration is that of `folder`."""
     config.members = {role: _absolute(member, folder) for role, member in config.members.items()}
-    return config
-
-
-def with_members(config: EnsembleConfig, **changes: Any) -> EnsembleConfig:
-    """Set the same field of every member: a dtype or a device for all."""
-    config.members = {role: replace(member, **changes) for role, member in config.members.items()}
+    config.name_or_path = str(folder)
     return config
 
 
@@ -70,47 +89,66 @@ def write(
     folder: Path,
     *,
     tokenizer: Any | None,
-    generation_config: Any | None,
-    copies: Mapping[str, Any] | None = None,
+    generation_config: GenerationConfig | None,
+    copies: Mapping[str, Copy] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write an ensemble's folder; `copies` are models to save inside it, by role.
+    """Write an ensemble's folder; `copies` are members to save inside it, by role.
 
-    It is made beside its place and renamed, so that an interrupted write leaves nothing that looks like an ensemble.
+    Everything is made beside its place and moved into it when it is complete, config.json last: an interrupted write
+    leaves nothing that looks like an ensemble. `overwrite` replaces an ensemble's own files, and nothing else.
     """
     folder = folder.expanduser().resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not overwrite:
-        raise OutputError(f"{folder} exists already and is not empty; choose another name or add --overwrite")
+    _check_place(folder, overwrite=overwrite)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
-        made = Path(partial) / folder.name
+        made = Path(partial) / "made"
         made.mkdir()
         members = {role: _relative(member, folder) for role, member in config.members.items()}
-        for role, model in (copies or {}).items():
-            model.save_pretrained(made / role)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(made / role)
+        for role, copy in (copies or {}).items():
+            copy.save(made / role)
             members[role] = MemberConfig(f"./{role}", dtype=members[role].dtype, device=members[role].device)
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
         if generation_config is not None:
-            generation_config.save_pretrained(made)
+            _write_generation_config(generation_config, made)
         content = {**config.to_dict(), "members": {role: member.to_dict() for role, member in members.items()}}
-        (made / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        if folder.exists():
-            folder.rename(Path(partial) / "replaced")
-        made.rename(folder)
+        (made / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        if not folder.exists():
+            made.rename(folder)
+            return
+        for entry in sorted(made.iterdir(), key=lambda entry: entry.name == CONFIG):
+            if (folder / entry.name).is_dir():
+                (folder / entry.name).rename(Path(partial) / f"old {entry.name}")
+            entry.replace(folder / entry.name)
+
+
+def _check_place(folder: Path, *, overwrite: bool) -> None:
+    """Raise OutputError unless `folder` is new or empty, or holds an ensemble that may be overwritten."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not overwrite:
+        raise OutputError(f"{folder} exists already and is not empty; choose another name or add --overwrite")
+    try:
+        read(folder)
+    except ConfigError as error:
+        raise OutputError(f"{folder} holds something else than an ensemble; choose another name") from error
+
+
+def _write_generation_config(generation_config: GenerationConfig, folder: Path) -> None:
+    """As transformers does, without its refusal of files that many models have (a temperature, but no do_sample)."""
+    generation_config.to_json_file(folder / "generation_config.json")
 
 
 def write_checked(checked: CheckedEnsemble, folder: Path, *, overwrite: bool = False) -> None:
     """Write the folder of a checked ensemble, with the anchor's tokenizer and generation settings; loads no weights."""
-    rule = checked.config.get_rule()
-    anchor = checked.files[rule.anchor]
-    try:
-        generation_config = GenerationConfig.from_pretrained(anchor.config.model, revision=anchor.config.revision)
-    except OSError:  # a model without one has its end tokens in its config
-        generation_config = GenerationConfig.from_model_config(anchor.model_config)
-    write(checked.config, folder, tokenizer=anchor.tokenizer, generation_config=generation_config, overwrite=overwrite)
+    write(
+        checked.config,
+        folder,
+        tokenizer=checked.tokenizer,
+        generation_config=checked.generation_config,
+        overwrite=overwrite,
+    )
 
 
 def _absolute(member: MemberConfig, folder: Path) -> MemberConfig:

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, logging
 
 from ensembler.config import MemberConfig
 from ensembler.errors import ConfigError, MemberError
 from ensembler.vocab import MemberVocabulary, read_vocabulary
-from ensembler.weights import check_folder, safetensors_header
+from ensembler.weights import check_folder, naming, safetensors_header
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 _logger = logging.get_logger(__name__)
 
@@ -41,6 +43,13 @@ class MemberFiles:
     def context(self) -> int | None:
         """The longest text in tokens, or None where the model sets no limit."""
         return context_length(self.model_config)
+
+    def generation_config(self) -> GenerationConfig:
+        """The model's own, or what its config says about end tokens."""
+        try:
+            return GenerationConfig.from_pretrained(self.config.model, revision=self.config.revision)
+        except OSError:
+            return GenerationConfig.from_model_config(self.model_config)
 
 
 def context_length(model_config: Any) -> int | None:
@@ -79,7 +88,7 @@ def check_member(role: str, config: MemberConfig, *, trust_remote_code: bool = F
     Raises MemberError or ConfigError.
     """
     check_device(role, config.device)
-    config = resolve_adapter(role, config)
+    config = resolve_adapter(role, config.absolute())
     if is_local(config.model):
         check_folder(role, Path(config.model))
     options = {"revision": config.revision, "trust_remote_code": trust_remote_code}
@@ -89,7 +98,7 @@ def check_member(role: str, config: MemberConfig, *, trust_remote_code: bool = F
         raise _not_found(role, config.model, error) from error
     if getattr(model_config, "is_encoder_decoder", False):
         raise MemberError(f"{role}: {config.model} is an encoder-decoder model; expected a causal language model")
-    files = MemberFiles(role, config, model_config, _load_tokenizer(config, options))
+    files = MemberFiles(role, config, model_config, _load_tokenizer(role, config, options))
     if config.adapter is not None:
         _check_adapter(role, config, model_config)
     return files
@@ -101,14 +110,18 @@ def load_member(
     """Load a checked member in evaluation mode on its device; an adapter is merged into the weights."""
     role, config = files.role, files.config
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             config.model,
             revision=config.revision,
             dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
             use_safetensors=True,
+            output_loading_info=True,
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise ValueError(f"its weights file lacks {len(missing)} tensors, {missing[0]} among them")
         if config.adapter is not None:
             model = _merge_adapter(model, config.adapter)
     except torch.OutOfMemoryError:
@@ -122,7 +135,8 @@ def load_member(
 def check_device(role: str, device: str) -> None:
     """Raise ConfigError unless torch has this device."""
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise ConfigError(f"{role}: device 'meta' is not there to hold weights; use 'cpu' or one that is")
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         num = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise ConfigError(
@@ -130,12 +144,26 @@ def check_device(role: str, device: str) -> None:
         ) from error
 
 
-def _load_tokenizer(config: MemberConfig, options: Mapping[str, Any]) -> Any | None:
-    """The tokenizer beside the model, or None where there is none."""
+def _load_tokenizer(role: str, config: MemberConfig, options: Mapping[str, Any]) -> Any | None:
+    """The tokenizer beside the adapter, where fine-tuning left one there, or beside the model; None without any."""
+    beside_adapter = config.adapter is not None and (Path(config.adapter) / "tokenizer_config.json").is_file()
+    source = config.adapter if beside_adapter else config.model
+    if not any(_exists(str(source), name, config.revision) for name in TOKENIZER_FILES):
+        return None  # transformers would make one up
     try:
-        return AutoTokenizer.from_pretrained(config.model, **options)
-    except (OSError, ValueError, KeyError, AttributeError):
-        return None
+        return AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # tokenizers raises bare Exceptions for files that it cannot read
+        raise MemberError(f"{role}: the tokenizer in {source} cannot be read: {_one_line(error)}") from error
+
+
+def _exists(source: str, name: str, revision: str | None) -> bool:
+    """Whether a local folder, or a model of the hub, has this file."""
+    if is_local(source):
+        return (Path(source) / name).is_file()
+    try:
+        return cached_file(source, name, revision=revision) is not None
+    except OSError:
+        return False
 
 
 def _not_found(role: str, name: str, error: Exception) -> MemberError:
@@ -174,7 +202,8 @@ def _check_adapter(role: str, config: MemberConfig, model_config: Any) -> None:
     base = settings.get("base_model_name_or_path")
     if base and Path(base).name != Path(config.model).name:
         _logger.warning("%s: the adapter %s was made for %s, not %s", role, config.adapter, base, config.model)
-    header = safetensors_header(_adapter_file(role, config.adapter, ADAPTER_WEIGHTS))
+    with naming(role):
+        header = safetensors_header(_adapter_file(role, config.adapter, ADAPTER_WEIGHTS))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     modules = dict(model.named_modules())
@@ -184,9 +213,9 @@ def _check_adapter(role: str, config: MemberConfig, model_config: Any) -> None:
             raise MemberError(
                 f"{role}: the adapter {config.adapter} changes {name}, which {config.model} does not have"
             )
-        sizes = set(weight.shape)  # Conv1D holds (in, out), Linear (out, in)
-        outer = shape[1] if factor == "lora_A" else shape[0]
-        if outer not in sizes:
+        out_features, in_features = weight.shape[::-1] if isinstance(modules[name], Conv1D) else weight.shape
+        fits = shape[1] == in_features if factor == "lora_A" else shape[0] == out_features
+        if not fits:
             raise MemberError(
                 f"{role}: {factor} of {name} in the adapter {config.adapter} has shape {tuple(shape)}; "
                 f"the weight in {config.model} has {tuple(weight.shape)}: it was made for another base"
@@ -212,9 +241,11 @@ def _merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
 
 def _read_json(role: str, path: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise MemberError(f"{role}: {path} cannot be read: {_one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise MemberError(f"{role}: {path} holds no settings of an adapter; fetch it again")
     return content
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from ensembler_kernels import combine
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensembler import folder as folders
@@ -53,12 +54,13 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         self.contract = contract
         self.members = nn.ModuleDict({role: members[role] for role in rule.roles})
         self.tokenizer: Any | None = None
-        self._runnable = {role: _runnable(role, members[role], contract) for role in rule.roles}
+        self._tokenizers: dict[str, Any] = {}
+        self._runnable: dict[str, Member] = {}
         self._constant = [rule.constant.get(role, 0.0) for role in rule.roles]
         self._slope = [rule.slope.get(role, 0.0) for role in rule.roles]
         self._raw = [role in rule.raw_roles for role in rule.roles]
-        self._alpha: float | Tensor = config.alpha
-        self.generation_config = self.anchor.generation_config or GenerationConfig.from_model_config(config)
+        self._row_alpha: Tensor | None = None
+        self.generation_config = deepcopy(self.anchor.generation_config)
         self.eval()
 
     # -- making one ---------------------------------------------------------------------------------------------------
@@ -126,6 +128,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             )
         model = cls(checked.config, models, checked.contract)
         model.tokenizer = checked.tokenizer
+        model._tokenizers = {role: files.tokenizer for role, files in checked.files.items()}
+        if checked.generation_config is not None:
+            model.generation_config = checked.generation_config
         return model
 
     @classmethod
@@ -138,28 +143,24 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
-        revision: str | None = None,
         **options: Any,
     ) -> EnsembleForCausalLM:
         """Return the ensemble of a folder (or hub id of one) that `save_pretrained` or `ensembler create` wrote.
 
-        `alpha` and `dtype` (for all members) override the folder's; `config` is read from the folder and only there
-        because the auto classes hand it over. Other options are refused, but for those that are None.
+        `alpha` and `dtype` (for all members) override the folder's, as does `config` its config.json. The hub's options
+        (`revision`, `token` ...) say which folder; any other is refused.
         """
+        hub_options = {name: options.pop(name) for name in _HUB_OPTIONS if options.get(name) is not None}
         unknown = [name for name, value in options.items() if value is not None and name not in _OPTIONS_OF_AUTO]
         if unknown:
             raise ConfigError(f"from_pretrained of an ensemble takes no {unknown[0]!r}; set it for each member instead")
-        folder = folders.find(pretrained_model_name_or_path, revision=revision)
-        config = folders.read(folder)
+        folder = folders.find(pretrained_model_name_or_path, **hub_options)
+        config = folders.read(folder) if config is None else folders.located(config, folder)
         if alpha is not None:
-            config.alpha = config.get_rule().check_alpha(alpha)
+            config.change_rule(alpha=alpha)
         if dtype not in (None, "auto"):
-            config = folders.with_members(config, dtype=str(dtype).removeprefix("torch."))
-        model = cls.from_config(config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
-        model.name_or_path = config.name_or_path = str(folder)
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
-        return model
+            config.change_members(dtype=str(dtype).removeprefix("torch."))
+        return cls.from_config(config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
 
     def save_pretrained(  # type: ignore[override,unused-ignore]
         self, save_directory: str | Path, *, copy_members: bool = False, overwrite: bool = False
@@ -169,12 +170,11 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         `copy_members` copies them too, for a folder that stands alone; members that were passed in as objects have no
         path and are always copied. Raises OutputError if the folder is not empty, unless `overwrite`.
         """
-        if isinstance(self._alpha, Tensor):
+        if self._row_alpha is not None:
             raise ConfigError("alpha is a tensor with one value per row; set it to a number before saving")
-        self.config.alpha = self._alpha
         config = self.config
         copies = {
-            role: model
+            role: folders.Copy(model, self._tokenizers.get(role))
             for role, model in self.members.items()
             if copy_members or config.members[role].model == folders.IN_MEMORY
         }
@@ -192,18 +192,19 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     @property
     def alpha(self) -> float | Tensor:
         """The strength of the log-ratio: a number, or a tensor (rows,) with one value per row."""
-        return self._alpha
+        return float(self.config.alpha) if self._row_alpha is None else self._row_alpha
 
     @alpha.setter
     def alpha(self, value: float | Tensor) -> None:
-        if isinstance(value, Tensor) and value.dim() == 1:
-            for number in value.tolist():
-                self.rule.check_alpha(number)
-            self._alpha = value
-        elif isinstance(value, Tensor) and value.dim():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            self.config.alpha = self.rule.check_alpha(value.item() if isinstance(value, Tensor) else value)
+            self._row_alpha = None
+            return
+        if value.dim() > 1 or not value.numel():
             raise ConfigError(f"alpha has shape {tuple(value.shape)}; expected a number or one value per row")
-        else:
-            self._alpha = self.rule.check_alpha(value.item() if isinstance(value, Tensor) else value)
+        for number in value.tolist():
+            self.rule.check_alpha(number)
+        self._row_alpha = value
 
     @property
     def anchor(self) -> PreTrainedModel:
@@ -237,11 +238,15 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """None: there is no single head."""
         return None
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refused: the vocabulary contract is between the members as they were loaded."""
+        raise InputError("the embeddings of an ensemble cannot be resized; resize the members and combine them then")
+
     # -- running it ---------------------------------------------------------------------------------------------------
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: EnsembleCache | None = None,
@@ -258,8 +263,10 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         cache then is as it was before.
         """
         _refuse(unused)
+        if input_ids is None:
+            raise InputError("an ensemble's forward needs input_ids; its members embed tokens by themselves")
         if past_key_values is None and use_cache:
-            past_key_values = EnsembleCache.dynamic(self.members.items())
+            past_key_values = EnsembleCache.dynamic(dict(self.members.items()))
         logits = self.member_logits(
             Step(input_ids, attention_mask, position_ids, logits_to_keep if labels is None else 0), past_key_values
         )
@@ -275,14 +282,13 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     def member_logits(self, step: Step, cache: EnsembleCache | None = None) -> dict[str, Tensor]:
         """Return every member's own logits (rows, kept positions, V_member) by role; all caches advance, or none."""
         if cache is None:
-            logits = run_serial(self._runnable, step, None)
+            logits = run_serial(self._run_members(), step, None)
             self._check_nan(logits)
             return logits
-        if not isinstance(cache, EnsembleCache):
-            raise InputError(f"past_key_values is a {type(cache).__name__}; an ensemble takes an EnsembleCache")
+        self._check_cache(cache)
         lengths = cache.lengths()
         try:
-            logits = run_serial(self._runnable, step, cache.members)
+            logits = run_serial(self._run_members(), step, cache.members)
             self._check_nan(logits)
         except BaseException:
             cache.restore(lengths)
@@ -294,7 +300,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
         `alpha` defaults to the ensemble's; one value per row is repeated for beams and for several returned sequences.
         """
-        alpha = self._alpha if alpha is None else alpha
+        alpha = self.alpha if alpha is None else alpha
         ordered = [logits[role].to(self.device) for role in self.rule.roles]
         return combine(
             ordered,
@@ -307,9 +313,23 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             cutoff=self.rule.cutoff,
         )
 
+    def _run_members(self) -> dict[str, Member]:
+        """The members ready to run; one that was replaced in `members` (by a compiled one, say) is looked at anew."""
+        for role, model in self.members.items():
+            if role not in self._runnable or self._runnable[role].model is not model:
+                self._runnable[role] = _runnable(role, model, self.contract)
+        return self._runnable
+
+    def _check_cache(self, cache: object) -> None:
+        if not isinstance(cache, EnsembleCache):
+            raise InputError(f"past_key_values is a {type(cache).__name__}; an ensemble takes an EnsembleCache")
+        if cache.members.keys() != set(self.members):
+            raise InputError(f"the cache is for {', '.join(cache.members)}; the members are {', '.join(self.members)}")
+
     def _check_nan(self, logits: Mapping[str, Tensor]) -> None:
-        for role, values in logits.items():
-            if values.isnan().any():
+        found = torch.stack([values.isnan().any().to(self.device) for values in logits.values()])
+        for (role, values), is_nan in zip(logits.items(), found.tolist(), strict=True):
+            if is_nan:
                 raise LogitsError(f"{role} computed NaN logits in {values.dtype}; try another dtype for it")
 
     def _prepare_cache_for_generation(
@@ -318,8 +338,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """Let every member prepare the cache it would prepare alone (dynamic, static, quantised) and join them."""
         given = model_kwargs.get("past_key_values")
         if given is not None:
-            if not isinstance(given, EnsembleCache):
-                raise InputError(f"past_key_values is a {type(given).__name__}; an ensemble takes an EnsembleCache")
+            self._check_cache(given)
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return
         caches: dict[str, Cache] = {}
@@ -338,23 +357,27 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
 
 _LEFT_BY_GENERATE = {"tokenizer", "assistant_tokenizer"}  # generate hands its own arguments on to forward
-_OPTIONS_OF_AUTO = {"_from_auto", "_commit_hash", "adapter_kwargs"}
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+_OPTIONS_OF_AUTO = {"_from_auto", "_commit_hash", "adapter_kwargs", *_HUB_OPTIONS}
 
 
 def _named(member: object) -> Any:
     """What config.json holds for a member that was given as a path, a MemberConfig, a mapping or a model."""
     if isinstance(member, PreTrainedModel):
         return MemberConfig(folders.IN_MEMORY)
+    if isinstance(member, nn.Module):
+        kind = type(member).__name__
+        raise ConfigError(f"a member is a {kind}; expected a PreTrainedModel (of a PeftModel: merge_and_unload())")
     return str(member) if isinstance(member, Path) else member
 
 
 def _runnable(role: str, model: PreTrainedModel, contract: VocabularyContract) -> Member:
     accepts = frozenset(inspect.signature(model.forward).parameters)
-    lacks_some = contract.widths[role] < max(contract.widths.values())
+    lacks_some = contract.held[role] < max(contract.held.values())
     return Member(
         role=role,
         model=model,
-        num_held=contract.widths[role],
+        num_held=contract.held[role],
         substitute=contract.substitutes[role] if lacks_some else -1,
         accepts=accepts,
     )
@@ -375,5 +398,4 @@ def _refuse(unused: Mapping[str, Any]) -> None:
             raise InputError(f"an ensemble's forward takes no {name!r}; its members differ in hidden size and layers")
 
 
-AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
 AutoModelForCausalLM.register(EnsembleConfig, EnsembleForCausalLM, exist_ok=True)

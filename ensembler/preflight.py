@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ensembler.config import EnsembleConfig, check_roles
-from ensembler.errors import MemberError
+from ensembler.errors import ConfigError, MemberError
 from ensembler.members import MemberFiles, check_member, shortest_context
 from ensembler.vocab import VocabularyContract, make_contract, read_vocabulary
 
@@ -19,7 +20,8 @@ class CheckedEnsemble:
     """A configuration whose members, vocabularies and files were found to fit; no weight is loaded.
 
     `files` holds the members that are to be loaded, `loaded` those that were passed in as models; `model_configs`
-    has both, by role.
+    has both, by role. `tokenizer` and `generation_config` are those of the ensemble's folder, or the anchor's; None
+    where there are none.
     """
 
     config: EnsembleConfig
@@ -27,12 +29,8 @@ class CheckedEnsemble:
     loaded: dict[str, PreTrainedModel]
     model_configs: dict[str, Any]
     contract: VocabularyContract
-
-    @property
-    def tokenizer(self) -> Any | None:
-        """The anchor's tokenizer, or None where it came without one."""
-        anchor = self.files.get(self.config.get_rule().anchor)
-        return None if anchor is None else anchor.tokenizer
+    tokenizer: Any | None
+    generation_config: GenerationConfig | None
 
     def require_tokenizer(self) -> Any:
         """Return the anchor's tokenizer, or raise MemberError where it came without one."""
@@ -67,6 +65,8 @@ def check_ensemble(
         if role not in loaded
     }
     model_configs = {role: loaded[role].config if role in loaded else files[role].model_config for role in rule.roles}
+    for role in files:  # a path stays right when the working directory changes
+        config.members[role] = config.members[role].absolute()
     contract = make_contract(
         [
             files[role].vocabulary if role in files else read_vocabulary(role, None, model_configs[role])
@@ -74,7 +74,33 @@ def check_ensemble(
         ]
     )
     _fill_in(config, model_configs, contract)
-    return CheckedEnsemble(config, files, loaded, model_configs, contract)
+    anchor = files.get(rule.anchor)
+    folder = Path(config.name_or_path) if config.name_or_path else None
+    return CheckedEnsemble(
+        config,
+        files,
+        loaded,
+        model_configs,
+        contract,
+        tokenizer=_tokenizer(folder) or (None if anchor is None else anchor.tokenizer),
+        generation_config=_generation_config(folder) or (None if anchor is None else anchor.generation_config()),
+    )
+
+
+def _tokenizer(folder: Path | None) -> Any | None:
+    if folder is None or not (folder / "tokenizer_config.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def _generation_config(folder: Path | None) -> GenerationConfig | None:
+    if folder is None or not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        path = folder / "generation_config.json"
+        raise ConfigError(f"{path} cannot be read ({type(error).__name__}); mend or remove it") from error
 
 
 def _fill_in(config: EnsembleConfig, model_configs: Mapping[str, Any], contract: VocabularyContract) -> None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Real
 
 from ensembler.errors import ConfigError
 
@@ -50,11 +51,22 @@ class Rule:
 
     def check_alpha(self, alpha: object) -> float:
         """Return `alpha` as a float, or raise ConfigError where the rule has no meaning for it."""
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-            raise ConfigError(f"alpha is {alpha!r}; expected a finite number")
-        if alpha < 0 and not self.allows_negative_alpha:
-            raise ConfigError(f"alpha is {alpha:g}; the rule {self.name!r} takes a number that is not negative")
-        return float(alpha)
+        number = finite_number("alpha", alpha)
+        if number < 0 and not self.allows_negative_alpha:
+            raise ConfigError(f"alpha is {number:g}; the rule {self.name!r} takes a number that is not negative")
+        return number
+
+
+def finite_number(name: str, value: object) -> float:
+    """Return `value` as a float, or raise ConfigError unless it is a finite number (NumPy's too)."""
+    if isinstance(value, Real) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    raise ConfigError(f"{name} is {repr(value)[:40]}; expected a finite number")
 
 
 DEFAULT_CUTOFF = 0.1
@@ -102,16 +114,18 @@ RULES: Mapping[str, Rule] = {rule.name: rule for rule in _NAMED}
 RULE_NAMES = (*RULES, "linear")
 
 
-def linear_rule(constant: Mapping[str, float], slope: Mapping[str, float]) -> Rule:
-    """Return the rule with these numbers: products of experts, several fine-tuned / base pairs, model arithmetic."""
-    for kind, numbers in (("constant", constant), ("slope", slope)):
-        for role, number in numbers.items():
-            if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
-                raise ConfigError(f"{kind} of {role!r} is {number!r}; expected a finite number")
-    constant = {role: float(number) for role, number in constant.items() if number}
-    slope = {role: float(number) for role, number in slope.items() if number}
+def linear_rule(constant: Mapping[str, float], slope: Mapping[str, float], anchor: str | None = None) -> Rule:
+    """Return the rule with these numbers: products of experts, several fine-tuned / base pairs, model arithmetic.
+
+    `anchor` is the role whose vocabulary and tokenizer count; the first one with a constant, if it is not given.
+    """
+    constant, slope = _numbers("constant", constant), _numbers("slope", slope)
     if not constant:
         raise ConfigError("the rule 'linear' has no constant; give at least one role a constant that is not 0")
+    if anchor is not None:
+        if anchor not in constant:
+            raise ConfigError(f"the anchor {anchor!r} has no constant; expected one of: {', '.join(constant)}")
+        constant = {anchor: constant[anchor], **constant}
     return Rule(
         name="linear",
         constant=constant,
@@ -122,26 +136,38 @@ def linear_rule(constant: Mapping[str, float], slope: Mapping[str, float]) -> Ru
     )
 
 
+def _numbers(kind: str, numbers: Mapping[str, float]) -> dict[str, float]:
+    """The numbers by role that are not 0."""
+    if not isinstance(numbers, Mapping):
+        raise ConfigError(f"{kind} is {numbers!r}; expected a mapping from role to number")
+    for role in numbers:
+        if not isinstance(role, str) or not role.isidentifier():
+            raise ConfigError(f"{role!r} cannot be a role; expected a word of letters, digits and _, as in math_ft")
+    checked = {role: finite_number(f"{kind} of {role!r}", number) for role, number in numbers.items()}
+    return {role: number for role, number in checked.items() if number}
+
+
 def get_rule(
     name: str,
     *,
     constant: Mapping[str, float] | None = None,
     slope: Mapping[str, float] | None = None,
+    anchor: str | None = None,
     cutoff: float | None = None,
 ) -> Rule:
-    """Return the rule called `name`; `constant` and `slope` belong to 'linear', `cutoff` to 'contrastive'."""
+    """Return the rule called `name`; `constant`, `slope` and `anchor` belong to 'linear', `cutoff` to 'contrastive'."""
     if name == "linear":
-        rule = linear_rule(constant or {}, slope or {})
+        rule = linear_rule({} if constant is None else constant, {} if slope is None else slope, anchor)
     elif name in RULES:
         rule = RULES[name]
-        if constant or slope:
-            raise ConfigError(f"the rule {name!r} has fixed numbers; constant and slope belong to 'linear'")
+        if constant or slope or anchor:
+            raise ConfigError(f"the rule {name!r} has fixed numbers; constant, slope and anchor belong to 'linear'")
     else:
         raise ConfigError(f"unknown rule {name!r}; expected one of: {', '.join(RULE_NAMES)}")
     if cutoff is None:
         return rule
     if rule.cutoff is None:
         raise ConfigError(f"the rule {name!r} takes no cutoff; it belongs to 'contrastive'")
-    if isinstance(cutoff, bool) or not isinstance(cutoff, (int, float)) or not 0 < cutoff <= 1:
+    if not 0 < finite_number("cutoff", cutoff) <= 1:
         raise ConfigError(f"cutoff is {cutoff!r}; expected a number above 0 and at most 1")
-    return Rule(**{**vars(rule), "cutoff": float(cutoff)})
+    return replace(rule, cutoff=float(cutoff))

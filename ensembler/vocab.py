@@ -47,11 +47,16 @@ class MemberVocabulary:
 
 @dataclass(frozen=True)
 class VocabularyContract:
-    """What the members agree on. Ids below `shared` mean the same token in every member."""
+    """What the members agree on. Ids below `shared` mean the same token in every member.
+
+    By role: `widths`, the number of logits; `held`, the number of ids that are tokens of this member; `substitutes`,
+    the id that stands for tokens which it does not hold.
+    """
 
     kind: str
     shared: int
     widths: Mapping[str, int]
+    held: Mapping[str, int]
     substitutes: Mapping[str, int]
     notes: tuple[str, ...] = ()
 
@@ -81,14 +86,15 @@ def make_contract(members: Sequence[MemberVocabulary]) -> VocabularyContract:
         _check_same_ids(known[0], member)
     same_tokens = len({len(member.tokens or ()) for member in known}) <= 1
     widths = {member.role: member.width for member in members}
-    shared = min(widths.values())
+    held = widths
     if not same_tokens:
-        shared = min(shared, *(member.num_ids for member in known))
+        held = {member.role: min(member.width, member.num_ids) for member in members}
     same_widths = len(set(widths.values())) == 1
     return VocabularyContract(
         kind="extended" if not same_tokens else "identical" if same_widths else "padded",
-        shared=shared,
+        shared=min(held.values()),
         widths=widths,
+        held=held,
         substitutes={member.role: member.substitute for member in members},
         notes=tuple(_notes(anchor, members)),
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,10 @@ def safetensors_header(path: Path) -> dict[str, Any]:
             raise MemberError(f"{path} is not a whole safetensors file ({size:,} bytes); fetch it again")
         try:
             header: dict[str, Any] = json.loads(file.read(length))
-        except ValueError as error:
+            header.pop("__metadata__", None)
+            expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise MemberError(f"{path} has no safetensors header; fetch it again or convert it") from error
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     if expected != size:
         raise MemberError(f"{path} has {size:,} bytes; its header says {expected:,}; fetch it again")
     return header
@@ -40,9 +42,21 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, shards in the order of the index; empty where there are none."""
     index = folder / WEIGHTS_INDEX
     if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        try:
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise MemberError(f"{index} is no index of weights; fetch it again") from error
         return [folder / name for name in dict.fromkeys(names)]
     return [folder / WEIGHTS] if (folder / WEIGHTS).is_file() else []
+
+
+@contextmanager
+def naming(role: str) -> Iterator[None]:
+    """Put the member's role in front of the message of a MemberError."""
+    try:
+        yield
+    except MemberError as error:
+        raise MemberError(f"{role}: {error}") from error
 
 
 def check_folder(role: str, folder: Path) -> None:
@@ -51,7 +65,8 @@ def check_folder(role: str, folder: Path) -> None:
         raise MemberError(f"{role}: there is no folder {folder}; give a model folder or a hub id")
     if not (folder / "config.json").is_file():
         raise MemberError(f"{role}: {folder} has no config.json, so it is not a model folder")
-    files = weight_files(folder)
+    with naming(role):
+        files = weight_files(folder)
     if not files:
         pickles = [name for name in PICKLE_WEIGHTS if (folder / name).exists()]
         if pickles:
@@ -60,7 +75,5 @@ def check_folder(role: str, folder: Path) -> None:
     for file in files:
         if not file.is_file():
             raise MemberError(f"{role}: {file} is named by {WEIGHTS_INDEX} and is not there; fetch it again")
-        try:
+        with naming(role):
             safetensors_header(file)
-        except MemberError as error:
-            raise MemberError(f"{role}: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -59,13 +59,18 @@ class EnsembleOptions:
         from ensembler import folder
         from ensembler.demo import demo_folder
 
-        extra = [name for name in ("rule", "constant", "slope", "cutoff", "outside") if getattr(self, name)]
-        if self._members() or extra:
-            what = f"--{extra[0]}" if extra else "a member"
-            raise ConfigError(f"{what} was given beside the ensemble {name!r}; give the folder, or the members alone")
+        if self._members():
+            raise ConfigError(f"a member was given beside the ensemble {name!r}; give the folder, or the members alone")
         config = folder.read(demo_folder() if name == DEMO else folder.find(name))
-        if self.alpha is not None:
-            config.alpha = config.get_rule().check_alpha(self.alpha)
+        changes = {
+            "rule": self.rule,
+            "alpha": self.alpha,
+            "constant": _numbers("--constant", self.constant),
+            "slope": _numbers("--slope", self.slope),
+            "cutoff": self.cutoff,
+            "outside": self.outside,
+        }
+        config.change_rule(**{key: value for key, value in changes.items() if value is not None})
         return self._placed(config)
 
     def _from_members(self) -> EnsembleConfig:
@@ -90,7 +95,7 @@ class EnsembleOptions:
     def _placed(self, config: EnsembleConfig) -> EnsembleConfig:
         changes = {"dtype": self.dtype, "device": self.device}
         given = {name: value for name, value in changes.items() if value is not None}
-        config.members = {role: replace(member, **given) for role, member in config.members.items()}
+        config.change_members(**given)
         return config
 
 

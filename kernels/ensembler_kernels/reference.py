@@ -50,16 +50,18 @@ def combine(
         ratio = ratio - _log_normaliser(logits, slope, shared, dtype, raw)
     alphas = _per_row(alpha, anchor, dtype)
     term = alphas * ratio
+    overflow = (term == math.inf) & ratio.isfinite()
     undefined = (term == math.inf) | (term.isnan() & ~_any_nan(logits, slope, shared))
-    combined = base + term.masked_fill(undefined, 0.0)
+    term = term.masked_fill(undefined, 0.0).masked_fill(overflow, torch.finfo(dtype).max)
+    combined = base + term
+    if shared < anchor.shape[-1]:
+        combined = torch.cat([combined, _outside(logits, constant, shared, neutral, dtype)], dim=-1)
 
     if cutoff is not None:
-        scores = anchor[..., :shared].to(dtype)
+        scores = anchor.to(dtype).masked_fill(combined == -math.inf, -math.inf)
         implausible = scores < scores.amax(-1, keepdim=True) + math.log(cutoff)
         combined = combined.masked_fill(implausible & (alphas != 0), -math.inf)
-    if shared == anchor.shape[-1]:
-        return combined
-    return torch.cat([combined, _outside(logits, constant, shared, neutral, dtype)], dim=-1)
+    return combined
 
 
 def _weighted_sum(logits: Sequence[Tensor], weights: Sequence[float], shared: int, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,151 @@
+"""The shape of the package: imports go down, few names are exported, and `import ensembler` loads no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import ensembler
+
+ROOT = Path(ensembler.__file__).parent
+KERNELS = ROOT.parent / "kernels" / "ensembler_kernels"
+
+# From the bottom up; a module may import its own layer and those below. Folders stand for all their modules.
+LAYERS = (
+    {"errors", ""},
+    {"vocab", "rules", "config", "weights"},
+    {"patch"},
+    {"members"},
+    {"runners", "cache", "preflight", "folder"},
+    {"inspection"},
+    {"modeling"},
+    {"decoding"},
+    {"evaluation", "serving", "vision", "demo"},
+    {"cli", "__main__"},
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def modules() -> list[Path]:
+    return sorted(ROOT.rglob("*.py"))
+
+
+def imported(path: Path, *, always: bool = False) -> Iterator[str]:
+    """Dotted names that a module imports; `always`: only those outside functions and TYPE_CHECKING."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if always and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        if always and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        waiting.extend(ast.iter_child_nodes(node))
+
+
+def part(path: Path) -> str:
+    """The file or folder directly below the package."""
+    return path.relative_to(ROOT).with_suffix("").parts[0].replace("__init__", "")
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down(path: Path) -> None:
+    here = part(path)
+    assert here in LEVEL, f"{here} has no layer in this test"
+    if not here:
+        return  # the front door names modules lazily
+    for name in imported(path):
+        package, _, rest = name.partition(".")
+        if package != "ensembler":
+            continue
+        there = rest.split(".")[0]
+        there = there if there in LEVEL else ""
+        assert LEVEL[there] <= LEVEL[here], f"{path.relative_to(ROOT)} imports {name}"
+        private = [piece for piece in rest.split(".") if piece.startswith("_") and not piece.startswith("__")]
+        assert not private, f"{path.relative_to(ROOT)} imports the private {name}"
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda path: path.name)
+def test_kernels_know_nothing_of_ensembler(path: Path) -> None:
+    assert not [name for name in imported(path) if name.split(".")[0] in ("ensembler", "transformers")]
+
+
+def test_the_outer_kernels_folder_is_bare() -> None:
+    """An __init__.py there would hide Hugging Face's package `kernels`, which transformers looks for."""
+    assert not (KERNELS.parent / "__init__.py").exists()
+
+
+def test_no_cycles() -> None:
+    graph = {}
+    for path in modules():
+        dotted = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__")
+        graph[dotted] = {name for name in imported(path, always=True) if name.startswith("ensembler")}
+    known = set(graph)
+    edges = {
+        name: {target if target in known else target.rpartition(".")[0] for target in targets} & known - {name}
+        for name, targets in graph.items()
+    }
+    edges["ensembler"] = set()
+    while leaves := [name for name, targets in edges.items() if not targets & set(edges)]:
+        for name in leaves:
+            del edges[name]
+    assert not edges, edges
+
+
+def test_exported_names() -> None:
+    expected = ["EnsembleCache", "EnsembleConfig", "EnsembleForCausalLM", "EnsemblerError", "MemberConfig"]
+    assert ensembler.__all__ == expected == sorted(expected)
+    for name in expected:
+        assert getattr(ensembler, name).__name__ == name
+    assert set(expected) <= set(dir(ensembler))
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = ensembler.nothing_of_the_kind
+
+
+def test_exported_kernels() -> None:
+    import ensembler_kernels
+
+    assert ensembler_kernels.__all__ == sorted(ensembler_kernels.__all__)
+    assert "combine" in ensembler_kernels.__all__
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import ensembler",
+        "import ensembler; dir(ensembler); ensembler.__version__",
+        "import ensembler.errors, ensembler.rules, ensembler.vocab, ensembler.weights",
+        "import ensembler.cli.main",
+        "from ensembler import EnsemblerError",
+        "import sys, runpy; sys.argv = ['ensembler', '--help']\n"
+        "try: runpy.run_module('ensembler', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code",
+    ],
+)
+def test_no_torch_is_loaded(code: str) -> None:
+    check = "\nimport sys; print('LOADED', sorted({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "LOADED []"
+
+
+def test_one_error_tree() -> None:
+    from ensembler import errors
+
+    names = [name for name, value in vars(errors).items() if isinstance(value, type)]
+    assert all(issubclass(getattr(errors, name), errors.EnsemblerError) for name in names)
+    assert {name for name in names if getattr(errors, name).exit_code == 2} == {
+        name for name in names if issubclass(getattr(errors, name), errors.InputError)
+    }
+    assert "pip install 'logit-ensembler[eval]'" in str(errors.MissingExtraError("lm-eval", "eval"))
+    drawn = errors.__doc__ or ""
+    assert all(name in drawn for name in names)

@@ -1,0 +1,165 @@
+"""The registry of rules, and every rule through the model's forward against six lines of float64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAMILIES, make_model, member_logits, random_ids
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import PreTrainedModel
+
+from ensembler import EnsembleForCausalLM
+from ensembler.errors import ConfigError
+from ensembler.rules import RULE_NAMES, RULES, get_rule, linear_rule
+
+LINEAR: dict[str, Any] = {  # two fine-tuned / base pairs on one target
+    "constant": {"target": 1.0},
+    "slope": {"ft_a": 1.0, "pt_a": -1.0, "ft_b": 0.5, "pt_b": -0.5},
+}
+OPTIONS: dict[str, dict[str, Any]] = {"linear": LINEAR, "contrastive": {"cutoff": 0.05}}
+
+
+def reference(rule: str, z: dict[str, Tensor], alpha: float) -> Tensor:
+    """Each rule as its paper writes it, on float64 logits by role."""
+    if rule == "base-change":
+        return z["source_ft"] + alpha * (z["target_pt"] - z["source_pt"])
+    if rule == "eft":
+        return z["target_pt"] + alpha * (z["source_ft"] - z["source_pt"])
+    if rule == "realign":
+        return (1 - alpha) * z["reference"] + alpha * z["aligned"]
+    if rule == "reward":
+        return z["target_pt"] + alpha * z["reward"]
+    if rule == "linear":
+        return z["target"] + alpha * (z["ft_a"] - z["pt_a"]) + 0.5 * alpha * (z["ft_b"] - z["pt_b"])
+    p = z["expert"].softmax(-1)
+    score = (1 + alpha) * z["expert"] - alpha * z["amateur"]
+    return score.masked_fill(p < 0.05 * p.amax(-1, keepdim=True), -math.inf) if alpha else score
+
+
+def members_of(rule: str, seed: int) -> dict[str, PreTrainedModel]:
+    """A member of another family and size in each role."""
+    return {
+        role: make_model(
+            FAMILIES[(seed + i) % len(FAMILIES)], seed + i, hidden_size=16 + 8 * (i % 3), num_layers=1 + i % 2
+        )
+        for i, role in enumerate(get_rule(rule, **OPTIONS.get(rule, {})).roles)
+    }
+
+
+@pytest.mark.parametrize("seed", [0, 3, 6])
+@pytest.mark.parametrize("rule", RULE_NAMES)
+def test_forward_equals_the_formula(rule: str, seed: int) -> None:
+    members = members_of(rule, seed)
+    model = EnsembleForCausalLM.from_members(rule=rule, members=members, **OPTIONS.get(rule, {}))
+    ids = random_ids(2, 11, seed=seed)  # longer than the sliding windows
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    z = {role: member_logits(member, ids, mask) for role, member in members.items()}
+    real = mask.bool()
+    for alpha in (0.0, 0.3, 1.0, 2.5, *([-0.5] if rule == "linear" else [])):
+        model.alpha = alpha
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask).logits
+        assert logits.dtype == torch.float32
+        assert_close(logits[real].double(), reference(rule, z, alpha)[real], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alpha_zero_is_the_anchor_bit_for_bit(rule: str, dtype: torch.dtype) -> None:
+    members = {role: member.to(dtype) for role, member in members_of(rule, 1).items()}
+    model = EnsembleForCausalLM.from_members(rule=rule, alpha=0.0, members=members, **OPTIONS.get(rule, {}))
+    anchor = members[model.rule.anchor]
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, anchor(ids).logits.float())
+    if dtype == torch.float32:
+        prompt = {"input_ids": ids[:1, :4], "attention_mask": torch.ones(1, 4, dtype=torch.long), "max_new_tokens": 8}
+        for more in ({"do_sample": False}, {"do_sample": True}, {"num_beams": 3}, {"num_beams": 2, "do_sample": True}):
+            torch.manual_seed(7)
+            ours = model.generate(**prompt, **more)
+            torch.manual_seed(7)
+            assert ours.tolist() == anchor.generate(**prompt, **more).tolist(), more
+
+
+def test_eft_with_equal_source_members_is_the_target(trio: dict[str, PreTrainedModel]) -> None:
+    members = {**trio, "source_ft": trio["source_pt"]}
+    model = EnsembleForCausalLM.from_members(rule="eft", alpha=1.7, members=members)
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, trio["target_pt"](ids).logits)
+
+
+def test_base_change_and_eft_agree_at_alpha_one(trio: dict[str, PreTrainedModel]) -> None:
+    ids = random_ids(2, 9)
+    with torch.no_grad():
+        logits = [
+            EnsembleForCausalLM.from_members(rule=rule, alpha=1.0, members=trio)(ids).logits
+            for rule in ("base-change", "eft")
+        ]
+    assert_close(logits[0], logits[1], atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=lambda rule: rule.name)
+def test_named_rules_are_their_anchor_at_zero(rule: Any) -> None:
+    weights = rule.weights(0.0)
+    assert next(iter(weights)) == rule.anchor == rule.roles[0]
+    assert {role: weight for role, weight in weights.items() if weight} == {rule.anchor: 1.0}
+    assert rule.paper
+    assert rule.formula
+
+
+def test_weights_are_affine() -> None:
+    assert get_rule("base-change").weights(0.25) == {"source_ft": 1.0, "target_pt": 0.25, "source_pt": -0.25}
+    assert get_rule("realign").weights(0.25) == {"reference": 0.75, "aligned": 0.25}
+    assert get_rule("contrastive").weights(0.5) == {"expert": 1.5, "amateur": -0.5}
+    assert get_rule("reward").weights(2) == {"target_pt": 1.0, "reward": 2.0}
+    assert get_rule("linear", **LINEAR).weights(2)["pt_b"] == -1.0
+
+
+@pytest.mark.parametrize(
+    "alpha", [math.nan, math.inf, -math.inf, -0.1, True, "1", None, pytest.param(10**400, id="huge")]
+)
+@pytest.mark.parametrize("name", RULES)
+def test_alpha_that_has_no_meaning_is_refused(name: str, alpha: object) -> None:
+    with pytest.raises(ConfigError, match="alpha is"):
+        get_rule(name).check_alpha(alpha)
+
+
+def test_linear_takes_a_negative_alpha_and_nothing_infinite() -> None:
+    rule = linear_rule({"a": 1}, {"b": 1})
+    assert rule.check_alpha(-2) == -2.0
+    with pytest.raises(ConfigError, match="finite"):
+        rule.check_alpha(-math.inf)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "base_change"}, "unknown rule 'base_change'; expected one of: base-change, eft"),
+        ({"name": "eft", "slope": {"a": 1.0}}, "fixed numbers"),
+        ({"name": "eft", "cutoff": 0.1}, "takes no cutoff"),
+        ({"name": "linear"}, "no constant"),
+        ({"name": "linear", "constant": {"a": 0.0}, "slope": {"b": 1.0}}, "no constant"),
+        ({"name": "linear", "constant": {"a": math.nan}}, "constant of 'a' is nan"),
+        ({"name": "linear", "constant": {"a": 1.0}, "slope": {"b": "1"}}, "slope of 'b' is '1'"),
+        ({"name": "linear", "constant": {"a": True}}, "constant of 'a' is True"),
+        ({"name": "contrastive", "cutoff": 0.0}, "cutoff is 0.0"),
+        ({"name": "contrastive", "cutoff": 1.5}, "cutoff is 1.5"),
+        ({"name": "contrastive", "cutoff": math.nan}, "cutoff is nan"),
+    ],
+)
+def test_rules_that_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        get_rule(**arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_cutoff_one_and_default() -> None:
+    assert get_rule("contrastive").cutoff == 0.1
+    assert get_rule("contrastive", cutoff=1).cutoff == 1.0
+    assert RULES["contrastive"].cutoff == 0.1
