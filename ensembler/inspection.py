@@ -9,8 +9,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ensembler.members import MemberFiles, is_local
+from ensembler.members import MemberFiles
 from ensembler.preflight import CheckedEnsemble
+from ensembler.sources import is_local
 from ensembler.weights import safetensors_header, weight_files
 
 _TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}

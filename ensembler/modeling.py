@@ -341,19 +341,18 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             self._check_cache(given)
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return
+        if generation_config.use_cache is False:
+            return
         caches: dict[str, Cache] = {}
         for role, member in self.members.items():
-            own = {name: value for name, value in model_kwargs.items() if name != "past_key_values"}
             model: Any = member
+            own = {**model_kwargs, "past_key_values": None}
             model._prepare_cache_for_generation(generation_config, own, *args, **kwargs)
-            if own.get("past_key_values") is None:
-                break
+            if own["past_key_values"] is None:
+                kind = type(member).__name__
+                raise InputError(f"{role} ({kind}) keeps no key-value cache; call generate with use_cache=False")
             caches[role] = own["past_key_values"]
-        else:
-            model_kwargs["past_key_values"] = EnsembleCache(caches)
-            return
-        if generation_config.use_cache is not False:
-            raise InputError(f"{role} ({type(member).__name__}) keeps no key-value cache; call with use_cache=False")
+        model_kwargs["past_key_values"] = EnsembleCache(caches)
 
 
 _LEFT_BY_GENERATE = {"tokenizer", "assistant_tokenizer"}  # generate hands its own arguments on to forward

@@ -8,7 +8,7 @@ text/*.txt, OUT the folder to make:
     OUT/source_ft   a LoRA adapter of BASE, trained to name the sentiment of a film review (SST-2)
     OUT/target_pt   BASE after continued pre-training on running text (WikiText-2 validation, Tiny Shakespeare)
 
-The source PT is BASE itself. About 20 minutes on two CPU cores; a finished part is not made again.
+The source PT is BASE itself. About 15 minutes on two CPU cores; a finished part is not made again.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("base", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--reviews", type=int, default=1200, help="SST-2 rows for the fine-tuning")
-    parser.add_argument("--text-steps", type=int, default=90, help="steps of continued pre-training")
+    parser.add_argument("--reviews", type=int, default=720, help="SST-2 rows for the fine-tuning")
+    parser.add_argument("--text-steps", type=int, default=60, help="steps of continued pre-training")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(args.base)

@@ -18,8 +18,8 @@ KERNELS = ROOT.parent / "kernels" / "ensembler_kernels"
 # From the bottom up; a module may import its own layer and those below. Folders stand for all their modules.
 LAYERS = (
     {"errors", ""},
-    {"vocab", "rules", "config", "weights"},
-    {"patch"},
+    {"vocab", "rules", "config", "weights", "sources"},
+    {"patch", "adapters"},
     {"members"},
     {"runners", "cache", "preflight", "folder"},
     {"inspection"},
