@@ -15,9 +15,12 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[eval,dev]'
 	touch $(STAMP)
 
+DEMO_PROMPT := There are 23 shells in the market. Gwen takes 16 shells. Question: How many shells are in the market now? Answer:
+
 demo: install
-	$(BIN)/ensembler inspect demo --prompt "$$(sed -n 1p ensembler/demo/family/data/examples.jsonl | $(BIN)/python -c 'import json, sys; print(json.loads(sys.stdin.readline())["prompt"])')"
-	$(BIN)/ensembler generate demo --prompts ensembler/demo/family/data/examples.jsonl --max-new-tokens 24 --explain
+	$(BIN)/ensembler inspect demo --prompt "$(DEMO_PROMPT) 23 - 16 ="
+	$(BIN)/ensembler generate demo --prompt "$(DEMO_PROMPT)" --explain
+	$(BIN)/ensembler generate demo --prompts ensembler/demo/family/data/examples.jsonl --max-new-tokens 16 --json
 
 test: install
 	$(BIN)/python -m pytest

@@ -14,14 +14,14 @@ WIDTH = 110
 
 def reference() -> str:
     """Return the page: one section per command, with what its `--help` prints."""
-    parts = ["# Command line", "Made from `--help` by `make docs`.", _section("ensembler", cli)]
-    parts += [_section(f"ensembler {name}", command) for name, command in sorted(cli.commands.items())]
+    top = click.Context(cli, info_name="ensembler", terminal_width=WIDTH, help_option_names=["-h", "--help"])
+    contexts = [top, *(click.Context(cli.commands[name], info_name=name, parent=top) for name in sorted(cli.commands))]
+    parts = ["# Command line", "Made from `--help` by `make docs`.", *map(_section, contexts)]
     return "\n\n".join(parts) + "\n"
 
 
-def _section(name: str, command: click.Command) -> str:
-    context = click.Context(command, info_name=name, terminal_width=WIDTH, max_content_width=WIDTH)
-    return f"## {name}\n\n```text\n{command.get_help(context)}\n```"
+def _section(context: click.Context) -> str:
+    return f"## {context.command_path}\n\n```text\n{context.command.get_help(context)}\n```"
 
 
 if __name__ == "__main__":

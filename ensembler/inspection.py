@@ -83,8 +83,9 @@ def _member(files: MemberFiles, width: int, weight: float) -> MemberSummary:
     for tensor in tensors.values():
         stored[_TORCH_NAMES.get(tensor["dtype"], tensor["dtype"])] += prod(tensor["shape"])
     dtype = files.config.dtype
-    if dtype == "auto":
-        dtype = stored.most_common(1)[0][0] if stored else str(files.model_config.dtype).removeprefix("torch.")
+    if dtype == "auto":  # as transformers decides: the model's config, and then the weights file
+        in_file = stored.most_common(1)[0][0] if stored else "float32"
+        dtype = str(files.model_config.dtype or in_file).removeprefix("torch.")
     parameters = sum(stored.values()) or None
     return MemberSummary(
         role=files.role,

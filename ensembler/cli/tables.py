@@ -107,10 +107,11 @@ def show_token(tokenizer: Any, token: int) -> str:
 
 def print_explained(choices: Sequence[Choice], tokenizer: Any) -> None:
     """Print a text with brackets round the tokens that are not the anchor's choice, and then a line for each."""
+    from ensembler.decoding.explain import token_texts
+
     out = console()
     text = Text()
-    for choice in choices:
-        shown = tokenizer.decode([choice.token])
+    for choice, shown in zip(choices, token_texts(tokenizer, [choice.token for choice in choices]), strict=True):
         text.append(f"[{shown}]" if choice.moved else shown, style="bold reverse" if choice.moved else "")
     out.print(text)
     moved = [(position, choice) for position, choice in enumerate(choices) if choice.moved]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,16 @@ class Choice:
     def moved(self) -> bool:
         """Whether the ensemble's choice is not its anchor's."""
         return self.token != self.anchor_token
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return what each token adds to the text: a token alone often decodes without the space in front of it."""
+    texts, before = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end])
+        texts.append(text[len(before) :] if text.startswith(before) else tokenizer.decode([ids[end - 1]]))
+        before = text
+    return texts
 
 
 @torch.inference_mode()
