@@ -32,8 +32,11 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+# A folder with a real model; the committed figures are of SmolLM2-135M.
+MODEL ?= models/smollm2
+
 bench: install
-	$(BIN)/python benchmarks/decode_cost.py
+	$(BIN)/python benchmarks/decode_cost.py $(MODEL)
 
 docs: install
 	$(BIN)/python docs/make_cli_reference.py
