@@ -36,6 +36,7 @@ types: install
 MODEL ?= models/smollm2
 
 bench: install
+	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/decode_cost.py $(MODEL)
 
 docs: install

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scipy.stats import binomtest
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ensembler.extras import require
+
+binomtest = require("scipy.stats", "eval").binomtest
 ROOT = Path(__file__).resolve().parents[1]
 FAMILY = ROOT / "ensembler" / "demo" / "family"
 RESULTS = ROOT / "benchmarks" / "results" / "demo_family.jsonl"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,6 +65,16 @@ def test_the_command_reference_is_up_to_date() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert (ROOT / "docs" / "cli.md").read_text("utf-8") == module.reference(), "run: make docs"
+
+
+def test_the_tables_of_the_demo_family_are_those_of_its_rows() -> None:
+    pytest.importorskip("scipy")
+    command = [sys.executable, ROOT / "benchmarks" / "demo_family.py", "--table"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    page = (ROOT / "docs" / "demo-family.md").read_text("utf-8").splitlines()
+    assert len(lines) > 30
+    assert [line for line in lines if line not in page] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

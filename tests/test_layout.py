@@ -18,7 +18,7 @@ KERNELS = ROOT.parent / "kernels" / "ensembler_kernels"
 # From the bottom up; a module may import its own layer and those below. Folders stand for all their modules.
 LAYERS = (
     {"errors", ""},
-    {"vocab", "rules", "config", "weights", "sources"},
+    {"vocab", "rules", "config", "weights", "sources", "extras"},
     {"patch", "adapters"},
     {"members"},
     {"runners", "cache", "preflight", "folder"},
