@@ -11,7 +11,6 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[eval,dev]'
 	touch $(STAMP)
 
@@ -32,7 +31,7 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-# A folder with a real model; the committed figures are of SmolLM2-135M.
+# A folder with a real model; the committed figures are of de-quantised SmolLM2-135M-Instruct.
 MODEL ?= models/smollm2
 
 bench: install

@@ -1,12 +1,12 @@
 """What a token of an ensemble costs: its time over the sum of its members' own decode steps, and its peak memory.
 
-    python benchmarks/decode_cost.py [MODEL] [--tokens 48] [--repeats 7]
+    python benchmarks/decode_cost.py [MODEL] [--tokens 32] [--repeats 7]
 
-MODEL is a folder (default: models/smollm2, SmolLM2-135M); it is loaded three times, as source FT, source PT and target
-PT. A member's own decode step is its bare forward of one token with its cache, at the same positions; the ensemble's
-time per token is that of `generate`, everything included, between two tokens. The three are timed by turns in one
-process, so that drift hits all. Peak memory is the largest resident size of a fresh process, less that of one that only
-imports. One JSON row is appended to benchmarks/results/decode_cost.jsonl.
+MODEL is a folder (default: models/smollm2; the committed rows are of de-quantised SmolLM2-135M-Instruct). It is loaded
+three times, as source FT, source PT and target PT. A member's own decode step is its bare forward of one token with its
+cache, at the same positions; the ensemble's time per token is that of `generate`, everything included, between two
+tokens. The three are timed by turns in one process, so that drift hits all. Peak memory is the largest resident size of
+a fresh process, less that of one that only imports. One JSON row is appended to benchmarks/results/decode_cost.jsonl.
 """
 
 from __future__ import annotations
@@ -135,12 +135,13 @@ def spread(values: list[float]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", default=Path("models/smollm2"))
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--memory-of", choices=["nothing", "member", "ensemble"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not (args.model / "config.json").is_file():
-        sys.exit(f"there is no model in {args.model}; give the folder of one, SmolLM2-135M for the committed figures")
+        sys.exit(f"there is no model in {args.model}; give the folder of one")
     prompt = torch.arange(100, 132)[None]
     if args.memory_of:
         print(memory_of(args.memory_of, args.model, args.tokens, prompt))
@@ -171,7 +172,7 @@ def main() -> None:
         versions={"ensembler": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
         date=time.strftime("%Y-%m-%d"),
     )
-    with RESULTS.open("a", encoding="utf-8") as file:
+    with args.results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(row)) + "\n")
     print(f"time per token over the sum of the members' {row.members_ms} ms (median, smallest and largest of the runs)")
     print(f"  greedy    {row.greedy_ratio:.3f}  ({row.greedy_spread[0]:.3f} to {row.greedy_spread[1]:.3f})")

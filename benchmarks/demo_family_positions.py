@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from ensembler import EnsembleForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILY = ROOT / "ensembler" / "demo" / "family"
@@ -38,11 +39,6 @@ def answer_logits(model: torch.nn.Module, rows: list[list[int]]) -> Tensor:
         ids = torch.tensor([row[:-1]])
         found.append(model(input_ids=ids).logits[0, -len(POSITIONS) :].float())
     return torch.stack(found)
-
-
-def combined(logits: dict[str, Tensor], rule: str, alpha: float) -> Tensor:
-    anchor, other = ("source_ft", "target_pt") if rule == "base-change" else ("target_pt", "source_ft")
-    return logits[anchor] + alpha * (logits[other] - logits["source_pt"])
 
 
 def table(columns: dict[str, list[str]]) -> str:
@@ -69,12 +65,14 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = right_answers(options.family, AutoTokenizer.from_pretrained(options.family / "source_ft"))
     right = torch.tensor([row[-len(POSITIONS) :] for row in rows])
-    logits = {}
+    models: dict[str, torch.nn.Module] = {}
     for role, label in LABELS.items():
-        print(label, file=sys.stderr, flush=True)
-        logits[role] = answer_logits(AutoModelForCausalLM.from_pretrained(options.family / role).eval(), rows)
-    named = {label: logits[role] for role, label in LABELS.items()}
-    named |= {f"{rule} {options.alpha:g}": combined(logits, rule, options.alpha) for rule in ("base-change", "eft")}
+        models[label] = AutoModelForCausalLM.from_pretrained(options.family / role).eval()
+    members = {role: models[label] for role, label in LABELS.items()}
+    for rule in ("base-change", "eft"):
+        ensemble = EnsembleForCausalLM.from_members(rule=rule, alpha=options.alpha, members=members)
+        models[f"{rule} {options.alpha:g}"] = ensemble
+    named = {name: answer_logits(model, rows) for name, model in models.items()}
     print("Right token is the likeliest, %:\n")
     print(table({name: top_one(z, right) for name, z in named.items()}))
     print("\nMean log-probability of the right token:\n")

@@ -26,6 +26,7 @@ def seconds(arguments: list[str]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     found: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in range(args.repeats + 1):  # by turns; the first of each is a warm-up
@@ -37,7 +38,7 @@ def main() -> None:
         row[f"{name}_seconds"] = round(statistics.median(times), 3)
         row[f"{name}_spread"] = [round(min(times), 3), round(max(times), 3)]
         print(f"{name:6} {statistics.median(times):.3f} s ({min(times):.3f} to {max(times):.3f})")
-    with RESULTS.open("a", encoding="utf-8") as file:
+    with args.results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ensembler.config import MemberConfig
@@ -30,16 +28,18 @@ def resolve_adapter(role: str, config: MemberConfig) -> MemberConfig:
     folder = Path(config.model)
     if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
         return config
+    if config.adapter is not None:
+        raise MemberError(f"{role}: {folder} is an adapter itself; give its base as the model, or merge the two first")
     base = _read_json(role, folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     if not base:
-        raise MemberError(f"{role}: {folder / ADAPTER_CONFIG} names no base model; give the base and the adapter apart")
+        raise MemberError(f"{role}: {folder / ADAPTER_CONFIG} names no base model; set base_model_name_or_path in it")
     if (folder / base).is_dir():
         base = str((folder / base).resolve())
     return replace(config, model=base, adapter=config.model)
 
 
 def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> None:
-    """Compare the shapes in the adapter's header with those of its base, built from `model_config` without memory.
+    """Compare names and shapes in the adapter's header with what PEFT would make on this base, built without memory.
 
     Raises MemberError; a base of another name is only said, since patches are meant to be carried to new bases.
     """
@@ -49,28 +49,32 @@ def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> Non
         _logger.warning("%s: the adapter %s was made for %s, not %s", role, adapter, base, model)
     with naming(role):
         header = safetensors_header(_find(role, adapter, ADAPTER_WEIGHTS))
-    with torch.device("meta"):
-        modules = dict(AutoModelForCausalLM.from_config(model_config).named_modules())
-    for name, factor, shape in _lora_factors(header):
-        weight = getattr(modules.get(name), "weight", None)
-        if weight is None:
-            raise MemberError(f"{role}: the adapter {adapter} changes {name}, which {model} does not have")
-        out_features, in_features = weight.shape[::-1] if isinstance(modules[name], Conv1D) else weight.shape
-        fits = shape[1] == in_features if factor == "lora_A" else shape[0] == out_features
-        if not fits:
+    found = {name: tuple(tensor["shape"]) for name, tensor in header.items() if "lora_" in name}
+    expected = _expected_tensors(role, adapter, model, model_config)
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unknown:
+        what = f"lacks {missing[0]}" if missing else f"changes {unknown[0]}, which is not there"
+        raise MemberError(f"{role}: the adapter {adapter} was made for another base: for {model} it {what}")
+    for name, shape in expected.items():
+        if found[name] != shape:
             raise MemberError(
-                f"{role}: {factor} of {name} in the adapter {adapter} has shape {tuple(shape)}; "
-                f"the weight in {model} has {tuple(weight.shape)}: it was made for another base"
+                f"{role}: {name} in the adapter {adapter} has shape {found[name]}; for {model} it must be {shape}: it "
+                "was made for another base"
             )
 
 
-def _lora_factors(header: Mapping[str, Any]) -> Iterator[tuple[str, str, list[int]]]:
-    """Yield (module, 'lora_A' or 'lora_B', shape) for the LoRA factors of linear layers in an adapter's header."""
-    for key, tensor in header.items():
-        for factor in ("lora_A", "lora_B"):
-            module, found, _ = key.partition(f".{factor}.")
-            if found:
-                yield module.removeprefix("base_model.model."), factor, tensor["shape"]
+def _expected_tensors(role: str, adapter: str, model: str, model_config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the LoRA tensors that PEFT would save for this adapter on this base."""
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+
+    try:
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(model_config)
+            patched = get_peft_model(base, PeftConfig.from_pretrained(adapter), low_cpu_mem_usage=True)
+    except Exception as error:  # PEFT refuses settings in its own ways: unknown modules, kinds, keys
+        raise MemberError(f"{role}: the adapter {adapter} does not fit {model}: {one_line(error)}") from error
+    state = get_peft_model_state_dict(patched, save_embedding_layers=False)
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if "lora_" in name}
 
 
 def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import zip_longest
 from typing import Any
 
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -42,21 +41,21 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
         """False: members make their own masks, and are compiled (if at all) one by one."""
         return False
 
-    def lengths(self) -> dict[str, list[int]]:
-        """Return the number of tokens that each layer has seen, by role; raises RunError for a broken cache."""
+    def lengths(self) -> dict[str, int]:
+        """Return the number of tokens that each member has seen, by role; raises RunError for a broken cache."""
         if self._broken:
             raise RunError("this cache was left uneven by a failed step and cannot be used; start from a new one")
-        return {role: [_length(layer) for layer in cache.layers] for role, cache in self.members.items()}
+        return {role: int(cache.get_seq_length()) for role, cache in self.members.items()}
 
-    def restore(self, lengths: Mapping[str, list[int]]) -> None:
+    def restore(self, lengths: Mapping[str, int]) -> None:
         """Undo a step that failed half-way: crop the layers that are ahead, so that all members agree again.
 
         Layers that keep no past (a full sliding window, a recurrent state) cannot go back; the cache is then marked as
         broken and refuses to be used.
         """
         for role, cache in self.members.items():
-            for layer, length in zip_longest(cache.layers, lengths[role], fillvalue=0):
-                self._broken = not _cropped(layer, length) or self._broken
+            for layer in cache.layers:
+                self._broken = not _cropped(layer, lengths[role]) or self._broken
         self._broken = self._broken or any(self.is_linear)
 
     def reset(self) -> None:
@@ -66,14 +65,14 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
 
 
 def _cropped(layer: Any, length: int) -> bool:
-    """Crop `layer` to `length` tokens; False where it cannot go back."""
+    """Crop `layer` to at most `length` tokens; False where it cannot go back."""
     try:
         ahead = _length(layer) - length
-        if ahead:
+        if ahead > 0:
             layer.crop(-ahead)
     except Exception:  # each kind of layer refuses in its own way; the step's own error is what the user must see
         return False
-    return _length(layer) == length
+    return _length(layer) <= length
 
 
 def _length(layer: Any) -> int:

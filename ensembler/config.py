@@ -131,11 +131,20 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
         """Set the same field of every member: a dtype or a device for all."""
         self.members = {role: replace(member, **changes) for role, member in self.members.items()}
 
-    def change_rule(self, **changes: Any) -> None:
-        """Set rule, alpha, cutoff or outside, and check the whole again."""
-        for name, value in changes.items():
-            setattr(self, name, value)
-        self._check()
+    def replaced(self, **changes: Any) -> EnsembleConfig:
+        """Return a copy with some of rule, alpha, constant, slope, cutoff and outside changed, checked as a whole.
+
+        What belongs to the old rule alone (the numbers of 'linear', a cutoff) is not taken over by another rule.
+        """
+        kept = {name: getattr(self, name) for name in _OWN_KEYS}
+        if changes.get("rule", self.rule) != self.rule:
+            kept |= {"constant": None, "slope": None, "anchor": None, "cutoff": None}
+        if "constant" in changes:
+            kept["anchor"] = None
+        copy = EnsembleConfig(**{**kept, "members": dict(self.members), **changes})
+        copy.name_or_path = self.name_or_path
+        copy._attn_implementation_internal = self._attn_implementation_internal
+        return copy
 
     def to_dict(self) -> dict[str, Any]:
         """The content of config.json."""
@@ -149,7 +158,8 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
 
 
 AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
-_KEYS_WRITTEN = {"model_type", "architectures", "transformers_version", *EnsembleConfig.__annotations__}
+_OWN_KEYS = tuple(name for name in EnsembleConfig.__annotations__ if name != "model_type")
+_KEYS_WRITTEN = {"model_type", "architectures", "transformers_version", *_OWN_KEYS}
 _KEYS_OF_TRANSFORMERS = {
     "attn_implementation",
     "experts_implementation",

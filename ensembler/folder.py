@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from transformers import GenerationConfig, PreTrainedModel
 
 from ensembler.config import EnsembleConfig, MemberConfig
@@ -23,6 +23,18 @@ from ensembler.preflight import CheckedEnsemble
 
 CONFIG = "config.json"
 IN_MEMORY = "<in memory>"
+# Files that belong to an ensemble: where it is overwritten, those of the old anchor must not outlive it.
+REPLACED = {
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+}
 
 
 @dataclass(frozen=True)
@@ -54,8 +66,9 @@ def find(name: str | Path, **hub_options: Any) -> Path:
     if path.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
         raise ConfigError(f"there is no folder {path}; make one with: ensembler create")
     try:
+        _check_kind(_read_json(Path(hf_hub_download(str(name), CONFIG, **hub_options))), name)
         return Path(snapshot_download(str(name), **hub_options))
-    except (OSError, ValueError) as error:
+    except (OSError, HfHubHTTPError) as error:
         offline = isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled)
         reason = "the hub cannot be reached (offline)" if offline else "it is not on the hub either"
         raise ConfigError(f"{str(name)!r} is no folder here, and {reason}; make one with: ensembler create") from error
@@ -63,18 +76,25 @@ def find(name: str | Path, **hub_options: Any) -> Path:
 
 def read(folder: Path) -> EnsembleConfig:
     """Return the configuration of an ensemble's folder, with the paths of members made absolute."""
-    path = folder / CONFIG
+    content = _read_json(folder / CONFIG)
+    _check_kind(content, folder)
+    return located(EnsembleConfig(**{"members": None, **content}), folder)
+
+
+def _read_json(path: Path) -> Any:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _check_kind(content: Any, name: str | Path) -> None:
     kind = content.get("model_type") if isinstance(content, dict) else None
     if kind != EnsembleConfig.model_type:
         raise ConfigError(
-            f"{path} is of model type {kind!r}, not an ensemble; give it as a member (--source-ft ...) or make an "
+            f"{name} is of model type {kind!r}, not an ensemble; give it as a member (--source-ft ...) or make an "
             "ensemble with: ensembler create"
         )
-    return located(EnsembleConfig(**{"members": None, **content}), folder)
 
 
 def located(config: EnsembleConfig, folder: Path) -> EnsembleConfig:
@@ -100,7 +120,10 @@ def write(
     """
     folder = folder.expanduser().resolve()
     _check_place(folder, overwrite=overwrite)
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be made: {error.strerror}; choose another place") from error
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
         made = Path(partial) / "made"
         made.mkdir()
@@ -117,10 +140,13 @@ def write(
         if not folder.exists():
             made.rename(folder)
             return
+        names = {entry.name for entry in made.iterdir()}
         for entry in sorted(made.iterdir(), key=lambda entry: entry.name == CONFIG):
             if (folder / entry.name).is_dir():
                 (folder / entry.name).rename(Path(partial) / f"old {entry.name}")
             entry.replace(folder / entry.name)
+        for name in REPLACED - names:
+            (folder / name).unlink(missing_ok=True)
 
 
 def _check_place(folder: Path, *, overwrite: bool) -> None:
@@ -181,5 +207,5 @@ def _to_folder(name: str, folder: Path) -> str:
     path = path.resolve()
     if not path.is_relative_to(folder.parent):
         return str(path)
-    relative = os.path.relpath(path, folder)
+    relative = Path(os.path.relpath(path, folder)).as_posix()
     return relative if relative.startswith(".") else f"./{relative}"

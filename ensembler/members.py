@@ -43,7 +43,11 @@ class MemberFiles:
         try:
             return GenerationConfig.from_pretrained(self.config.model, revision=self.config.revision)
         except OSError:
+            if is_local(self.config.model) and (Path(self.config.model) / "generation_config.json").exists():
+                raise MemberError(f"{self.role}: generation_config.json in {self.config.model} is damaged") from None
             return GenerationConfig.from_model_config(self.model_config)
+        except (TypeError, ValueError) as error:
+            raise MemberError(f"{self.role}: generation_config.json in {self.config.model} is damaged") from error
 
 
 def context_length(model_config: Any) -> int | None:

@@ -29,7 +29,7 @@ from ensembler.vocab import VocabularyContract
 
 
 class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc,unused-ignore]
-    """Members combined by a rule, as one causal language model (DESIGN: an ensemble is a model).
+    """Members combined by a rule, as one causal language model.
 
     Make one with `from_members` or `from_pretrained`. `members` is a ModuleDict by role, the anchor first; `contract`
     says what their vocabularies share; `tokenizer` is the anchor's, where it is known. `alpha` may be set between
@@ -113,7 +113,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
         `loaded` holds members that need no loading. Everything is checked before the first weight is read.
         """
-        checked = check_ensemble(config, loaded, trust_remote_code=trust_remote_code)
+        checked = check_ensemble(config.replaced(), loaded, trust_remote_code=trust_remote_code)
         return cls.from_checked(checked, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
 
     @classmethod
@@ -141,15 +141,17 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         config: EnsembleConfig | None = None,
         alpha: float | None = None,
         dtype: str | torch.dtype | None = None,
+        device_map: str | torch.device | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         **options: Any,
     ) -> EnsembleForCausalLM:
         """Return the ensemble of a folder (or hub id of one) that `save_pretrained` or `ensembler create` wrote.
 
-        `alpha` and `dtype` (for all members) override the folder's, as does `config` its config.json. The hub's options
-        (`revision`, `token` ...) say which folder; any other is refused.
+        `alpha`, `dtype` and `device_map` (one device, as in torch) override the folder's for all members, as does
+        `config` its config.json. The hub's options (`revision`, `token` ...) say which folder; any other is refused.
         """
+        dtype = options.pop("torch_dtype", None) if dtype is None else dtype
         hub_options = {name: options.pop(name) for name in _HUB_OPTIONS if options.get(name) is not None}
         unknown = [name for name, value in options.items() if value is not None and name not in _OPTIONS_OF_AUTO]
         if unknown:
@@ -157,9 +159,14 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         folder = folders.find(pretrained_model_name_or_path, **hub_options)
         config = folders.read(folder) if config is None else folders.located(config, folder)
         if alpha is not None:
-            config.change_rule(alpha=alpha)
+            config = config.replaced(alpha=alpha)
         if dtype not in (None, "auto"):
             config.change_members(dtype=str(dtype).removeprefix("torch."))
+        if device_map is not None:
+            if str(device_map) in ("auto", "balanced", "balanced_low_0", "sequential"):
+                raise ConfigError(f"an ensemble takes no device_map {device_map!r}; give one device, or one per member")
+            config.change_members(device=str(device_map))
+        attn_implementation = attn_implementation or config._attn_implementation_internal
         return cls.from_config(config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
 
     def save_pretrained(  # type: ignore[override,unused-ignore]
@@ -357,7 +364,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
 _LEFT_BY_GENERATE = {"tokenizer", "assistant_tokenizer"}  # generate hands its own arguments on to forward
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-_OPTIONS_OF_AUTO = {"_from_auto", "_commit_hash", "adapter_kwargs", *_HUB_OPTIONS}
+_OPTIONS_OF_AUTO = {"_from_auto", "_commit_hash", "adapter_kwargs", "low_cpu_mem_usage", *_HUB_OPTIONS}
 
 
 def _named(member: object) -> Any:
@@ -371,13 +378,14 @@ def _named(member: object) -> Any:
 
 
 def _runnable(role: str, model: PreTrainedModel, contract: VocabularyContract) -> Member:
-    accepts = frozenset(inspect.signature(model.forward).parameters)
+    plain = getattr(model, "_orig_mod", model)  # torch.compile hides the arguments of what it wraps
+    accepts = frozenset(inspect.signature(plain.forward).parameters)
     lacks_some = contract.held[role] < max(contract.held.values())
     return Member(
         role=role,
         model=model,
         num_held=contract.held[role],
-        substitute=contract.substitutes[role] if lacks_some else -1,
+        substitute=contract.substitutes[role] if lacks_some else None,
         accepts=accepts,
     )
 

@@ -10,8 +10,9 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ensembler.config import EnsembleConfig, check_roles
-from ensembler.errors import ConfigError, MemberError
+from ensembler.errors import ConfigError, MemberError, VocabularyError
 from ensembler.members import MemberFiles, check_member, shortest_context
+from ensembler.sources import one_line
 from ensembler.vocab import VocabularyContract, make_contract, read_vocabulary
 
 
@@ -76,6 +77,8 @@ def check_ensemble(
     _fill_in(config, model_configs, contract)
     anchor = files.get(rule.anchor)
     folder = Path(config.name_or_path) if config.name_or_path else None
+    generation_config = _generation_config(folder) or (None if anchor is None else anchor.generation_config())
+    _check_end(config, contract, generation_config)
     return CheckedEnsemble(
         config,
         files,
@@ -83,14 +86,30 @@ def check_ensemble(
         model_configs,
         contract,
         tokenizer=_tokenizer(folder) or (None if anchor is None else anchor.tokenizer),
-        generation_config=_generation_config(folder) or (None if anchor is None else anchor.generation_config()),
+        generation_config=generation_config,
     )
+
+
+def _check_end(
+    config: EnsembleConfig, contract: VocabularyContract, generation_config: GenerationConfig | None
+) -> None:
+    """Raise VocabularyError where every end token of the anchor is one that `outside='mask'` forbids."""
+    ends = None if generation_config is None else generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    if config.outside == "mask" and ends and min(ends) >= contract.shared:
+        raise VocabularyError(
+            f"the end token {min(ends)} of {config.get_rule().anchor} is not held by every member (they share "
+            f"{contract.shared:,} ids), so texts would never end; choose outside='neutral' (--outside neutral)"
+        )
 
 
 def _tokenizer(folder: Path | None) -> Any | None:
     if folder is None or not (folder / "tokenizer_config.json").is_file():
         return None
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare Exceptions for files that it cannot read
+        raise ConfigError(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from error
 
 
 def _generation_config(folder: Path | None) -> GenerationConfig | None:

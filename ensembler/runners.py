@@ -29,30 +29,32 @@ class Step:
 
 @dataclass(frozen=True)
 class Member:
-    """A loaded model in its role. Ids from `num_held` on are replaced by `substitute` before they are read."""
+    """A loaded model in its role. Ids from `num_held` on are replaced by `substitute`, if there is one, before they are
+    read; `accepts` names the arguments of its forward.
+    """
 
     role: str
     model: PreTrainedModel
     num_held: int
-    substitute: int
+    substitute: int | None
     accepts: frozenset[str]
 
     def run(self, step: Step, cache: Cache | None) -> Tensor:
         """Return this member's logits (rows, kept positions, V_member) in its own dtype, on its own device."""
         device = self.model.device
         ids = step.input_ids.to(device)
-        if self.substitute >= 0:
+        if self.substitute is not None:
             ids = torch.where(ids < self.num_held, ids, self.substitute)
+        keep = step.logits_to_keep
         optional = {
             "attention_mask": _to(step.attention_mask, device),
             "position_ids": _to(step.position_ids, device),
-            "logits_to_keep": step.logits_to_keep,
+            "logits_to_keep": keep.to(device) if isinstance(keep, Tensor) else keep,
         }
         accepted = {name: value for name, value in optional.items() if name in self.accepts}
         output = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **accepted)
         logits: Tensor = output.logits
         if "logits_to_keep" not in accepted:
-            keep = step.logits_to_keep
             logits = logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
         return logits
 

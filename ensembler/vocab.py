@@ -86,9 +86,7 @@ def make_contract(members: Sequence[MemberVocabulary]) -> VocabularyContract:
         _check_same_ids(known[0], member)
     same_tokens = len({len(member.tokens or ()) for member in known}) <= 1
     widths = {member.role: member.width for member in members}
-    held = widths
-    if not same_tokens:
-        held = {member.role: min(member.width, member.num_ids) for member in members}
+    held = {member.role: min(member.width, member.num_ids) for member in members}
     same_widths = len(set(widths.values())) == 1
     return VocabularyContract(
         kind="extended" if not same_tokens else "identical" if same_widths else "padded",

@@ -2,7 +2,7 @@
 
     python examples/make_smollm2_trio.py BASE DATA OUT
 
-BASE is a folder with SmolLM2-135M (any causal language model will do), DATA one with sst2/train_3000.jsonl and
+BASE is the folder of a model, SmolLM2-135M-Instruct in docs/smollm2.md, DATA one with sst2/train_3000.jsonl and
 text/*.txt, OUT the folder to make:
 
     OUT/source_ft   a LoRA adapter of BASE, trained to name the sentiment of a film review (SST-2)

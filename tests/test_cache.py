@@ -30,7 +30,7 @@ ROLES = ("source_ft", "source_pt", "target_pt")
 
 def lengths(cache: EnsembleCache) -> list[int]:
     """The lengths of all layers, member after member."""
-    return [length for member in cache.lengths().values() for length in member]
+    return [int(layer.get_seq_length()) for layer in cache.layers]
 
 
 @torch.no_grad()

@@ -148,8 +148,10 @@ def test_generate_explain_brackets_moved_tokens(run: Run, ensemble: Path) -> Non
     printed = run(*arguments, "--explain").out.splitlines()
     assert f"{len(row['moved'])} of {row['num_tokens']} tokens are not the anchor's choice" in printed
     assert len(printed[-1:]) == 1
-    unmoved = json.loads(run(*arguments, "--explain", "--json", "--alpha", 0).out)
-    assert unmoved["moved"] == []
+    assert printed[0].count("[") - row["text"].count("[") == len(row["moved"]) > 0
+    for sampling in ([], ["--temperature", 1.5, "--seed", 0]):
+        unmoved = json.loads(run(*arguments, "--explain", "--json", "--alpha", 0, *sampling).out)
+        assert unmoved["moved"] == []
 
 
 @pytest.fixture
@@ -174,6 +176,10 @@ def test_generate_output_is_in_input_order_and_resumes(run: Run, ensemble: Path,
     assert rows(whole)[1]["text"] == greedy(ensemble, "hello there", 6)
     cut.write_text("".join(whole.read_text().splitlines(keepends=True)[1:3]))
     assert run(*arguments, "--output", cut, "--resume").code == 0
+    assert rows(cut) == rows(whole)
+    changed = run(*arguments, "--output", cut, "--resume", "--alpha", 2)
+    assert changed.code == 2
+    assert "with another ensemble, other prompts or other options" in changed.error
     assert rows(cut) == rows(whole)
 
 

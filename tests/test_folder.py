@@ -55,13 +55,53 @@ def test_alpha_and_dtype_of_the_call_win(made: EnsembleForCausalLM, tmp_path: Pa
     assert torch.equal(logits(loaded), logits(made))
 
 
-@pytest.mark.parametrize("option", [{"device_map": "cpu"}, {"load_in_8bit": True}, {"low_memory": 1}])
+@pytest.mark.parametrize("option", [{"device_map": "auto"}, {"load_in_8bit": True}, {"low_memory": 1}])
 def test_options_that_would_be_ignored_are_refused(
     made: EnsembleForCausalLM, tmp_path: Path, option: dict[str, Any]
 ) -> None:
     made.save_pretrained(tmp_path / "ens")
     with pytest.raises(ConfigError, match=next(iter(option))):
         EnsembleForCausalLM.from_pretrained(tmp_path / "ens", **option)
+
+
+def test_options_of_other_models_that_mean_something_here(made: EnsembleForCausalLM, tmp_path: Path) -> None:
+    made.save_pretrained(tmp_path / "ens")
+    for auto in (AutoModelForCausalLM, EnsembleForCausalLM):
+        options = {"torch_dtype": torch.bfloat16, "device_map": "cpu", "low_cpu_mem_usage": True}
+        loaded = auto.from_pretrained(tmp_path / "ens", attn_implementation="eager", **options)
+        assert {member.dtype for member in loaded.members.values()} == {torch.bfloat16}
+        assert {member.config._attn_implementation for member in loaded.members.values()} == {"eager"}
+
+
+def test_overwriting_leaves_no_tokenizer_files_of_the_old_anchor(
+    save_member: SaveMember, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    templated = make_tokenizer()
+    templated.chat_template = "{{ messages }}"
+    first = {"reference": save_member("a", tokenizer=templated), "aligned": folders["source_pt"]}
+    EnsembleForCausalLM.from_members(rule="realign", members=first).save_pretrained(tmp_path / "ens")
+    second = {"reference": folders["source_ft"], "aligned": folders["source_pt"]}
+    model = EnsembleForCausalLM.from_members(rule="realign", members=second)
+    model.save_pretrained(tmp_path / "ens", overwrite=True)
+    model.save_pretrained(tmp_path / "new")
+    assert sorted(files_below(tmp_path / "ens")) == sorted(files_below(tmp_path / "new"))
+    assert EnsembleForCausalLM.from_pretrained(tmp_path / "ens").tokenizer.chat_template is None
+
+
+def test_two_ensembles_of_one_configuration_have_their_own_alpha(folders: dict[str, Path]) -> None:
+    config = EnsembleConfig(rule="eft", alpha=0.4, members={role: str(folder) for role, folder in folders.items()})
+    first, second = EnsembleForCausalLM.from_config(config), EnsembleForCausalLM.from_config(config)
+    first.alpha = 0
+    assert (first.alpha, second.alpha, config.alpha) == (0, 0.4, 0.4)
+
+
+def test_another_rule_takes_over_nothing_that_belongs_to_the_old() -> None:
+    members = dict.fromkeys(("source_ft", "source_pt", "target_pt"), "m")
+    linear = EnsembleConfig(rule="linear", members=members, constant={"source_ft": 1}, slope=dict.fromkeys(members, 1))
+    assert linear.replaced(rule="eft", alpha=0.5).get_rule().weights(0.5)["source_pt"] == -0.5
+    assert linear.replaced(constant={"target_pt": 1}).get_rule().anchor == "target_pt"
+    pair = dict.fromkeys(("expert", "amateur"), "m")
+    assert EnsembleConfig(rule="contrastive", members=pair, cutoff=0.5).replaced(alpha=2).cutoff == 0.5
 
 
 def test_pipeline_from_the_folder(made: EnsembleForCausalLM, tmp_path: Path) -> None:

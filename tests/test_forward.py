@@ -168,6 +168,16 @@ def test_a_member_that_is_replaced_is_the_one_that_runs(fresh: EnsembleForCausal
         assert_close(fresh(IDS).logits, other(IDS).logits)
 
 
+def test_a_compiled_member_still_gets_mask_and_positions(fresh: EnsembleForCausalLM) -> None:
+    ids, mask = IDS.clone(), torch.ones_like(IDS)
+    mask[0, :2] = 0
+    inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0), "logits_to_keep": 1}
+    with torch.no_grad():
+        expected = fresh(ids, **inputs).logits
+        fresh.members["source_ft"] = torch.compile(fresh.members["source_ft"], backend="eager")
+        assert_close(fresh(ids, **inputs).logits, expected)
+
+
 def test_generation_config_is_not_shared_with_the_anchor(trio: dict[str, PreTrainedModel]) -> None:
     model = EnsembleForCausalLM.from_members(rule="eft", members=trio)
     before = trio["target_pt"].generation_config.max_length

@@ -226,8 +226,9 @@ def test_an_adapter_in_an_ensemble_survives_the_folder(save_member: SaveMember, 
     ("settings", "message"),
     [
         ({"hidden_size": 24}, "_proj.* shape"),
-        ({"num_layers": 1}, "layers.1.*does not have"),
-        ({"family": "gpt2"}, "does not have"),
+        ({"num_layers": 1}, "changes .*layers.1.*, which is not there"),
+        ({"num_layers": 3}, "lacks .*layers.2"),
+        ({"family": "gpt2"}, "Target modules .* not found"),
         ({"intermediate_size": 48}, "down_proj.* shape"),
     ],
 )

@@ -14,7 +14,7 @@ from ensembler import EnsembleForCausalLM
 from ensembler.decoding.explain import ENSEMBLE, explain, next_tokens
 from ensembler.decoding.prompts import EncodedPrompt, Prompt, encode_prompts, read_prompts
 from ensembler.decoding.results import ResultsFile
-from ensembler.decoding.texts import DecodingOptions, batches_by_length, complete_batches
+from ensembler.decoding.texts import DecodingOptions, batches_by_length, complete_batches, fingerprint
 from ensembler.errors import ConfigError, OutputError, PromptError
 
 TEXTS = ["abc", "a", "hello there", "x y z", "abcabc", "q"]
@@ -42,6 +42,28 @@ def test_batches_give_the_texts_of_one_by_one(
 def test_batches_are_of_similar_length_the_longest_first(tokenizer: PreTrainedTokenizerFast) -> None:
     batches = batches_by_length(encode(tokenizer, TEXTS), 2)
     assert [[len(prompt.ids) for prompt in batch] for batch in batches] == [[11, 6], [5, 3], [1, 1]]
+
+
+def test_a_long_prompt_does_not_cut_short_the_others_of_its_batch(
+    base_change: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    assert base_change.shortest_context is not None
+    prompts = [EncodedPrompt(0, [5] * (base_change.shortest_context[1] - 8)), EncodedPrompt(1, [9, 8])]
+    base_change.generation_config.eos_token_id, own = None, base_change.generation_config.eos_token_id
+    batches = complete_batches(base_change, tokenizer, prompts, DecodingOptions(max_new_tokens=20), batch_size=2)
+    counts = {c.number: c.samples[0].num_tokens for batch in batches for c in batch}
+    base_change.generation_config.eos_token_id = own
+    assert counts == {0: 8, 1: 20}
+
+
+def test_what_the_anchors_authors_like_does_not_leak_in(
+    fresh: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    before = texts_of(fresh, tokenizer, DecodingOptions(max_new_tokens=12), 2)
+    fresh.generation_config.no_repeat_ngram_size = 1
+    fresh.generation_config.min_p = 0.9
+    assert texts_of(fresh, tokenizer, DecodingOptions(max_new_tokens=12), 2) == before
+    assert fresh.generation_config.min_p == 0.9
 
 
 def test_a_seed_reproduces_and_another_does_not(
@@ -108,6 +130,12 @@ def test_decoding_ends_at_the_shortest_context(
         ({"num_return_sequences": 2}, "would be the same"),
         ({"top_p": 0.5}, "top_p needs sampling"),
         ({"top_k": 5}, "top_k needs sampling"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": 1.0, "top_p": float("nan")}, "top_p is nan"),
+        ({"repetition_penalty": float("nan")}, "repetition_penalty is nan"),
+        ({"seed": 10**20}, "seed is"),
+        ({"num_beams": 0}, "num_beams is 0"),
+        ({"num_beams": 2, "num_return_sequences": 3, "temperature": 1.0}, "give as many beams"),
     ],
 )
 def test_options_that_contradict_each_other(settings: dict[str, float], message: str) -> None:
@@ -120,8 +148,14 @@ def test_options_that_contradict_each_other(settings: dict[str, float], message:
 
 def test_read_prompts_takes_objects_and_strings(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
-    path.write_text('{"prompt": "one", "id": 7}\n"two"\n', encoding="utf-8")
-    assert [(p.number, p.text) for p in read_prompts(path)] == [(0, "one"), (1, "two")]
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "one", "id": 7}\r\n"two \xe2\x80\xa8 lines"\n')
+    assert [(p.number, p.text) for p in read_prompts(path)] == [(0, "one"), (1, "two \u2028 lines")]
+
+
+@pytest.mark.parametrize("text", ["", " \n", "half \ud83d"])
+def test_what_is_no_text_is_refused(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    with pytest.raises(PromptError, match=r"--prompt (is an empty prompt|holds half of a surrogate)"):
+        encode_prompts([Prompt(0, text, "--prompt")], tokenizer)
 
 
 @pytest.mark.parametrize("bad", ["{oops", '{"text": "x"}', "[1]", '{"prompt": 3}', ""])
@@ -155,7 +189,7 @@ def test_chat_uses_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_rows_arrive_at_once_and_end_in_input_order(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    with ResultsFile(path, {"seed": 1}) as results:
+    with ResultsFile(path, "a1") as results:
         results.append({"number": 2, "text": "c"})
         results.append({"number": 0, "text": "ä"})
         assert [json.loads(line)["number"] for line in path.read_text("utf-8").splitlines()] == [2, 0]
@@ -164,8 +198,8 @@ def test_rows_arrive_at_once_and_end_in_input_order(tmp_path: Path) -> None:
 
 
 def interrupted(path: Path, row: dict[str, object]) -> None:
-    """Write one row with seed 1, then Ctrl-C."""
-    with contextlib.suppress(KeyboardInterrupt), ResultsFile(path, {"seed": 1}) as results:
+    """Write one row of run a1, then Ctrl-C."""
+    with contextlib.suppress(KeyboardInterrupt), ResultsFile(path, "a1") as results:
         results.append(row)
         raise KeyboardInterrupt
 
@@ -175,7 +209,7 @@ def test_an_interruption_keeps_rows_and_a_torn_line_is_made_again(tmp_path: Path
     interrupted(path, {"number": 3, "text": "d"})
     with path.open("a") as file:
         file.write('{"number": 1, "te')
-    with ResultsFile(path, {"seed": 1}, resume=True) as results:
+    with ResultsFile(path, "a1", resume=True) as results:
         assert results.done == {3}
         results.append({"number": 1, "text": "b"})
     assert [json.loads(line)["number"] for line in path.read_text("utf-8").splitlines()] == [1, 3]
@@ -185,13 +219,51 @@ def test_other_settings_and_existing_files_are_refused_and_left_alone(tmp_path: 
     path = tmp_path / "out.jsonl"
     interrupted(path, {"number": 0, "text": "a"})
     before = path.read_bytes()
-    with pytest.raises(OutputError, match="begun with seed 1, not 2"):
-        ResultsFile(path, {"seed": 2}, resume=True)
+    with pytest.raises(OutputError, match=r"other options \(run a1, now b2\)"):
+        ResultsFile(path, "b2", resume=True)
     with pytest.raises(OutputError, match="exists already"):
-        ResultsFile(path, {"seed": 1})
+        ResultsFile(path, "a1")
     with pytest.raises(OutputError, match="is not a folder"):
-        ResultsFile(tmp_path / "none" / "out.jsonl", {})
+        ResultsFile(tmp_path / "none" / "out.jsonl", "a1")
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("content", ["my notes", "my notes\n", '{"number": 0}\n', '{"a": 1}\nx\n'])
+def test_a_file_of_something_else_is_not_resumed(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "notes.txt"
+    path.write_text(content)
+    with pytest.raises(OutputError, match="no row of a run"):
+        ResultsFile(path, "a1", resume=True)
+    assert path.read_text() == content
+
+
+def test_a_line_torn_inside_a_character_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    interrupted(path, {"number": 0, "text": "line\u2028separator"})
+    with path.open("ab") as file:
+        file.write('{"number": 1, "text": "ä'.encode()[:-1])
+    with ResultsFile(path, "a1", resume=True) as results:
+        assert results.done == {0}
+        results.append({"number": 1, "text": "ä"})
+    texts = [json.loads(line)["text"] for line in path.read_bytes().split(b"\n")[:-1]]
+    assert texts == ["line\u2028separator", "ä"]
+
+
+def test_a_run_is_told_apart_by_all_that_its_texts_depend_on(
+    fresh: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    prompts = encode(tokenizer, TEXTS)
+    options = DecodingOptions(temperature=0.7)
+    runs = [fingerprint(fresh, prompts, options, batch_size=2)]
+    assert fingerprint(fresh, prompts, options, batch_size=2) == runs[0]
+    runs.append(fingerprint(fresh, prompts[:-1], options, batch_size=2))
+    runs.append(fingerprint(fresh, prompts, options, batch_size=3))
+    runs.append(fingerprint(fresh, prompts, DecodingOptions(temperature=0.8), batch_size=2))
+    fresh.alpha = 0.1
+    runs.append(fingerprint(fresh, prompts, options, batch_size=2))
+    fresh.generation_config.eos_token_id = [2, 7]
+    runs.append(fingerprint(fresh, prompts, options, batch_size=2))
+    assert len(set(runs)) == len(runs)
 
 
 # -- explanations -----------------------------------------------------------------------------------------------------
@@ -218,7 +290,7 @@ def test_explain_marks_where_the_choice_is_not_the_anchors(base_change: Ensemble
         with torch.no_grad():
             anchor = base_change.anchor(seen).logits[0, -1].softmax(-1)
             ensemble = base_change(seen).logits[0, -1].softmax(-1)
-        assert choice.token == new[position] == ensemble.argmax().item()
+        assert choice.token == choice.ensemble_token == new[position] == ensemble.argmax().item()
         assert choice.anchor_token == anchor.argmax().item()
         assert choice.probability == pytest.approx(ensemble.max().item(), rel=1e-4)
         assert choice.anchor_probability == pytest.approx(anchor[choice.token].item(), rel=1e-4)

@@ -29,7 +29,8 @@ def vocabulary(role: str, tokens: dict[str, int] | None, width: int, **more: Any
     [
         ([(TOKENS, 4), (TOKENS, 4)], "identical", 4),
         ([(TOKENS, 4), (TOKENS, 8)], "padded", 4),
-        ([(TOKENS, 8), (TOKENS, 6), (TOKENS, 7)], "padded", 6),
+        ([(TOKENS, 8), (TOKENS, 6), (TOKENS, 7)], "padded", 4),  # ids that no tokenizer gives are masked too
+        ([(TOKENS, 8), (TOKENS, 8)], "identical", 4),
         ([(TOKENS, 4), ({**TOKENS, "e": 4}, 5)], "extended", 4),
         ([({**TOKENS, "e": 4}, 5), (TOKENS, 4)], "extended", 4),
         ([({**TOKENS, "e": 4}, 8), (TOKENS, 8)], "extended", 4),  # one width hides an extra token
@@ -149,7 +150,7 @@ def test_padded_widths(save_member: SaveMember, widths: tuple[int, int], outside
         for seed, (role, width) in enumerate(zip(("reference", "aligned"), widths, strict=True))
     }
     model = EnsembleForCausalLM.from_members(rule="realign", alpha=0.5, members=members, outside=outside)
-    shared = min(widths)
+    shared = VOCAB  # the ids that are tokens; what lies beyond, in one width or both, is padding
     assert (model.contract.kind, model.contract.shared) == ("padded", shared)
     ids = random_ids(2, 6)
     z = [member_logits(member, ids) for member in model.members.values()]
@@ -161,6 +162,19 @@ def test_padded_widths(save_member: SaveMember, widths: tuple[int, int], outside
     if widths[0] > shared:
         outer = actual[..., shared:]
         assert_close(outer, z[0][..., shared:] if outside == "neutral" else torch.full_like(outer, -math.inf))
+
+
+def test_an_end_token_that_would_be_forbidden_is_refused(save_member: SaveMember) -> None:
+    """A chat fine-tune whose texts end with a token that its base does not have."""
+    tokenizer = make_tokenizer(8)
+    members = {
+        "reference": save_member("reference", vocab_size=72, tokenizer=tokenizer, eos_token_id=VOCAB + 1),
+        "aligned": save_member("aligned", seed=1),
+    }
+    with pytest.raises(VocabularyError, match=rf"the end token {VOCAB + 1} of reference .*--outside neutral"):
+        EnsembleForCausalLM.from_members(rule="realign", members=members)
+    model = EnsembleForCausalLM.from_members(rule="realign", members=members, outside="neutral")
+    assert model(random_ids(1, 4)).logits[0, -1, VOCAB + 1] > -math.inf
 
 
 def test_substitute_stands_for_a_token_hidden_by_padding(save_member: SaveMember) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ensembler.cli.options import EnsembleOptions, decoding_options, ensemble_options
+from ensembler.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
     from ensembler.decoding.texts import DecodingOptions
@@ -24,6 +25,8 @@ def chat(given: EnsembleOptions, decoding: DecodingOptions, system: str | None) 
 
     Lines are read from standard input; an empty line or /exit ends, /reset forgets the conversation.
     """
+    if decoding.num_return_sequences > 1 or decoding.num_beams > 1:
+        raise ConfigError("chat gives one answer a turn; leave --num-return-sequences and --num-beams out")
     from ensembler.decoding.conversation import Conversation
     from ensembler.decoding.prompts import chat_ids
     from ensembler.modeling import EnsembleForCausalLM
@@ -43,4 +46,7 @@ def chat(given: EnsembleOptions, decoding: DecodingOptions, system: str | None) 
         if line == "/reset":
             conversation.reset()
             continue
-        conversation.reply(line)
+        try:
+            conversation.reply(line)
+        except PromptError as error:
+            click.echo(f"Error: {error} (or /reset)", err=True)

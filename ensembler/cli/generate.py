@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -16,9 +15,10 @@ from ensembler.cli.options import EnsembleOptions, decoding_options, ensemble_op
 from ensembler.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
-    from ensembler.decoding.explain import Choice
-    from ensembler.decoding.prompts import Prompt
-    from ensembler.decoding.texts import Completion, DecodingOptions
+    from ensembler.cli.printing import Printer
+    from ensembler.decoding.prompts import EncodedPrompt, Prompt
+    from ensembler.decoding.results import ResultsFile
+    from ensembler.decoding.texts import DecodingOptions
     from ensembler.modeling import EnsembleForCausalLM
 
 
@@ -63,10 +63,10 @@ def generate(
         raise ConfigError("--system was given without --chat; add --chat")
     if output is None and (resume or overwrite):
         raise ConfigError(f"--{'resume' if resume else 'overwrite'} was given without --output; name the file")
-    from ensembler.cli.tables import progress
+    from ensembler.cli.printing import Printer
     from ensembler.decoding.prompts import encode_prompts
     from ensembler.decoding.results import ResultsFile, check_output
-    from ensembler.decoding.texts import complete_batches, run_settings
+    from ensembler.decoding.texts import fingerprint
     from ensembler.modeling import EnsembleForCausalLM
     from ensembler.preflight import check_ensemble
 
@@ -79,34 +79,49 @@ def generate(
     encoded = encode_prompts(asked, tokenizer, chat=chat, system=system, context=checked.shortest_context, skip=skip)
     if not encoded:
         raise PromptError("no prompt is left to decode; mend the skipped lines")
-
     plain = not as_json and not explain and output is None
     streamer = _streamer(stream, plain and len(encoded) == 1, decoding, tokenizer)
-    printer = _Printer(
-        tokenizer, as_json=as_json, quiet=output is not None or streamer is not None, many=len(asked) > 1
-    )
+    quiet = output is not None or streamer is not None
     model = EnsembleForCausalLM.from_checked(checked)
     results = None
     if output is not None:
-        settings = run_settings(model, encoded, decoding, batch_size=batch_size)
-        results = ResultsFile(output, settings, resume=resume, overwrite=overwrite)
-    done = results.done if results is not None else frozenset()
-    start, num_tokens, num_texts = time.perf_counter(), 0, 0
-    with results or nullcontext(), progress(len(encoded), shown=prompts is not None) as advance:
+        run = fingerprint(model, encoded, decoding, batch_size=batch_size)
+        results = ResultsFile(output, run, resume=resume, overwrite=overwrite)
+    printer = Printer(model, tokenizer, as_json=as_json, explain=explain, quiet=quiet, many=len(asked) > 1)
+    with results or nullcontext(), printer:
+        _decode(model, tokenizer, encoded, decoding, batch_size, streamer, results, printer, shown=prompts is not None)
+
+
+def _decode(
+    model: EnsembleForCausalLM,
+    tokenizer: Any,
+    prompts: list[EncodedPrompt],
+    decoding: DecodingOptions,
+    batch_size: int,
+    streamer: Any | None,
+    results: ResultsFile | None,
+    printer: Printer,
+    *,
+    shown: bool,
+) -> None:
+    """Decode batch after batch, hand on each row at once, and say at the end how fast it went."""
+    from ensembler.cli.tables import progress
+    from ensembler.decoding.texts import complete_batches
+
+    done = frozenset() if results is None else results.done
+    start, num_texts, num_tokens = time.perf_counter(), 0, 0
+    with progress(len(prompts), shown=shown) as advance:
         advance(len(done))
         for batch in complete_batches(
-            model, tokenizer, encoded, decoding, batch_size=batch_size, done=done, streamer=streamer
+            model, tokenizer, prompts, decoding, batch_size=batch_size, done=done, streamer=streamer
         ):
             for completion in batch:
-                choices = _explain(model, completion) if explain else None
-                row = {**completion.to_row(), **_explain_row(choices, tokenizer)}
+                row = printer.add(completion)
                 if results is not None:
                     results.append(row)
-                printer.add(completion, row, choices)
-                num_tokens += sum(sample.num_tokens for sample in completion.samples)
                 num_texts += len(completion.samples)
+                num_tokens += sum(sample.num_tokens for sample in completion.samples)
             advance(len(batch))
-    printer.flush()
     seconds = time.perf_counter() - start
     rate = num_tokens / seconds
     click.echo(f"texts: {num_texts}, tokens: {num_tokens}, seconds: {seconds:.1f}, tokens/s: {rate:.1f}", err=True)
@@ -140,62 +155,3 @@ def _streamer(stream: bool | None, possible: bool, decoding: DecodingOptions, to
     from transformers import TextStreamer
 
     return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-
-
-def _explain(model: EnsembleForCausalLM, completion: Completion) -> list[list[Choice]]:
-    from ensembler.decoding.explain import explain
-
-    return [explain(model, completion.prompt_ids, sample.ids) for sample in completion.samples]
-
-
-def _explain_row(choices: list[list[Choice]] | None, tokenizer: Any) -> dict[str, Any]:
-    """What --explain adds to a row: for each sample, the tokens that the anchor alone would not have chosen."""
-    if choices is None:
-        return {}
-    moved = [
-        [
-            {
-                "position": position,
-                "token": tokenizer.decode([choice.token]),
-                "anchor_token": tokenizer.decode([choice.anchor_token]),
-                "probability": choice.probability,
-                "anchor_probability": choice.anchor_probability,
-            }
-            for position, choice in enumerate(sample)
-            if choice.moved
-        ]
-        for sample in choices
-    ]
-    return {"moved": moved[0] if len(moved) == 1 else moved}
-
-
-class _Printer:
-    """Prints completions in the order of their prompts, whatever the order in which they are decoded."""
-
-    def __init__(self, tokenizer: Any, *, as_json: bool, quiet: bool, many: bool) -> None:
-        self._tokenizer = tokenizer
-        self._as_json = as_json
-        self._quiet = quiet and not as_json
-        self._many = many
-        self._waiting: dict[int, tuple[Completion, dict[str, Any], list[list[Choice]] | None]] = {}
-
-    def add(self, completion: Completion, row: dict[str, Any], choices: list[list[Choice]] | None) -> None:
-        """JSON lines carry their number and are printed at once; plain texts wait for `flush`."""
-        if self._as_json:
-            click.echo(json.dumps(row, ensure_ascii=False))
-        elif not self._quiet:
-            self._waiting[completion.number] = (completion, row, choices)
-
-    def flush(self) -> None:
-        """Print the plain texts."""
-        from ensembler.cli.tables import print_explained
-
-        for number in sorted(self._waiting):
-            completion, _, choices = self._waiting[number]
-            for index, sample in enumerate(completion.samples):
-                if self._many or len(completion.samples) > 1:
-                    click.echo(f"--- prompt {number}, text {index}", err=True)
-                if choices is None:
-                    click.echo(sample.text)
-                else:
-                    print_explained(choices[index], self._tokenizer)

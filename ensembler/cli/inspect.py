@@ -24,17 +24,20 @@ def inspect(given: EnsembleOptions, prompt: str | None, top_k: int, as_json: boo
     from ensembler.preflight import check_ensemble
 
     checked = check_ensemble(given.load_config())
+    ids = None
+    if prompt is not None:
+        from ensembler.decoding.prompts import Prompt, encode_prompts
+
+        tokenizer = checked.require_tokenizer()
+        ids = encode_prompts([Prompt(0, prompt, "--prompt")], tokenizer, context=checked.shortest_context)[0].ids
     summary = summarise(checked)
     content = summary.to_dict()
     if not as_json:
         tables.print_summary(summary)
-    if prompt is not None:
+    if ids is not None:
         from ensembler.decoding.explain import next_tokens
-        from ensembler.decoding.prompts import Prompt, encode_prompts
         from ensembler.modeling import EnsembleForCausalLM
 
-        tokenizer = checked.require_tokenizer()
-        ids = encode_prompts([Prompt(0, prompt, "--prompt")], tokenizer, context=checked.shortest_context)[0].ids
         model = EnsembleForCausalLM.from_checked(checked)
         candidates = next_tokens(model, ids, top_k)
         content["next_tokens"] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
@@ -70,7 +69,7 @@ class EnsembleOptions:
             "cutoff": self.cutoff,
             "outside": self.outside,
         }
-        config.change_rule(**{key: value for key, value in changes.items() if value is not None})
+        config = config.replaced(**{key: value for key, value in changes.items() if value is not None})
         return self._placed(config)
 
     def _from_members(self) -> EnsembleConfig:
@@ -182,8 +181,3 @@ def _numbers(option: str, values: tuple[str, ...]) -> dict[str, float] | None:
         return {role: float(number) for role, number in _pairs(option, values).items()} or None
     except ValueError as error:
         raise ConfigError(f"{option}: {error}; expected ROLE=NUMBER") from error
-
-
-def folder_path(value: str) -> Path:
-    """A path as typed, with ~ expanded."""
-    return Path(value).expanduser()

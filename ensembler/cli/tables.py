@@ -113,7 +113,7 @@ def print_explained(choices: Sequence[Choice], tokenizer: Any) -> None:
     text = Text()
     for choice, shown in zip(choices, token_texts(tokenizer, [choice.token for choice in choices]), strict=True):
         text.append(f"[{shown}]" if choice.moved else shown, style="bold reverse" if choice.moved else "")
-    out.print(text)
+    out.print(text, soft_wrap=True)
     moved = [(position, choice) for position, choice in enumerate(choices) if choice.moved]
     out.print(f"{len(moved)} of {len(choices)} tokens are not the anchor's choice", markup=False)
     for position, choice in moved:

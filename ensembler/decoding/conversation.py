@@ -8,7 +8,6 @@ from transformers import TextStreamer
 
 from ensembler.decoding.prompts import EncodedPrompt, chat_ids, check_length
 from ensembler.decoding.texts import DecodingOptions, complete_batches
-from ensembler.errors import ConfigError
 from ensembler.modeling import EnsembleForCausalLM
 
 
@@ -18,8 +17,6 @@ class Conversation:
     def __init__(
         self, model: EnsembleForCausalLM, tokenizer: Any, options: DecodingOptions, *, system: str | None = None
     ) -> None:
-        if options.num_return_sequences > 1 or options.num_beams > 1:
-            raise ConfigError("chat gives one answer a turn; leave --num-return-sequences and --num-beams out")
         self._model = model
         self._tokenizer = tokenizer
         self._options = options

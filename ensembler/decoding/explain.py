@@ -25,20 +25,22 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Choice:
-    """One token of a text: what was chosen, and what the anchor alone finds most probable there.
+    """One token of a text, and what the ensemble and its anchor alone find most probable there.
 
-    `probability` is the ensemble's for the chosen token, `anchor_probability` the anchor's for the same token.
+    `token` is what was chosen: the ensemble's most probable token when decoding is greedy, a drawn one when it samples.
+    `probability` is the ensemble's for it, `anchor_probability` the anchor's.
     """
 
     token: int
     probability: float
+    ensemble_token: int
     anchor_token: int
     anchor_probability: float
 
     @property
     def moved(self) -> bool:
-        """Whether the ensemble's choice is not its anchor's."""
-        return self.token != self.anchor_token
+        """Whether the ensemble's most probable token is not its anchor's."""
+        return self.ensemble_token != self.anchor_token
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -56,11 +58,12 @@ def next_tokens(model: EnsembleForCausalLM, ids: Sequence[int], top_k: int = 5) 
     """Return the `top_k` most probable next tokens of the ensemble and of every member, by role, after `ids`."""
     logits = model.member_logits(Step(torch.tensor([list(ids)], device=model.device), logits_to_keep=1))
     scores = {ENSEMBLE: model.combine(logits), **logits}
+    top_k = min(top_k, *(values.shape[-1] for values in scores.values()))
     return {role: _top(values[0, -1], top_k) for role, values in scores.items()}
 
 
 def _top(logits: Tensor, top_k: int) -> list[Candidate]:
-    values, tokens = logits.float().softmax(-1).topk(min(top_k, logits.shape[-1]))
+    values, tokens = logits.float().softmax(-1).topk(top_k)
     return [Candidate(token, value) for token, value in zip(tokens.tolist(), values.tolist(), strict=True)]
 
 
@@ -78,6 +81,7 @@ def explain(model: EnsembleForCausalLM, prompt_ids: Sequence[int], new_ids: Sequ
     columns = (
         tokens.tolist(),
         ensemble.gather(-1, tokens[:, None])[:, 0].tolist(),
+        ensemble.argmax(-1).tolist(),
         anchor.argmax(-1).tolist(),
         anchor.gather(-1, tokens[:, None])[:, 0].tolist(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ensembler.errors import PromptError
+from ensembler.extras import require
 
 Report = Callable[[str], None]
 
@@ -36,11 +38,11 @@ def read_prompts(path: Path, *, skip: Report | None = None) -> list[Prompt]:
     A broken line raises PromptError with file and line number; with `skip`, it is called with the message instead.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"{path} cannot be read: {error}") from error
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise PromptError(f"{path} cannot be read: {error.strerror}; give a file of JSON lines") from error
     prompts = []
-    for number, line in enumerate(lines):
+    for number, line in enumerate(content.removesuffix(b"\n").split(b"\n") if content else []):
         source = f"{path}:{number + 1}"
         try:
             prompts.append(Prompt(number, _parse(line, source), source))
@@ -49,19 +51,27 @@ def read_prompts(path: Path, *, skip: Report | None = None) -> list[Prompt]:
                 raise
             skip(str(error))
     if not prompts:
-        raise PromptError(f"{path} holds no prompts; expected lines such as {{'prompt': '...'}} in JSON")
+        raise PromptError(f'{path} holds no prompts; expected lines such as {{"prompt": "..."}}')
     return prompts
 
 
-def _parse(line: str, source: str) -> str:
+def _parse(line: bytes, source: str) -> str:
     try:
-        value = json.loads(line)
+        value = json.loads(line.decode("utf-8"))
     except ValueError as error:
-        raise PromptError(f"{source} is no JSON ({error}); mend the line or add --skip-bad") from error
+        raise PromptError(f"{source} is no JSON in UTF-8 ({error}); mend the line or add --skip-bad") from error
     text = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(text, str):
         raise PromptError(f"{source} has no text under 'prompt'; mend the line or add --skip-bad")
     return text
+
+
+def check_text(text: str, source: str) -> None:
+    """Raise PromptError unless `text` says something and is text: half of a surrogate pair is not."""
+    if not text.strip():
+        raise PromptError(f"{source} is an empty prompt; give it some text")
+    if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
+        raise PromptError(f"{source} holds half of a surrogate pair, which is no text; mend it")
 
 
 def encode_prompts(
@@ -91,8 +101,7 @@ def _encode(
 ) -> Iterator[EncodedPrompt]:
     for prompt in prompts:
         try:
-            if not prompt.text.strip():
-                raise PromptError(f"{prompt.source} is an empty prompt; give it some text")
+            check_text(prompt.text, prompt.source)
             ids = chat_ids(tokenizer, _messages(prompt.text, system)) if chat else text_ids(tokenizer, prompt.text)
             check_length(len(ids), prompt.source, context)
         except PromptError as error:
@@ -116,6 +125,7 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 
 def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """Return the ids of a conversation in the tokenizer's chat template, ready for the assistant's turn."""
+    require("jinja2", "eval")
     if not tokenizer.chat_template:
         raise PromptError("the anchor's tokenizer has no chat template; leave --chat out, or choose another anchor")
     try:

@@ -19,25 +19,25 @@ def check_output(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise OutputError(f"{path} is a folder; give the name of a file")
     if path.exists() and not (resume or overwrite):
         raise OutputError(f"{path} exists already; add --resume to go on with it or --overwrite to replace it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise OutputError(f"{path} may not be written to; choose another --output")
 
 
 class ResultsFile:
     """Rows with a 'number', one JSON line each.
 
-    While a run is under way, ``.NAME.run.json`` beside the file holds its settings, so that `resume` can refuse to mix
-    texts of different runs. `finish` sorts the rows by number in one rename and removes it.
+    Each row also holds `run`, the fingerprint of the settings that it was made with: `resume` takes up only a file of
+    the same run. Rows are written as they come; `finish` puts them in the order of their numbers in one rename.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], *, resume: bool = False, overwrite: bool = False) -> None:
-        self.path = path
-        self._settings_path = path.with_name(f".{path.name}.run.json")
-        self._rows: dict[int, dict[str, Any]] = {}
+    def __init__(self, path: Path, run: str, *, resume: bool = False, overwrite: bool = False) -> None:
         check_output(path, resume=resume, overwrite=overwrite)
-        if path.exists() and not overwrite:
-            self._check_settings(settings)
-            self._rows = _read_rows(path)
+        self.path = path
+        self._run = run
+        self._rows: dict[int, dict[str, Any]] = {}
+        if path.exists() and resume:
+            self._rows = _read_rows(path, run)
         self._write_sorted()
-        self._settings_path.write_text(json.dumps(settings), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
 
     @property
@@ -47,15 +47,14 @@ class ResultsFile:
 
     def append(self, row: dict[str, Any]) -> None:
         """Write one row at once."""
-        self._rows[row["number"]] = row
-        self._file.write(_line(row))
+        self._rows[row["number"]] = {**row, "run": self._run}
+        self._file.write(_line(self._rows[row["number"]]))
         self._file.flush()
 
     def finish(self) -> None:
         """Put the rows in the order of their numbers: the run is complete."""
         self._file.close()
         self._write_sorted()
-        self._settings_path.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -67,17 +66,6 @@ class ResultsFile:
         if kind is None:
             self.finish()
 
-    def _check_settings(self, settings: dict[str, Any]) -> None:
-        if not self._settings_path.is_file():
-            return
-        earlier = json.loads(self._settings_path.read_text(encoding="utf-8"))
-        for key in settings:
-            if earlier.get(key) != settings[key]:
-                raise OutputError(
-                    f"{self.path} was begun with {key} {earlier.get(key)!r}, not {settings[key]!r}; "
-                    "resume with the same settings or add --overwrite"
-                )
-
     def _write_sorted(self) -> None:
         partial = self.path.with_name(f".{self.path.name}.partial")
         partial.write_text("".join(_line(self._rows[number]) for number in sorted(self._rows)), encoding="utf-8")
@@ -88,17 +76,24 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _read_rows(path: Path) -> dict[int, dict[str, Any]]:
-    """The whole rows of an interrupted file; a torn last line is left out and made again."""
+def _read_rows(path: Path, run: str) -> dict[int, dict[str, Any]]:
+    """The whole rows of an interrupted run; a last line without its end was torn and is made again."""
+    *lines, _torn = path.read_bytes().split(b"\n")
     rows = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
     for position, line in enumerate(lines):
         try:
             row = json.loads(line)
-            rows[int(row["number"])] = row
+            number, found = int(row["number"]), row["run"]
         except (ValueError, KeyError, TypeError) as error:
-            if position < len(lines) - 1:
-                raise OutputError(
-                    f"{path}:{position + 1} is no row of a result; add --overwrite or choose another --output"
-                ) from error
+            raise OutputError(
+                f"{path}:{position + 1} is no row of a run; choose another --output or add --overwrite"
+            ) from error
+        if found != run:
+            raise OutputError(
+                f"{path} was begun with another ensemble, other prompts or other options (run {found}, now {run}); "
+                "resume with the same ones, choose another --output or add --overwrite"
+            )
+        rows[number] = row
+    if _torn and not rows:
+        raise OutputError(f"{path} holds no row of a run; choose another --output or add --overwrite")
     return rows

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +20,20 @@ from ensembler.errors import ConfigError
 from ensembler.modeling import EnsembleForCausalLM
 
 _SEED_STEP = 1_000_003  # batches get seeds far apart, so that neighbours of a user's seed do not share any
+
+
+_INF = float("inf")
+_RANGES: dict[str, tuple[float, float]] = {
+    "max_new_tokens": (1, _INF),
+    "temperature": (0, 1e6),
+    "top_k": (1, _INF),
+    "top_p": (1e-9, 1),
+    "min_p": (0, 1),
+    "repetition_penalty": (1e-9, 1e6),
+    "num_beams": (1, _INF),
+    "num_return_sequences": (1, _INF),
+    "seed": (0, 2**63 - 1),
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +56,14 @@ class DecodingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:  # nan is in no range
+                raise ConfigError(f"{name} is {value}; expected a number from {low:g} to {high:g}")
+        if self.num_return_sequences > self.num_beams > 1:
+            raise ConfigError(
+                f"{self.num_return_sequences} sequences were asked of {self.num_beams} beams; give as many beams"
+            )
         if self.num_return_sequences > 1 and self.temperature == 0 and self.num_beams < self.num_return_sequences:
             raise ConfigError(
                 f"{self.num_return_sequences} sequences from greedy decoding would be the same; "
@@ -51,7 +74,7 @@ class DecodingOptions:
             raise ConfigError(f"{sampling[0]} needs sampling, and temperature 0 is greedy; give a temperature above 0")
 
     def generation_config(self, max_new_tokens: int) -> GenerationConfig:
-        """Return all of it for `generate`; nothing is left to a member's own generation_config but its end tokens."""
+        """Return all of it for `generate`."""
         sampling = self.temperature > 0
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -67,18 +90,18 @@ class DecodingOptions:
         )
 
 
-def run_settings(
+def fingerprint(
     model: EnsembleForCausalLM, prompts: Sequence[EncodedPrompt], options: DecodingOptions, *, batch_size: int
-) -> dict[str, Any]:
-    """Return what the texts of a run depend on, for JSON: two runs with the same settings make the same texts."""
-    ids = json.dumps([[prompt.number, prompt.ids] for prompt in prompts])
-    config = model.config.to_dict()
-    return {
-        "prompts": hashlib.sha256(ids.encode()).hexdigest()[:16],
-        **{key: config[key] for key in ("rule", "alpha", "members")},
-        **{key: list(value) if isinstance(value, tuple) else value for key, value in asdict(options).items()},
+) -> str:
+    """Return a short hash of all that the texts of a run depend on, but for the weights themselves."""
+    settings = {
+        "prompts": [[prompt.number, prompt.ids] for prompt in prompts],
+        "ensemble": {key: value for key, value in model.config.to_dict().items() if key != "transformers_version"},
+        "ends": sorted(_end_ids(model)),
+        "options": asdict(options),
         "batch_size": batch_size,
     }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -110,10 +133,18 @@ class Completion:
         return {"number": self.number, **body, "seconds": round(self.seconds, 3)}
 
 
-def batches_by_length(prompts: Sequence[EncodedPrompt], batch_size: int) -> list[list[EncodedPrompt]]:
-    """Return batches of prompts of similar length, the longest first: too little memory then shows at once."""
+def batches_by_length(
+    prompts: Sequence[EncodedPrompt], batch_size: int, *, longest: float = _INF
+) -> list[list[EncodedPrompt]]:
+    """Return batches of prompts of similar length, the longest first: too little memory then shows at once.
+
+    Prompts of more than `longest` tokens, to which the context leaves less room than was asked for, are batches of
+    their own: the room of one must not cut the others short.
+    """
     ordered = sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.number))
-    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    tight = [[prompt] for prompt in ordered if len(prompt.ids) > longest]
+    others = ordered[len(tight) :]
+    return tight + [others[start : start + batch_size] for start in range(0, len(others), batch_size)]
 
 
 def complete_batches(
@@ -131,14 +162,29 @@ def complete_batches(
     Batches and their seeds depend on `prompts`, `batch_size` and the seed alone: leaving out the numbers in `done`
     (when a run is resumed) gives the others the texts they would have had.
     """
-    for index, batch in enumerate(batches_by_length(prompts, batch_size)):
+    context = model.shortest_context
+    longest = _INF if context is None else context[1] - options.max_new_tokens
+    for index, batch in enumerate(batches_by_length(prompts, batch_size, longest=longest)):
         wanted = [prompt for prompt in batch if prompt.number not in done]
         if not wanted:
             continue
         if options.seed is not None:
-            torch.manual_seed(options.seed + index * _SEED_STEP)
-        completions = _complete(model, tokenizer, batch, options, streamer)
+            torch.manual_seed((options.seed + index * _SEED_STEP) % 2**63)
+        with _ends_only(model):
+            completions = _complete(model, tokenizer, batch, options, streamer)
         yield [completion for completion in completions if completion.number not in done]
+
+
+@contextmanager
+def _ends_only(model: EnsembleForCausalLM) -> Iterator[None]:
+    """Leave only the special ids of the generation config: what else a model's authors like there is not asked for."""
+    own = model.generation_config
+    ids = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _complete(
