@@ -14,7 +14,8 @@ import torch
 from ensembler_kernels import cuda, reference
 from ensembler_kernels.combination import Combination
 from ensembler_kernels.cuda import build, library
-from kernel_cases import BF16, FP16, FP32, RATIO, KernelCases, make_members
+from kernel_cases import BF16, COMBINATIONS, FP16, FP32, RATIO, KernelCases, make_members
+from torch import Tensor
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,27 @@ def test_nothing_is_read_past_the_end_of_a_row(ops: ModuleType, dtype: torch.dty
             ops.combine_logprob(logits, how, alpha, torch.tensor([0]))
     finally:
         libc.mprotect(guard, mmap.PAGESIZE, mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+@pytest.mark.parametrize("how", COMBINATIONS.values(), ids=COMBINATIONS)
+def test_threads_of_a_phase_do_not_depend_on_each_other(ops: ModuleType, harness: Path, how: Combination) -> None:
+    """Every phase with its threads last to first gives the same bits: what a race or a missing barrier would not."""
+    reverse = ctypes.CDLL(str(harness)).ens_reverse_threads
+    logits = make_members(len(how.constant), 2, (4100, 4097), (BF16, FP32))
+    alpha, targets = torch.tensor([0.5, 1.5]), torch.tensor([0, 98])
+
+    def results() -> list[Tensor]:
+        sampled = ops.combine_sample(logits, how, alpha, torch.tensor([1.0, 0.0]), torch.tensor(3))
+        return [ops.combine(logits, how, alpha), *sampled, *ops.combine_logprob(logits, how, alpha, targets)]
+
+    forward = results()
+    reverse(1)
+    try:
+        backward = results()
+    finally:
+        reverse(0)
+    for one, other in zip(forward, backward, strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("width", [31999, 128256, 152064])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,9 +20,6 @@ from torch import Tensor
 from ensembler_kernels import triton_kernels as kernels
 from ensembler_kernels.combination import Combination
 from ensembler_kernels.triton_configs import PREPASS_BLOCK, row_bucket
-
-_OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
-"""Round once per operation, as the reference does: the kernels wait for memory anyway."""
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -37,8 +35,8 @@ def combine(logits: Sequence[Tensor], how: Combination, alpha: Tensor) -> Tensor
     out = torch.empty(logits[0].shape, dtype=torch.float32, device=logits[0].device)
     alpha = alpha.contiguous()
     thresholds = call.thresholds(alpha, per_row=True)
-    kernels.combine_kernel[call.grid](
-        call.members, call.normalisers, thresholds, alpha, out,
+    call.launch(
+        kernels.combine_kernel, call.grid, call.members, call.normalisers, thresholds, alpha, out,
         call.width, call.row_bucket, call.positions, call.shared, call.held, **call.constants,
     )  # fmt: skip
     return out
@@ -50,20 +48,21 @@ def combine_sample(
     """Tokens (rows,) int64, −1 where everything is forbidden, and log-probs (rows,) fp32; the row is never written."""
     call = _Call(logits, how)
     kernel = kernels.sample_kernel
-    splits = _most_splits(kernel, call.width)
+    splits = call.most_splits(kernel)
     partial = call.empty(call.rows, 4, splits)
     partial_ids = call.empty(call.rows, splits, dtype=torch.int32)
     alpha, temperature, seed = alpha.contiguous(), temperature.contiguous(), seed.to(call.device)
     thresholds = call.thresholds(alpha, per_row=True)
-    kernel[call.grid](
-        call.members, call.normalisers, thresholds, alpha, temperature, seed, partial, partial_ids,
+    call.launch(
+        kernel, call.grid, call.members, call.normalisers, thresholds, alpha, temperature, seed, partial, partial_ids,
         call.width, call.row_bucket, call.shared, call.held, splits, **call.constants,
     )  # fmt: skip
-    used = _used_splits(kernel, call.width)
+    used = call.used_splits(kernel)
     tokens, logprobs = call.empty(call.rows, dtype=torch.int64), call.empty(call.rows)
-    kernels.sample_merge_kernel[(call.rows,)](
-        partial, partial_ids, tokens, logprobs, splits, used, SPLITS=triton.next_power_of_2(used), **_OPTIONS
-    )
+    call.launch(
+        kernels.sample_merge_kernel, (call.rows,), partial, partial_ids, tokens, logprobs, splits, used,
+        SPLITS=triton.next_power_of_2(used),
+    )  # fmt: skip
     return tokens, logprobs
 
 
@@ -73,31 +72,23 @@ def combine_logprob(
     """Log-probs (K, rows) fp32 of `targets`, and whether each is the most likely token; members are read once."""
     call = _Call(logits, how)
     kernel = kernels.logprob_kernel
-    splits = _most_splits(kernel, call.width)
+    splits = call.most_splits(kernel)
     alphas, targets = alphas.contiguous(), targets.contiguous()
     num_alphas = alphas.shape[0]
     partial = call.empty(num_alphas, call.rows, 2, splits)
     partial_ids = call.empty(num_alphas, call.rows, splits, dtype=torch.int32)
     at_target = call.empty(num_alphas, call.rows)
     thresholds = call.thresholds(alphas, per_row=False)
-    kernel[call.grid](
-        call.members, call.normalisers, thresholds, alphas, targets, partial, partial_ids, at_target,
+    call.launch(
+        kernel, call.grid, call.members, call.normalisers, thresholds, alphas, targets, partial, partial_ids, at_target,
         call.width, call.row_bucket, call.shared, call.held, num_alphas, splits, **call.constants,
     )  # fmt: skip
-    used = _used_splits(kernel, call.width)
+    used = call.used_splits(kernel)
     logprobs, greedy = call.empty(num_alphas, call.rows), call.empty(num_alphas, call.rows, dtype=torch.bool)
-    kernels.logprob_merge_kernel[(call.rows, num_alphas)](
-        partial,
-        partial_ids,
-        at_target,
-        targets,
-        logprobs,
-        greedy,
-        splits,
-        used,
-        SPLITS=triton.next_power_of_2(used),
-        **_OPTIONS,
-    )
+    call.launch(
+        kernels.logprob_merge_kernel, (call.rows, num_alphas), partial, partial_ids, at_target, targets,
+        logprobs, greedy, splits, used, SPLITS=triton.next_power_of_2(used),
+    )  # fmt: skip
     return logprobs, greedy
 
 
@@ -129,10 +120,28 @@ class _Call:
     @property
     def constants(self) -> dict[str, Any]:
         """Compile-time arguments of the three kernels that the autotuner launches."""
-        return {**self._sums, **_OPTIONS, "CUT": self._cutoff is not None, "NUM_MEMBERS": len(self.members)}
+        return {**self._sums, "CUT": self._cutoff is not None, "NUM_MEMBERS": len(self.members)}
 
     def grid(self, meta: dict[str, Any]) -> tuple[int, int]:
         return self.rows, triton.cdiv(self.width, meta["BLOCK"])
+
+    def launch(self, kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+        """Queue a kernel on the current stream of the members' device, which may not be the current device."""
+        if not self.rows:
+            return
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            # no fused multiply-add: one rounding per operation, as in the reference; the kernels wait for memory anyway
+            kernel[grid](*arguments, **constants, enable_fp_fusion=False)
+
+    def most_splits(self, kernel: Any) -> int:
+        """Blocks per row under the smallest block that the autotuner may choose: room for partial results."""
+        smallest: int = min(config.kwargs["BLOCK"] for config in kernel.configs)
+        return -(-self.width // smallest)
+
+    def used_splits(self, kernel: Any) -> int:
+        """Blocks per row of the launch that has just been made."""
+        block: int = kernel.best_config.kwargs["BLOCK"] if self.rows else self.width
+        return -(-self.width // block)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -143,9 +152,10 @@ class _Call:
             return alphas
         splits, num_alphas = triton.cdiv(self.width, PREPASS_BLOCK), 1 if per_row else alphas.shape[0]
         partial = self.empty(num_alphas, self.rows, splits)
-        kernels.anchor_max_kernel[(self.rows, splits)](
-            self.members, self.normalisers, alphas, int(not per_row), int(per_row), partial,
-            self.positions, self.shared, self.held, num_alphas, splits, **self._sums, **_OPTIONS, BLOCK=PREPASS_BLOCK,
+        self.launch(
+            kernels.anchor_max_kernel, (self.rows, splits), self.members, self.normalisers,
+            alphas, int(not per_row), int(per_row), partial,
+            self.positions, self.shared, self.held, num_alphas, splits, **self._sums, BLOCK=PREPASS_BLOCK,
         )  # fmt: skip
         largest = partial.amax(-1)
         return largest.masked_fill(largest == math.inf, math.nan) + math.log(self._cutoff)
@@ -154,9 +164,9 @@ class _Call:
         """(rows,): Σ slope · log Σ exp of the shared logits."""
         splits = triton.cdiv(self.shared, PREPASS_BLOCK)
         partial = self.empty(self.rows, len(slopes), splits)
-        kernels.normaliser_kernel[(self.rows, splits)](
-            self.members, partial, self.positions, self.shared, splits,
-            IN_NORMALISER=_bits(slopes), NUM_MEMBERS=len(slopes), **_OPTIONS, BLOCK=PREPASS_BLOCK,
+        self.launch(
+            kernels.normaliser_kernel, (self.rows, splits), self.members, partial, self.positions, self.shared, splits,
+            IN_NORMALISER=_bits(slopes), NUM_MEMBERS=len(slopes), BLOCK=PREPASS_BLOCK,
         )  # fmt: skip
         total = self.empty(self.rows).zero_()
         for slope, log_sum in zip(slopes, partial.logsumexp(-1).unbind(-1), strict=True):
@@ -174,15 +184,3 @@ def _strides(z: Tensor) -> tuple[int, int]:
 def _bits(weights: Sequence[float]) -> int:
     """Bit i is set where weight i is not 0."""
     return sum(1 << i for i, weight in enumerate(weights) if weight)
-
-
-def _most_splits(kernel: Any, width: int) -> int:
-    """Blocks per row under the smallest block that the autotuner may choose: partial results have room for them."""
-    smallest: int = min(config.kwargs["BLOCK"] for config in kernel.configs)
-    return -(-width // smallest)
-
-
-def _used_splits(kernel: Any, width: int) -> int:
-    """Blocks per row of the launch that has just been made."""
-    block: int = kernel.best_config.kwargs["BLOCK"]
-    return -(-width // block)

@@ -24,6 +24,7 @@ HD void combine_body(Block& block, const Problem& p, float* out, int row, int sp
         load_slot<DTYPE>(p, row, first, p.thresholds, s);
         const float alpha = alpha_of(p, 0, row), threshold = p.thresholds ? p.thresholds[row] : -infinity();
         float z[LANES];
+        UNROLL
         for (int i = 0; i < LANES; ++i)
             z[i] = cut(combined(s.base[i], s.ratio[i], alpha), s.anchor[i], threshold, alpha);
         float* at = out + (int64_t)row * p.width + first;
@@ -34,6 +35,7 @@ HD void combine_body(Block& block, const Problem& p, float* out, int row, int sp
             ((Quad*)at)[0] = {{z[0], z[1], z[2], z[3]}};
             ((Quad*)at)[1] = {{z[4], z[5], z[6], z[7]}};
         } else {
+            UNROLL
             for (int i = 0; i < LANES; ++i)
                 if (first + i >= 0 && first + i < p.width) at[i] = z[i];
         }
@@ -53,6 +55,7 @@ HD void sample_body(Block& block, const Problem& p, const float* temperatures, c
             const float alpha = alpha_of(p, 0, row), threshold = p.thresholds ? p.thresholds[row] : -infinity();
             const float temperature = temperatures[row];
             Philox words = {};
+            UNROLL
             for (int i = 0; i < LANES; ++i) {
                 const int id = first + i;
                 if (id < 0 || id >= p.width) continue;
@@ -111,6 +114,7 @@ HD void fill_tile(Block& block, const Problem& p, bool needs_anchor, Tile& tile,
     block.each([&](int thread) {
         Slot s;
         load_slot<DTYPE>(p, row, first_id<DTYPE>(p, row, split, thread), needs_anchor, s);
+        UNROLL
         for (int i = 0; i < LANES; ++i) {
             tile.base[thread * LANES + i] = s.base[i];
             tile.ratio[thread * LANES + i] = s.ratio[i];
@@ -175,6 +179,7 @@ HD void normaliser_body(Block& block, const Problem& p, float* out, Reduction& s
             float z[LANES];
             const int first = first_id<DTYPE>(p, row, split, thread);
             load_lanes<DTYPE>(p, p.members[n], row, first, p.shared, -infinity(), z);
+            UNROLL
             for (int i = 0; i < LANES; ++i) add(mine, z[i]);
             shared.partials[thread] = mine;
         });

@@ -6,10 +6,12 @@
 
 namespace {
 
+bool reversed = false;
+
 struct HostBlock {
     template <class Phase>
     void each(Phase phase) {
-        for (int thread = 0; thread < THREADS; ++thread) phase(thread);
+        for (int thread = 0; thread < THREADS; ++thread) phase(reversed ? THREADS - 1 - thread : thread);
     }
 };
 
@@ -27,6 +29,9 @@ extern "C" {
 int ens_problem_size() { return sizeof(Problem); }
 int ens_partial_size() { return sizeof(Partial); }
 int ens_num_splits(int width) { return num_splits(width); }
+// Run the threads of every phase last to first: a phase in which one thread needs what another writes then differs.
+void ens_reverse_threads(int reverse) { reversed = reverse; }
+
 const char* ens_error(int) { return "no error is known to the host harness"; }
 
 int ens_combine(const Problem* p, float* out, void*) {

@@ -16,6 +16,17 @@ HD float as_float(uint32_t bits) {
     return value;
 }
 
+// One 128-bit load of values that nobody writes while the kernel runs. Left to itself the compiler splits it up where
+// the words are used one by one.
+HD Vector load_vector(const void* aligned) {
+#ifdef __CUDA_ARCH__
+    const uint4 v = __ldg((const uint4*)aligned);
+    return {{v.x, v.y, v.z, v.w}};
+#else
+    return *(const Vector*)aligned;
+#endif
+}
+
 HD float infinity() { return as_float(0x7f800000u); }
 HD float not_a_number() { return as_float(0x7fc00000u); }
 HD float largest_float() { return as_float(0x7f7fffffu); }
@@ -40,6 +51,7 @@ HD const char* row_start(const Problem& p, const Member& m, int row) {
 }
 
 HD void unpack(const Vector& v, int dtype, float* z) {
+    UNROLL
     for (int i = 0; i < 4; ++i) {
         const uint32_t low = v.word[i] & 0xffffu, high = v.word[i] >> 16;
         z[2 * i] = dtype == BF16 ? from_bf16(low) : from_fp16(low);
@@ -60,18 +72,19 @@ HD void load_lanes(const Problem& p, const Member& m, int row, int first, int li
     const char* start = row_start<DTYPE>(p, m, row);
     const char* at = start + (int64_t)first * element_size<DTYPE>(m);
     if (first >= 0 && first + LANES <= limit && ((uintptr_t)at & 15) == 0) {
-        const Vector* vectors = (const Vector*)at;
         if (dtype == FP32) {
-            const Vector a = vectors[0], b = vectors[1];
+            const Vector a = load_vector(at), b = load_vector(at + sizeof(Vector));
+            UNROLL
             for (int i = 0; i < 4; ++i) {
                 z[i] = as_float(a.word[i]);
                 z[4 + i] = as_float(b.word[i]);
             }
         } else {
-            unpack(vectors[0], dtype, z);
+            unpack(load_vector(at), dtype, z);
         }
         return;
     }
+    UNROLL
     for (int i = 0; i < LANES; ++i)
         z[i] = first + i >= 0 && first + i < limit ? load_one(start, dtype, first + i) : other;
 }
@@ -98,6 +111,7 @@ struct Slot {
 template <int DTYPE>
 HD void load_slot(const Problem& p, int row, int first, bool needs_anchor, Slot& s) {
     uint32_t given_nan = 0;
+    UNROLL
     for (int i = 0; i < LANES; ++i) s.base[i] = s.ratio[i] = s.anchor[i] = 0.0f;
     if (first < p.held)
         for (int n = 0; n < p.num_members; ++n) {
@@ -106,6 +120,7 @@ HD void load_slot(const Problem& p, int row, int first, bool needs_anchor, Slot&
             if (!(is_anchor || in_base || in_ratio)) continue;
             float z[LANES];
             load_lanes<DTYPE>(p, m, row, first, is_anchor || in_base ? p.held : p.shared, 0.0f, z);
+            UNROLL
             for (int i = 0; i < LANES; ++i) {
                 const bool shared = first + i < p.shared, is_nan = z[i] != z[i];
                 if (is_anchor) s.anchor[i] = z[i];
@@ -115,6 +130,7 @@ HD void load_slot(const Problem& p, int row, int first, bool needs_anchor, Slot&
             }
         }
     const float normaliser = p.normalisers ? p.normalisers[row] : 0.0f;
+    UNROLL
     for (int i = 0; i < LANES; ++i) {
         const bool nan = given_nan >> i & 1;
         const float base = s.base[i], ratio = s.ratio[i] - normaliser;

@@ -6,8 +6,10 @@
 
 #ifdef __CUDACC__
 #define HD __host__ __device__ __forceinline__
+#define UNROLL _Pragma("unroll")  // an array that a loop indexes stays in registers only if the loop is unrolled
 #else
 #define HD inline
+#define UNROLL
 #endif
 
 constexpr int MAX_MEMBERS = 8;
