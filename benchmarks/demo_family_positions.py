@@ -15,8 +15,11 @@ import sys
 from pathlib import Path
 
 import torch
+from ensembler_kernels import Combination, combine
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from ensembler.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 FAMILY = ROOT / "ensembler" / "demo" / "family"
@@ -41,8 +44,9 @@ def answer_logits(model: torch.nn.Module, rows: list[list[int]]) -> Tensor:
 
 
 def combined(logits: dict[str, Tensor], rule: str, alpha: float) -> Tensor:
-    anchor, other = ("source_ft", "target_pt") if rule == "base-change" else ("target_pt", "source_ft")
-    return logits[anchor] + alpha * (logits[other] - logits["source_pt"])
+    numbers = RULES[rule]
+    constant, slope = ([given.get(role, 0.0) for role in numbers.roles] for given in (numbers.constant, numbers.slope))
+    return combine([logits[role] for role in numbers.roles], Combination(tuple(constant), tuple(slope)), alpha)
 
 
 def table(columns: dict[str, list[str]]) -> str:
