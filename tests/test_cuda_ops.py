@@ -49,6 +49,22 @@ def test_rows_that_start_and_end_anywhere(ops: ModuleType, dtype: torch.dtype, s
         torch.testing.assert_close(ops.combine(logits, RATIO, alpha), reference.combine(logits, RATIO, alpha))
 
 
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+@pytest.mark.parametrize("stride", [4097, 4100, 4104])
+def test_all_but_the_edges_of_a_row_is_read_by_vectors(
+    ops: ModuleType, harness: Path, dtype: torch.dtype, stride: int
+) -> None:
+    """Rows that start at every alignment, as those of an odd vocabulary do: two slots per row and member are edges."""
+    rows, width, loads = 8, 4090, ctypes.CDLL(str(harness)).ens_loads
+    logits = [torch.randn(rows, stride).to(dtype)[:, :width] for _ in range(3)]
+    by_vector, by_value = ctypes.c_int64(), ctypes.c_int64()
+    loads(ctypes.byref(by_vector), ctypes.byref(by_value))
+    ops.combine(logits, RATIO, torch.ones(rows))
+    loads(ctypes.byref(by_vector), ctypes.byref(by_value))
+    assert by_value.value <= 2 * rows * len(logits)
+    assert by_vector.value >= (width // 8 - 1) * rows * len(logits)
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 @pytest.mark.parametrize("width", [1, 15, 1000, 2048, 2049])
 def test_nothing_is_read_past_the_end_of_a_row(ops: ModuleType, dtype: torch.dtype, width: int) -> None:

@@ -1,6 +1,8 @@
 // The same bodies on the host, thread by thread between barriers: what tests on a machine without a GPU run. Built
 // with the undefined-behaviour sanitizer, so that a misaligned vector load or an index outside a tile stops it.
+#define COUNT_LOADS
 #include <memory>
+#include <utility>
 
 #include "interface.h"
 
@@ -31,6 +33,12 @@ int ens_partial_size() { return sizeof(Partial); }
 int ens_num_splits(int width) { return num_splits(width); }
 // Run the threads of every phase last to first: a phase in which one thread needs what another writes then differs.
 void ens_reverse_threads(int reverse) { reversed = reverse; }
+
+// Slots read by 128-bit loads and value by value since the last call.
+void ens_loads(int64_t* by_vector, int64_t* by_value) {
+    *by_vector = std::exchange(slots_by_vector, 0);
+    *by_value = std::exchange(slots_by_value, 0);
+}
 
 const char* ens_error(int) { return "no error is known to the host harness"; }
 

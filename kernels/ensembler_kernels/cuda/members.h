@@ -6,6 +6,13 @@
 
 #include "problem.h"
 
+#ifdef COUNT_LOADS  // the harness tells its tests how slots were read
+inline int64_t slots_by_vector = 0, slots_by_value = 0;
+#define COUNT(slots) (++(slots))
+#else
+#define COUNT(slots)
+#endif
+
 struct alignas(16) Vector {
     uint32_t word[4];
 };
@@ -72,6 +79,7 @@ HD void load_lanes(const Problem& p, const Member& m, int row, int first, int li
     const char* start = row_start<DTYPE>(p, m, row);
     const char* at = start + (int64_t)first * element_size<DTYPE>(m);
     if (first >= 0 && first + LANES <= limit && ((uintptr_t)at & 15) == 0) {
+        COUNT(slots_by_vector);
         if (dtype == FP32) {
             const Vector a = load_vector(at), b = load_vector(at + sizeof(Vector));
             UNROLL
@@ -84,6 +92,7 @@ HD void load_lanes(const Problem& p, const Member& m, int row, int first, int li
         }
         return;
     }
+    COUNT(slots_by_value);
     UNROLL
     for (int i = 0; i < LANES; ++i)
         z[i] = first + i >= 0 && first + i < limit ? load_one(start, dtype, first + i) : other;
