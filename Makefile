@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint types bench docs clean
+.PHONY: install demo test lint types kernels check-kernels bench bench-kernels docs clean
 
 install: $(STAMP)
 
@@ -31,12 +31,21 @@ lint: install
 types: install
 	$(BIN)/mypy
 
+kernels:  # needs nvcc and no GPU
+	$(PYTHON) kernels/ensembler_kernels/cuda/build.py
+
+check-kernels: install  # needs nvcc, cuobjdump and Triton, and no GPU
+	$(BIN)/python kernels/compile_check.py
+
 # A folder with a real model; the committed figures are of de-quantised SmolLM2-135M-Instruct.
 MODEL ?= models/smollm2
 
 bench: install
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/decode_cost.py $(MODEL)
+
+bench-kernels: install
+	$(BIN)/python kernels/benchmarks/bench_cpu.py
 
 docs: install
 	$(BIN)/python docs/make_cli_reference.py

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from ensembler_kernels import combine
+from ensembler_kernels import Combination, combine
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -56,9 +56,6 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         self.tokenizer: Any | None = None
         self._tokenizers: dict[str, Any] = {}
         self._runnable: dict[str, Member] = {}
-        self._constant = [rule.constant.get(role, 0.0) for role in rule.roles]
-        self._slope = [rule.slope.get(role, 0.0) for role in rule.roles]
-        self._raw = [role in rule.raw_roles for role in rule.roles]
         self._row_alpha: Tensor | None = None
         self.generation_config = deepcopy(self.anchor.generation_config)
         self.eval()
@@ -220,6 +217,19 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         return member
 
     @property
+    def combination(self) -> Combination:
+        """How member logits combine, in the order of `rule.roles`: what the operations of `ensembler_kernels` take."""
+        rule = self.rule
+        return Combination(
+            constant=tuple(rule.constant.get(role, 0.0) for role in rule.roles),
+            slope=tuple(rule.slope.get(role, 0.0) for role in rule.roles),
+            shared=self.contract.shared,
+            neutral=self.config.outside == "neutral",
+            raw=tuple(role in rule.raw_roles for role in rule.roles),
+            cutoff=rule.cutoff,
+        )
+
+    @property
     def shortest_context(self) -> tuple[str, int] | None:
         """The role with the shortest context and its length in tokens, or None where no member sets a limit."""
         return shortest_context({role: member.config for role, member in self.members.items()})
@@ -309,16 +319,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """
         alpha = self.alpha if alpha is None else alpha
         ordered = [logits[role].to(self.device) for role in self.rule.roles]
-        return combine(
-            ordered,
-            self._constant,
-            self._slope,
-            _spread(alpha, ordered[0].shape[0]) if isinstance(alpha, Tensor) else alpha,
-            shared=self.contract.shared,
-            neutral=self.config.outside == "neutral",
-            raw=self._raw,
-            cutoff=self.rule.cutoff,
-        )
+        alpha = _spread(alpha, ordered[0].shape[0]) if isinstance(alpha, Tensor) else alpha
+        return combine(ordered, self.combination, alpha)
 
     def _run_members(self) -> dict[str, Member]:
         """The members ready to run; one that was replaced in `members` (by a compiled one, say) is looked at anew."""

@@ -1,4 +1,4 @@
-"""`combine` against a plain float64 loop, over many random cases and the corners of its meaning."""
+"""`combine`, by the reference and by plain torch: against a loop over numbers, and in the corners of its meaning."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from ensembler_kernels import combine
+from ensembler_kernels import Combination, reference
+from ensembler_kernels import combine as combine_by
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,6 +16,25 @@ from torch.testing import assert_close
 
 INF = math.inf
 NAN = math.nan
+
+
+def combine(
+    logits: Sequence[Tensor],
+    constant: Sequence[float],
+    slope: Sequence[float],
+    alpha: float | Tensor,
+    *,
+    shared: int | None = None,
+    neutral: bool = False,
+    raw: Sequence[bool] | None = None,
+    cutoff: float | None = None,
+) -> Tensor:
+    """The result of plain torch, after the reference was seen to agree with it, bits of what is not finite included."""
+    how = Combination(tuple(constant), tuple(slope), shared, neutral, None if raw is None else tuple(raw), cutoff)
+    expected = combine_by(logits, how, alpha, impl="reference")
+    actual = combine_by(logits, how, alpha, impl="torch")
+    assert_close(actual, expected, atol=2e-5, rtol=2e-6, equal_nan=True)
+    return actual
 
 
 def by_hand(
@@ -148,6 +168,14 @@ def test_outside_ids_masked_or_neutral() -> None:
     assert torch.equal(combine([anchor, up, down], [1, 0, 0], [0, 1, -1], 0.0, neutral=True), anchor)
 
 
+def test_what_is_forbidden_or_undefined_outside_stays_forbidden() -> None:
+    anchor, second = torch.tensor([[1.0, 2.0, -INF, -INF, 5.0]]), torch.tensor([[1.0, 2.0, -INF, 3.0, -INF]])
+    ratio = torch.tensor([[1.0, 2.0]])
+    for weight in (0.5, -0.5):  # −inf + inf, −inf, +inf where the weight is negative
+        actual = combine([anchor, second, ratio], [1, weight, 0], [0, 0, 1], 0.5, neutral=True)
+        assert actual[0, 2:].tolist() == [-INF, -INF, -INF], actual
+
+
 def test_neutral_does_not_normalise_a_raw_score() -> None:
     anchor, reward = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[10.0, 20.0]])
     actual = combine([anchor, reward], [1, 0], [0, 1], 1.0, neutral=True, raw=[False, True])
@@ -157,9 +185,9 @@ def test_neutral_does_not_normalise_a_raw_score() -> None:
 def test_neutral_ratio_is_invariant_to_a_shift_of_a_member() -> None:
     generator = torch.Generator().manual_seed(1)
     anchor, up, down = (torch.randn(2, width, generator=generator).double() for width in (9, 5, 6))
-    weights = ([1, 0, 0], [0, 1, -1], torch.tensor([0.5, 2.0]))
-    first = combine([anchor, up, down], *weights, neutral=True, dtype=torch.float64)
-    assert_close(combine([anchor, up + 100, down - 7], *weights, neutral=True, dtype=torch.float64), first)
+    how, alpha = Combination((1, 0, 0), (0, 1, -1), neutral=True), torch.tensor([0.5, 2.0])
+    first = reference.combine([anchor, up, down], how, alpha, dtype=torch.float64)
+    assert_close(reference.combine([anchor, up + 100, down - 7], how, alpha, dtype=torch.float64), first)
 
 
 @pytest.mark.parametrize("neutral", [False, True])
@@ -199,14 +227,18 @@ def test_a_huge_alpha_ranks_tokens_by_the_ratio(alpha: float) -> None:
     assert actual.argmax(-1).item() == 0, actual
 
 
-@pytest.mark.parametrize(
-    ("constant", "alpha"), [([1.0], 1.0), ([1.0, 0.0], torch.zeros(3)), ([1.0, 0.0], torch.zeros(2, 1))]
-)
-def test_shapes_that_do_not_fit_are_refused(constant: list[float], alpha: float | Tensor) -> None:
-    with pytest.raises(ValueError, match=r"members with|one value per row"):
-        combine([torch.zeros(2, 4), torch.zeros(2, 4)], constant, [0.0, 1.0], alpha)
-
-
 def test_float64_is_computed_in_float64() -> None:
     z = torch.tensor([[1.0 + 1e-12, 1.0]], dtype=torch.float64)
-    assert combine([z], [1], [0], 1.0, dtype=torch.float64)[0, 0].item() == 1.0 + 1e-12
+    assert reference.combine([z], Combination((1,), (0,)), 1.0, dtype=torch.float64)[0, 0].item() == 1.0 + 1e-12
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_views_of_positions_are_combined_as_their_copies(impl: str) -> None:
+    """`logits_to_keep` gives slices of (rows, positions, V) that are no matrix without a copy."""
+    generator = torch.Generator().manual_seed(2)
+    whole = [torch.randn(3, 5, width, generator=generator) for width in (40, 37, 40)]
+    how, alpha = Combination((1, 0, 0), (0, 1, -1)), torch.tensor([0.0, 0.5, 2.0])
+    for keep in (slice(-1, None), slice(-3, None), slice(None, None, 2)):
+        views = [z[:, keep] for z in whole]
+        expected = reference.combine([z.double() for z in views], how, alpha, dtype=torch.float64)
+        assert_close(combine_by(views, how, alpha, impl=impl), expected.float(), atol=1e-5, rtol=1e-6)
