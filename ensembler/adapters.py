@@ -47,8 +47,12 @@ def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> Non
     base = settings.get("base_model_name_or_path")
     if base and Path(base).name != Path(model).name:
         _logger.warning("%s: the adapter %s was made for %s, not %s", role, adapter, base, model)
+    if settings.get("peft_type") != "LORA":
+        kind = settings.get("peft_type")
+        raise MemberError(f"{role}: the adapter {adapter} is of kind {kind!r}; only LORA can be merged into weights")
+    weights = _find(role, adapter, ADAPTER_WEIGHTS)
     with naming(role):
-        header = safetensors_header(_find(role, adapter, ADAPTER_WEIGHTS))
+        header = safetensors_header(weights)
     found = {name: tuple(tensor["shape"]) for name, tensor in header.items() if "lora_" in name}
     expected = _expected_tensors(role, adapter, model, model_config)
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())

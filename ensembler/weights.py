@@ -64,7 +64,8 @@ def check_folder(role: str, folder: Path) -> None:
     if not folder.is_dir():
         raise MemberError(f"{role}: there is no folder {folder}; give a model folder or a hub id")
     if not (folder / "config.json").is_file():
-        raise MemberError(f"{role}: {folder} has no config.json, so it is not a model folder")
+        gguf = "; GGUF files are not read, give the model's safetensors" if any(folder.glob("*.gguf")) else ""
+        raise MemberError(f"{role}: {folder} has no config.json, so it is not a model folder{gguf}")
     with naming(role):
         files = weight_files(folder)
     if not files:

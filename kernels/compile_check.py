@@ -232,13 +232,14 @@ def _cuobjdump(flag: str, cubin: Path) -> str:
 # -- the table -------------------------------------------------------------------------------------------------------
 
 
-def bytes_per_row(kernel: str, dtype: str, block: int) -> int | None:
-    """Bytes that one row moves to and from memory, partial results included (written once, read once)."""
+def bytes_per_row(implementation: str, kernel: str, dtype: str, block: int) -> int | None:
+    """Bytes that one row moves to and from memory; partial results of the operations are written and read once."""
     member, splits = WIDTH * DTYPES[dtype], -(-WIDTH // block)
+    scored = 20 if implementation == "CUDA" else 12  # bytes of a partial: CUDA's has room for a draw too
     return {
         "combine": NUM_MEMBERS * member + 4 * WIDTH,
         "sample": NUM_MEMBERS * member + 2 * 20 * splits,
-        "logprob": NUM_MEMBERS * member + NUM_ALPHAS * 2 * 12 * splits,
+        "logprob": NUM_MEMBERS * member + NUM_ALPHAS * 2 * scored * splits,
         "normaliser": (NUM_MEMBERS - 1) * member,
         "anchor_max": NUM_MEMBERS * member,
     }.get(kernel)
@@ -263,7 +264,7 @@ def table(codes: Sequence[Code]) -> str:
         by_architecture = {code.architecture: code for code in group}
         registers = " / ".join(str(by_architecture[a].registers) for a in ARCHITECTURES)
         shared = max(code.shared_bytes for code in group)
-        moved = bytes_per_row(kernel, dtype, int(config.split()[0]))
+        moved = bytes_per_row(implementation, kernel, dtype, int(config.split()[0]))
         floor = "" if moved is None else f"{1e6 * moved / H100_BANDWIDTH:.3f} µs"
         size = "" if moved is None else f"{moved:,}"
         dtype = "" if moved is None else dtype

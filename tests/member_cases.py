@@ -46,9 +46,7 @@ def assert_three_way(actual: Tensor, reference: Tensor, truth: Tensor, tol: floa
     """
     assert actual.shape == truth.shape
     finite = truth.isfinite()
-    assert torch.equal(actual[~finite].double(), truth[~finite]) or actual[~finite].isnan().equal(
-        truth[~finite].isnan()
-    )
+    torch.testing.assert_close(actual[~finite].double(), truth[~finite].double(), rtol=0, atol=0, equal_nan=True)
     if finite.any():
         scale = truth[finite].abs().clamp(min=1.0)
         own = ((actual[finite].double() - truth[finite]).abs() / scale).max().item()

@@ -183,6 +183,21 @@ def test_generate_output_is_in_input_order_and_resumes(run: Run, ensemble: Path,
     assert rows(cut) == rows(whole)
 
 
+def test_generate_takes_several_prompts_and_guards_their_file(run: Run, ensemble: Path, prompts: Path) -> None:
+    result = run("generate", ensemble, "--prompt", "a", "--prompt", "hello", "--max-new-tokens", 3)
+    assert result.out.splitlines()[1::2] == [greedy(ensemble, "a", 3), greedy(ensemble, "hello", 3)]
+    before = prompts.read_text()
+    guarded = run("generate", ensemble, "--prompts", prompts, "--output", prompts, "--overwrite")
+    assert "is the file of the prompts" in guarded.error
+    assert prompts.read_text() == before
+
+
+def test_no_command_prints_the_help(run: Run) -> None:
+    result = run()
+    assert (result.code, result.err) == (0, "")
+    assert "Commands:" in result.out
+
+
 def test_generate_refuses_an_existing_output(run: Run, ensemble: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("precious\n")
@@ -194,7 +209,7 @@ def test_generate_refuses_an_existing_output(run: Run, ensemble: Path, prompts: 
 
 def test_skip_bad_goes_on(run: Run, ensemble: Path, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
-    path.write_text('"a"\n{broken\n""\n"b"\n')
+    path.write_text('"a"\n{broken\n""\n"b"\n\n')
     assert f"{path}:2" in run("generate", ensemble, "--prompts", path).error
     result = run("generate", ensemble, "--prompts", path, "--skip-bad", "--json", "--max-new-tokens", 2)
     assert [json.loads(line)["number"] for line in sorted(result.out.splitlines())] == [0, 3]
@@ -278,5 +293,5 @@ def test_ctrl_c_keeps_finished_rows_and_exits_130(ensemble: Path, tmp_path: Path
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert err.strip().splitlines()[-1] == "Error: interrupted"
+    assert err.strip().splitlines()[-1].startswith("Error: interrupted; finished rows")
     assert len(rows(out)) >= 1

@@ -197,3 +197,35 @@ print(grown / (result.numel() * 4))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1.25, f"grew by {done.stdout.strip()} results"
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_numbers_that_are_not_finite_are_refused_in_tensors_too(bad: float) -> None:
+    logits, how = make_logits(2, 11, 3, torch.float32), make_combination(3)
+    numbers = torch.tensor([0.5, bad])
+    with pytest.raises(ValueError, match="alpha: expected finite"):
+        combine(logits, how, numbers)
+    with pytest.raises(ValueError, match="alphas: expected finite"):
+        combine_logprob(logits, how, numbers, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="temperature: expected"):
+        combine_sample(logits, how, 0.5, temperature=torch.tensor([bad, 1.0]), seed=0)
+
+
+def test_a_first_sum_without_members_is_zero() -> None:
+    logits = [torch.tensor([[1.0, 2.0]]), torch.tensor([[4.0, 1.0]])]
+    for impl in ("reference", "torch"):
+        actual = combine(logits, Combination((0.0, 0.0), (1.0, -1.0), neutral=True), 2.0, impl=impl)
+        assert actual.tolist() == [[-6.0, 2.0]]
+
+
+def test_numbers_that_change_between_calls_compile() -> None:
+    logits, how = make_logits(2, 11, 3, torch.float32), make_combination(3)
+
+    def both(alpha: float, seed: int) -> tuple[torch.Tensor, ...]:
+        return combine(logits, how, alpha), *combine_sample(logits, how, alpha, temperature=0.7, seed=seed)
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.inference_mode():
+        for alpha, seed in ((0.5, 3), (0.7, 4), (1.2, 5)):
+            for actual, expected in zip(compiled(alpha, seed), both(alpha, seed), strict=True):
+                assert_close(actual, expected)

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @ensemble_options()
-@click.option("--prompt", metavar="TEXT", help="One prompt. Without --prompt and --prompts, standard input is one.")
+@click.option(
+    "--prompt", multiple=True, metavar="TEXT", help="A prompt; repeat it. Without any, standard input is one."
+)
 @click.option("--prompts", type=click.Path(path_type=Path), help='JSON lines: {"prompt": "..."}.')
 @click.option("--skip-bad", is_flag=True, help="Go on over lines of --prompts that cannot be decoded.")
 @decoding_options
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 @click.option("--explain", is_flag=True, help="Mark the tokens that are not the anchor's own choice.")
 def generate(
     given: EnsembleOptions,
-    prompt: str | None,
+    prompt: tuple[str, ...],
     prompts: Path | None,
     skip_bad: bool,
     decoding: DecodingOptions,
@@ -74,6 +76,8 @@ def generate(
     asked = _read(prompt, prompts, skip)
     if output is not None:
         check_output(output, resume=resume, overwrite=overwrite)
+        if prompts is not None and output.exists() and output.samefile(prompts):
+            raise ConfigError(f"--output is the file of the prompts, {prompts}; choose another name")
     checked = check_ensemble(given.load_config())
     tokenizer = checked.require_tokenizer()
     encoded = encode_prompts(asked, tokenizer, chat=chat, system=system, context=checked.shortest_context, skip=skip)
@@ -127,16 +131,16 @@ def _decode(
     click.echo(f"texts: {num_texts}, tokens: {num_tokens}, seconds: {seconds:.1f}, tokens/s: {rate:.1f}", err=True)
 
 
-def _read(prompt: str | None, path: Path | None, skip: Callable[[str], None] | None) -> list[Prompt]:
+def _read(texts: tuple[str, ...], path: Path | None, skip: Callable[[str], None] | None) -> list[Prompt]:
     """The prompts from where they were given: --prompt, --prompts or standard input."""
     from ensembler.decoding.prompts import Prompt, read_prompts
 
-    if prompt is not None and path is not None:
+    if texts and path is not None:
         raise ConfigError("--prompt and --prompts were both given; give one of them")
     if path is not None:
         return read_prompts(path, skip=skip)
-    if prompt is not None:
-        return [Prompt(0, prompt, "--prompt")]
+    if texts:
+        return [Prompt(number, text, "--prompt") for number, text in enumerate(texts)]
     if sys.stdin.isatty():
         raise PromptError("no prompt was given; use --prompt TEXT, --prompts FILE or standard input")
     return [Prompt(0, sys.stdin.read().rstrip("\n"), "standard input")]

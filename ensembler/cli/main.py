@@ -19,15 +19,22 @@ from ensembler.errors import EnsemblerError
 INTERRUPTED = 130
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    no_args_is_help=False,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
 @click.version_option(__version__, prog_name="ensembler")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
-def cli(debug: bool) -> None:
+@click.pass_context
+def cli(context: click.Context, debug: bool) -> None:
     """Decode with several language models as if they were one.
 
     ENSEMBLE is a folder that `ensembler create` wrote, or `demo` for the embedded family, or is left out when the
     members are given by --source-ft, --source-pt and --target-pt.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 for command in (create, inspect, generate, chat):
@@ -44,7 +51,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         code = cli.main(arguments, prog_name="ensembler", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
-        code = _fail("interrupted", INTERRUPTED)
+        code = _fail("interrupted; finished rows of an --output file are kept, go on with --resume", INTERRUPTED)
     except EnsemblerError as error:
         code = _fail(str(error), error.exit_code)
     except click.ClickException as error:

@@ -103,8 +103,10 @@ _ENSEMBLE_OPTIONS = (
     click.option("--source-pt", metavar="MODEL", help="The old pre-trained model."),
     click.option("--target-pt", metavar="MODEL", help="The new pre-trained model."),
     click.option("--member", multiple=True, metavar="ROLE=MODEL", help="A member in another role; repeat it."),
-    click.option("--rule", metavar="RULE", help=f"One of {', '.join(RULE_NAMES)}.  [default: base-change]"),
-    click.option("--alpha", type=float, help="Strength of the log-ratio; 0 is the anchor alone.  [default: 1]"),
+    click.option(
+        "--rule", metavar="RULE", help=f"One of {', '.join(RULE_NAMES)}.  [default: folder's, or base-change]"
+    ),
+    click.option("--alpha", type=float, help="Strength of the log-ratio; 0 is the anchor.  [default: folder's, or 1]"),
     click.option("--constant", multiple=True, metavar="ROLE=NUMBER", help="A constant of the rule linear; repeat it."),
     click.option("--slope", multiple=True, metavar="ROLE=NUMBER", help="A slope of the rule linear; repeat it."),
     click.option("--cutoff", type=float, help="Plausibility cut-off of the rule contrastive.  [default: 0.1]"),

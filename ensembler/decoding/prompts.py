@@ -44,11 +44,13 @@ def read_prompts(path: Path, *, skip: Report | None = None) -> list[Prompt]:
     prompts = []
     for number, line in enumerate(content.removesuffix(b"\n").split(b"\n") if content else []):
         source = f"{path}:{number + 1}"
+        if not line.strip():
+            continue
         try:
             prompts.append(Prompt(number, _parse(line, source), source))
         except PromptError as error:
             if skip is None:
-                raise
+                raise PromptError(f"{error}; mend the line or add --skip-bad") from error
             skip(str(error))
     if not prompts:
         raise PromptError(f'{path} holds no prompts; expected lines such as {{"prompt": "..."}}')
@@ -59,10 +61,10 @@ def _parse(line: bytes, source: str) -> str:
     try:
         value = json.loads(line.decode("utf-8"))
     except ValueError as error:
-        raise PromptError(f"{source} is no JSON in UTF-8 ({error}); mend the line or add --skip-bad") from error
+        raise PromptError(f"{source} is no JSON in UTF-8 ({error}); expected one object per line") from error
     text = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(text, str):
-        raise PromptError(f"{source} has no text under 'prompt'; mend the line or add --skip-bad")
+        raise PromptError(f'{source} has no text under \'prompt\'; expected {{"prompt": "..."}}')
     return text
 
 
@@ -71,7 +73,7 @@ def check_text(text: str, source: str) -> None:
     if not text.strip():
         raise PromptError(f"{source} is an empty prompt; give it some text")
     if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
-        raise PromptError(f"{source} holds half of a surrogate pair, which is no text; mend it")
+        raise PromptError(f"{source} is not UTF-8 text (it holds half of a surrogate pair); convert it")
 
 
 def encode_prompts(

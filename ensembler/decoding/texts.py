@@ -69,6 +69,8 @@ class DecodingOptions:
                 f"{self.num_return_sequences} sequences from greedy decoding would be the same; "
                 "give a temperature above 0 or as many beams"
             )
+        if "" in self.stop:
+            raise ConfigError("a stop text is empty; give it some text or leave it out")
         sampling = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         if sampling and self.temperature == 0:
             raise ConfigError(f"{sampling[0]} needs sampling, and temperature 0 is greedy; give a temperature above 0")

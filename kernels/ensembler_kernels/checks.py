@@ -28,6 +28,8 @@ def check_logits(logits: Sequence[Tensor], how: Combination, dims: tuple[int, ..
             raise ValueError(f"member {i}: expected shape ({leading}, V) as the anchor has, got {tuple(z.shape)}")
         if z.dtype not in DTYPES:
             raise ValueError(f"member {i}: expected float32, bfloat16 or float16, got {z.dtype}")
+        if z.numel() // z.shape[-1] >= 2**31:
+            raise ValueError(f"member {i}: expected fewer than 2^31 rows and positions, got shape {tuple(z.shape)}")
         if z.device != anchor.device:
             raise ValueError(f"member {i}: expected the anchor's device {anchor.device}, got {z.device}")
 
@@ -40,6 +42,7 @@ def per_row(name: str, value: float | Tensor, like: Tensor) -> Tensor:
     if (value.dim() == 1 and value.shape[0] != rows) or value.dim() > 1:
         shape = tuple(value.shape)
         raise ValueError(f"{name}: expected a number or one value per row, shape ({rows},), got shape {shape}")
+    _check_finite(name, value)
     return value.to(like.device, torch.float32).expand(rows)
 
 
@@ -47,6 +50,7 @@ def per_grid(alphas: Sequence[float] | Tensor, like: Tensor) -> Tensor:
     """Return the α grid as fp32 (K,) on the device of `like`."""
     if not isinstance(alphas, Tensor):
         alphas = torch.tensor([_finite("alphas", alpha) for alpha in alphas], dtype=torch.float32)
+    _check_finite("alphas", alphas)
     if alphas.dim() != 1 or not alphas.shape[0]:
         raise ValueError(f"alphas: expected a grid of shape (K,), got shape {tuple(alphas.shape)}")
     return alphas.to(like.device, torch.float32)
@@ -58,8 +62,8 @@ def check_temperature(temperature: float | Tensor) -> None:
         if temperature.device.type != "cpu" or torch.compiler.is_compiling():
             return
         temperature = temperature.min().item() if temperature.numel() else 0.0
-    if not temperature >= 0:
-        raise ValueError(f"temperature: expected 0 or a number above 0, got {temperature}")
+    if not 0 <= temperature <= _LARGEST:
+        raise ValueError(f"temperature: expected 0 or a finite number above 0, got {temperature}")
 
 
 def checked_seed(seed: int | Tensor) -> Tensor:
@@ -68,7 +72,9 @@ def checked_seed(seed: int | Tensor) -> Tensor:
         if seed.numel() != 1 or seed.dtype not in (torch.int64, torch.int32):
             raise ValueError(f"seed: expected one integer, got shape {tuple(seed.shape)} of {seed.dtype}")
         return seed.to(torch.int64).reshape(())
-    if not -(2**63) <= seed < 2**64:
+    if torch.compiler.is_compiling():
+        return torch.tensor(seed, dtype=torch.int64)
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")
     return torch.tensor(seed - 2**64 if seed >= 2**63 else seed, dtype=torch.int64)
 
@@ -112,8 +118,16 @@ def check_scored(logprobs: Tensor, alphas: Tensor) -> None:
         raise ValueError(f"row {row} at alpha {alphas[k]:g}: all its combined logits are -inf, or one of them is NaN")
 
 
+def _check_finite(name: str, value: Tensor) -> None:
+    """Raise ValueError for inf or NaN in a tensor that can be looked at without a synchronisation."""
+    if value.device.type == "cpu" and not torch.compiler.is_compiling() and not value.isfinite().all():
+        raise ValueError(f"{name}: expected finite numbers, got {value.tolist()}")
+
+
 def _finite(name: str, value: float) -> float:
     number = float(value)
+    if torch.compiler.is_compiling():  # a number that changes between calls is a symbol here
+        return number
     if math.isnan(number) or abs(number) > _LARGEST:
         raise ValueError(f"{name}: expected a finite float32 number, got {value}")
     return number

@@ -75,4 +75,4 @@ class Combination:
         if not self.neutral:
             return self.shared_width(logits)
         held = (z.shape[-1] for z, weight in zip(logits, self.constant, strict=True) if weight)
-        return min(logits[0].shape[-1], *held)
+        return min([logits[0].shape[-1], *held])

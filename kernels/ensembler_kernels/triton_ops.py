@@ -57,7 +57,7 @@ def combine_sample(
         kernel, call.grid, call.members, call.normalisers, thresholds, alpha, temperature, seed, partial, partial_ids,
         call.width, call.row_bucket, call.shared, call.held, splits, **call.constants,
     )  # fmt: skip
-    used = call.used_splits(kernel)
+    used = call.used_splits()
     tokens, logprobs = call.empty(call.rows, dtype=torch.int64), call.empty(call.rows)
     call.launch(
         kernels.sample_merge_kernel, (call.rows,), partial, partial_ids, tokens, logprobs, splits, used,
@@ -83,7 +83,7 @@ def combine_logprob(
         kernel, call.grid, call.members, call.normalisers, thresholds, alphas, targets, partial, partial_ids, at_target,
         call.width, call.row_bucket, call.shared, call.held, num_alphas, splits, **call.constants,
     )  # fmt: skip
-    used = call.used_splits(kernel)
+    used = call.used_splits()
     logprobs, greedy = call.empty(num_alphas, call.rows), call.empty(num_alphas, call.rows, dtype=torch.bool)
     call.launch(
         kernels.logprob_merge_kernel, (call.rows, num_alphas), partial, partial_ids, at_target, targets,
@@ -102,6 +102,7 @@ class _Call:
         self.positions = anchor.shape[1] if anchor.dim() == 3 else 1
         self.rows = anchor.shape[0] * self.positions  # of the grid: every position is one
         self.row_bucket = row_bucket(self.rows)
+        self._block = self.width
         self.shared, self.held = how.shared_width(logits), how.held_width(logits)
         self._cutoff = how.cutoff
         readable = [z if z.stride(-1) == 1 or z.shape[-1] == 1 else z.contiguous() for z in logits]
@@ -123,7 +124,9 @@ class _Call:
         return {**self._sums, "CUT": self._cutoff is not None, "NUM_MEMBERS": len(self.members)}
 
     def grid(self, meta: dict[str, Any]) -> tuple[int, int]:
-        return self.rows, triton.cdiv(self.width, meta["BLOCK"])
+        """The grid for the block of a configuration; the last one asked for is the one that is launched."""
+        self._block = meta["BLOCK"]
+        return self.rows, triton.cdiv(self.width, self._block)
 
     def launch(self, kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
         """Queue a kernel on the current stream of the members' device, which may not be the current device."""
@@ -138,10 +141,9 @@ class _Call:
         smallest: int = min(config.kwargs["BLOCK"] for config in kernel.configs)
         return -(-self.width // smallest)
 
-    def used_splits(self, kernel: Any) -> int:
-        """Blocks per row of the launch that has just been made."""
-        block: int = kernel.best_config.kwargs["BLOCK"] if self.rows else self.width
-        return -(-self.width // block)
+    def used_splits(self) -> int:
+        """Blocks per row of this call's own launch: the autotuner's last choice may be another thread's."""
+        return -(-self.width // self._block)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)

@@ -1,5 +1,5 @@
 // What every kernel is told: the members, the combination, and where its numbers per row are. Plain C layout, so that
-// ctypes can fill it (ensembler_kernels/cuda_ops.py mirrors it; ens_problem_size() lets it check).
+// ctypes can fill it (ensembler_kernels/cuda/library.py mirrors it; ens_problem_size() lets it check).
 #pragma once
 
 #include <cstdint>
