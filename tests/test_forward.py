@@ -114,7 +114,8 @@ def test_inputs_refused_in_one_line(base_change: EnsembleForCausalLM, inputs: di
 
 def test_what_asks_for_nothing_is_taken(base_change: EnsembleForCausalLM) -> None:
     with torch.no_grad():
-        base_change(IDS, output_hidden_states=False, inputs_embeds=None)
+        actual = base_change(IDS, output_hidden_states=False, inputs_embeds=None).logits
+        assert torch.equal(actual, base_change(IDS).logits)
 
 
 @pytest.mark.parametrize("role", ["source_ft", "source_pt", "target_pt"])
