@@ -106,7 +106,7 @@ def load_member(
             model = merge_adapter(model, config.adapter)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:
+    except Exception as error:  # transformers, safetensors and models' own code each raise what they like
         raise MemberError(f"{role}: {config.model} cannot be loaded: {one_line(error)}") from error
     model.eval()
     return model.to(config.device)

@@ -32,8 +32,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     """Members combined by a rule, as one causal language model.
 
     Make one with `from_members` or `from_pretrained`. `members` is a ModuleDict by role, the anchor first; `contract`
-    says what their vocabularies share; `tokenizer` is the anchor's, where it is known. `alpha` may be set between
-    calls: a number, or a tensor (rows,) with one value per row of the batch.
+    says what their vocabularies share, `combination` what the operations of `ensembler_kernels` take; `tokenizer` is
+    the anchor's, where it is known. `alpha` may be set between calls: a number, or a tensor (rows,) with one per row.
     """
 
     config_class = EnsembleConfig
@@ -53,6 +53,14 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         self.rule = rule
         self.contract = contract
         self.members = nn.ModuleDict({role: members[role] for role in rule.roles})
+        self.combination = Combination(
+            constant=tuple(rule.constant.get(role, 0.0) for role in rule.roles),
+            slope=tuple(rule.slope.get(role, 0.0) for role in rule.roles),
+            shared=contract.shared,
+            neutral=config.outside == "neutral",
+            raw=tuple(role in rule.raw_roles for role in rule.roles),
+            cutoff=rule.cutoff,
+        )
         self.tokenizer: Any | None = None
         self._tokenizers: dict[str, Any] = {}
         self._runnable: dict[str, Member] = {}
@@ -215,19 +223,6 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """The member that the ensemble equals at α = 0."""
         member: PreTrainedModel = self.members[self.rule.anchor]
         return member
-
-    @property
-    def combination(self) -> Combination:
-        """How member logits combine, in the order of `rule.roles`: what the operations of `ensembler_kernels` take."""
-        rule = self.rule
-        return Combination(
-            constant=tuple(rule.constant.get(role, 0.0) for role in rule.roles),
-            slope=tuple(rule.slope.get(role, 0.0) for role in rule.roles),
-            shared=self.contract.shared,
-            neutral=self.config.outside == "neutral",
-            raw=tuple(role in rule.raw_roles for role in rule.roles),
-            cutoff=rule.cutoff,
-        )
 
     @property
     def shortest_context(self) -> tuple[str, int] | None:

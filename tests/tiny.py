@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -167,8 +167,3 @@ def tables(count: int, *, vocab_size: int = VOCAB, seed: int = 0) -> list[TableM
     """Fake models with random logits."""
     generator = torch.Generator().manual_seed(seed)
     return [TableModel(3 * torch.randn(vocab_size, vocab_size, generator=generator)).eval() for _ in range(count)]
-
-
-def weights_of(constant: Mapping[str, float], slope: Mapping[str, float], alpha: float) -> dict[str, float]:
-    """constant + α · slope, written out again."""
-    return {role: constant.get(role, 0) + alpha * slope.get(role, 0) for role in {**constant, **slope}}

@@ -59,7 +59,7 @@ def main(args: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output, head for one, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
-    except Exception as error:
+    except Exception as error:  # a fault of ours or of a library below: one line too, the traceback on request
         code = _fail(f"{type(error).__name__}: {error} (add --debug for the traceback)", 1)
     sys.exit(code if isinstance(code, int) else 0)
 
