@@ -1,9 +1,10 @@
-"""A LoRA adapter as part of a member: find its base, check that it fits, merge it."""
+"""An adapter as part of a member: find its base, check that it fits, merge it."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,25 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
 
+# Other ways to initialise change the base's weights too, and only PEFT knows how.
+_PLAIN_INIT = (True, False, "gaussian", "orthogonal", "eva")
+
 _logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckedAdapter:
+    """An adapter whose files fit the member's base.
+
+    `scaling`, where it is plain LoRA: for each module that it changes, by name in the base, the number s of W + s·B·A
+    (Hu et al. 2022; lora_alpha / r, or lora_alpha / √r with rslora, by module where patterns say so). None: anything
+    else, which only PEFT knows how to run.
+    """
+
+    path: str
+    kind: str
+    scaling: dict[str, float] | None
+    num_parameters: int
 
 
 def resolve_adapter(role: str, config: MemberConfig) -> MemberConfig:
@@ -38,23 +57,24 @@ def resolve_adapter(role: str, config: MemberConfig) -> MemberConfig:
     return replace(config, model=base, adapter=config.model)
 
 
-def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> None:
+def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> CheckedAdapter:
     """Compare names and shapes in the adapter's header with what PEFT would make on this base, built without memory.
 
     Raises MemberError; a base of another name is only said, since patches are meant to be carried to new bases.
     """
+    from peft import get_peft_model_state_dict
+
     settings = _read_json(role, _find(role, adapter, ADAPTER_CONFIG))
     base = settings.get("base_model_name_or_path")
     if base and Path(base).name != Path(model).name:
         _logger.warning("%s: the adapter %s was made for %s, not %s", role, adapter, base, model)
-    if settings.get("peft_type") != "LORA":
-        kind = settings.get("peft_type")
-        raise MemberError(f"{role}: the adapter {adapter} is of kind {kind!r}; only LORA can be merged into weights")
-    weights = _find(role, adapter, ADAPTER_WEIGHTS)
+    weights = adapter_weights(role, adapter)
     with naming(role):
         header = safetensors_header(weights)
-    found = {name: tuple(tensor["shape"]) for name, tensor in header.items() if "lora_" in name}
-    expected = _expected_tensors(role, adapter, model, model_config)
+    patched = _on_meta(role, adapter, model, model_config)
+    state = get_peft_model_state_dict(patched, save_embedding_layers=False)
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    found = {name: tuple(tensor["shape"]) for name, tensor in header.items() if name in expected or "lora_" in name}
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"changes {unknown[0]}, which is not there"
@@ -65,20 +85,62 @@ def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> Non
                 f"{role}: {name} in the adapter {adapter} has shape {found[name]}; for {model} it must be {shape}: it "
                 "was made for another base"
             )
+    return CheckedAdapter(
+        path=adapter,
+        kind=patched.active_peft_config.peft_type.value,
+        scaling=dict(_plain_scaling(patched)) if _is_plain(patched) else None,
+        num_parameters=sum(tensor.numel() for tensor in state.values()),
+    )
 
 
-def _expected_tensors(role: str, adapter: str, model: str, model_config: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the LoRA tensors that PEFT would save for this adapter on this base."""
-    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+def _on_meta(role: str, adapter: str, model: str, model_config: Any) -> Any:
+    """The PeftModel of this adapter on this base, without memory."""
+    from peft import PeftConfig, get_peft_model
 
     try:
+        settings = PeftConfig.from_pretrained(adapter)
+        if settings.is_prompt_learning:
+            kind = settings.peft_type.value
+            raise MemberError(
+                f"{role}: the adapter {adapter} is of kind {kind}, which adds tokens of its own; expected one that "
+                "changes weights, LoRA for example"
+            )
         with torch.device("meta"):
             base = AutoModelForCausalLM.from_config(model_config)
-            patched = get_peft_model(base, PeftConfig.from_pretrained(adapter), low_cpu_mem_usage=True)
+            return get_peft_model(base, settings, low_cpu_mem_usage=True)
+    except MemberError:
+        raise
     except Exception as error:  # PEFT refuses settings in its own ways: unknown modules, kinds, keys
         raise MemberError(f"{role}: the adapter {adapter} does not fit {model}: {one_line(error)}") from error
-    state = get_peft_model_state_dict(patched, save_embedding_layers=False)
-    return {name: tuple(tensor.shape) for name, tensor in state.items() if "lora_" in name}
+
+
+def _is_plain(patched: Any) -> bool:
+    """Whether the adapter is W + s·B·A on linear layers, and nothing else."""
+    from peft.tuners.lora import Linear as LoraLinear
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    settings = patched.active_peft_config
+    if settings.peft_type != "LORA" or settings.bias != "none" or settings.init_lora_weights not in _PLAIN_INIT:
+        return False
+    others = ("modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters")
+    if any(getattr(settings, name, None) for name in (*others, "use_dora", "use_qalora", "alora_invocation_tokens")):
+        return False
+    layers = [(name, layer) for name, layer in patched.named_modules() if isinstance(layer, BaseTunerLayer)]
+    return all(
+        type(layer) is LoraLinear
+        and not any(layer.lora_variant.values())
+        and not any(layer.lora_bias.values())
+        and "expert" not in name  # experts are given some tokens of some rows, not all rows
+        for name, layer in layers
+    )
+
+
+def _plain_scaling(patched: Any) -> Iterator[tuple[str, float]]:
+    from peft.tuners.lora import Linear as LoraLinear
+
+    for name, layer in patched.get_base_model().named_modules():
+        if isinstance(layer, LoraLinear):
+            yield name, float(layer.scaling[layer.active_adapters[0]])
 
 
 def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
@@ -87,6 +149,11 @@ def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
 
     merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
     return merged
+
+
+def adapter_weights(role: str, adapter: str) -> Path:
+    """Return the file with the adapter's tensors."""
+    return _find(role, adapter, ADAPTER_WEIGHTS)
 
 
 def _find(role: str, adapter: str, name: str) -> Path:

@@ -5,32 +5,37 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from ensembler.errors import RunError
 
+Roles = tuple[str, ...]
+
 
 class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
-    """One cache per role, whatever its type; `layers` are the layers of all of them.
+    """One cache for each forward, by the roles that it serves; `layers` are the layers of all of them.
 
     Everything that `transformers` does to a cache (reorder for beam search, crop for speculation, repeat, select,
-    reset) it does to `layers`, and so to all members at once.
+    reset) it does to `layers`, and so to all members at once. The cache of members on a shared backbone holds a block
+    of rows for each: what picks rows picks them in every block.
     """
 
-    def __init__(self, members: Mapping[str, Cache]) -> None:
-        self.members = dict(members)
+    def __init__(self, parts: Mapping[Roles, Cache]) -> None:
+        self.parts = dict(parts)
         self._broken = False
         super().__init__(layers=[])
 
     @classmethod
-    def dynamic(cls, models: Mapping[str, PreTrainedModel]) -> EnsembleCache:
+    def dynamic(cls, models: Mapping[Roles, PreTrainedModel]) -> EnsembleCache:
         """Return an empty growing cache for each model, sliding windows as its config says."""
-        return cls({role: DynamicCache(config=model.config) for role, model in models.items()})
+        return cls({roles: DynamicCache(config=model.config) for roles, model in models.items()})
 
     @property
     def layers(self) -> list[Any]:
         """The layers of all members, those that a member made since the last look included."""
-        return [layer for cache in self.members.values() for layer in cache.layers]
+        return [layer for cache in self.parts.values() for layer in cache.layers]
 
     @layers.setter
     def layers(self, value: list[Any]) -> None:
@@ -41,27 +46,43 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
         """False: members make their own masks, and are compiled (if at all) one by one."""
         return False
 
-    def lengths(self) -> dict[str, int]:
-        """Return the number of tokens that each member has seen, by role; raises RunError for a broken cache."""
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows of every block in the order of `beam_idx` (rows,)."""
+        for roles, cache in self.parts.items():
+            cache.reorder_cache(_in_every_block(beam_idx, len(roles), beam_idx.shape[0]))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` of every block."""
+        for roles, cache in self.parts.items():
+            num_rows = next((layer.keys.shape[0] for layer in cache.layers if layer.is_initialized), 0) // len(roles)
+            cache.batch_select_indices(_in_every_block(indices, len(roles), num_rows))
+
+    def lengths(self) -> dict[Roles, int]:
+        """Return the number of tokens that each part has seen; raises RunError for a broken cache."""
         if self._broken:
             raise RunError("this cache was left uneven by a failed step and cannot be used; start from a new one")
-        return {role: int(cache.get_seq_length()) for role, cache in self.members.items()}
+        return {roles: int(cache.get_seq_length()) for roles, cache in self.parts.items()}
 
-    def restore(self, lengths: Mapping[str, int]) -> None:
+    def restore(self, lengths: Mapping[Roles, int]) -> None:
         """Undo a step that failed half-way: crop the layers that are ahead, so that all members agree again.
 
         Layers that keep no past (a full sliding window, a recurrent state) cannot go back; the cache is then marked as
         broken and refuses to be used.
         """
-        for role, cache in self.members.items():
+        for roles, cache in self.parts.items():
             for layer in cache.layers:
-                self._broken = not _cropped(layer, lengths[role]) or self._broken
+                self._broken = not _cropped(layer, lengths[roles]) or self._broken
         self._broken = self._broken or any(self.is_linear)
 
     def reset(self) -> None:
         """Empty all layers; a broken cache is whole again."""
         super().reset()
         self._broken = False
+
+
+def _in_every_block(indices: Tensor, num_blocks: int, num_rows: int) -> Tensor:
+    """Rows of one member as rows of all blocks of `num_rows` rows."""
+    return torch.cat([indices + block * num_rows for block in range(num_blocks)])
 
 
 def _cropped(layer: Any, length: int) -> bool:

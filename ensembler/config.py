@@ -11,18 +11,25 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from ensembler.errors import ConfigError
+from ensembler.quantization import Quantization
 from ensembler.rules import Rule, get_rule
 from ensembler.vocab import OUTSIDE_CHOICES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @dataclass(frozen=True)
 class MemberConfig:
     """One member: where its weights are and how they are loaded.
 
-    `model`: a folder or a hub id. `adapter`: a PEFT LoRA folder or id, merged into the weights when loaded. `revision`:
-    of a hub id. `dtype`: 'auto' is the dtype of the weights file. `device`: as in torch, for example 'cuda:1'.
+    `model`: a folder or a hub id. `adapter`: a PEFT folder or id, added to it when loaded; members that differ in
+    nothing else share one copy of the weights. `revision`: of a hub id. `dtype`: 'auto' is the dtype of the weights
+    file. `quantization`: a `Quantization`, its text or mapping. `device`: as in torch, for example 'cuda:1'.
+
+    `device_map` spreads one member over several devices as in accelerate, in place of `device`: 'auto', 'balanced',
+    'balanced_low_0', 'sequential', or a mapping from module to device ('cpu' and 'disk' among them). `max_memory` says
+    how much a strategy may put where ({'cuda:0': '20GiB', 'cpu': '60GiB'}), `offload_folder` where 'disk' is.
     """
 
     model: str
@@ -30,15 +37,38 @@ class MemberConfig:
     revision: str | None = None
     dtype: str = "auto"
     device: str = "cpu"
+    device_map: str | dict[str, str] | None = None
+    max_memory: dict[str, str] | None = None
+    offload_folder: str | None = None
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
-        for name in ("model", "adapter", "revision", "dtype", "device"):
+        for name in ("model", "adapter", "revision", "dtype", "device", "offload_folder"):
             value = getattr(self, name)
-            optional = name in ("adapter", "revision") and value is None
+            optional = name in ("adapter", "revision", "offload_folder") and value is None
             if not optional and (not isinstance(value, str) or not value):
                 raise ConfigError(f"{name} of a member is {value!r}; expected a text that is not empty")
         if self.dtype not in DTYPES:
             raise ConfigError(f"unknown dtype {self.dtype!r}; expected one of: {', '.join(DTYPES)}")
+        if self.quantization is not None:
+            object.__setattr__(self, "quantization", Quantization.parse(self.quantization))
+        self._check_device_map()
+
+    def _check_device_map(self) -> None:
+        if isinstance(self.device_map, str) and self.device_map not in DEVICE_MAPS:
+            raise ConfigError(
+                f"unknown device map {self.device_map!r}; expected one of {', '.join(DEVICE_MAPS)}, or a mapping"
+            )
+        for name in ("device_map", "max_memory"):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, {str(key): str(entry) for key, entry in value.items()})
+            elif value is not None and (name == "max_memory" or not isinstance(value, str)):
+                raise ConfigError(f"{name} of a member is {value!r}; expected a mapping")
+        if self.max_memory is not None and not isinstance(self.device_map, str):
+            raise ConfigError("max_memory was given without a strategy; give device_map 'auto' or 'balanced' beside it")
+        if self.device_map is not None and self.device != "cpu":
+            raise ConfigError(f"a member has the device {self.device!r} and a device_map; give one of them")
 
     @classmethod
     def parse(cls, role: str, value: MemberConfig | Mapping[str, Any] | str) -> MemberConfig:
@@ -57,11 +87,21 @@ class MemberConfig:
             raise ConfigError(f"member {role!r} has no 'model'; give it a path or a hub id")
         return cls(**value)
 
+    def placed(self, device: str) -> MemberConfig:
+        """The same on another device, or spread by a strategy of accelerate ('auto', 'balanced' ...)."""
+        if device in DEVICE_MAPS:
+            return replace(self, device="cpu", device_map=device)
+        return replace(self, device=device, device_map=None, max_memory=None)
+
     def absolute(self) -> MemberConfig:
         """The same with existing relative paths made absolute."""
-        paths = {
+        paths: dict[str, Any] = {
             name: str(Path(value).expanduser().resolve())
-            for name, value in (("model", self.model), ("adapter", self.adapter))
+            for name, value in (
+                ("model", self.model),
+                ("adapter", self.adapter),
+                ("offload_folder", self.offload_folder),
+            )
             if value is not None and Path(value).expanduser().is_dir()
         }
         return replace(self, **paths)
@@ -69,7 +109,10 @@ class MemberConfig:
     def to_dict(self) -> dict[str, Any]:
         """The mapping for config.json: what differs from the defaults."""
         defaults = {entry.name: entry.default for entry in fields(self)}
-        return {key: value for key, value in asdict(self).items() if value != defaults[key]}
+        content = {key: value for key, value in asdict(self).items() if value != defaults[key]}
+        if self.quantization is not None:
+            content["quantization"] = self.quantization.to_dict()
+        return content
 
 
 class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
@@ -128,7 +171,7 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
         return get_rule(self.rule, constant=self.constant, slope=self.slope, anchor=self.anchor, cutoff=self.cutoff)
 
     def change_members(self, **changes: Any) -> None:
-        """Set the same field of every member: a dtype or a device for all."""
+        """Set the same fields of every member: a dtype or a device for all."""
         self.members = {role: replace(member, **changes) for role, member in self.members.items()}
 
     def replaced(self, **changes: Any) -> EnsembleConfig:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,17 +39,18 @@ REPLACED = {
 
 @dataclass(frozen=True)
 class Copy:
-    """A member to be saved inside the folder, with its own tokenizer if it has one."""
+    """A member to be saved inside the folder, with its own tokenizer if it has one; `load` returns it."""
 
-    model: PreTrainedModel
+    load: Callable[[], PreTrainedModel]
     tokenizer: Any | None
 
     def save(self, folder: Path) -> None:
-        generation_config, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        model = self.load()
+        generation_config, model.generation_config = model.generation_config, GenerationConfig()
         try:
-            self.model.save_pretrained(folder)
+            model.save_pretrained(folder)
         finally:
-            self.model.generation_config = generation_config
+            model.generation_config = generation_config
         if generation_config is not None:
             _write_generation_config(generation_config, folder)
         if self.tokenizer is not None:
@@ -130,7 +131,7 @@ def write(
         members = {role: _relative(member, folder) for role, member in config.members.items()}
         for role, copy in (copies or {}).items():
             copy.save(made / role)
-            members[role] = MemberConfig(f"./{role}", dtype=members[role].dtype, device=members[role].device)
+            members[role] = replace(members[role], model=f"./{role}", adapter=None, revision=None)
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
         if generation_config is not None:

@@ -1,21 +1,34 @@
-"""One member: find its files, check them without reading weights, load it."""
+"""Find the files of members, check them without reading weights, load them: those that share a backbone together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
 
-from ensembler.adapters import check_adapter, merge_adapter, resolve_adapter
+from ensembler.adapters import CheckedAdapter, check_adapter, merge_adapter, resolve_adapter
+from ensembler.backbones import Backbone
 from ensembler.config import MemberConfig
-from ensembler.errors import ConfigError, MemberError
+from ensembler.errors import ConfigError, MemberError, RunError
+from ensembler.quantization import Quantization
 from ensembler.sources import find_file, is_local, not_found, one_line
 from ensembler.vocab import MemberVocabulary, read_vocabulary
 from ensembler.weights import check_folder
+
+_logger = logging.get_logger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -28,6 +41,8 @@ class MemberFiles:
     config: MemberConfig
     model_config: Any
     tokenizer: Any | None
+    adapter: CheckedAdapter | None = None
+    trust_remote_code: bool = False
 
     @property
     def vocabulary(self) -> MemberVocabulary:
@@ -67,7 +82,7 @@ def check_member(role: str, config: MemberConfig, *, trust_remote_code: bool = F
 
     Raises MemberError or ConfigError.
     """
-    check_device(role, config.device)
+    _check_places(role, config)
     config = resolve_adapter(role, config.absolute())
     if is_local(config.model):
         check_folder(role, Path(config.model))
@@ -78,38 +93,134 @@ def check_member(role: str, config: MemberConfig, *, trust_remote_code: bool = F
         raise not_found(role, config.model, error) from error
     if getattr(model_config, "is_encoder_decoder", False):
         raise MemberError(f"{role}: {config.model} is an encoder-decoder model; expected a causal language model")
-    files = MemberFiles(role, config, model_config, _load_tokenizer(role, config, options))
+    tokenizer = _load_tokenizer(role, config, options)
+    adapter = None
     if config.adapter is not None:
-        check_adapter(role, config.adapter, config.model, model_config)
-    return files
+        adapter = check_adapter(role, config.adapter, config.model, model_config)
+    return MemberFiles(role, config, model_config, tokenizer, adapter, trust_remote_code)
 
 
-def load_member(
-    files: MemberFiles, *, attn_implementation: str | None = None, trust_remote_code: bool = False
-) -> PreTrainedModel:
-    """Load a checked member in evaluation mode on its device; an adapter is merged into the weights."""
-    role, config = files.role, files.config
+def group_members(files: Mapping[str, MemberFiles]) -> list[tuple[MemberFiles, ...]]:
+    """Return the members in groups with one copy of the weights each, in the order of their first members.
+
+    Members share a backbone where they differ in their adapters alone: the same model, dtype, quantisation and place.
+    """
+    groups: dict[str, list[MemberFiles]] = {}
+    # Without any adapter the same model in two roles is two models, as was asked for.
+    adapted = {(member.config.model, member.config.revision) for member in files.values() if member.adapter is not None}
+    for role, member in files.items():
+        alone = "" if (member.config.model, member.config.revision) in adapted else role
+        backbone = {**member.config.to_dict(), "adapter": None, "role": alone}
+        groups.setdefault(json.dumps(backbone, sort_keys=True), []).append(member)
+    return [tuple(members) for members in groups.values()]
+
+
+@dataclass(frozen=True)
+class LoadedGroup:
+    """Models by role, in evaluation mode on their devices, and the backbone that they are views of, if they are."""
+
+    models: dict[str, PreTrainedModel]
+    backbone: Backbone | None = None
+
+
+def load_group(group: Sequence[MemberFiles], *, attn_implementation: str | None = None) -> LoadedGroup:
+    """Load checked members that `group_members` put together.
+
+    A single member's adapter is merged into its weights; on a backbone that is shared, quantised or spread over devices
+    it is kept beside them.
+    Raises MemberError, or RunError where memory is short.
+    """
+    names = " and ".join(member.role for member in group)
+    config = group[0].config
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            config.model,
-            revision=config.revision,
-            dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
-            use_safetensors=True,
-            output_loading_info=True,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-        )
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
-            raise ValueError(f"its weights file lacks {len(missing)} tensors, {missing[0]} among them")
-        if config.adapter is not None:
-            model = merge_adapter(model, config.adapter)
-    except torch.OutOfMemoryError:
-        raise
+        model = _load_model(group[0], attn_implementation)
+        keeps_adapter = config.quantization is not None or config.device_map is not None
+        if len(group) == 1 and (config.adapter is None or not keeps_adapter):
+            if config.adapter is not None:
+                model = merge_adapter(model, config.adapter)
+            return LoadedGroup({group[0].role: model.eval()})
+        backbone = Backbone(model.eval(), {member.role: member.adapter for member in group})
     except Exception as error:  # transformers, safetensors and models' own code each raise what they like
-        raise MemberError(f"{role}: {config.model} cannot be loaded: {one_line(error)}") from error
-    model.eval()
-    return model.to(config.device)
+        if out_of_memory(error):
+            place = config.device if config.device_map is None else f"device_map {config.device_map}"
+            raise RunError(
+                f"{names} ran out of memory while {config.model} was loaded on {place}; see what fits where with: "
+                "ensembler plan"
+            ) from error
+        raise MemberError(f"{names}: {config.model} cannot be loaded: {one_line(error)}") from error
+    if not backbone.batched and len(group) > 1:
+        kinds = ", ".join(sorted({member.adapter.kind for member in group if member.adapter is not None}))
+        _logger.warning(
+            "%s share their weights and not their forward: an adapter (%s) is not plain LoRA, so each member runs by "
+            "itself",
+            names,
+            kinds,
+        )
+    return LoadedGroup(backbone.views, backbone)
+
+
+def _load_model(files: MemberFiles, attn_implementation: str | None) -> PreTrainedModel:
+    config = files.config
+    options: dict[str, Any] = {"device_map": {"": config.device}}
+    if config.device_map is not None:
+        options = {
+            "device_map": config.device_map,
+            "max_memory": None if config.max_memory is None else _max_memory(config.max_memory),
+            "offload_folder": config.offload_folder,
+        }
+    if config.quantization is not None:
+        options["quantization_config"] = _bitsandbytes(config.quantization, config.dtype, files.model_config)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        config.model,
+        revision=config.revision,
+        dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+        use_safetensors=True,
+        output_loading_info=True,
+        attn_implementation=attn_implementation,
+        trust_remote_code=files.trust_remote_code,
+        **options,
+    )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"its weights file lacks {len(missing)} tensors, {missing[0]} among them")
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _max_memory(sizes: Mapping[str, str]) -> dict[int | str, str]:
+    """As accelerate wants it: GPUs by number."""
+    numbers = {name: name.removeprefix("cuda:") for name in sizes}
+    return {int(number) if number.isdigit() else name: sizes[name] for name, number in numbers.items()}
+
+
+def _bitsandbytes(quantization: Quantization, dtype: str, model_config: Any) -> BitsAndBytesConfig:
+    if quantization.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = quantization.compute_dtype or (dtype if dtype != "auto" else None) or model_config.dtype or "float32"
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.method.removeprefix("bnb-"),
+        bnb_4bit_compute_dtype=str(compute).removeprefix("torch."),
+        bnb_4bit_use_double_quant=quantization.double_quant,
+    )
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a device, or the host, has no memory left."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _check_places(role: str, config: MemberConfig) -> None:
+    """Raise ConfigError unless every device that the member names is there."""
+    places = {config.device}
+    if isinstance(config.device_map, dict):
+        places |= set(config.device_map.values()) - {"disk"}
+        if "disk" in config.device_map.values() and config.offload_folder is None:
+            raise ConfigError(f"{role}: its device_map puts modules on disk; give an offload_folder beside it")
+    if config.max_memory is not None:
+        places |= {f"cuda:{name}" if name.isdigit() else name for name in config.max_memory} - {"disk"}
+    for place in sorted(places):
+        check_device(role, f"cuda:{place}" if place.isdigit() else place)
 
 
 def check_device(role: str, device: str) -> None:

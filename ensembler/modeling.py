@@ -6,9 +6,10 @@ does not know how members are loaded (`members`), what the arithmetic is (`ensem
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,12 +20,13 @@ from transformers import AutoModelForCausalLM, Cache, GenerationConfig, Generati
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensembler import folder as folders
+from ensembler.backbones import Backbone
 from ensembler.cache import EnsembleCache
 from ensembler.config import EnsembleConfig, MemberConfig, check_roles
 from ensembler.errors import ConfigError, InputError, LogitsError
-from ensembler.members import load_member, shortest_context
+from ensembler.members import MemberFiles, group_members, load_group, shortest_context
 from ensembler.preflight import CheckedEnsemble, check_ensemble
-from ensembler.runners import Member, Step, run_serial
+from ensembler.runners import Group, Runner, Step, choose_runner, plan_forwards
 from ensembler.vocab import VocabularyContract
 
 
@@ -34,6 +36,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     Make one with `from_members` or `from_pretrained`. `members` is a ModuleDict by role, the anchor first; `contract`
     says what their vocabularies share, `combination` what the operations of `ensembler_kernels` take; `tokenizer` is
     the anchor's, where it is known. `alpha` may be set between calls: a number, or a tensor (rows,) with one per row.
+    `runner` runs the members: those on different devices at the same time, unless another one is set.
     """
 
     config_class = EnsembleConfig
@@ -45,7 +48,11 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     _supports_flex_attn: ClassVar[bool] = True
 
     def __init__(
-        self, config: EnsembleConfig, members: Mapping[str, PreTrainedModel], contract: VocabularyContract
+        self,
+        config: EnsembleConfig,
+        members: Mapping[str, PreTrainedModel],
+        contract: VocabularyContract,
+        backbones: Sequence[Backbone] = (),
     ) -> None:
         rule = config.get_rule()
         check_roles(rule, members)
@@ -62,8 +69,10 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             cutoff=rule.cutoff,
         )
         self.tokenizer: Any | None = None
-        self._tokenizers: dict[str, Any] = {}
-        self._runnable: dict[str, Member] = {}
+        self._files: dict[str, MemberFiles] = {}
+        self._backbones = tuple(backbones)
+        self._planned: tuple[list[PreTrainedModel], list[Group]] = ([], [])
+        self.runner: Runner = choose_runner(self.groups)
         self._row_alpha: Tensor | None = None
         self.generation_config = deepcopy(self.anchor.generation_config)
         self.eval()
@@ -119,21 +128,20 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         `loaded` holds members that need no loading. Everything is checked before the first weight is read.
         """
         checked = check_ensemble(config.replaced(), loaded, trust_remote_code=trust_remote_code)
-        return cls.from_checked(checked, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+        return cls.from_checked(checked, attn_implementation=attn_implementation)
 
     @classmethod
-    def from_checked(
-        cls, checked: CheckedEnsemble, *, attn_implementation: str | None = None, trust_remote_code: bool = False
-    ) -> EnsembleForCausalLM:
-        """Load the members of a checked ensemble, one after another."""
+    def from_checked(cls, checked: CheckedEnsemble, *, attn_implementation: str | None = None) -> EnsembleForCausalLM:
+        """Load the members of a checked ensemble, one after another, those that share a backbone together."""
         models = dict(checked.loaded)
-        for role, files in checked.files.items():
-            models[role] = load_member(
-                files, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
-            )
-        model = cls(checked.config, models, checked.contract)
+        backbones = []
+        for group in group_members(checked.files):
+            loaded = load_group(group, attn_implementation=attn_implementation)
+            models |= loaded.models
+            backbones += [loaded.backbone] if loaded.backbone is not None else []
+        model = cls(checked.config, models, checked.contract, backbones)
         model.tokenizer = checked.tokenizer
-        model._tokenizers = {role: files.tokenizer for role, files in checked.files.items()}
+        model._files = checked.files
         if checked.generation_config is not None:
             model.generation_config = checked.generation_config
         return model
@@ -186,8 +194,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             raise ConfigError("alpha is a tensor with one value per row; set it to a number before saving")
         config = self.config
         copies = {
-            role: folders.Copy(model, self._tokenizers.get(role))
-            for role, model in self.members.items()
+            role: folders.Copy(partial(self._whole, role), self._files[role].tokenizer if role in self._files else None)
+            for role in self.members
             if copy_members or config.members[role].model == folders.IN_MEMORY
         }
         folders.write(
@@ -198,6 +206,15 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             copies=copies,
             overwrite=overwrite,
         )
+
+    def _whole(self, role: str) -> PreTrainedModel:
+        """The member as one model with its adapter merged: read again where weights are shared, quantised or spread."""
+        member, model = self.config.members[role], self.members[role]
+        shared = any(backbone.views.get(role) is model for backbone in self._backbones)
+        if not shared and member.quantization is None and member.device_map is None:
+            return model
+        plain = replace(member.placed("cpu"), quantization=None)
+        return load_group([replace(self._files[role], config=plain)]).models[role]
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -278,7 +295,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         if input_ids is None:
             raise InputError("an ensemble's forward needs input_ids; its members embed tokens by themselves")
         if past_key_values is None and use_cache:
-            past_key_values = EnsembleCache.dynamic(dict(self.members.items()))
+            past_key_values = self.new_cache()
         logits = self.member_logits(
             Step(input_ids, attention_mask, position_ids, logits_to_keep if labels is None else 0), past_key_values
         )
@@ -294,13 +311,13 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     def member_logits(self, step: Step, cache: EnsembleCache | None = None) -> dict[str, Tensor]:
         """Return every member's own logits (rows, kept positions, V_member) by role; all caches advance, or none."""
         if cache is None:
-            logits = run_serial(self._run_members(), step, None)
+            logits = self.runner.run(self.groups, step, None)
             self._check_nan(logits)
             return logits
         self._check_cache(cache)
         lengths = cache.lengths()
         try:
-            logits = run_serial(self._run_members(), step, cache.members)
+            logits = self.runner.run(self.groups, step, cache.parts)
             self._check_nan(logits)
         except BaseException:
             cache.restore(lengths)
@@ -317,18 +334,26 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         alpha = _spread(alpha, ordered[0].shape[0]) if isinstance(alpha, Tensor) else alpha
         return combine(ordered, self.combination, alpha)
 
-    def _run_members(self) -> dict[str, Member]:
-        """The members ready to run; one that was replaced in `members` (by a compiled one, say) is looked at anew."""
-        for role, model in self.members.items():
-            if role not in self._runnable or self._runnable[role].model is not model:
-                self._runnable[role] = _runnable(role, model, self.contract)
-        return self._runnable
+    @property
+    def groups(self) -> list[Group]:
+        """The forwards of a step; planned anew when something was replaced in `members` (by a compiled one, say)."""
+        models = list(self.members.values())
+        known = self._planned[0]
+        if len(known) != len(models) or any(one is not other for one, other in zip(known, models, strict=True)):
+            self._planned = models, plan_forwards(dict(self.members.items()), self._backbones, self.contract)
+        return self._planned[1]
+
+    def new_cache(self) -> EnsembleCache:
+        """Return an empty growing cache for the members."""
+        return EnsembleCache.dynamic({forward.roles: forward.model for group in self.groups for forward in group})
 
     def _check_cache(self, cache: object) -> None:
         if not isinstance(cache, EnsembleCache):
             raise InputError(f"past_key_values is a {type(cache).__name__}; an ensemble takes an EnsembleCache")
-        if cache.members.keys() != set(self.members):
-            raise InputError(f"the cache is for {', '.join(cache.members)}; the members are {', '.join(self.members)}")
+        expected = {forward.roles for group in self.groups for forward in group}
+        if cache.parts.keys() != expected:
+            found, wanted = (", ".join("+".join(roles) for roles in sorted(parts)) for parts in (cache.parts, expected))
+            raise InputError(f"the cache is for {found}; the members run as {wanted}: make one with new_cache()")
 
     def _check_nan(self, logits: Mapping[str, Tensor]) -> None:
         found = torch.stack([values.isnan().any().to(self.device) for values in logits.values()])
@@ -337,25 +362,35 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
                 raise LogitsError(f"{role} computed NaN logits in {values.dtype}; try another dtype for it")
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
         """Let every member prepare the cache it would prepare alone (dynamic, static, quantised) and join them."""
         given = model_kwargs.get("past_key_values")
         if given is not None:
             self._check_cache(given)
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
             return
         if generation_config.use_cache is False:
             return
-        caches: dict[str, Cache] = {}
-        for role, member in self.members.items():
-            model: Any = member
+        caches: dict[tuple[str, ...], Cache] = {}
+        for forward in (forward for group in self.groups for forward in group):
+            model: Any = forward.model
             own = {**model_kwargs, "past_key_values": None}
-            model._prepare_cache_for_generation(generation_config, own, *args, **kwargs)
+            model._prepare_cache_for_generation(
+                generation_config, own, generation_mode, batch_size * len(forward.roles), max_cache_length
+            )
             if own["past_key_values"] is None:
-                kind = type(member).__name__
-                raise InputError(f"{role} ({kind}) keeps no key-value cache; call generate with use_cache=False")
-            caches[role] = own["past_key_values"]
+                kind = type(model).__name__
+                roles = " and ".join(forward.roles)
+                raise InputError(f"{roles} ({kind}) keeps no key-value cache; call generate with use_cache=False")
+            caches[forward.roles] = own["past_key_values"]
         model_kwargs["past_key_values"] = EnsembleCache(caches)
 
 
@@ -372,19 +407,6 @@ def _named(member: object) -> Any:
         kind = type(member).__name__
         raise ConfigError(f"a member is a {kind}; expected a PreTrainedModel (of a PeftModel: merge_and_unload())")
     return str(member) if isinstance(member, Path) else member
-
-
-def _runnable(role: str, model: PreTrainedModel, contract: VocabularyContract) -> Member:
-    plain = getattr(model, "_orig_mod", model)  # torch.compile hides the arguments of what it wraps
-    accepts = frozenset(inspect.signature(plain.forward).parameters)
-    lacks_some = contract.held[role] < max(contract.held.values())
-    return Member(
-        role=role,
-        model=model,
-        num_held=contract.held[role],
-        substitute=contract.substitutes[role] if lacks_some else None,
-        accepts=accepts,
-    )
 
 
 def _spread(alpha: Tensor, num_rows: int) -> Tensor:

@@ -18,8 +18,9 @@ KERNELS = ROOT.parent / "kernels" / "ensembler_kernels"
 # From the bottom up; a module may import its own layer and those below. Folders stand for all their modules.
 LAYERS = (
     {"errors", ""},
-    {"vocab", "rules", "config", "weights", "sources", "extras"},
+    {"vocab", "rules", "config", "quantization", "weights", "sources", "extras"},
     {"patch", "adapters"},
+    {"backbones"},
     {"members"},
     {"runners", "cache", "preflight", "folder"},
     {"inspection"},

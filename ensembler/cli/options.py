@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,6 +27,7 @@ class EnsembleOptions:
 
     ensemble: str | None
     source_ft: str | None
+    source_ft_adapter: str | None
     source_pt: str | None
     target_pt: str | None
     member: tuple[str, ...]
@@ -36,18 +37,27 @@ class EnsembleOptions:
     slope: tuple[str, ...]
     cutoff: float | None
     outside: str | None
-    dtype: str | None
-    device: str | None
+    dtype: tuple[str, ...]
+    quantize: tuple[str, ...]
+    device: tuple[str, ...]
+    max_memory: tuple[str, ...]
+    offload_folder: str | None
 
     def load_config(self) -> EnsembleConfig:
-        """Return the configuration: that of the folder (with α, dtype and device changed), or one of the members."""
+        """Return the configuration: that of the folder (with α, dtypes and places changed), or one of the members."""
         if self.ensemble is not None:
             return self._from_folder(self.ensemble)
         return self._from_members()
 
-    def _members(self) -> dict[str, str]:
+    def _members(self) -> dict[str, Any]:
         named = {"source_ft": self.source_ft, "source_pt": self.source_pt, "target_pt": self.target_pt}
-        given = {role: path for role, path in named.items() if path is not None}
+        given: dict[str, Any] = {role: path for role, path in named.items() if path is not None}
+        if self.source_ft_adapter is not None:
+            if self.source_ft is not None or self.source_pt is None:
+                raise ConfigError(
+                    "--source-ft-adapter makes source_ft from --source-pt; give that beside it, and no --source-ft"
+                )
+            given["source_ft"] = {"model": self.source_pt, "adapter": self.source_ft_adapter}
         for role, path in _pairs("--member", self.member).items():
             if role in given:
                 raise ConfigError(f"the member {role!r} is given twice; give it once")
@@ -92,14 +102,28 @@ class EnsembleOptions:
         return self._placed(config)
 
     def _placed(self, config: EnsembleConfig) -> EnsembleConfig:
-        changes = {"dtype": self.dtype, "device": self.device}
-        given = {name: value for name, value in changes.items() if value is not None}
-        config.change_members(**given)
+        """The configuration with what was said about where and how members are loaded."""
+        roles = tuple(config.members)
+        for role, dtype in _by_role("--dtype", self.dtype, roles).items():
+            config.members[role] = replace(config.members[role], dtype=dtype)
+        for role, method in _by_role("--quantize", self.quantize, roles).items():
+            quantization = None if method == "none" else method
+            config.members[role] = replace(config.members[role], quantization=quantization)
+        for role, device in _by_role("--device", self.device, roles).items():
+            config.members[role] = config.members[role].placed(device)
+        for role, sizes in _by_role("--max-memory", self.max_memory, roles).items():
+            max_memory = _pairs("--max-memory", tuple(sizes.split(",")))
+            config.members[role] = replace(config.members[role], max_memory=max_memory)
+        if self.offload_folder is not None:
+            config.change_members(offload_folder=self.offload_folder)
         return config
 
 
 _ENSEMBLE_OPTIONS = (
     click.option("--source-ft", metavar="MODEL", help="The old fine-tuned model: a folder, a hub id or a LoRA folder."),
+    click.option(
+        "--source-ft-adapter", metavar="ADAPTER", help="source_ft is source_pt with this; both share its weights."
+    ),
     click.option("--source-pt", metavar="MODEL", help="The old pre-trained model."),
     click.option("--target-pt", metavar="MODEL", help="The new pre-trained model."),
     click.option("--member", multiple=True, metavar="ROLE=MODEL", help="A member in another role; repeat it."),
@@ -111,8 +135,31 @@ _ENSEMBLE_OPTIONS = (
     click.option("--slope", multiple=True, metavar="ROLE=NUMBER", help="A slope of the rule linear; repeat it."),
     click.option("--cutoff", type=float, help="Plausibility cut-off of the rule contrastive.  [default: 0.1]"),
     click.option("--outside", metavar="mask|neutral", help="Tokens that not every member holds: forbid, or ratio 0."),
-    click.option("--dtype", metavar="DTYPE", help="auto, float32, bfloat16 or float16, for all members."),
-    click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ..., for all members."),
+    click.option(
+        "--dtype",
+        multiple=True,
+        metavar="[ROLE=]DTYPE",
+        help="auto, float32, bfloat16 or float16; repeat it for roles.",
+    ),
+    click.option(
+        "--quantize",
+        multiple=True,
+        metavar="[ROLE=]METHOD",
+        help="8bit, nf4, fp4 or none; 4 bits with compute dtype: nf4:bfloat16[:double].",
+    ),
+    click.option(
+        "--device",
+        multiple=True,
+        metavar="[ROLE=]DEVICE",
+        help="cpu, cuda:1 ..., or auto, balanced ... to spread a member over devices.",
+    ),
+    click.option(
+        "--max-memory",
+        multiple=True,
+        metavar="[ROLE=]DEVICE=SIZE,...",
+        help="What --device auto may use: target_pt=cuda:0=20GiB,cpu=60GiB.",
+    ),
+    click.option("--offload-folder", metavar="DIR", help="Where weights go that --device auto puts on disk."),
 )
 
 _DECODING_OPTIONS = (
@@ -176,6 +223,24 @@ def _pairs(option: str, values: tuple[str, ...]) -> dict[str, str]:
             raise ConfigError(f"{option} {value!r} is not of the form ROLE=VALUE")
         pairs[role] = rest
     return pairs
+
+
+def _by_role(option: str, values: tuple[str, ...], roles: tuple[str, ...]) -> dict[str, str]:
+    """Values by role; one without a role is for all that have none of their own."""
+    for_all, own = [], {}
+    for value in values:
+        role, equals, rest = value.partition("=")
+        if equals and role in roles and rest:
+            if role in own:
+                raise ConfigError(f"{option} was given twice for {role!r}; give it once")
+            own[role] = rest
+        elif equals and option != "--max-memory":
+            raise ConfigError(f"{option} {value!r}: expected a value, or ROLE=VALUE with one of {', '.join(roles)}")
+        else:
+            for_all.append(value)
+    if len(for_all) > 1:
+        raise ConfigError(f"{option} was given twice for all members, {for_all[0]!r} and {for_all[1]!r}; give it once")
+    return {**{role: value for value in for_all for role in roles}, **own}
 
 
 def _numbers(option: str, values: tuple[str, ...]) -> dict[str, float] | None:
