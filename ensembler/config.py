@@ -223,3 +223,10 @@ def check_roles(rule: Rule, roles: Mapping[str, Any]) -> None:
     unknown = [role for role in roles if role not in rule.roles]
     if unknown:
         raise ConfigError(f"unknown role {unknown[0]!r}; the roles of {rule.name!r}: {', '.join(rule.roles)}")
+
+
+def check_known(roles: Mapping[str, Any], members: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless `roles` are roles of `members`."""
+    unknown = [role for role in roles if role not in members]
+    if unknown:
+        raise ConfigError(f"unknown role {unknown[0]!r}; the members are: {', '.join(members)}")

@@ -9,7 +9,8 @@
     │   ├── OutputError         a place to write to
     │   └── MissingExtraError   an optional package that is not installed
     └── RunError                a run that failed half-way; exit code 1, finished rows are kept
-        └── LogitsError         a member computed NaN
+        ├── LogitsError         a member computed NaN
+        └── RankError           one of several processes was lost
 
 A message is one line: what was given, what was expected, what to do. Only the command line turns these into
 ``Error: ...``; a library never prints them.
@@ -61,3 +62,11 @@ class RunError(EnsemblerError):
 
 class LogitsError(RunError):
     """A member computed NaN logits."""
+
+
+class RankError(RunError):
+    """One of several processes was lost; `reporter` is the rank that tells the user, so that it is said once."""
+
+    def __init__(self, message: str, reporter: int) -> None:
+        super().__init__(message)
+        self.reporter = reporter

@@ -6,7 +6,8 @@ does not know how members are loaded (`members`), what the arithmetic is (`ensem
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -22,9 +23,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ensembler import folder as folders
 from ensembler.backbones import Backbone
 from ensembler.cache import EnsembleCache
-from ensembler.config import EnsembleConfig, MemberConfig, check_roles
+from ensembler.config import EnsembleConfig, MemberConfig, check_known, check_roles
+from ensembler.distributed import World, combine_over_ranks, gather_over_ranks
 from ensembler.errors import ConfigError, InputError, LogitsError
-from ensembler.members import MemberFiles, group_members, load_group, shortest_context
+from ensembler.members import LoadedGroup, MemberFiles, group_members, load_group, shortest_context
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 from ensembler.runners import Group, Runner, Step, choose_runner, plan_forwards
 from ensembler.vocab import VocabularyContract
@@ -36,7 +38,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     Make one with `from_members` or `from_pretrained`. `members` is a ModuleDict by role, the anchor first; `contract`
     says what their vocabularies share, `combination` what the operations of `ensembler_kernels` take; `tokenizer` is
     the anchor's, where it is known. `alpha` may be set between calls: a number, or a tensor (rows,) with one per row.
-    `runner` runs the members: those on different devices at the same time, unless another one is set.
+    `runner` runs the members: those on different devices at the same time, unless another one is set. With a `world`
+    of several processes, `members` has those of this one.
     """
 
     config_class = EnsembleConfig
@@ -53,13 +56,16 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         members: Mapping[str, PreTrainedModel],
         contract: VocabularyContract,
         backbones: Sequence[Backbone] = (),
+        world: World | None = None,
     ) -> None:
         rule = config.get_rule()
-        check_roles(rule, members)
+        if world is None:
+            check_roles(rule, members)
         super().__init__(config)
         self.rule = rule
         self.contract = contract
-        self.members = nn.ModuleDict({role: members[role] for role in rule.roles})
+        self.world = world
+        self.members = nn.ModuleDict({role: members[role] for role in rule.roles if role in members})
         self.combination = Combination(
             constant=tuple(rule.constant.get(role, 0.0) for role in rule.roles),
             slope=tuple(rule.slope.get(role, 0.0) for role in rule.roles),
@@ -74,7 +80,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         self._planned: tuple[list[PreTrainedModel], list[Group]] = ([], [])
         self.runner: Runner = choose_runner(self.groups)
         self._row_alpha: Tensor | None = None
-        self.generation_config = deepcopy(self.anchor.generation_config)
+        if rule.anchor in self.members:
+            self.generation_config = deepcopy(self.anchor.generation_config)
         self.eval()
 
     # -- making one ---------------------------------------------------------------------------------------------------
@@ -122,24 +129,34 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         loaded: Mapping[str, PreTrainedModel] | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
+        world: World | None = None,
     ) -> EnsembleForCausalLM:
         """Return the ensemble that `config` describes; paths in it are absolute or relative to the working directory.
 
         `loaded` holds members that need no loading. Everything is checked before the first weight is read.
         """
         checked = check_ensemble(config.replaced(), loaded, trust_remote_code=trust_remote_code)
-        return cls.from_checked(checked, attn_implementation=attn_implementation)
+        return cls.from_checked(checked, attn_implementation=attn_implementation, world=world)
 
     @classmethod
-    def from_checked(cls, checked: CheckedEnsemble, *, attn_implementation: str | None = None) -> EnsembleForCausalLM:
-        """Load the members of a checked ensemble, one after another, those that share a backbone together."""
-        models = dict(checked.loaded)
-        backbones = []
-        for group in group_members(checked.files):
-            loaded = load_group(group, attn_implementation=attn_implementation)
-            models |= loaded.models
-            backbones += [loaded.backbone] if loaded.backbone is not None else []
-        model = cls(checked.config, models, checked.contract, backbones)
+    def from_checked(
+        cls, checked: CheckedEnsemble, *, attn_implementation: str | None = None, world: World | None = None
+    ) -> EnsembleForCausalLM:
+        """Load the members of a checked ensemble, one after another, those that share a backbone together.
+
+        With a `world` of several processes each loads its part of them.
+        """
+        groups = group_members(checked.files)
+        if world is not None:
+            groups = [groups[index] for index in world.divide([[files.role for files in group] for group in groups])]
+
+        def load() -> list[LoadedGroup]:
+            return [load_group(group, attn_implementation=attn_implementation) for group in groups]
+
+        loaded = load() if world is None else world.together(load)
+        models = {role: model for group in loaded for role, model in group.models.items()} | checked.loaded
+        backbones = [group.backbone for group in loaded if group.backbone is not None]
+        model = cls(checked.config, models, checked.contract, backbones, world)
         model.tokenizer = checked.tokenizer
         model._files = checked.files
         if checked.generation_config is not None:
@@ -154,15 +171,18 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         config: EnsembleConfig | None = None,
         alpha: float | None = None,
         dtype: str | torch.dtype | None = None,
-        device_map: str | torch.device | None = None,
+        device_map: str | torch.device | Mapping[str, str | torch.device] | None = None,
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
+        world: World | None = None,
         **options: Any,
     ) -> EnsembleForCausalLM:
         """Return the ensemble of a folder (or hub id of one) that `save_pretrained` or `ensembler create` wrote.
 
-        `alpha`, `dtype` and `device_map` (one device, as in torch) override the folder's for all members, as does
-        `config` its config.json. The hub's options (`revision`, `token` ...) say which folder; any other is refused.
+        `alpha`, `dtype` and `device_map` override the folder's, as does `config` its config.json. `device_map`: a
+        device as in torch, a strategy of accelerate ('auto' ...) for each member by itself, or a mapping from role to
+        these. `world`: the processes that share the members. The hub's options (`revision`, `token` ...) say which
+        folder; any other is refused.
         """
         dtype = options.pop("torch_dtype", None) if dtype is None else dtype
         hub_options = {name: options.pop(name) for name in _HUB_OPTIONS if options.get(name) is not None}
@@ -176,11 +196,13 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         if dtype not in (None, "auto"):
             config.change_members(dtype=str(dtype).removeprefix("torch."))
         if device_map is not None:
-            if str(device_map) in ("auto", "balanced", "balanced_low_0", "sequential"):
-                raise ConfigError(f"an ensemble takes no device_map {device_map!r}; give one device, or one per member")
-            config.change_members(device=str(device_map))
+            places = device_map if isinstance(device_map, Mapping) else dict.fromkeys(config.members, device_map)
+            check_known(places, config.members)
+            config.members |= {role: config.members[role].placed(str(place)) for role, place in places.items()}
         attn_implementation = attn_implementation or config._attn_implementation_internal
-        return cls.from_config(config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+        return cls.from_config(
+            config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code, world=world
+        )
 
     def save_pretrained(  # type: ignore[override,unused-ignore]
         self, save_directory: str | Path, *, copy_members: bool = False, overwrite: bool = False
@@ -237,14 +259,16 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     @property
     def anchor(self) -> PreTrainedModel:
-        """The member that the ensemble equals at α = 0."""
-        member: PreTrainedModel = self.members[self.rule.anchor]
+        """The member that the ensemble equals at α = 0 (where another process has it: the first of this one's)."""
+        role = self.rule.anchor if self.rule.anchor in self.members else next(iter(self.members))
+        member: PreTrainedModel = self.members[role]
         return member
 
     @property
     def shortest_context(self) -> tuple[str, int] | None:
         """The role with the shortest context and its length in tokens, or None where no member sets a limit."""
-        return shortest_context({role: member.config for role, member in self.members.items()})
+        known = {role: files.model_config for role, files in self._files.items()}
+        return shortest_context({**known, **{role: member.config for role, member in self.members.items()}})
 
     @property
     def device(self) -> torch.device:
@@ -296,10 +320,15 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             raise InputError("an ensemble's forward needs input_ids; its members embed tokens by themselves")
         if past_key_values is None and use_cache:
             past_key_values = self.new_cache()
-        logits = self.member_logits(
-            Step(input_ids, attention_mask, position_ids, logits_to_keep if labels is None else 0), past_key_values
-        )
-        combined = self.combine(logits)
+        step = Step(input_ids, attention_mask, position_ids, logits_to_keep if labels is None else 0)
+        with self._advancing(past_key_values):
+            if self.world is None:
+                combined = self.combine(self._own_logits(step, past_key_values))
+            else:
+                run = partial(self._own_logits, step, past_key_values)
+                combined = combine_over_ranks(
+                    self.world, run, step, self.combination, self.contract, self._alpha(input_ids.shape[0])
+                )
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(
@@ -310,18 +339,29 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     def member_logits(self, step: Step, cache: EnsembleCache | None = None) -> dict[str, Tensor]:
         """Return every member's own logits (rows, kept positions, V_member) by role; all caches advance, or none."""
+        with self._advancing(cache):
+            if self.world is None:
+                return self._own_logits(step, cache)
+            return gather_over_ranks(self.world, partial(self._own_logits, step, cache), step, self.contract)
+
+    @contextmanager
+    def _advancing(self, cache: EnsembleCache | None) -> Iterator[None]:
+        """All caches advance inside, or none: where it fails they are as they were before."""
         if cache is None:
-            logits = self.runner.run(self.groups, step, None)
-            self._check_nan(logits)
-            return logits
+            yield
+            return
         self._check_cache(cache)
         lengths = cache.lengths()
         try:
-            logits = self.runner.run(self.groups, step, cache.parts)
-            self._check_nan(logits)
+            yield
         except BaseException:
             cache.restore(lengths)
             raise
+
+    def _own_logits(self, step: Step, cache: EnsembleCache | None) -> dict[str, Tensor]:
+        """The logits of this process's members."""
+        logits = self.runner.run(self.groups, step, None if cache is None else cache.parts)
+        self._check_nan(logits)
         return logits
 
     def combine(self, logits: Mapping[str, Tensor], alpha: float | Tensor | None = None) -> Tensor:
@@ -329,10 +369,13 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
         `alpha` defaults to the ensemble's; one value per row is repeated for beams and for several returned sequences.
         """
-        alpha = self.alpha if alpha is None else alpha
         ordered = [logits[role].to(self.device) for role in self.rule.roles]
-        alpha = _spread(alpha, ordered[0].shape[0]) if isinstance(alpha, Tensor) else alpha
-        return combine(ordered, self.combination, alpha)
+        return combine(ordered, self.combination, self._alpha(ordered[0].shape[0], alpha))
+
+    def _alpha(self, num_rows: int, alpha: float | Tensor | None = None) -> float | Tensor:
+        """`alpha`, or the ensemble's, as a number or one value for each of `num_rows` rows."""
+        alpha = self.alpha if alpha is None else alpha
+        return _spread(alpha, num_rows) if isinstance(alpha, Tensor) else alpha
 
     @property
     def groups(self) -> list[Group]:

@@ -17,13 +17,13 @@ KERNELS = ROOT.parent / "kernels" / "ensembler_kernels"
 
 # From the bottom up; a module may import its own layer and those below. Folders stand for all their modules.
 LAYERS = (
-    {"errors", ""},
+    {"errors", "launch", ""},
     {"vocab", "rules", "config", "quantization", "weights", "sources", "extras"},
     {"patch", "adapters"},
     {"backbones"},
     {"members"},
     {"runners", "cache", "preflight", "folder"},
-    {"inspection"},
+    {"inspection", "distributed"},
     {"modeling"},
     {"decoding"},
     {"evaluation", "serving", "vision", "demo"},

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ensembler.cli.options import EnsembleOptions, decoding_options, ensemble_options
+from ensembler.cli.ranks import launched, on_first
 from ensembler.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
@@ -39,6 +40,13 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Go on with an --output file that was interrupted.")
 @click.option("--overwrite", is_flag=True, help="Replace the --output file if it exists.")
 @click.option("--explain", is_flag=True, help="Mark the tokens that are not the anchor's own choice.")
+@click.option(
+    "--rank-timeout",
+    type=click.FloatRange(1),
+    default=300.0,
+    show_default=True,
+    help="Under torchrun: seconds of silence after which a process counts as lost.",
+)
 def generate(
     given: EnsembleOptions,
     prompt: tuple[str, ...],
@@ -54,12 +62,16 @@ def generate(
     resume: bool,
     overwrite: bool,
     explain: bool,
+    rank_timeout: float,
 ) -> None:
     """Decode texts with ENSEMBLE.
+
+    Started by torchrun or accelerate launch, each process runs some of the members; the first prints and writes.
 
     \b
     ensembler generate demo --prompt "Tom has 5 pears ..." --explain
     ensembler generate math --prompts questions.jsonl --output answers.jsonl --batch-size 16
+    torchrun --nproc-per-node 3 -m ensembler generate math --device cuda --prompts questions.jsonl
     """
     if system is not None and not chat:
         raise ConfigError("--system was given without --chat; add --chat")
@@ -73,27 +85,44 @@ def generate(
     from ensembler.preflight import check_ensemble
 
     skip = (lambda message: click.echo(f"skipped: {message}", err=True)) if skip_bad else None
-    asked = _read(prompt, prompts, skip)
-    if output is not None:
-        check_output(output, resume=resume, overwrite=overwrite)
-        if prompts is not None and output.exists() and output.samefile(prompts):
-            raise ConfigError(f"--output is the file of the prompts, {prompts}; choose another name")
-    checked = check_ensemble(given.load_config())
-    tokenizer = checked.require_tokenizer()
-    encoded = encode_prompts(asked, tokenizer, chat=chat, system=system, context=checked.shortest_context, skip=skip)
-    if not encoded:
-        raise PromptError("no prompt is left to decode; mend the skipped lines")
-    plain = not as_json and not explain and output is None
-    streamer = _streamer(stream, plain and len(encoded) == 1, decoding, tokenizer)
-    quiet = output is not None or streamer is not None
-    model = EnsembleForCausalLM.from_checked(checked)
-    results = None
-    if output is not None:
-        run = fingerprint(model, encoded, decoding, batch_size=batch_size)
-        results = ResultsFile(output, run, resume=resume, overwrite=overwrite)
-    printer = Printer(model, tokenizer, as_json=as_json, explain=explain, quiet=quiet, many=len(asked) > 1)
-    with results or nullcontext(), printer:
-        _decode(model, tokenizer, encoded, decoding, batch_size, streamer, results, printer, shown=prompts is not None)
+
+    def read() -> list[Prompt]:
+        asked = _read(prompt, prompts, skip)
+        if output is not None:
+            check_output(output, resume=resume, overwrite=overwrite)
+            if prompts is not None and output.exists() and output.samefile(prompts):
+                raise ConfigError(f"--output is the file of the prompts, {prompts}; choose another name")
+        return asked
+
+    with launched(rank_timeout) as world:
+        asked = on_first(world, read)
+        checked = check_ensemble(given.load_config())
+        tokenizer = checked.require_tokenizer()
+        encoded = encode_prompts(
+            asked, tokenizer, chat=chat, system=system, context=checked.shortest_context, skip=skip
+        )
+        if not encoded:
+            raise PromptError("no prompt is left to decode; mend the skipped lines")
+        plain = not as_json and not explain and output is None
+        streamer = _streamer(stream, plain and len(encoded) == 1, decoding, tokenizer)
+        quiet = output is not None or streamer is not None
+        model = EnsembleForCausalLM.from_checked(checked, world=world)
+
+        results: ResultsFile | None = None
+
+        def open_results() -> frozenset[int]:
+            nonlocal results
+            if output is None:
+                return frozenset()
+            run = fingerprint(model, encoded, decoding, batch_size=batch_size)
+            results = ResultsFile(output, run, resume=resume, overwrite=overwrite)
+            return results.done
+
+        done = on_first(world, open_results)
+        printer = Printer(model, tokenizer, as_json=as_json, explain=explain, quiet=quiet, many=len(asked) > 1)
+        with results or nullcontext(), printer:
+            shown = prompts is not None
+            _decode(model, tokenizer, encoded, decoding, batch_size, streamer, done, results, printer, shown=shown)
 
 
 def _decode(
@@ -103,6 +132,7 @@ def _decode(
     decoding: DecodingOptions,
     batch_size: int,
     streamer: Any | None,
+    done: frozenset[int],
     results: ResultsFile | None,
     printer: Printer,
     *,
@@ -112,7 +142,6 @@ def _decode(
     from ensembler.cli.tables import progress
     from ensembler.decoding.texts import complete_batches
 
-    done = frozenset() if results is None else results.done
     start, num_texts, num_tokens = time.perf_counter(), 0, 0
     with progress(len(prompts), shown=shown) as advance:
         advance(len(done))

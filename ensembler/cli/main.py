@@ -14,9 +14,11 @@ from ensembler.cli.chat import chat
 from ensembler.cli.create import create
 from ensembler.cli.generate import generate
 from ensembler.cli.inspect import inspect
-from ensembler.errors import EnsemblerError
+from ensembler.errors import ConfigError, EnsemblerError, RankError
+from ensembler.launch import num_ranks, this_rank
 
 INTERRUPTED = 130
+SEVERAL_PROCESSES = ("generate",)
 
 
 @click.group(
@@ -35,6 +37,11 @@ def cli(context: click.Context, debug: bool) -> None:
     """
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
+    elif num_ranks() > 1 and context.invoked_subcommand not in SEVERAL_PROCESSES:
+        raise ConfigError(
+            f"{num_ranks()} processes were started for {context.invoked_subcommand}, which runs in one; start it "
+            "without a launcher"
+        )
 
 
 for command in (create, inspect, generate, chat):
@@ -53,7 +60,8 @@ def main(args: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         code = _fail("interrupted; finished rows of an --output file are kept, go on with --resume", INTERRUPTED)
     except EnsemblerError as error:
-        code = _fail(str(error), error.exit_code)
+        reporter = error.reporter if isinstance(error, RankError) else 0
+        code = _fail(str(error), error.exit_code, reporter)
     except click.ClickException as error:
         code = _fail(f"{error.format_message()}{_help_hint(error)}", 2)
     except BrokenPipeError:  # the reader of our output, head for one, has left
@@ -61,11 +69,22 @@ def main(args: list[str] | None = None) -> None:
         code = 1
     except Exception as error:  # a fault of ours or of a library below: one line too, the traceback on request
         code = _fail(f"{type(error).__name__}: {error} (add --debug for the traceback)", 1)
-    sys.exit(code if isinstance(code, int) else 0)
+    _leave(code if isinstance(code, int) else 0)
 
 
-def _fail(message: str, code: int) -> int:
-    click.echo(f"Error: {' '.join(message.split())}", err=True)
+def _leave(code: int) -> None:
+    """End the process; one of several that failed must not wait at its exit for peers that are gone."""
+    if code and num_ranks() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _fail(message: str, code: int, reporter: int = 0) -> int:
+    """Say the error; of several processes only `reporter` does."""
+    if this_rank() == reporter:
+        click.echo(f"Error: {' '.join(message.split())}", err=True)
     return code
 
 

@@ -1,0 +1,279 @@
+"""Several processes, one ensemble: each rank runs some of the members and all decode the same tokens.
+
+Started by torchrun or `accelerate launch`. A forward has three parts: every rank runs its own members; the ranks tell
+each other that they succeeded and read the same tokens (over gloo, on the host, with a timeout: nobody enters a
+collective on GPUs that another rank will not enter); the weighted logits are summed by one all-reduce, so that every
+rank has the same combination, samples the same token from the same seed, and goes on without further talk.
+"""
+
+from __future__ import annotations
+
+import pickle
+import signal
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from ensembler_kernels import Combination, combine
+from torch import Tensor
+
+from ensembler.errors import ConfigError, EnsemblerError, RankError, RunError
+from ensembler.launch import local_rank, num_ranks, this_rank
+from ensembler.runners import Step
+from ensembler.sources import one_line
+from ensembler.vocab import VocabularyContract
+
+Result = TypeVar("Result")
+
+DEFAULT_TIMEOUT = 300.0
+LOADING_TIMEOUT = 3600.0  # members differ in size, and disks in speed
+_ROLL_CALL = 5.0  # seconds in which a rank that is alive answers
+_PAUSE = 5e-5  # seconds between two looks at a collective: a step takes hundreds of times as long
+_FINE, _GATHER, _FAILED = range(3)
+_LARGE = 1e37  # a sum of terms below it is finite in fp32
+
+
+class World:
+    """The ranks of a run, and what they say to each other.
+
+    `owners` says which roles each rank runs, once `divide` has been called. Every method is called by all ranks alike.
+    A rank that is lost, or silent for `timeout` seconds, raises RankError in the others, with its number and roles.
+    """
+
+    def __init__(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+        """Meet the other ranks, as the launcher's environment says. Raises RankError where they do not come."""
+        self.rank, self.size = this_rank(), num_ranks()
+        self.owners: list[tuple[str, ...]] = [()] * self.size
+        self._timeout = timeout
+        self._step = 0
+        self._num_firsts = 0
+        self._closing = False
+        has_gpu = torch.cuda.is_available()
+        if has_gpu:
+            torch.cuda.set_device(local_rank())
+        try:
+            dist.init_process_group(
+                "cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=timedelta(seconds=LOADING_TIMEOUT)
+            )
+        except (RuntimeError, ValueError) as error:
+            raise RankError(f"rank {self.rank} did not meet the others: {one_line(error)}", reporter=0) from error
+        self._store: Any = dist.distributed_c10d._get_default_store()
+        signal.signal(signal.SIGTERM, self._terminated)
+        torch.manual_seed(self.first(torch.initial_seed))
+
+    # -- who does what ------------------------------------------------------------------------------------------------
+
+    def divide(self, groups: Sequence[Sequence[str]]) -> list[int]:
+        """Give the groups of members, each by its roles, to the ranks in turn; return the indices of this rank's."""
+        if len(groups) < self.size:
+            names = ", ".join("+".join(group) for group in groups)
+            raise ConfigError(
+                f"{self.size} processes were started for {len(groups)} groups of members ({names}); "
+                f"start {len(groups)} with --nproc-per-node (members that share their weights are one group)"
+            )
+        owned = [list(range(rank, len(groups), self.size)) for rank in range(self.size)]
+        self.owners = [tuple(role for index in indices for role in groups[index]) for indices in owned]
+        return owned[self.rank]
+
+    def first(self, function: Callable[[], Result]) -> Result:
+        """Let rank 0 alone call `function`, and return its result, or raise its EnsemblerError, on every rank."""
+        self._num_firsts += 1
+        key = f"ensembler/first/{self._num_firsts}"
+        if self.rank == 0:
+            try:
+                result = function()
+            except EnsemblerError as error:
+                self._store.set(key, pickle.dumps((None, (type(error), str(error)))))
+                raise
+            self._store.set(key, pickle.dumps((result, None)))
+            return result
+        self._wait(lambda: self._store.check([key]), LOADING_TIMEOUT)
+        result, refused = pickle.loads(self._store.get(key))
+        if refused is not None:
+            kind, message = refused
+            same = kind.__new__(kind)  # as rank 0 raised it, whatever its __init__ takes
+            same.args = (message,)
+            raise same
+        return result
+
+    def together(self, function: Callable[[], Result]) -> Result:
+        """Call `function` on every rank (it may take long: loading); raise on all of them where it fails on one."""
+        failure: Exception | None = None
+        try:
+            result = function()
+        except EnsemblerError as error:
+            failure = error
+        self._exchange([_FINE if failure is None else _FAILED, 0], failure, LOADING_TIMEOUT)
+        return result
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def agree(self, step: Step, failure: Exception | None, *, is_plain: bool) -> bool:
+        """Tell the others how this rank's members fared; return whether a weighted sum says it all, on every rank.
+
+        Raises `failure` on this rank, and a RunError with its text on the others; RunError where ranks read different
+        tokens.
+        """
+        self._step += 1
+        code = _FAILED if failure is not None else _FINE if is_plain else _GATHER
+        digest = zlib.crc32(step.input_ids.cpu().numpy().tobytes())
+        told = self._exchange([code, digest], failure, self._timeout)
+        for rank, (_, other) in enumerate(told):
+            if other != told[0][1]:
+                raise RunError(
+                    f"{self._name(rank)} decodes other tokens than {self._name(0)} (at step {self._step}); give all "
+                    "ranks the same inputs and seed, and the same kind of device"
+                )
+        return all(code == _FINE for code, _ in told)
+
+    def sum(self, term: Tensor) -> Tensor:
+        """Return the sum of the ranks' terms, fp32 of one shape: the same bits on every rank."""
+        self._talk(dist.all_reduce(term, async_op=True), self._timeout, on_host=not term.is_cuda)
+        return term
+
+    def gather(self, logits: Mapping[str, Tensor], contract: VocabularyContract) -> dict[str, Tensor]:
+        """Return the logits of all members in fp32, by role: (rows, kept positions, V_member)."""
+        like = next(iter(logits.values()))
+        gathered = {}
+        for rank, roles in enumerate(self.owners):
+            for role in roles:
+                values = logits.get(role)
+                shape = (*like.shape[:-1], contract.widths[role])
+                whole = torch.empty(shape, device=like.device) if values is None else values.float().contiguous()
+                self._talk(dist.broadcast(whole, src=rank, async_op=True), self._timeout, on_host=not whole.is_cuda)
+                gathered[role] = whole
+        return gathered
+
+    # -- when it fails ------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Leave the others: at the end of a run that succeeded."""
+        self._closing = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        dist.destroy_process_group()
+
+    def _exchange(self, status: Sequence[int], failure: Exception | None, timeout: float) -> list[list[int]]:
+        """Return every rank's status; raise the failure of the first that has one."""
+        key = f"ensembler/failure/{self._step}"
+        if failure is not None:
+            self._store.set(f"{key}/{self.rank}", f"{type(failure).__name__}: {failure}")
+        mine = torch.tensor(status)
+        told = [torch.empty_like(mine) for _ in range(self.size)]
+        self._talk(dist.all_gather(told, mine, async_op=True), timeout)
+        statuses = [values.tolist() for values in told]
+        if failure is not None:
+            raise failure
+        for rank, values in enumerate(statuses):
+            if values[0] == _FAILED:
+                message = self._store.get(f"{key}/{rank}").decode()
+                raise RunError(f"{self._name(rank)}: {message}")
+        return statuses
+
+    def _talk(self, work: Any, timeout: float, *, on_host: bool = True) -> None:
+        """Wait for a collective; one between GPUs is waited for by their streams."""
+        if on_host:
+            self._wait(work.is_completed, timeout)
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._lost(one_line(error)) from error
+
+    def _wait(self, is_done: Callable[[], bool], timeout: float) -> None:
+        """Ask again and again: a wait inside torch would hold back the launcher's signal that a rank is gone."""
+        end = time.monotonic() + timeout
+        while not is_done():
+            if time.monotonic() > end:
+                raise self._lost(f"no answer in {timeout:g} seconds")
+            time.sleep(_PAUSE)
+
+    def _terminated(self, number: int, frame: object) -> None:
+        """The launcher stops everybody when one rank is gone: say which, before it ends us."""
+        if not self._closing:
+            raise self._lost("the launcher stopped the run")
+
+    def _lost(self, reason: str) -> RankError:
+        """Call the roll: who does not answer is the rank that was lost."""
+        self._closing = True
+        answered = self._roll_call()
+        silent = [rank for rank in range(self.size) if rank not in answered]
+        if not silent:
+            return RankError(f"the run stopped at step {self._step}: {reason}", reporter=0)
+        names = " and ".join(self._name(rank) for rank in silent)
+        return RankError(
+            f"lost {names} at step {self._step}: ended, or silent for {self._timeout:g} seconds; see what it wrote "
+            "before, and start the run again (an --output goes on with --resume)",
+            reporter=min(answered),
+        )
+
+    def _roll_call(self) -> list[int]:
+        """The ranks that say within some seconds that they are there."""
+        self._store.set(f"ensembler/alive/{self.rank}", "")
+        end = time.monotonic() + _ROLL_CALL
+        while True:
+            answered = [rank for rank in range(self.size) if self._store.check([f"ensembler/alive/{rank}"])]
+            if len(answered) == self.size or time.monotonic() > end:
+                return answered
+            time.sleep(0.05)
+
+    def _name(self, rank: int) -> str:
+        roles = " and ".join(self.owners[rank])
+        return f"rank {rank} ({roles})" if roles else f"rank {rank}"
+
+
+def combine_over_ranks(
+    world: World,
+    run: Callable[[], dict[str, Tensor]],
+    step: Step,
+    how: Combination,
+    contract: VocabularyContract,
+    alpha: float | Tensor,
+) -> Tensor:
+    """Return the combination (rows, kept positions, V) fp32 on every rank; `run` makes this one's logits.
+
+    Where all logits are finite it is the all-reduce of the ranks' weighted sums. What a sum cannot say (a member that
+    forbids tokens by −inf, a cut-off, ratios normalised over the shared ids) is combined from all logits, gathered.
+    """
+    roles = tuple(contract.widths)
+    logits, failure = _outcome(run)
+    term = None if failure is not None else _weighted(logits, roles, how, contract.shared, alpha)
+    width = contract.widths[roles[0]]
+    says_all = how.cutoff is None and not (how.neutral and contract.shared < width)
+    is_plain = says_all and term is not None and bool(term.abs().amax() < _LARGE)
+    if world.agree(step, failure, is_plain=is_plain) and term is not None:
+        return torch.nn.functional.pad(world.sum(term), (0, width - contract.shared), value=-torch.inf)
+    gathered = world.gather(logits, contract)
+    return combine([gathered[role] for role in roles], how, alpha)
+
+
+def gather_over_ranks(
+    world: World, run: Callable[[], dict[str, Tensor]], step: Step, contract: VocabularyContract
+) -> dict[str, Tensor]:
+    """Return the logits of all members by role, fp32, on every rank; `run` makes those of this one's."""
+    logits, failure = _outcome(run)
+    world.agree(step, failure, is_plain=False)
+    gathered = world.gather(logits, contract)
+    return {role: gathered[role] for role in contract.widths}
+
+
+def _outcome(run: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], EnsemblerError | None]:
+    """What `run` returns, or its error: the other ranks have to be told before it is raised."""
+    try:
+        return run(), None
+    except RankError:
+        raise
+    except EnsemblerError as error:
+        return {}, error
+
+
+def _weighted(
+    logits: Mapping[str, Tensor], roles: Sequence[str], how: Combination, shared: int, alpha: float | Tensor
+) -> Tensor:
+    """Σ (constant + α · slope) · z over this rank's members, on the shared ids."""
+    alphas = alpha.float().view(-1, 1, 1) if isinstance(alpha, Tensor) else alpha
+    weights = {role: how.constant[index] + alphas * how.slope[index] for index, role in enumerate(roles)}
+    terms = [values[..., :shared].float() * weights[role] for role, values in logits.items()]
+    return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
