@@ -43,6 +43,7 @@ MODEL ?= models/smollm2
 bench: install
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/decode_cost.py $(MODEL)
+	$(BIN)/python benchmarks/shared_backbone.py $(MODEL)
 
 bench-kernels: install
 	$(BIN)/python kernels/benchmarks/bench_cpu.py

@@ -125,6 +125,11 @@ def memory_of(kind: str, folder: Path, num_tokens: int, prompt: Tensor) -> float
             else EnsembleForCausalLM.from_members(alpha=0.5, members=dict.fromkeys(ROLES, str(folder)))
         )
         model.generate(prompt, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)
+    return resident_mb()
+
+
+def resident_mb() -> float:
+    """The largest resident size of this process so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
