@@ -18,11 +18,14 @@ KERNELS = ROOT.parent / "kernels" / "ensembler_kernels"
 # From the bottom up; a module may import its own layer and those below. Folders stand for all their modules.
 LAYERS = (
     {"errors", ""},
-    {"vocab", "rules", "config", "quantization", "weights", "sources", "extras"},
+    {"vocab", "rules", "config", "quantization", "weights", "sources", "extras", "budgets"},
     {"patch", "adapters"},
     {"backbones"},
     {"members"},
     {"runners", "cache", "preflight", "folder"},
+    {"sizes"},
+    {"spread"},
+    {"placement"},
     {"inspection"},
     {"modeling"},
     {"decoding"},
