@@ -7,6 +7,7 @@ each. It works on `GroupSizes` and budgets alone and touches no files.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import floor
@@ -19,7 +20,7 @@ from ensembler.members import group_members
 from ensembler.preflight import CheckedEnsemble
 from ensembler.quantization import Quantization
 from ensembler.sizes import GroupSizes, logits_bytes, measure_group
-from ensembler.spread import Share, spread
+from ensembler.spread import Pieces, Share, spread
 
 HEADROOM = 0.1
 """Fraction of a budget that stays free for activations, the CUDA context (about 0.5 GiB) and the allocator's gaps."""
@@ -184,7 +185,7 @@ def propose(groups: Sequence[GroupSizes], budgets: Mapping[str, int], *, context
     excess = sum(search.need(i, method) for i, method in enumerate(plain)) - sum(search.usable.values())
     return replace(
         _proposal(search, budgets, plain, nothing),
-        missing_bytes=_missing(search, context, batch_size),
+        missing_bytes=_missing(search),
         offload_bytes=max(excess, 0),
     )
 
@@ -212,8 +213,15 @@ class _Search:
         self.usable = usable
         self.context = context
         self.batch_size = batch_size
+        self._pieces: dict[tuple[int, Quantization | None], Pieces] = {}
         self.logits = [logits_bytes(groups, batch_size)[group.roles] for group in groups]
         self.caches = [group.cache_bytes(context, batch_size) for group in groups]
+
+    def with_more(self, num_bytes: int) -> _Search:
+        """The same with more room on every device."""
+        other = copy(self)
+        other.usable = {device: size + num_bytes for device, size in self.usable.items()}
+        return other
 
     def need(self, index: int, method: Quantization | None) -> int:
         """Bytes of a group on one device."""
@@ -265,16 +273,18 @@ class _Search:
 
     def _spread(self, index: int, method: Quantization | None, loads: Mapping[str, int]) -> Mapping[str, Share] | None:
         group = self.groups[index]
-        beside = group.weight_bytes(method, spread=True) - group.model.num_bytes(method) + self.logits[index]
+        beside = group.adapter_bytes + self.logits[index]
         room = {device: usable - loads[device] - beside for device, usable in self.usable.items()}
-        rows = self.batch_size * len(group.roles)
-        shares = spread(group.model.blocks, method, room, context=self.context, rows=rows)
+        if (index, method) not in self._pieces:
+            rows = self.batch_size * len(group.roles)
+            self._pieces[index, method] = Pieces.of(group.model.blocks, method, context=self.context, rows=rows)
+        shares = spread(self._pieces[index, method], room)
         if shares is None or len(shares) < 2:
             return None
         return {device: replace(share, num_bytes=share.num_bytes + beside) for device, share in shares.items()}
 
 
-def _missing(search: _Search, context: int, batch_size: int) -> int:
+def _missing(search: _Search) -> int:
     """Bytes by which every budget would have to grow for the smallest quantisation to fit."""
     methods = [
         min(METHODS, key=group.weight_bytes) if group.quantization is None else group.quantization
@@ -283,8 +293,7 @@ def _missing(search: _Search, context: int, batch_size: int) -> int:
     low, high = 0, sum(search.need(index, method) for index, method in enumerate(methods))
     while high - low > 1:
         middle = (low + high) // 2
-        usable = {device: size + middle for device, size in search.usable.items()}
-        fits = any(True for _ in _Search(search.groups, usable, context, batch_size).placements(methods))
+        fits = any(True for _ in search.with_more(middle).placements(methods))
         low, high = (low, middle) if fits else (middle, high)
     return floor(high / (1 - HEADROOM)) + 1
 

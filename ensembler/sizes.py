@@ -116,11 +116,15 @@ class GroupSizes:
     device: str | None = None
     is_anchor: bool = False
 
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the adapters where they are kept beside the weights."""
+        return sum(self.adapters.values()) * int(getattr(torch, self.model.dtype).itemsize)
+
     def weight_bytes(self, quantization: Quantization | None = None, *, spread: bool = False) -> int:
         """Bytes of the weights, and of the adapters that are kept beside them (one alone is merged where it can be)."""
         beside = len(self.roles) > 1 or quantization is not None or spread
-        adapters = sum(self.adapters.values()) * getattr(torch, self.model.dtype).itemsize
-        return self.model.num_bytes(quantization) + (adapters if beside else 0)
+        return self.model.num_bytes(quantization) + (self.adapter_bytes if beside else 0)
 
     def cache_bytes(self, context: int, batch_size: int) -> int:
         """Bytes of the KV cache at this length: every member has rows of its own."""

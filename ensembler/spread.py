@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from math import floor
 
 from ensembler.quantization import Quantization
@@ -24,29 +25,53 @@ class Share:
     limit: str
 
 
-def spread(
-    blocks: Sequence[Block], method: Quantization | None, room: Mapping[str, int], *, context: int, rows: int
-) -> dict[str, Share] | None:
+@dataclass(frozen=True)
+class Pieces:
+    """The pieces of a model in their order.
+
+    `exact`: bytes with the KV cache. `sizes`: bytes of the weights as transformers counts them, times `error`, so that
+    none is too small; the scales of quantised weights are not counted there. `weights`: the smallest fraction of a
+    piece that is weights and not KV cache. `kept`: the part of max_memory that transformers uses.
+    """
+
+    exact: tuple[int, ...]
+    sizes: tuple[float, ...]
+    error: float
+    weights: float
+    kept: float
+
+    @classmethod
+    def of(cls, blocks: Sequence[Block], method: Quantization | None, *, context: int, rows: int) -> Pieces:
+        """Measure `blocks` for `rows` rows (all members of the group together) of `context` tokens."""
+        exact = [block.num_bytes(method) for block in blocks]
+        caches = [block.cache_bytes(context) * rows for block in blocks]
+        estimates = [block.estimate(method) for block in blocks]
+        error = max((size / counted for size, counted in zip(exact, estimates, strict=True) if counted), default=1.0)
+        sizes = tuple(counted * error for counted in estimates)
+        both = [(size, size + cache) for size, cache in zip(sizes, caches, strict=True)]
+        return cls(
+            exact=tuple(size + cache for size, cache in zip(exact, caches, strict=True)),
+            sizes=sizes,
+            error=error,
+            weights=min((size / total for size, total in both if total), default=1.0),
+            kept=1.0 if method is None else _KEPT_BY_QUANTIZERS,
+        )
+
+
+def spread(pieces: Pieces, room: Mapping[str, int]) -> dict[str, Share] | None:
     """Return the share of each device of which `room` bytes are free, or None where the model does not fit."""
-    exact = [block.num_bytes(method) for block in blocks]
-    caches = [block.cache_bytes(context) * rows for block in blocks]
-    # What transformers counts lacks the scales: all its numbers are made larger by the largest error of a piece.
-    estimates = [block.estimate(method) for block in blocks]
-    error = max((size / counted for size, counted in zip(exact, estimates, strict=True) if counted), default=1.0)
-    sizes = [counted * error for counted in estimates]
-    weights = min((size / (size + cache) for size, cache in zip(sizes, caches, strict=True) if size + cache), default=1)
-    limits = {device: free * weights for device, free in room.items() if free > 0}
-    placed = _fill(sizes, limits)
+    limits = {device: free * pieces.weights for device, free in room.items() if free > 0}
+    placed = _fill(pieces.sizes, limits)
     if placed is None:
         return None
-    if placed[0] != next(iter(limits)):  # a device that gets nothing is not named, and the next is then the first
-        return spread(blocks, method, {**room, next(iter(limits)): 0}, context=context, rows=rows)
+    first = next(iter(limits))
+    if placed[0] != first:  # a device that gets nothing is not named, and the next is then the first
+        return spread(pieces, {**room, first: 0})
     used: dict[str, int] = {}
-    for index, device in enumerate(placed):
-        used[device] = used.get(device, 0) + exact[index] + caches[index]
-    kept = 1.0 if method is None else _KEPT_BY_QUANTIZERS
+    for device, num_bytes in zip(placed, pieces.exact, strict=True):
+        used[device] = used.get(device, 0) + num_bytes
     return {
-        device: Share(num_bytes, f"{floor(limits[device] / error / kept / 2**10)}KiB")
+        device: Share(num_bytes, f"{floor(limits[device] / pieces.error / pieces.kept / 2**10)}KiB")
         for device, num_bytes in used.items()
     }
 
@@ -54,11 +79,12 @@ def spread(
 def _fill(sizes: Sequence[float], limits: Mapping[str, float]) -> list[str] | None:
     """The device of each piece, or None where they do not fit."""
     devices = list(limits)
+    largest_left = list(accumulate(reversed(sizes), max))[::-1]
     placed: list[str] = []
     current, used = 0, 0.0
-    for index, size in enumerate(sizes):
+    for size, largest in zip(sizes, largest_left, strict=True):
         while current < len(devices):
-            reserve = max(sizes[index:]) if current == 0 else 0
+            reserve = largest if current == 0 else 0
             if used + size + reserve <= limits[devices[current]] - 2**10:  # limits are written in whole KiB
                 break
             current, used = current + 1, 0.0
