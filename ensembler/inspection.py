@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from ensembler.errors import MemberError
+from ensembler.measuring import loaded_bytes, measure_group, member_dtype, stored_parameters
 from ensembler.members import MemberFiles, group_members
 from ensembler.preflight import CheckedEnsemble
-from ensembler.sizes import loaded_bytes, measure_group, member_dtype, stored_parameters
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 

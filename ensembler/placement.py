@@ -7,7 +7,6 @@ each. It works on `GroupSizes` and budgets alone and touches no files.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from math import floor
@@ -16,17 +15,16 @@ from typing import Any
 from ensembler.budgets import show_size
 from ensembler.config import EnsembleConfig
 from ensembler.errors import ConfigError, PlacementError
-from ensembler.members import group_members
+from ensembler.measuring import measure
 from ensembler.preflight import CheckedEnsemble
 from ensembler.quantization import Quantization
-from ensembler.sizes import GroupSizes, logits_bytes, measure_group
-from ensembler.spread import Pieces, Share, spread
+from ensembler.search import METHODS, Placement, Search
+from ensembler.sizes import GroupSizes
 
 HEADROOM = 0.1
 """Fraction of a budget that stays free for activations, the CUDA context (about 0.5 GiB) and the allocator's gaps."""
 
 DEFAULT_CONTEXT = 4096
-METHODS = (None, Quantization("bnb-8bit"), Quantization("bnb-nf4"))
 SPREAD = "sequential"
 """accelerate's strategy for a group on several devices: it fills one after another up to max_memory."""
 
@@ -124,19 +122,6 @@ class Proposal:
         )
 
 
-@dataclass(frozen=True)
-class _Placement:
-    """One way to place all groups: for each a device or, where it is spread, None and its shares; and the loads."""
-
-    places: tuple[str | None, ...]
-    shares: Mapping[int, Mapping[str, Share]]
-    loads: Mapping[str, int]
-
-    def rank(self) -> tuple[Any, ...]:
-        """Few spread groups first, then the smallest largest load: groups on different devices run at the same time."""
-        return len(self.shares), sorted(self.loads.values(), reverse=True)
-
-
 def plan(
     checked: CheckedEnsemble, budgets: Mapping[str, int], *, context: int | None = None, batch_size: int = 1
 ) -> Proposal:
@@ -157,12 +142,6 @@ def plan(
     return propose(measure(checked), budgets, context=context, batch_size=batch_size)
 
 
-def measure(checked: CheckedEnsemble) -> list[GroupSizes]:
-    """The sizes of the groups that `checked` would be loaded as."""
-    anchor = checked.config.get_rule().anchor
-    return [measure_group(group, anchor) for group in group_members(checked.files)]
-
-
 def propose(groups: Sequence[GroupSizes], budgets: Mapping[str, int], *, context: int, batch_size: int = 1) -> Proposal:
     """Propose a placement: nothing quantised if that fits (each group on one device, or else some on several), then as
     few bytes as possible in 4 bits, then as few as possible in 8.
@@ -173,7 +152,7 @@ def propose(groups: Sequence[GroupSizes], budgets: Mapping[str, int], *, context
                 f"{' and '.join(group.roles)} is placed on {group.device}, which has no budget; there are: "
                 f"{', '.join(budgets)}"
             )
-    search = _Search(
+    search = Search(
         groups, {device: floor(size * (1 - HEADROOM)) for device, size in budgets.items()}, context, batch_size
     )
     for methods in _choices(groups):
@@ -181,7 +160,7 @@ def propose(groups: Sequence[GroupSizes], budgets: Mapping[str, int], *, context
         if found is not None:
             return _proposal(search, budgets, methods, found)
     plain = tuple(group.quantization for group in groups)
-    nothing = _Placement((None,) * len(groups), {}, dict.fromkeys(budgets, 0))
+    nothing = Placement((None,) * len(groups), {}, dict.fromkeys(budgets, 0))
     excess = sum(search.need(i, method) for i, method in enumerate(plain)) - sum(search.usable.values())
     return replace(
         _proposal(search, budgets, plain, nothing),
@@ -205,86 +184,7 @@ def _choices(groups: Sequence[GroupSizes]) -> list[tuple[Quantization | None, ..
     return sorted(product(*options), key=harm)
 
 
-class _Search:
-    """Places for groups on devices of which `usable` bytes may be used."""
-
-    def __init__(self, groups: Sequence[GroupSizes], usable: Mapping[str, int], context: int, batch_size: int) -> None:
-        self.groups = groups
-        self.usable = usable
-        self.context = context
-        self.batch_size = batch_size
-        self._pieces: dict[tuple[int, Quantization | None], Pieces] = {}
-        self.logits = [logits_bytes(groups, batch_size)[group.roles] for group in groups]
-        self.caches = [group.cache_bytes(context, batch_size) for group in groups]
-
-    def with_more(self, num_bytes: int) -> _Search:
-        """The same with more room on every device."""
-        other = copy(self)
-        other.usable = {device: size + num_bytes for device, size in self.usable.items()}
-        return other
-
-    def need(self, index: int, method: Quantization | None) -> int:
-        """Bytes of a group on one device."""
-        return self.groups[index].weight_bytes(method) + self.caches[index] + self.logits[index]
-
-    def best(self, methods: Sequence[Quantization | None]) -> _Placement | None:
-        """The best placement for these quantisations, or None."""
-        return min(self.placements(methods), key=_Placement.rank, default=None)
-
-    def placements(self, methods: Sequence[Quantization | None]) -> Iterator[_Placement]:
-        """Every placement that fits; of devices that are alike, only the first is tried."""
-        needs = [self.need(index, method) for index, method in enumerate(methods)]
-        if sum(needs) > sum(self.usable.values()):
-            return
-        for places in self._places(needs, (), dict.fromkeys(self.usable, 0)):
-            loads = dict.fromkeys(self.usable, 0)
-            for place, need in zip(places, needs, strict=True):
-                if place is not None:
-                    loads[place] += need
-            shares: dict[int, Mapping[str, Share]] = {}
-            for index in (index for index, place in enumerate(places) if place is None):
-                found = self._spread(index, methods[index], loads)
-                if found is None:
-                    break
-                shares[index] = found
-                for device, share in found.items():
-                    loads[device] += share.num_bytes
-            else:
-                yield _Placement(places, shares, loads)
-
-    def _places(
-        self, needs: Sequence[int], places: tuple[str | None, ...], loads: dict[str, int]
-    ) -> Iterator[tuple[str | None, ...]]:
-        if len(places) == len(needs):
-            yield places
-            return
-        own = self.groups[len(places)].device
-        tried = set()
-        for device, usable in self.usable.items():
-            fixed = any(group.device == device for group in self.groups)
-            kind = (usable, loads[device], device if fixed else device.partition(":")[0])
-            if own not in (None, device) or kind in tried or loads[device] + needs[len(places)] > usable:
-                continue
-            tried.add(kind)
-            more = {**loads, device: loads[device] + needs[len(places)]}
-            yield from self._places(needs, (*places, device), more)
-        if own is None and len(self.usable) > 1:
-            yield from self._places(needs, (*places, None), loads)
-
-    def _spread(self, index: int, method: Quantization | None, loads: Mapping[str, int]) -> Mapping[str, Share] | None:
-        group = self.groups[index]
-        beside = group.adapter_bytes + self.logits[index]
-        room = {device: usable - loads[device] - beside for device, usable in self.usable.items()}
-        if (index, method) not in self._pieces:
-            rows = self.batch_size * len(group.roles)
-            self._pieces[index, method] = Pieces.of(group.model.blocks, method, context=self.context, rows=rows)
-        shares = spread(self._pieces[index, method], room)
-        if shares is None or len(shares) < 2:
-            return None
-        return {device: replace(share, num_bytes=share.num_bytes + beside) for device, share in shares.items()}
-
-
-def _missing(search: _Search) -> int:
+def _missing(search: Search) -> int:
     """Bytes by which every budget would have to grow for the smallest quantisation to fit."""
     methods = [
         min(METHODS, key=group.weight_bytes) if group.quantization is None else group.quantization
@@ -299,7 +199,7 @@ def _missing(search: _Search) -> int:
 
 
 def _proposal(
-    search: _Search, budgets: Mapping[str, int], methods: Sequence[Quantization | None], placement: _Placement
+    search: Search, budgets: Mapping[str, int], methods: Sequence[Quantization | None], placement: Placement
 ) -> Proposal:
     groups = []
     uses: dict[str, list[str]] = {device: [] for device in budgets}

@@ -20,10 +20,12 @@ from transformers.integrations.accelerate import infer_auto_device_map
 
 from ensembler import EnsembleConfig, EnsembleForCausalLM, MemberConfig
 from ensembler.errors import ConfigError, PlacementError
-from ensembler.placement import HEADROOM, METHODS, Proposal, measure, plan, propose
+from ensembler.measuring import measure, measure_model
+from ensembler.placement import HEADROOM, Proposal, plan, propose
 from ensembler.preflight import check_ensemble
 from ensembler.quantization import Quantization
-from ensembler.sizes import Block, GroupSizes, LayerCache, ModelSizes, logits_bytes, measure_model
+from ensembler.search import METHODS
+from ensembler.sizes import Block, GroupSizes, LayerCache, ModelSizes, logits_bytes
 from ensembler.spread import Pieces, spread
 
 GIB = 2**30

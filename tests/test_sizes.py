@@ -15,9 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from ensembler import MemberConfig
 from ensembler.budgets import gpu_budgets, parse_size, show_size
 from ensembler.errors import ConfigError, MemberError
+from ensembler.measuring import loaded_bytes, measure_group, measure_model, member_dtype
 from ensembler.members import MemberFiles, check_member, group_members, load_group
 from ensembler.quantization import Quantization
-from ensembler.sizes import LayerCache, loaded_bytes, measure_group, measure_model, member_dtype
+from ensembler.sizes import LayerCache
 
 # Parameters: embedding + head + last norm + layers x (attention + MLP + 2 norms, + biases of q, k, v in Qwen).
 PARAMETERS = {
