@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from math import floor
 from pathlib import Path
@@ -15,8 +15,9 @@ from conftest import SaveMember
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from published import published
-from transformers import AutoModelForCausalLM
-from transformers.integrations.accelerate import infer_auto_device_map
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.integrations import accelerate
+from transformers.quantizers import AutoHfQuantizer
 
 from ensembler import EnsembleConfig, EnsembleForCausalLM, MemberConfig
 from ensembler.errors import ConfigError, PlacementError
@@ -146,49 +147,54 @@ def test_long_texts_move_the_choice() -> None:
     assert placed(proposed([member], 28, context=131_072))["target_pt"][1] == "bnb-8bit"
 
 
-@pytest.mark.parametrize("name", ["Llama-2-13B", "Llama-3.1-8B", "Qwen2.5-32B", "CodeLlama-34B"])
+QUANTIZERS = {
+    None: None,
+    Quantization("bnb-8bit"): BitsAndBytesConfig(load_in_8bit=True),
+    Quantization("bnb-nf4"): BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+}
+
+
+@pytest.mark.parametrize("name", ["Llama-2-13B", "Qwen2.5-32B"])
+@pytest.mark.parametrize("method", QUANTIZERS, ids=str)
 @pytest.mark.parametrize("unlike", [1.0, 2.5])
-def test_transformers_spreads_as_was_planned(name: str, unlike: float) -> None:
+def test_transformers_spreads_as_was_planned(
+    monkeypatch: pytest.MonkeyPatch, name: str, method: Quantization | None, unlike: float
+) -> None:
     """Its own division of the model, within the limits of the plan, puts nothing elsewhere and keeps every budget."""
-    config = published(name)
     sizes, context, rows = model(name), 4096, 2
-    need = sizes.num_bytes() + rows * sizes.cache_bytes(context)
-    room = {"cuda:0": 0.5 * need, "cuda:1": 0.5 * need * unlike, "cuda:2": 0.3 * need}
-    pieces = Pieces.of(sizes.blocks, None, context=context, rows=rows)
-    shares = spread(pieces, {device: int(size) for device, size in room.items()})
+    need = sizes.num_bytes(method) + rows * sizes.cache_bytes(context)
+    room = {"cuda:0": int(0.55 * need), "cuda:1": int(0.6 * need * unlike), "cuda:2": int(0.3 * need)}
+    shares = spread(Pieces.of(sizes.blocks, method, context=context, rows=rows), room)
     assert shares is not None
+    limits: dict[int, float] = {
+        int(device[5:]): 2**10 * int(share.limit.removesuffix("KiB")) for device, share in shares.items()
+    }
     with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    limits = {int(device[5:]): 2**10 * int(share.limit.removesuffix("KiB")) for device, share in shares.items()}
-    found = _device_map(empty, limits)
-    assert "disk" not in found.values(), found
-    layer_cache = rows * sizes.cache_bytes(context) // config.num_hidden_layers
+        empty = AutoModelForCausalLM.from_config(published(name), dtype=torch.bfloat16)
+    others = {
+        part: sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+        for part, module in empty.named_modules()
+    }
+    quantizer = None
+    if method is not None:
+        quantizer = AutoHfQuantizer.from_config(QUANTIZERS[method])
+        quantizer._process_model_before_weight_loading(empty, device_map=None)
+        limits = quantizer.adjust_max_memory(limits)
+    monkeypatch.setattr(accelerate, "get_max_memory", lambda given=None: dict(given))  # it looks for real GPUs
+    found = accelerate.infer_auto_device_map(
+        empty,
+        max_memory=dict(limits),
+        no_split_module_classes=empty._no_split_modules,
+        clean_result=False,
+        hf_quantizer=quantizer,
+    )
+    assert set(found.values()) <= set(limits), found
+    layer = next(block for block in sizes.blocks if block.cache)
+    layer_bytes = layer.num_bytes(method) + rows * layer.cache_bytes(context)
     for number in limits:
-        own = [name for name, place in found.items() if place == number]
-        weights = sum(
-            tensor.nbytes
-            for name, tensor in (*empty.named_parameters(), *empty.named_buffers())
-            if any(f"{name}.".startswith(f"{module}.") for module in own)
-        )
-        num_layers = sum(1 for module in own if module.startswith("model.layers."))
-        assert weights + num_layers * layer_cache <= room[f"cuda:{number}"]
-
-
-def _device_map(empty: object, limits: Mapping[int, int]) -> dict[str, int | str]:
-    import transformers.integrations.accelerate as below
-
-    real = below.get_max_memory
-    below.get_max_memory = lambda max_memory=None: dict(max_memory)  # it would look for these GPUs
-    try:
-        found: dict[str, int | str] = infer_auto_device_map(
-            empty,
-            max_memory=dict(limits),
-            no_split_module_classes=empty._no_split_modules,  # type: ignore[attr-defined]
-            clean_result=False,
-        )
-    finally:
-        below.get_max_memory = real
-    return found
+        own = [part for part, place in found.items() if place == number]
+        used = sum(layer_bytes if part.startswith("model.layers.") else others[part] for part in own)
+        assert used <= room[f"cuda:{number}"], (used, own)
 
 
 BLOCKS = st.builds(

@@ -50,7 +50,7 @@ def print_summary(summary: EnsembleSummary) -> None:
             f"{member.weight:+g}",
             member.family,
             "?" if member.parameters is None else f"{member.parameters:,}",
-            "?" if member.num_bytes is None else size(member.num_bytes),
+            "?" if member.num_bytes is None else show_size(member.num_bytes),
             member.dtype,
             member.device,
             "-" if member.context is None else f"{member.context:,}",
@@ -108,16 +108,6 @@ def print_proposal(proposal: Proposal) -> None:
     out.print(table)
     if proposal.flags():
         out.print(f"\nflags: {' '.join(proposal.flags())}", markup=False, soft_wrap=True)
-
-
-def size(num_bytes: int) -> str:
-    """Return a number of bytes in decimal units."""
-    value = float(num_bytes)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} GB"
 
 
 def print_next_tokens(
