@@ -8,6 +8,7 @@
     │   ├── PromptError         a prompt or a file of prompts
     │   ├── OutputError         a place to write to
     │   └── MissingExtraError   an optional package that is not installed
+    ├── PlacementError          members that fit on no device; exit code 1
     └── RunError                a run that failed half-way; exit code 1, finished rows are kept
         ├── LogitsError         a member computed NaN
         └── RankError           one of several processes was lost
@@ -54,6 +55,10 @@ class MissingExtraError(InputError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; install it with: pip install 'logit-ensembler[{extra}]'")
+
+
+class PlacementError(EnsemblerError):
+    """Members do not fit into the budgets, not even quantised."""
 
 
 class RunError(EnsemblerError):

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from math import prod
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ensembler.members import MemberFiles
-from ensembler.preflight import CheckedEnsemble
-from ensembler.sources import is_local
-from ensembler.weights import safetensors_header, weight_files
+from torch import nn
 
-_TORCH_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+from ensembler.errors import MemberError
+from ensembler.members import MemberFiles, group_members
+from ensembler.planning.measuring import loaded_bytes, measure_group, member_dtype, stored_parameters
+from ensembler.preflight import CheckedEnsemble
+
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
 @dataclass(frozen=True)
 class MemberSummary:
-    """One member. `parameters` counts stored tensors (tied weights once), `num_bytes` what they take once loaded.
+    """One member. `parameters` counts stored tensors (tied weights once), `num_bytes` what they take unquantised.
 
     Both are None where the weights are on the hub and not in the local cache.
     """
@@ -39,8 +37,20 @@ class MemberSummary:
 
 
 @dataclass(frozen=True)
+class CopySummary:
+    """One copy of weights and the members that it serves: bytes as predicted from its config (None: they cannot be),
+    and as they are in memory (None: not loaded).
+    """
+
+    roles: tuple[str, ...]
+    quantization: str | None
+    predicted_bytes: int | None
+    actual_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class EnsembleSummary:
-    """An ensemble: its rule at α, its vocabulary contract and its members, the anchor first."""
+    """An ensemble: its rule at α, vocabulary contract, members (the anchor first) and their copies of weights."""
 
     rule: str
     formula: str
@@ -52,6 +62,12 @@ class EnsembleSummary:
     outside: str
     notes: tuple[str, ...]
     members: tuple[MemberSummary, ...]
+    copies: tuple[CopySummary, ...]
+
+    def with_actual(self, models: Mapping[str, nn.Module]) -> EnsembleSummary:
+        """The same with the bytes of loaded members, by role."""
+        copies = (replace(c, actual_bytes=loaded_bytes(models[role] for role in c.roles)) for c in self.copies)
+        return replace(self, copies=tuple(copies))
 
     def to_dict(self) -> dict[str, Any]:
         """The same as a mapping for JSON."""
@@ -74,19 +90,23 @@ def summarise(checked: CheckedEnsemble) -> EnsembleSummary:
         outside=config.outside,
         notes=contract.notes,
         members=tuple(_member(checked.files[role], contract.widths[role], weights[role]) for role in rule.roles),
+        copies=tuple(_copy(group, rule.anchor) for group in group_members(checked.files)),
     )
 
 
+def _copy(group: tuple[MemberFiles, ...], anchor: str) -> CopySummary:
+    config = group[0].config
+    try:
+        predicted = measure_group(group, anchor).weight_bytes(config.quantization, spread=config.device_map is not None)
+    except MemberError:  # a summary is of use without it
+        predicted = None
+    quantization = None if config.quantization is None else str(config.quantization)
+    return CopySummary(tuple(member.role for member in group), quantization, predicted)
+
+
 def _member(files: MemberFiles, width: int, weight: float) -> MemberSummary:
-    tensors = _tensors(files.config.model, files.config.revision)
-    stored = Counter[str]()
-    for tensor in tensors.values():
-        stored[_TORCH_NAMES.get(tensor["dtype"], tensor["dtype"])] += prod(tensor["shape"])
-    dtype = files.config.dtype
-    if dtype == "auto":  # as transformers decides: the model's config, and then the weights file
-        in_file = stored.most_common(1)[0][0] if stored else "float32"
-        dtype = str(files.model_config.dtype or in_file).removeprefix("torch.")
-    parameters = sum(stored.values()) or None
+    dtype = member_dtype(files)
+    parameters = sum(stored_parameters(files.config.model, files.config.revision).values()) or None
     return MemberSummary(
         role=files.role,
         model=files.config.model,
@@ -100,21 +120,3 @@ def _member(files: MemberFiles, width: int, weight: float) -> MemberSummary:
         parameters=parameters,
         num_bytes=None if parameters is None else parameters * _BYTES.get(dtype, 4),
     )
-
-
-def _tensors(model: str, revision: str | None) -> Mapping[str, Any]:
-    """The tensors in a model's headers; empty where it is not on this machine."""
-    folder = Path(model) if is_local(model) else _cached(model, revision)
-    if folder is None:
-        return {}
-    return {name: tensor for file in weight_files(folder) for name, tensor in safetensors_header(file).items()}
-
-
-def _cached(model: str, revision: str | None) -> Path | None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except (LocalEntryNotFoundError, OSError):
-        return None

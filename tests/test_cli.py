@@ -8,60 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from conftest import Run
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from ensembler import EnsembleForCausalLM, __version__
-from ensembler.cli import main as cli_main
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line of an error."""
-        lines = self.err.strip().splitlines()
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("Error: "), self.err
-        assert self.out == ""
-        return lines[0]
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run() -> Run:
-    """Run the command line in this process, errors and exit codes included."""
-
-    def run(*args: object, stdin: str | None = None) -> Result:
-        runner = CliRunner()
-        with runner.isolation(input=stdin) as (out, err, _):
-            try:
-                cli_main.main([str(arg) for arg in args])
-                code = 0
-            except SystemExit as stop:
-                code = int(stop.code or 0)
-        return Result(code, out.getvalue().decode(), err.getvalue().decode())
-
-    return run
-
-
-@pytest.fixture
-def members(folders: dict[str, Path]) -> list[str]:
-    names = {"source_ft": "--source-ft", "source_pt": "--source-pt", "target_pt": "--target-pt"}
-    return [part for role, option in names.items() for part in (option, str(folders[role]))]
 
 
 @pytest.fixture
@@ -80,7 +35,7 @@ def greedy(folder: Path, text: str, num: int) -> str:
 
 def test_version_and_help(run: Run) -> None:
     assert run("--version").out == f"ensembler, version {__version__}\n"
-    for command in ("create", "inspect", "generate", "chat"):
+    for command in ("create", "inspect", "plan", "generate", "chat"):
         result = run(command, "--help")
         assert result.code == 0
         assert "--source-ft" in result.out

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from ensembler.cli.options import EnsembleOptions, ensemble_options
+from ensembler.cli.options import EnsembleOptions, ensemble_options, plan_options
+from ensembler.errors import ConfigError
 
 
 @click.command()
@@ -14,7 +15,18 @@ from ensembler.cli.options import EnsembleOptions, ensemble_options
 @ensemble_options(argument=False)
 @click.option("--copy-members", is_flag=True, help="Copy the members into the folder, so that it stands alone.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
-def create(out: Path, given: EnsembleOptions, copy_members: bool, overwrite: bool) -> None:
+@click.option("--auto-place", is_flag=True, help="Write the placement that `ensembler plan` proposes.")
+@plan_options
+def create(
+    out: Path,
+    given: EnsembleOptions,
+    copy_members: bool,
+    overwrite: bool,
+    auto_place: bool,
+    budget: tuple[str, ...],
+    context: int | None,
+    batch_size: int,
+) -> None:
     """Write an ensemble to the folder OUT.
 
     The members are checked (files, vocabularies) and referenced, not loaded; with --copy-members they are loaded and
@@ -25,6 +37,10 @@ def create(out: Path, given: EnsembleOptions, copy_members: bool, overwrite: boo
         --target-pt codellama/CodeLlama-7b-hf --rule base-change --alpha 0.4
     """
     config = given.load_config()
+    if auto_place and copy_members:
+        raise ConfigError("--auto-place was given beside --copy-members, which loads the members; copy them first")
+    if (budget or context or batch_size > 1) and not auto_place:
+        raise ConfigError("--budget, --context and --batch-size belong to --auto-place; add it or leave them out")
     if copy_members:
         from ensembler.modeling import EnsembleForCausalLM
 
@@ -33,5 +49,12 @@ def create(out: Path, given: EnsembleOptions, copy_members: bool, overwrite: boo
         from ensembler import folder
         from ensembler.preflight import check_ensemble
 
-        folder.write_checked(check_ensemble(config), out, overwrite=overwrite)
+        checked = check_ensemble(config)
+        if auto_place:
+            from ensembler.planning.budgets import gpu_budgets, machine_budgets
+            from ensembler.planning.placement import plan
+
+            proposal = plan(checked, gpu_budgets(budget) or machine_budgets(), context=context, batch_size=batch_size)
+            proposal.apply(checked.config)
+        folder.write_checked(checked, out, overwrite=overwrite)
     click.echo(f"{out}: {config.rule} at alpha {config.alpha:g} of {', '.join(config.members)}", err=True)

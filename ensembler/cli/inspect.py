@@ -15,9 +15,10 @@ from ensembler.cli.options import EnsembleOptions, ensemble_options
 @click.option("--top-k", type=click.IntRange(1), default=5, show_default=True, help="How many next tokens.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(given: EnsembleOptions, prompt: str | None, top_k: int, as_json: bool) -> None:
-    """Show the members of ENSEMBLE, their weights at alpha and the vocabulary contract.
+    """Show the members of ENSEMBLE, their weights at alpha, the vocabulary contract and the memory that they take.
 
-    Without --prompt no weights are loaded. With it, the next-token table shows where alpha moved the choice.
+    Without --prompt no weights are loaded and memory is predicted. With it, the next-token table shows where alpha
+    moved the choice, and the memory in use stands beside the prediction.
     """
     from ensembler.cli import tables
     from ensembler.inspection import summarise
@@ -31,14 +32,16 @@ def inspect(given: EnsembleOptions, prompt: str | None, top_k: int, as_json: boo
         tokenizer = checked.require_tokenizer()
         ids = encode_prompts([Prompt(0, prompt, "--prompt")], tokenizer, context=checked.shortest_context)[0].ids
     summary = summarise(checked)
-    content = summary.to_dict()
-    if not as_json:
-        tables.print_summary(summary)
     if ids is not None:
         from ensembler.decoding.explain import next_tokens
         from ensembler.modeling import EnsembleForCausalLM
 
         model = EnsembleForCausalLM.from_checked(checked)
+        summary = summary.with_actual(dict(model.members.items()))
+    content = summary.to_dict()
+    if not as_json:
+        tables.print_summary(summary)
+    if ids is not None:
         candidates = next_tokens(model, ids, top_k)
         content["next_tokens"] = {
             role: [{"token": tokenizer.decode([c.token]), "id": c.token, "probability": c.probability} for c in column]

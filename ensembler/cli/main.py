@@ -14,6 +14,7 @@ from ensembler.cli.chat import chat
 from ensembler.cli.create import create
 from ensembler.cli.generate import generate
 from ensembler.cli.inspect import inspect
+from ensembler.cli.plan import plan
 from ensembler.errors import ConfigError, EnsemblerError, RankError
 from ensembler.launch import num_ranks, this_rank
 
@@ -44,7 +45,7 @@ def cli(context: click.Context, debug: bool) -> None:
         )
 
 
-for command in (create, inspect, generate, chat):
+for command in (create, inspect, plan, generate, chat):
     cli.add_command(command)
 
 

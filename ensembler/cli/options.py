@@ -175,6 +175,21 @@ _DECODING_OPTIONS = (
     click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable."),
 )
 
+_PLAN_OPTIONS = (
+    click.option(
+        "--budget",
+        multiple=True,
+        metavar="SIZE",
+        help="Memory of cuda:0, again for cuda:1 ...: 24GiB.  [default: what is free on this machine]",
+    ),
+    click.option(
+        "--context",
+        type=click.IntRange(1),
+        help="Tokens of a text, its answer included.  [default: members' shortest, at most 4096]",
+    ),
+    click.option("--batch-size", type=click.IntRange(1), default=1, show_default=True, help="Texts at the same time."),
+)
+
 
 def ensemble_options(*, argument: bool = True) -> Callable[[Command], Command]:
     """Add the options that say which ensemble; the command gets them as one `EnsembleOptions`."""
@@ -195,6 +210,15 @@ def ensemble_options(*, argument: bool = True) -> Callable[[Command], Command]:
         return result
 
     return decorate
+
+
+def plan_options(function: Command) -> Command:
+    """Add the options that say for what a placement is planned: `budget`, `context` and `batch_size`."""
+    command: Any = function
+    for option in reversed(_PLAN_OPTIONS):
+        command = option(command)
+    result: Command = command
+    return result
 
 
 def decoding_options(function: Command) -> Command:

@@ -12,9 +12,12 @@ from rich.progress import MofNCompleteColumn, Progress
 from rich.table import Table
 from rich.text import Text
 
+from ensembler.planning.budgets import show_size
+
 if TYPE_CHECKING:
     from ensembler.decoding.explain import Candidate, Choice
     from ensembler.inspection import EnsembleSummary
+    from ensembler.planning.placement import Proposal
 
 _PLAIN_WIDTH = 160  # of a file or a pipe, which have no width of their own
 
@@ -47,23 +50,64 @@ def print_summary(summary: EnsembleSummary) -> None:
             f"{member.weight:+g}",
             member.family,
             "?" if member.parameters is None else f"{member.parameters:,}",
-            "?" if member.num_bytes is None else size(member.num_bytes),
+            "?" if member.num_bytes is None else show_size(member.num_bytes),
             member.dtype,
             member.device,
             "-" if member.context is None else f"{member.context:,}",
             Text(member.model if member.adapter is None else f"{member.model} + {member.adapter}"),
         )
     out.print(table)
+    out.print()
+    for copy in summary.copies:
+        known = copy.predicted_bytes is not None
+        predicted = f"{show_size(copy.predicted_bytes or 0)} predicted" if known else "cannot be predicted"
+        actual = "" if copy.actual_bytes is None else f", {show_size(copy.actual_bytes)} in use"
+        method = "" if copy.quantization is None else f" ({copy.quantization})"
+        out.print(f"memory      {' + '.join(copy.roles)}{method}: {predicted}{actual}", markup=False)
+    if len(summary.copies) > 1 and all(copy.predicted_bytes is not None for copy in summary.copies):
+        out.print(f"            all: {_all_bytes(summary)}", markup=False)
 
 
-def size(num_bytes: int) -> str:
-    """Return a number of bytes in decimal units."""
-    value = float(num_bytes)
-    for unit in ("B", "kB", "MB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} GB"
+def _all_bytes(summary: EnsembleSummary) -> str:
+    predicted = sum(copy.predicted_bytes or 0 for copy in summary.copies)
+    loaded = all(copy.actual_bytes is not None for copy in summary.copies)
+    actual = f", {show_size(sum(copy.actual_bytes or 0 for copy in summary.copies))} in use" if loaded else ""
+    return f"{show_size(predicted)} predicted{actual}"
+
+
+def print_proposal(proposal: Proposal) -> None:
+    """Print what each group of members takes, where it goes, and the flags that say so."""
+    out = console()
+    rows = f"{proposal.batch_size} row" + ("s" if proposal.batch_size > 1 else "")
+    out.print(f"for texts of {proposal.context:,} tokens, {rows}", markup=False)
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    at_length = f"KV at {proposal.context:,}"
+    right = ("parameters", "weights", "KV/token", at_length)
+    for name in ("members", "parameters", "dtype", "quantized", "weights", "KV/token", at_length, "device", "model"):
+        table.add_column(name, justify="right" if name in right else "left")
+    for group in proposal.groups:
+        table.add_row(
+            " + ".join(group.roles),
+            f"{group.parameters:,}",
+            group.dtype,
+            "-" if group.quantization is None else group.quantization + (" (planned)" if group.chosen else ""),
+            show_size(group.weight_bytes),
+            show_size(group.cache_per_token),
+            show_size(group.cache_bytes),
+            "does not fit" if group.device is None else group.device,
+            Text(group.model),
+        )
+    out.print(table)
+    out.print()
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("device", "budget", "usable", "used", "by"):
+        table.add_column(name, justify="right" if name in ("budget", "usable", "used") else "left")
+    for device in proposal.devices:
+        sizes = (show_size(number) for number in (device.budget, device.usable, device.used))
+        table.add_row(device.device, *sizes, ", ".join(device.roles) or "-")
+    out.print(table)
+    if proposal.flags():
+        out.print(f"\nflags: {' '.join(proposal.flags())}", markup=False, soft_wrap=True)
 
 
 def print_next_tokens(
