@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -85,12 +86,31 @@ def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> Che
                 f"{role}: {name} in the adapter {adapter} has shape {found[name]}; for {model} it must be {shape}: it "
                 "was made for another base"
             )
+    _check_own_tensors(role, adapter, model, header, patched)
     return CheckedAdapter(
         path=adapter,
         kind=patched.active_peft_config.peft_type.value,
         scaling=dict(_plain_scaling(patched)) if _is_plain(patched) else None,
         num_parameters=sum(tensor.numel() for tensor in state.values()),
     )
+
+
+def _check_own_tensors(role: str, adapter: str, model: str, header: dict[str, Any], patched: Any) -> None:
+    """Raise MemberError where the file holds a tensor of the base (embeddings, biases) in another shape."""
+    base = patched.get_base_model().named_parameters(remove_duplicate=False)
+    shapes = {base_name(name): tuple(tensor.shape) for name, tensor in base}
+    for key, tensor in header.items():
+        name, found = base_name(key), tuple(tensor["shape"])
+        if shapes.get(name, found) != found:
+            raise MemberError(
+                f"{role}: the adapter {adapter} holds {name} in shape {found}; {model} has it in {shapes[name]}: it "
+                "was made for a base with resized embeddings; save that base and name it as the model"
+            )
+
+
+def base_name(name: str) -> str:
+    """The name that a tensor of the base had before PEFT wrapped the layers."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _on_meta(role: str, adapter: str, model: str, model_config: Any) -> Any:
@@ -146,9 +166,25 @@ def _plain_scaling(patched: Any) -> Iterator[tuple[str, float]]:
 def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """Add the adapter's update to the weights: one forward then costs what the base costs."""
     from peft import PeftModel
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
-    merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    patched = PeftModel.from_pretrained(model, adapter)
+    targets = {name.rpartition(".")[2] for name in patched.base_model.targeted_module_names}
+    if targets & set(EMBEDDING_LAYER_NAMES):
+        _untie(model)
+    merged: PreTrainedModel = patched.merge_and_unload(safe_merge=True)
     return merged
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give the head weights of its own: an update of the one layer is none of the other."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embeddings = (getattr(layer, "base_layer", layer) for layer in (head, embeddings))
+    if head is None or head.weight is not embeddings.weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        config.tie_word_embeddings = False
 
 
 def adapter_weights(role: str, adapter: str) -> Path:
