@@ -178,7 +178,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         if device_map is not None:
             if str(device_map) in ("auto", "balanced", "balanced_low_0", "sequential"):
                 raise ConfigError(f"an ensemble takes no device_map {device_map!r}; give one device, or one per member")
-            config.change_members(device=str(device_map))
+            config.members = {role: member.placed(str(device_map)) for role, member in config.members.items()}
         attn_implementation = attn_implementation or config._attn_implementation_internal
         return cls.from_config(config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
 
@@ -249,8 +249,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     @property
     def device(self) -> torch.device:
         """Where inputs are expected and combined logits are made: the anchor's device."""
-        device: torch.device = self.anchor.device
-        return device
+        forwards = (forward for group in self.groups for forward in group)
+        return next(forward.device for forward in forwards if self.rule.anchor in forward.roles)
 
     @property
     def dtype(self) -> torch.dtype:
