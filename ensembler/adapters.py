@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,12 @@ def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> Che
     patched = _on_meta(role, adapter, model, model_config)
     state = get_peft_model_state_dict(patched, save_embedding_layers=False)
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    found = {name: tuple(tensor["shape"]) for name, tensor in header.items() if name in expected or "lora_" in name}
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    base_tensors = patched.get_base_model().named_parameters(remove_duplicate=False)
+    own = {base_name(name): tuple(tensor.shape) for name, tensor in base_tensors}
+    found = {name: tuple(tensor["shape"]) for name, tensor in header.items()}
+    _check_own_tensors(role, adapter, model, found, own)
+    missing = sorted(expected.keys() - found.keys())
+    unknown = sorted(name for name in found.keys() - expected.keys() if base_name(name) not in own)
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"changes {unknown[0]}, which is not there"
         raise MemberError(f"{role}: the adapter {adapter} was made for another base: for {model} it {what}")
@@ -86,7 +90,6 @@ def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> Che
                 f"{role}: {name} in the adapter {adapter} has shape {found[name]}; for {model} it must be {shape}: it "
                 "was made for another base"
             )
-    _check_own_tensors(role, adapter, model, header, patched)
     return CheckedAdapter(
         path=adapter,
         kind=patched.active_peft_config.peft_type.value,
@@ -95,17 +98,19 @@ def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> Che
     )
 
 
-def _check_own_tensors(role: str, adapter: str, model: str, header: dict[str, Any], patched: Any) -> None:
+def _check_own_tensors(
+    role: str, adapter: str, model: str, found: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]]
+) -> None:
     """Raise MemberError where the file holds a tensor of the base (embeddings, biases) in another shape."""
-    base = patched.get_base_model().named_parameters(remove_duplicate=False)
-    shapes = {base_name(name): tuple(tensor.shape) for name, tensor in base}
-    for key, tensor in header.items():
-        name, found = base_name(key), tuple(tensor["shape"])
-        if shapes.get(name, found) != found:
-            raise MemberError(
-                f"{role}: the adapter {adapter} holds {name} in shape {found}; {model} has it in {shapes[name]}: it "
-                "was made for a base with resized embeddings; save that base and name it as the model"
-            )
+    for key, shape in found.items():
+        name = base_name(key)
+        if "embed" in name or "head" in name:
+            expected = own.get(name, shape)
+            if shape != expected:
+                raise MemberError(
+                    f"{role}: the adapter {adapter} holds {name} in shape {shape}; {model} has it in {expected}: it "
+                    "was made for a base with resized embeddings; save that base and name it as the model"
+                )
 
 
 def base_name(name: str) -> str:

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ensembler.adapters import CheckedAdapter, adapter_weights, base_name
-from ensembler.errors import RunError
-
-_FEW_ROWS = range(2, 5)
+from ensembler.errors import OutputError, RunError
 
 
 class Routing:
@@ -134,23 +132,30 @@ class PeftSwitch:
     """
 
     def __init__(self, model: PreTrainedModel, adapters: Mapping[str, CheckedAdapter]) -> None:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
 
-        self._own: dict[str, list[tuple[nn.Parameter, Tensor]]] = {}
+        self._own = {role: list[tuple[nn.Parameter, Tensor]]() for role in adapters}
         patched: Any = None
         for role, adapter in adapters.items():
             known = _base_tensors(model)
-            before = {name: known[name].detach().clone() for name in _own_names(model, role, adapter)}
+            own = _own_tensors(model, role, adapter)
+            before = {name: known[name].detach().clone() for name in own}
+            settings: Any = PeftConfig.from_pretrained(adapter.path)
+            if hasattr(settings, "bias"):
+                settings.bias = "none"  # PEFT has no place for biases of two adapters; here is one
             if patched is None:
                 patched = PeftModel.from_pretrained(
-                    model, adapter.path, adapter_name=role, autocast_adapter_dtype=False
+                    model, adapter.path, adapter_name=role, config=settings, autocast_adapter_dtype=False
                 )
             else:
+                patched.add_adapter(role, settings, autocast_adapter_dtype=False)
                 patched.load_adapter(adapter.path, adapter_name=role, autocast_adapter_dtype=False)
             known = _base_tensors(model)
-            self._own[role] = [(known[name], known[name].detach().clone()) for name in before]
             for name, tensor in before.items():
                 known[name].data.copy_(tensor)
+                value = own[name].to(tensor.device, tensor.dtype)
+                if not torch.equal(value, tensor):
+                    self._own[role].append((known[name], value))
         self._patched = patched.eval().requires_grad_(False)
 
     @contextmanager
@@ -179,11 +184,11 @@ def _is_batchable(model: PreTrainedModel, role: str, adapter: CheckedAdapter) ->
     known = _base_tensors(model)
     return all(
         torch.equal(known[name].detach().cpu(), tensor.to(known[name].dtype))
-        for name, tensor in _own_names(model, role, adapter).items()
+        for name, tensor in _own_tensors(model, role, adapter).items()
     )
 
 
-def _own_names(model: PreTrainedModel, role: str, adapter: CheckedAdapter) -> dict[str, Tensor]:
+def _own_tensors(model: PreTrainedModel, role: str, adapter: CheckedAdapter) -> dict[str, Tensor]:
     """The tensors in the adapter's file that stand in for one of the model's own, by its name there."""
     known = _base_tensors(model)
     with safe_open(adapter_weights(role, adapter.path), framework="pt") as tensors:
@@ -211,10 +216,17 @@ class _Routed:
             return self.__wrapped__(*args, **kwargs)
 
 
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise OutputError(
+        "this member's weights are those of a backbone, its adapter apart; save the ensemble, with copy_members=True"
+    )
+
+
 def _view(model: PreTrainedModel, switch: Routing | PeftSwitch, role: str) -> PreTrainedModel:
     """A model of the same weights whose forward goes through `switch`."""
     view = copy.copy(model)
     view.forward = _Routed(model.forward, switch, role)
+    view.save_pretrained = _refuse_to_save
     view.generation_config = copy.deepcopy(model.generation_config)
     return view
 
@@ -231,7 +243,7 @@ def _linear(base: Any, x: Tensor) -> Tensor:
     """base(x); for two to four rows in fp32 on a CPU as W·xᵀ, for which the library below is up to six times faster."""
     num_rows = x.numel() // x.shape[-1]
     if (
-        num_rows in _FEW_ROWS
+        2 <= num_rows <= 4
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and type(base) is nn.Linear

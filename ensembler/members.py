@@ -83,7 +83,7 @@ def check_member(role: str, config: MemberConfig, *, trust_remote_code: bool = F
     Raises MemberError or ConfigError.
     """
     _check_places(role, config)
-    config = resolve_adapter(role, config.absolute())
+    config = resolve_adapter(role, config.absolute()).absolute()
     if is_local(config.model):
         check_folder(role, Path(config.model))
     options = {"revision": config.revision, "trust_remote_code": trust_remote_code}

@@ -209,7 +209,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     def _whole(self, role: str) -> PreTrainedModel:
         """The member as one model with its adapter merged: read again where weights are shared, quantised or spread."""
-        member, model = self.config.members[role], self.members[role]
+        model = getattr(self.members[role], "_orig_mod", self.members[role])  # of a compiled one the model itself
+        member = self._files[role].config if role in self._files else self.config.members[role]
         shared = any(backbone.views.get(role) is model for backbone in self._backbones)
         if not shared and member.quantization is None and member.device_map is None:
             return model
