@@ -193,7 +193,13 @@ def _own_tensors(model: PreTrainedModel, role: str, adapter: CheckedAdapter) -> 
     known = _base_tensors(model)
     with safe_open(adapter_weights(role, adapter.path), framework="pt") as tensors:
         names = {base_name(key): key for key in tensors.keys()}  # noqa: SIM118 - it is no mapping
-        return {name: tensors.get_tensor(key) for name, key in names.items() if name in known}
+        own = {name: tensors.get_tensor(key) for name, key in names.items() if name in known}
+    away = next((name for name in own if known[name].is_meta), None)
+    if away is not None:
+        raise ValueError(
+            f"the adapter of {role} holds {away}, and the base's is on disk or offloaded; keep it on a device"
+        )
+    return own
 
 
 def _base_tensors(model: PreTrainedModel) -> dict[str, nn.Parameter]:

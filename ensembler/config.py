@@ -63,7 +63,7 @@ class MemberConfig:
             )
         for name in ("device_map", "max_memory"):
             value = getattr(self, name)
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping) and value:
                 object.__setattr__(self, name, {str(key): str(entry) for key, entry in value.items()})
             elif value is not None and (name == "max_memory" or not isinstance(value, str)):
                 raise ConfigError(f"{name} of a member is {value!r}; expected a mapping")
