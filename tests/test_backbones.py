@@ -151,16 +151,27 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [
+        *(("llama", mode) for mode in MODES),
+        *(("mistral", mode) for mode in ("beams returned", "static beams", "chunks")),
+    ],
+)
 def test_modes(get_pair: GetPair, family: str, mode: str) -> None:
     pair = get_pair(family)
     for ids in (IDS, PADDED):
         assert tokens(pair.shared, ids, **MODES[mode]) == tokens(pair.copies, ids, **MODES[mode])
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral"])
-@pytest.mark.parametrize("drafts", ["source_pt", "source_ft", "target_pt", "other", "prompt"])
+@pytest.mark.parametrize(
+    ("family", "drafts"),
+    [
+        *(("llama", drafts) for drafts in ("source_pt", "source_ft", "target_pt", "other", "prompt")),
+        ("mistral", "source_pt"),
+        ("mistral", "prompt"),
+    ],
+)
 def test_speculation(get_pair: GetPair, family: str, drafts: str) -> None:
     """A member that drafts is a view of the backbone that verifies."""
     pair = get_pair(family)
@@ -391,7 +402,7 @@ def test_a_tokenizer_of_the_adapter_with_extra_tokens(tmp_path: Path) -> None:
         assert logits[..., 64:68].isfinite().all() == (outside == "neutral")
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(6))
 def test_random_cases(tmp_path: Path, target: PreTrainedModel, seed: int) -> None:
     """Families, ranks, targets, scalings, batches and modes drawn at random."""
     draw = random.Random(seed)
@@ -716,7 +727,7 @@ def test_a_replaced_member_is_the_one_that_runs(get_pair: GetPair, role: str) ->
     assert_close(last_logits(shared, IDS), last_logits(get_pair().copies, IDS), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("compiled", [["source_ft"], ["source_pt"], ["source_ft", "source_pt"]], ids="+".join)
+@pytest.mark.parametrize("compiled", [["source_ft"], ["source_ft", "source_pt"]], ids="+".join)
 def test_compiled_views(get_pair: GetPair, compiled: list[str]) -> None:
     pair = get_pair()
     model = copy.deepcopy(pair.shared)
@@ -724,7 +735,10 @@ def test_compiled_views(get_pair: GetPair, compiled: list[str]) -> None:
     for role in compiled:
         model.members[role] = torch.compile(model.members[role], backend="eager")
     assert_close(last_logits(model, IDS), last_logits(pair.copies, IDS), atol=1e-5, rtol=1e-5)
-    assert tokens(model, PADDED, max_new_tokens=3) == tokens(pair.copies, PADDED, max_new_tokens=3)
+    options = {"attention_mask": MASK[:1], "logits_to_keep": 1}
+    assert_close(
+        last_logits(model, PADDED[:1], **options), last_logits(pair.copies, PADDED[:1], **options), atol=1e-4, rtol=0
+    )
     # What shares weights shares what routes them: never two of them in two threads.
     assert {tuple(sorted(role for forward in group for role in forward.roles)) for group in model.groups} == {
         ("source_ft", "source_pt"),

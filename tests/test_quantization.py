@@ -202,7 +202,7 @@ def test_adapters_on_a_member_that_is_spread(
 @pytest.mark.parametrize(
     "max_memory", [None, {"cpu": "10KiB"}, {"cpu": "60KB"}, {"cpu": 60_000}, {"cpu": "1.5GiB", "disk": "1GB"}], ids=str
 )
-@pytest.mark.parametrize("strategy", ["auto", "balanced", "sequential"])
+@pytest.mark.parametrize("strategy", ["auto", "sequential"])
 def test_a_strategy_with_little_memory(base: Path, tmp_path: Path, max_memory: Any, strategy: str) -> None:
     spread = MemberConfig(
         str(base), device_map=strategy, max_memory=max_memory, offload_folder=str(tmp_path / "offload")
