@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
@@ -74,8 +75,12 @@ def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> Che
     patched = _on_meta(role, adapter, model, model_config)
     state = get_peft_model_state_dict(patched, save_embedding_layers=False)
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    found = {name: tuple(tensor["shape"]) for name, tensor in header.items() if name in expected or "lora_" in name}
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    base_tensors = patched.get_base_model().named_parameters(remove_duplicate=False)
+    own = {base_name(name): tuple(tensor.shape) for name, tensor in base_tensors}
+    found = {name: tuple(tensor["shape"]) for name, tensor in header.items()}
+    _check_own_tensors(role, adapter, model, found, own)
+    missing = sorted(expected.keys() - found.keys())
+    unknown = sorted(name for name in found.keys() - expected.keys() if base_name(name) not in own)
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"changes {unknown[0]}, which is not there"
         raise MemberError(f"{role}: the adapter {adapter} was made for another base: for {model} it {what}")
@@ -91,6 +96,26 @@ def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> Che
         scaling=dict(_plain_scaling(patched)) if _is_plain(patched) else None,
         num_parameters=sum(tensor.numel() for tensor in state.values()),
     )
+
+
+def _check_own_tensors(
+    role: str, adapter: str, model: str, found: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise MemberError where the file holds a tensor of the base (embeddings, biases) in another shape."""
+    for key, shape in found.items():
+        name = base_name(key)
+        if "embed" in name or "head" in name:
+            expected = own.get(name, shape)
+            if shape != expected:
+                raise MemberError(
+                    f"{role}: the adapter {adapter} holds {name} in shape {shape}; {model} has it in {expected}: it "
+                    "was made for a base with resized embeddings; save that base and name it as the model"
+                )
+
+
+def base_name(name: str) -> str:
+    """The name that a tensor of the base had before PEFT wrapped the layers."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
 
 
 def _on_meta(role: str, adapter: str, model: str, model_config: Any) -> Any:
@@ -146,9 +171,25 @@ def _plain_scaling(patched: Any) -> Iterator[tuple[str, float]]:
 def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     """Add the adapter's update to the weights: one forward then costs what the base costs."""
     from peft import PeftModel
+    from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
-    merged: PreTrainedModel = PeftModel.from_pretrained(model, adapter).merge_and_unload(safe_merge=True)
+    patched = PeftModel.from_pretrained(model, adapter)
+    targets = {name.rpartition(".")[2] for name in patched.base_model.targeted_module_names}
+    if targets & set(EMBEDDING_LAYER_NAMES):
+        _untie(model)
+    merged: PreTrainedModel = patched.merge_and_unload(safe_merge=True)
     return merged
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give the head weights of its own: an update of the one layer is none of the other."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    head, embeddings = (getattr(layer, "base_layer", layer) for layer in (head, embeddings))
+    if head is None or head.weight is not embeddings.weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        config.tie_word_embeddings = False
 
 
 def adapter_weights(role: str, adapter: str) -> Path:

@@ -8,7 +8,6 @@ times the cost of a token of a small model. Other adapters are left to PEFT and 
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
@@ -18,21 +17,19 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ensembler.adapters import CheckedAdapter, adapter_weights
-from ensembler.errors import RunError
-
-_FEW_ROWS = range(2, 5)
+from ensembler.adapters import CheckedAdapter, adapter_weights, base_name
+from ensembler.errors import OutputError, RunError
 
 
 class Routing:
-    """Which adapters the forward under way goes through: one for each block of rows, None for the backbone alone."""
+    """Which members the forward under way serves, a block of rows for each; one without adapter is the backbone."""
 
     def __init__(self) -> None:
-        self.blocks: tuple[str | None, ...] = ()
+        self.blocks: tuple[str, ...] = ()
         self.num_rows = 0
 
     @contextmanager
-    def through(self, blocks: tuple[str | None, ...], num_rows: int) -> Iterator[None]:
+    def through(self, blocks: tuple[str, ...], num_rows: int) -> Iterator[None]:
         """Send a forward of `num_rows` rows (all blocks together) through `blocks`."""
         before = self.blocks, self.num_rows
         self.blocks, self.num_rows = blocks, num_rows
@@ -76,6 +73,8 @@ class AdaptedLinear(nn.Module):
         if x.shape[0] % self._routing.num_rows:
             raise RunError(f"a layer was given {x.shape[0]} of {self._routing.num_rows} rows; adapters cannot be told")
         rows = x.shape[0] // len(blocks)
+        if y.requires_grad:  # autograd lets nobody write into what a function of bitsandbytes returned
+            y = y.clone()
         for index, name in enumerate(blocks):
             if name in self._scaling:
                 own = slice(index * rows, (index + 1) * rows)
@@ -95,20 +94,18 @@ class Backbone:
 
     def __init__(self, model: PreTrainedModel, adapters: Mapping[str, CheckedAdapter | None]) -> None:
         """Attach `adapters` by role; None stands for the backbone as it is."""
+        given = {role: adapter for role, adapter in adapters.items() if adapter is not None}
         self.model = model
-        self.batched = all(adapter is None or adapter.scaling is not None for adapter in adapters.values())
-        attach = _attach_plain if self.batched else _attach_peft
-        self._enter = attach(model, {role: adapter for role, adapter in adapters.items() if adapter is not None})
-        self.views = {role: _view(model, functools.partial(self._enter, (role,))) for role in adapters}
+        self.batched = all(_is_batchable(model, role, adapter) for role, adapter in given.items())
+        self._switch = _attach_plain(model, given) if self.batched else PeftSwitch(model, given)
+        self.views = {role: _view(model, self._switch, role) for role in adapters}
 
     def through(self, roles: tuple[str, ...], num_rows: int) -> AbstractContextManager[None]:
         """Make the forwards of `model` inside this context run `roles`, one block of rows behind the other."""
-        return self._enter(roles, num_rows)
+        return self._switch.through(roles, num_rows)
 
 
-def _attach_plain(
-    model: PreTrainedModel, adapters: Mapping[str, CheckedAdapter]
-) -> Callable[[tuple[str, ...], int], AbstractContextManager[None]]:
+def _attach_plain(model: PreTrainedModel, adapters: Mapping[str, CheckedAdapter]) -> Routing:
     """Replace the linear layers of `model` by AdaptedLinear and fill them; the rest of the model is as it was."""
     routing = Routing()
     targets = {name for adapter in adapters.values() for name in adapter.scaling or ()}
@@ -124,53 +121,118 @@ def _attach_plain(
                 pair = (tensors.get_tensor(f"base_model.model.{name}.lora_{part}.weight") for part in "AB")
                 down, up = (tensor.to(**like) for tensor in pair)
                 layer.add(role, down, up, scaling)
-
-    def enter(roles: tuple[str, ...], num_rows: int) -> AbstractContextManager[None]:
-        return routing.through(tuple(role if role in adapters else None for role in roles), num_rows)
-
-    return enter
+    return routing
 
 
-def _attach_peft(
-    model: PreTrainedModel, adapters: Mapping[str, CheckedAdapter]
-) -> Callable[[tuple[str, ...], int], AbstractContextManager[None]]:
-    """Let PEFT attach the adapters under the names of their roles, and switch between them."""
-    from peft import PeftModel
+class PeftSwitch:
+    """Adapters that PEFT attached under the names of their roles, one of them in use at a time.
 
-    patched: Any = None
-    for role, adapter in adapters.items():
-        if patched is None:
-            patched = PeftModel.from_pretrained(model, adapter.path, adapter_name=role, autocast_adapter_dtype=False)
-        else:
-            patched.load_adapter(adapter.path, adapter_name=role, autocast_adapter_dtype=False)
-    patched.eval().requires_grad_(False)
+    Biases (`bias='all'`) and embeddings that an adapter's file holds are not additions: PEFT writes them over the
+    backbone's own. Here each member gets its own for the time of its forward, and the backbone keeps what it had.
+    """
+
+    def __init__(self, model: PreTrainedModel, adapters: Mapping[str, CheckedAdapter]) -> None:
+        from peft import PeftConfig, PeftModel
+
+        self._own = {role: list[tuple[nn.Parameter, Tensor]]() for role in adapters}
+        patched: Any = None
+        for role, adapter in adapters.items():
+            known = _base_tensors(model)
+            own = _own_tensors(model, role, adapter)
+            before = {name: known[name].detach().clone() for name in own}
+            settings: Any = PeftConfig.from_pretrained(adapter.path)
+            if hasattr(settings, "bias"):
+                settings.bias = "none"  # PEFT has no place for biases of two adapters; here is one
+            if patched is None:
+                patched = PeftModel.from_pretrained(
+                    model, adapter.path, adapter_name=role, config=settings, autocast_adapter_dtype=False
+                )
+            else:
+                patched.add_adapter(role, settings, autocast_adapter_dtype=False)
+                patched.load_adapter(adapter.path, adapter_name=role, autocast_adapter_dtype=False)
+            known = _base_tensors(model)
+            for name, tensor in before.items():
+                known[name].data.copy_(tensor)
+                value = own[name].to(tensor.device, tensor.dtype)
+                if not torch.equal(value, tensor):
+                    self._own[role].append((known[name], value))
+        self._patched = patched.eval().requires_grad_(False)
 
     @contextmanager
-    def enter(roles: tuple[str, ...], num_rows: int) -> Iterator[None]:
+    def through(self, roles: tuple[str, ...], num_rows: int) -> Iterator[None]:
+        """Run one member, with its adapter if it has one."""
         (role,) = roles
-        if role in adapters:
-            patched.base_model.set_adapter(role, inference_mode=True)
-            yield
-        else:
-            with patched.disable_adapter():
+        if role not in self._own:
+            with self._patched.disable_adapter():
                 yield
+            return
+        self._patched.base_model.set_adapter(role, inference_mode=True)
+        before = [(parameter, parameter.data) for parameter, _ in self._own[role]]
+        try:
+            for parameter, tensor in self._own[role]:
+                parameter.data = tensor.to(parameter.device, parameter.dtype)
+            yield
+        finally:
+            for parameter, tensor in before:
+                parameter.data = tensor
 
-    return enter
+
+def _is_batchable(model: PreTrainedModel, role: str, adapter: CheckedAdapter) -> bool:
+    """Whether the adapter is plain LoRA, and its file holds no tensor of the base that the base has otherwise."""
+    if adapter.scaling is None:
+        return False
+    known = _base_tensors(model)
+    return all(
+        torch.equal(known[name].detach().cpu(), tensor.to(known[name].dtype))
+        for name, tensor in _own_tensors(model, role, adapter).items()
+    )
 
 
-def _view(model: PreTrainedModel, enter: Callable[[int], AbstractContextManager[None]]) -> PreTrainedModel:
-    """A model of the same weights whose forward goes through `enter`."""
-    view = copy.copy(model)
-    forward = model.forward
+def _own_tensors(model: PreTrainedModel, role: str, adapter: CheckedAdapter) -> dict[str, Tensor]:
+    """The tensors in the adapter's file that stand in for one of the model's own, by its name there."""
+    known = _base_tensors(model)
+    with safe_open(adapter_weights(role, adapter.path), framework="pt") as tensors:
+        names = {base_name(key): key for key in tensors.keys()}  # noqa: SIM118 - it is no mapping
+        own = {name: tensors.get_tensor(key) for name, key in names.items() if name in known}
+    away = next((name for name in own if known[name].is_meta), None)
+    if away is not None:
+        raise ValueError(
+            f"the adapter of {role} holds {away}, and the base's is on disk or offloaded; keep it on a device"
+        )
+    return own
 
-    @functools.wraps(forward)
-    def routed(*args: Any, **kwargs: Any) -> Any:
+
+def _base_tensors(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The parameters of a model by the names that they had before PEFT wrapped its layers."""
+    return {base_name(name): tensor for name, tensor in model.named_parameters(remove_duplicate=False)}
+
+
+class _Routed:
+    """The forward of a model, through one member: what `view.forward` is. Its signature is the model's."""
+
+    def __init__(self, forward: Callable[..., Any], switch: Routing | PeftSwitch, role: str) -> None:
+        self.__wrapped__ = forward
+        self._switch = switch
+        self._role = role
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         inputs = args[0] if inputs is None else inputs
-        with enter(inputs.shape[0]):
-            return forward(*args, **kwargs)
+        with self._switch.through((self._role,), inputs.shape[0]):
+            return self.__wrapped__(*args, **kwargs)
 
-    view.forward = routed
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise OutputError(
+        "this member's weights are those of a backbone, its adapter apart; save the ensemble, with copy_members=True"
+    )
+
+
+def _view(model: PreTrainedModel, switch: Routing | PeftSwitch, role: str) -> PreTrainedModel:
+    """A model of the same weights whose forward goes through `switch`."""
+    view = copy.copy(model)
+    view.forward = _Routed(model.forward, switch, role)
+    view.save_pretrained = _refuse_to_save
     view.generation_config = copy.deepcopy(model.generation_config)
     return view
 
@@ -187,7 +249,7 @@ def _linear(base: Any, x: Tensor) -> Tensor:
     """base(x); for two to four rows in fp32 on a CPU as W·xᵀ, for which the library below is up to six times faster."""
     num_rows = x.numel() // x.shape[-1]
     if (
-        num_rows in _FEW_ROWS
+        2 <= num_rows <= 4
         and x.dtype == torch.float32
         and x.device.type == "cpu"
         and type(base) is nn.Linear

@@ -49,13 +49,12 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows of every block in the order of `beam_idx` (rows,)."""
         for roles, cache in self.parts.items():
-            cache.reorder_cache(_in_every_block(beam_idx, len(roles), beam_idx.shape[0]))
+            cache.reorder_cache(_in_every_block(beam_idx, len(roles), cache))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices` of every block."""
+        """Keep the rows `indices` (which, or a mask) of every block."""
         for roles, cache in self.parts.items():
-            num_rows = next((layer.keys.shape[0] for layer in cache.layers if layer.is_initialized), 0) // len(roles)
-            cache.batch_select_indices(_in_every_block(indices, len(roles), num_rows))
+            cache.batch_select_indices(_in_every_block(indices, len(roles), cache))
 
     def lengths(self) -> dict[Roles, int]:
         """Return the number of tokens that each part has seen; raises RunError for a broken cache."""
@@ -80,9 +79,13 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
         self._broken = False
 
 
-def _in_every_block(indices: Tensor, num_blocks: int, num_rows: int) -> Tensor:
-    """Rows of one member as rows of all blocks of `num_rows` rows."""
-    return torch.cat([indices + block * num_rows for block in range(num_blocks)])
+def _in_every_block(indices: Tensor, num_blocks: int, cache: Cache) -> Tensor:
+    """Rows of one member as rows of all blocks of its cache."""
+    num_rows = next((layer.keys.shape[0] for layer in cache.layers if layer.is_initialized), 0) // num_blocks
+    if num_blocks == 1 or not num_rows:
+        return indices
+    rows = torch.arange(num_rows, device=indices.device)[indices]
+    return torch.cat([rows + block * num_rows for block in range(num_blocks)])
 
 
 def _cropped(layer: Any, length: int) -> bool:

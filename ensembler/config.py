@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from ensembler.vocab import OUTSIDE_CHOICES
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+_SIZE = re.compile(r"\d+|\d+(\.\d+)? *[KMG]i?B", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,13 @@ class MemberConfig:
             )
         for name in ("device_map", "max_memory"):
             value = getattr(self, name)
-            if isinstance(value, Mapping):
+            if isinstance(value, Mapping) and value:
                 object.__setattr__(self, name, {str(key): str(entry) for key, entry in value.items()})
             elif value is not None and (name == "max_memory" or not isinstance(value, str)):
                 raise ConfigError(f"{name} of a member is {value!r}; expected a mapping")
+        for place, size in (self.max_memory or {}).items():
+            if not _SIZE.fullmatch(size):
+                raise ConfigError(f"max_memory of {place!r} is {size!r}; expected bytes, or a size such as '20GiB'")
         if self.max_memory is not None and not isinstance(self.device_map, str):
             raise ConfigError("max_memory was given without a strategy; give device_map 'auto' or 'balanced' beside it")
         if self.device_map is not None and self.device != "cpu":

@@ -83,7 +83,7 @@ def check_member(role: str, config: MemberConfig, *, trust_remote_code: bool = F
     Raises MemberError or ConfigError.
     """
     _check_places(role, config)
-    config = resolve_adapter(role, config.absolute())
+    config = resolve_adapter(role, config.absolute()).absolute()
     if is_local(config.model):
         check_folder(role, Path(config.model))
     options = {"revision": config.revision, "trust_remote_code": trust_remote_code}
@@ -164,7 +164,7 @@ def _load_model(files: MemberFiles, attn_implementation: str | None) -> PreTrain
     options: dict[str, Any] = {"device_map": {"": config.device}}
     if config.device_map is not None:
         options = {
-            "device_map": config.device_map,
+            "device_map": _device_map(config.device_map),
             "max_memory": None if config.max_memory is None else _max_memory(config.max_memory),
             "offload_folder": config.offload_folder,
         }
@@ -187,10 +187,20 @@ def _load_model(files: MemberFiles, attn_implementation: str | None) -> PreTrain
     return loaded
 
 
-def _max_memory(sizes: Mapping[str, str]) -> dict[int | str, str]:
-    """As accelerate wants it: GPUs by number."""
+def _device_map(places: str | Mapping[str, str]) -> str | dict[str, int | str]:
+    """As accelerate wants it: a number that was given for a GPU is a number again."""
+    if isinstance(places, str):
+        return places
+    return {name: int(place) if place.isdigit() else place for name, place in places.items()}
+
+
+def _max_memory(sizes: Mapping[str, str]) -> dict[int | str, int | str]:
+    """As accelerate wants it: GPUs by number, sizes without a unit as numbers."""
     numbers = {name: name.removeprefix("cuda:") for name in sizes}
-    return {int(number) if number.isdigit() else name: sizes[name] for name, number in numbers.items()}
+    return {
+        int(number) if number.isdigit() else name: int(sizes[name]) if sizes[name].isdigit() else sizes[name]
+        for name, number in numbers.items()
+    }
 
 
 def _bitsandbytes(quantization: Quantization, dtype: str, model_config: Any) -> BitsAndBytesConfig:

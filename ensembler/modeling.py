@@ -231,7 +231,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     def _whole(self, role: str) -> PreTrainedModel:
         """The member as one model with its adapter merged: read again where weights are shared, quantised or spread."""
-        member, model = self.config.members[role], self.members[role]
+        model = getattr(self.members[role], "_orig_mod", self.members[role])  # of a compiled one the model itself
+        member = self._files[role].config if role in self._files else self.config.members[role]
         shared = any(backbone.views.get(role) is model for backbone in self._backbones)
         if not shared and member.quantization is None and member.device_map is None:
             return model
@@ -273,8 +274,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     @property
     def device(self) -> torch.device:
         """Where inputs are expected and combined logits are made: the anchor's device."""
-        device: torch.device = self.anchor.device
-        return device
+        forwards = [forward for group in self.groups for forward in group]
+        return next((forward.device for forward in forwards if self.rule.anchor in forward.roles), forwards[0].device)
 
     @property
     def dtype(self) -> torch.dtype:

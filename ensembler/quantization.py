@@ -49,7 +49,7 @@ class Quantization:
             method, *details = value.split(":")
             double = "double" in details
             dtypes = [detail for detail in details if detail != "double"]
-            if len(dtypes) > 1 or len(details) > 2 or "" in details:
+            if len(dtypes) > 1 or len(details) > len(set(details)) or "" in details:
                 raise ConfigError(f"quantization {value!r} is not of the form METHOD[:COMPUTE_DTYPE][:double]")
             method = method if method.startswith("bnb-") else f"bnb-{method}"
             return cls(method, dtypes[0] if dtypes else None, double)

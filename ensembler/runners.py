@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -128,15 +128,16 @@ def plan_forwards(
     """Return the forwards that serve `models` by role, those on the same weights together.
 
     There is one forward for each member, but one for all that a backbone batches. A view of a backbone that was
-    replaced in `models` (by a compiled one, say) runs by itself.
+    compiled runs by itself, never at the same time as the others; one that was replaced is a group of its own.
     """
     groups: list[Group] = []
     for backbone in backbones:
-        roles = [role for role, model in models.items() if backbone.views.get(role) is model]
-        if backbone.batched and len(roles) > 1:
-            groups.append((_forward(roles, backbone.model, contract, backbone),))
-        else:
-            groups.append(tuple(_forward([role], models[role], contract) for role in roles))
+        views = [role for role, model in models.items() if backbone.views.get(role) is _plain(model)]
+        together = [role for role in views if backbone.batched and models[role] is backbone.views[role]]
+        together = together if len(together) > 1 else []
+        forwards = [_forward(together, backbone.model, contract, backbone)] if together else []
+        forwards += [_forward([role], models[role], contract) for role in views if role not in together]
+        groups.append(tuple(forwards))
     served = {role for group in groups for forward in group for role in forward.roles}
     groups += [(_forward([role], model, contract),) for role, model in models.items() if role not in served]
     order = list(models)
@@ -172,10 +173,14 @@ class ThreadsRunner:
     def run(self, groups: Sequence[Group], step: Step, caches: Caches | None) -> dict[str, Tensor]:
         """Return the logits of every member. Where groups fail, all have stopped when the first error is raised."""
         steps = _steps(groups, step)
-        inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()  # both are a thread's own
+        inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()  # all are a thread's own
+        kinds = {device.type for device in steps}
+        casts = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
 
         def run(group: Group) -> dict[str, Tensor]:
-            with torch.inference_mode(inference), torch.set_grad_enabled(grad):
+            with torch.inference_mode(inference), torch.set_grad_enabled(grad), ExitStack() as stack:
+                for kind, dtype in casts:
+                    stack.enter_context(torch.autocast(kind, dtype))
                 return _run_group(group, steps, caches, stream=self._stream(group))
 
         with ThreadPoolExecutor(len(groups)) as executor:
@@ -229,9 +234,13 @@ def _steps(groups: Sequence[Group], step: Step) -> dict[torch.device, Step]:
 def _forward(
     roles: Sequence[str], model: PreTrainedModel, contract: VocabularyContract, backbone: Backbone | None = None
 ) -> Forward:
-    plain = getattr(model, "_orig_mod", model)  # torch.compile hides the arguments of what it wraps
-    accepts = frozenset(inspect.signature(plain.forward).parameters)
+    accepts = frozenset(inspect.signature(_plain(model).forward).parameters)
     return Forward(tuple(_reader(role, contract) for role in roles), model, accepts, backbone)
+
+
+def _plain(model: Any) -> Any:
+    """The model that torch.compile wrapped, which hides the arguments of its forward; any other as it is."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _reader(role: str, contract: VocabularyContract) -> Reader:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapter_cases import save_adapter, save_base
 from conftest import Run
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
@@ -205,6 +206,33 @@ MISTAKES = {
     "existing": (["create", "ENSEMBLE", "MEMBERS"], "exists already and is not empty"),
     "folder and member": (["inspect", "ENSEMBLE", "--source-ft", "x"], "give the folder, or the members alone"),
     "a member as ensemble": (["inspect", "MEMBER"], "not an ensemble"),
+    "dtype of a role": (["inspect", "ENSEMBLE", "--dtype", "source_pt=int3"], "unknown dtype 'int3'"),
+    "dtype of nobody": (["inspect", "ENSEMBLE", "--dtype", "source=float16"], "--dtype 'source=float16'"),
+    "dtype twice": (["inspect", "ENSEMBLE", "--dtype", "float16", "--dtype", "auto"], "twice for all members"),
+    "device of a role": (["inspect", "ENSEMBLE", "--device", "target_pt=cuda:7"], "target_pt: device 'cuda:7' is not"),
+    "device of nobody": (["inspect", "ENSEMBLE", "--device", "nobody=cpu"], "one of source_ft, target_pt, source_pt"),
+    "device empty": (["inspect", "ENSEMBLE", "--device", "target_pt="], "--device 'target_pt='"),
+    "device twice": (["inspect", "ENSEMBLE", "--device", "source_pt=cpu", "--device", "source_pt=cpu"], "given twice"),
+    "quantize": (["inspect", "ENSEMBLE", "--quantize", "int3"], "int3"),
+    "quantize a role": (["inspect", "ENSEMBLE", "--quantize", "source_ft=nf4:int8"], "compute dtype 'int8'"),
+    "quantize without role": (["inspect", "ENSEMBLE", "--quantize", "=nf4"], "--quantize '=nf4'"),
+    "memory without auto": (["inspect", "ENSEMBLE", "--max-memory", "cpu=1GiB"], "without a strategy"),
+    "memory": (["inspect", "ENSEMBLE", "--device", "auto", "--max-memory", "cpu=lots"], "'cpu' is 'lots'"),
+    "memory no pair": (["inspect", "ENSEMBLE", "--device", "auto", "--max-memory", "1GiB"], "DEVICE=SIZE"),
+    "memory of nobody": (
+        ["inspect", "ENSEMBLE", "--device", "auto", "--max-memory", "nobody=cpu=1GiB"],
+        "max_memory of 'nobody' is 'cpu=1GiB'",
+    ),
+    "memory twice": (
+        ["inspect", "ENSEMBLE", "--device", "auto", "--max-memory", "cpu=1GiB,cpu=2GiB"],
+        "twice for 'cpu'",
+    ),
+    "adapter alone": (["inspect", "--source-ft-adapter", "x"], "--source-ft-adapter makes source_ft from --source-pt"),
+    "adapter and ft": (["inspect", "MEMBERS", "--source-ft-adapter", "x"], "and no --source-ft"),
+    "adapter nowhere": (["inspect", "REST", "--source-ft-adapter", "/nowhere"], "/nowhere/adapter_config.json is not"),
+    "adapter of another base": (["inspect", "REST", "--source-ft-adapter", "ADAPTER"], "made for another base"),
+    "adapter and folder": (["inspect", "ENSEMBLE", "--source-ft-adapter", "x"], "--source-ft-adapter"),
+    "member twice": (["inspect", "--rule", "eft", "--member", "source_ft=x", "--member", "source_ft=y"], "given twice"),
     "offline": (["inspect", "--rule", "eft", "--member", "source_ft=org/name", "REST"], "cannot be reached (offline)"),
 }
 
@@ -214,7 +242,15 @@ def test_a_mistake_is_one_line_and_writes_nothing(
     run: Run, ensemble: Path, members: list[str], tmp_path: Path, mistake: str
 ) -> None:
     arguments, message = MISTAKES[mistake]
-    replaced = {"ENSEMBLE": [str(ensemble)], "MEMBERS": members, "MEMBER": [members[1]], "REST": members[2:]}
+    if "ADAPTER" in arguments:
+        save_adapter(save_base(tmp_path / "wide", hidden_size=32), tmp_path / "lora")
+    replaced = {
+        "ADAPTER": [str(tmp_path / "lora")],
+        "ENSEMBLE": [str(ensemble)],
+        "MEMBERS": members,
+        "MEMBER": [members[1]],
+        "REST": members[2:],
+    }
     before = _tree(tmp_path)
     result = run(*[part for argument in arguments for part in replaced.get(argument, [argument])])
     assert message in result.error
@@ -224,6 +260,47 @@ def test_a_mistake_is_one_line_and_writes_nothing(
 
 def _tree(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_source_ft_adapter_is_source_ft(run: Run, members: list[str], folders: dict[str, Path], tmp_path: Path) -> None:
+    """The same text as the LoRA folder as a model of its own gives, on one copy of the weights."""
+    adapter = save_adapter(folders["source_pt"], tmp_path / "lora")
+    asked = ("--prompt", "hello", "--max-new-tokens", 9)
+    apart = run("generate", "--source-ft", adapter, *members[2:], *asked)
+    shared = run("generate", "--source-ft-adapter", adapter, *members[2:], *asked)
+    assert shared.code == 0, shared.err
+    assert shared.out == apart.out != run("generate", *members, *asked).out
+    assert run("create", tmp_path / "ens", "--source-ft-adapter", adapter, *members[2:]).code == 0
+    content = json.loads((tmp_path / "ens" / "config.json").read_text())["members"]
+    assert content["source_ft"] == {"model": "../m_source_pt", "adapter": "../lora"}
+    assert run("generate", tmp_path / "ens", *asked).out == shared.out
+
+
+def test_values_for_one_role_and_for_all(run: Run, ensemble: Path, tmp_path: Path) -> None:
+    """A role's own value comes before the one for all, in any order."""
+    arguments = ["--dtype", "source_pt=float16", "--dtype", "bfloat16", "--quantize", "target_pt=nf4:double"]
+    arguments += ["--device", "auto", "--device", "source_ft=cpu", "--max-memory", "target_pt=cpu=1GiB,disk=2GB"]
+    members = [part for role, name in TRIO.items() for part in ("--member", f"{role}={tmp_path / name}")]
+    result = run("create", tmp_path / "other", *members, *arguments, "--offload-folder", tmp_path / "off")
+    assert result.code == 0, result.err
+    content = json.loads((tmp_path / "other" / "config.json").read_text())["members"]
+    assert {role: member["dtype"] for role, member in content.items()} == {
+        "source_ft": "bfloat16",
+        "source_pt": "float16",
+        "target_pt": "bfloat16",
+    }
+    assert content["target_pt"]["quantization"] == {"method": "bnb-nf4", "double_quant": True}
+    assert content["target_pt"]["max_memory"] == {"cpu": "1GiB", "disk": "2GB"}
+    assert {role: member.get("device_map") for role, member in content.items()} == {
+        "source_ft": None,
+        "source_pt": "auto",
+        "target_pt": "auto",
+    }
+    back = ("--device", "cpu", "--quantize", "none", "--dtype", "auto", "--prompt", "hello", "--max-new-tokens", 5)
+    assert run("generate", tmp_path / "other", "--alpha", 0.5, *back).out == greedy(ensemble, "hello", 5) + "\n"
+
+
+TRIO = {"source_ft": "m_source_ft", "source_pt": "m_source_pt", "target_pt": "m_target_pt"}
 
 
 def test_nan_names_the_member_and_exits_with_1(run: Run, folders: dict[str, Path], members: list[str]) -> None:

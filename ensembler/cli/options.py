@@ -244,7 +244,10 @@ def _pairs(option: str, values: tuple[str, ...]) -> dict[str, str]:
     for value in values:
         role, equals, rest = value.partition("=")
         if not equals or not role or not rest:
-            raise ConfigError(f"{option} {value!r} is not of the form ROLE=VALUE")
+            form = "[ROLE=]DEVICE=SIZE,..." if option == "--max-memory" else "ROLE=VALUE"
+            raise ConfigError(f"{option} {value!r} is not of the form {form}")
+        if role in pairs:
+            raise ConfigError(f"{option} was given twice for {role!r}; give it once")
         pairs[role] = rest
     return pairs
 
