@@ -8,54 +8,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from conftest import Run
 from tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
 from ensembler import EnsembleForCausalLM, __version__
-from ensembler.cli import main as cli_main
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line of an error."""
-        lines = self.err.strip().splitlines()
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("Error: "), self.err
-        assert self.out == ""
-        return lines[0]
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run() -> Run:
-    """Run the command line in this process, errors and exit codes included."""
-
-    def run(*args: object, stdin: str | None = None) -> Result:
-        runner = CliRunner()
-        with runner.isolation(input=stdin) as (out, err, _):
-            try:
-                cli_main.main([str(arg) for arg in args])
-                code = 0
-            except SystemExit as stop:
-                code = int(stop.code or 0)
-        return Result(code, out.getvalue().decode(), err.getvalue().decode())
-
-    return run
 
 
 @pytest.fixture

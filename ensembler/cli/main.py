@@ -14,6 +14,7 @@ from ensembler.cli.chat import chat
 from ensembler.cli.create import create
 from ensembler.cli.generate import generate
 from ensembler.cli.inspect import inspect
+from ensembler.cli.score import score
 from ensembler.errors import EnsemblerError
 
 INTERRUPTED = 130
@@ -37,7 +38,7 @@ def cli(context: click.Context, debug: bool) -> None:
         click.echo(context.get_help())
 
 
-for command in (create, inspect, generate, chat):
+for command in (create, inspect, generate, score, chat):
     cli.add_command(command)
 
 
