@@ -87,6 +87,11 @@ def check_text(text: str, source: str) -> None:
     """Raise PromptError unless `text` says something and is text: half of a surrogate pair is not."""
     if not text.strip():
         raise PromptError(f"{source} is an empty prompt; give it some text")
+    check_utf8(text, source)
+
+
+def check_utf8(text: str, source: str) -> None:
+    """Raise PromptError where `text` holds half of a surrogate pair, which no tokenizer takes."""
     if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
         raise PromptError(f"{source} is not UTF-8 text (it holds half of a surrogate pair); convert it")
 

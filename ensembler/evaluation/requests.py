@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ensembler.decoding.prompts import Report, check_text, read_lines
+from ensembler.decoding.prompts import Report, check_utf8, read_lines
 from ensembler.errors import PromptError
 
 
@@ -43,7 +43,7 @@ class ScoringRequest:
         for index, continuation in enumerate(self.continuations):
             if not continuation:
                 which = f"choice {index}" if self.has_choices else "the continuation"
-                raise PromptError(f"{self.source}: {which} is no token of its own; give it some text")
+                raise PromptError(f"{self.source}: {which} is no token of its own; give it more text")
 
     @property
     def num_positions(self) -> int:
@@ -123,9 +123,11 @@ def encode_question(question: Question, tokenizer: Any) -> ScoringRequest:
     prompt is the tokenizer's begin token, or its end token where there is none.
     """
     for index, text in enumerate(question.continuations):
-        check_text(text, f"{question.source}, choice {index}," if question.has_choices else question.source)
-    if question.prompt.strip():
-        check_text(question.prompt, question.source)
+        if not text:
+            which = f"choice {index}" if question.has_choices else "the continuation"
+            raise PromptError(f"{question.source}: {which} is empty; give it some text")
+    for text in (question.prompt, *question.continuations):
+        check_utf8(text, question.source)
     prompt = question.prompt.rstrip()
     space = question.prompt[len(prompt) :]
     texts = [space + text for text in question.continuations]
