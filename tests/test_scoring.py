@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from scoring_cases import ALPHAS, CASES, Case, random_requests, reference
-from tiny import make_model, make_tokenizer
+from tiny import make_model, make_tokenizer, tables
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
@@ -306,6 +306,18 @@ def test_nan_names_the_member(tmp_path: Path, way: str) -> None:
     }[way]
     with pytest.raises(LogitsError, match="source_pt computed NaN"):
         run()
+
+
+def test_a_row_without_any_possible_token_names_its_lines() -> None:
+    anchor, other = tables(2)
+    with torch.no_grad():
+        anchor.table[5] = -math.inf
+    model = EnsembleForCausalLM.from_members(
+        rule="contrastive", alpha=0.5, members={"expert": anchor, "amateur": other}
+    )
+    request = ScoringRequest(0, (5,), ((7,),), "data.jsonl:1")
+    with pytest.raises(RunError, match=r"in the batch of data\.jsonl:1: row 0 at alpha 0\.5"):
+        list(score_together(model, make_batches([request], 1), [0.5]))
 
 
 def test_a_run_is_told_apart_by_all_that_its_scores_depend_on(tmp_path: Path) -> None:

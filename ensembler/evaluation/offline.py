@@ -50,8 +50,10 @@ class OfflineScoring:
         self._folder = folder
         self._done = done
         self._groups = group_members(checked.files)
+        # A dtype that torch names otherwise (of fp8 files) is computed in something wider; fp32 is the safe guess.
         sizes = {
-            member.role: torch.finfo(getattr(torch, member.dtype)).bits // 8 for member in summarise(checked).members
+            member.role: torch.finfo(getattr(torch, member.dtype, torch.float32)).bits // 8
+            for member in summarise(checked).members
         }
         self._row_bytes = {role: sizes[role] * width for role, width in checked.contract.widths.items()}
         self.num_bytes = sum(self._file_bytes(group, one) for group in self._groups for one in self._passes)
