@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +14,16 @@ from ensembler.cli.options import EnsembleOptions, ensemble_options
 from ensembler.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from ensembler.decoding.results import ResultsFile
     from ensembler.evaluation.batches import Batch
     from ensembler.evaluation.logits_folder import LogitsFolder
     from ensembler.evaluation.scoring import ScoredRequest
     from ensembler.preflight import CheckedEnsemble
 
-Advance = Callable[[int], None]
+    # Begins scoring and yields batches; it calls its argument with the number of lines that a member has finished.
+    Start = Callable[[Callable[[int], None]], Iterator[list[ScoredRequest]]]
 
 
 @click.command()
@@ -59,7 +62,6 @@ def score(
     if output is None and (resume or overwrite or offline_members):
         option = "resume" if resume else "overwrite" if overwrite else "offline-members"
         raise ConfigError(f"--{option} was given without --output; name the file")
-    from ensembler.cli.tables import print_scores, progress
     from ensembler.decoding.results import ResultsFile, check_output
     from ensembler.evaluation.batches import make_batches
     from ensembler.evaluation.logits_folder import LogitsFolder
@@ -89,27 +91,38 @@ def score(
     if offline_members:
         folder = LogitsFolder(Path(f"{output}.members"), run, resume=resume, overwrite=overwrite)
     num_rounds, start = _scorer(checked, batches, grid, folder, done)
+    with results or nullcontext():
+        _score(start, grid, results, num_rounds * (len(requests) - len(done)), as_json=as_json)
+
+
+def _score(
+    start: Start,
+    alphas: list[float],
+    results: ResultsFile | None,
+    num_steps: int,
+    *,
+    as_json: bool,
+) -> None:
+    """Hand on each row at once; a table, which has no other place to go, is printed at the end in input order."""
+    from ensembler.cli.tables import print_scores, progress
+
     waiting: list[ScoredRequest] = []
-    began, num_tokens = time.perf_counter(), 0
-    with (
-        results or nullcontext(),
-        progress(num_rounds * len(requests), shown=True, label="scoring") as advance,
-    ):
-        advance(num_rounds * len(done))
+    began, num_lines, num_tokens = time.perf_counter(), 0, 0
+    with progress(num_steps, shown=True, label="scoring") as advance:
         for scored in (one for batch in start(advance) for one in batch):
-            row = scored.to_row(grid)
+            row = scored.to_row(alphas)
             if results is not None:
                 results.append(row)
             if as_json:
                 click.echo(json.dumps(row, ensure_ascii=False))
-            elif output is None:
+            elif results is None:
                 waiting.append(scored)
+            num_lines += 1
             num_tokens += sum(score.num_tokens for score in scored.scores)
             advance(1)
     if waiting:
-        print_scores(sorted(waiting, key=lambda scored: scored.request.number), grid)
+        print_scores(sorted(waiting, key=lambda scored: scored.request.number), alphas)
     seconds = time.perf_counter() - began
-    num_lines = len(requests) - len(done)
     click.echo(f"lines: {num_lines}, tokens: {num_tokens}, seconds: {seconds:.1f}", err=True)
 
 
@@ -119,7 +132,7 @@ def _scorer(
     alphas: list[float],
     folder: LogitsFolder | None,
     done: frozenset[int],
-) -> tuple[int, Callable[[Advance], Iterator[list[ScoredRequest]]]]:
+) -> tuple[int, Start]:
     """How often the lines are gone over, and what starts it: all members at once, or one after another by `folder`."""
     if folder is None:
         from ensembler.evaluation.scoring import score_together
