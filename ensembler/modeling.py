@@ -25,10 +25,11 @@ from ensembler.backbones import Backbone
 from ensembler.cache import EnsembleCache
 from ensembler.config import EnsembleConfig, MemberConfig, check_known, check_roles
 from ensembler.distributed import World, combine_over_ranks, gather_over_ranks
-from ensembler.errors import ConfigError, InputError, LogitsError
+from ensembler.errors import ConfigError, InputError
 from ensembler.members import LoadedGroup, MemberFiles, group_members, load_group, shortest_context
 from ensembler.preflight import CheckedEnsemble, check_ensemble
-from ensembler.runners import Group, Runner, Step, choose_runner, plan_forwards
+from ensembler.rules import Rule
+from ensembler.runners import Group, Runner, Step, check_nan, choose_runner, plan_forwards
 from ensembler.vocab import VocabularyContract
 
 
@@ -66,14 +67,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         self.contract = contract
         self.world = world
         self.members = nn.ModuleDict({role: members[role] for role in rule.roles if role in members})
-        self.combination = Combination(
-            constant=tuple(rule.constant.get(role, 0.0) for role in rule.roles),
-            slope=tuple(rule.slope.get(role, 0.0) for role in rule.roles),
-            shared=contract.shared,
-            neutral=config.outside == "neutral",
-            raw=tuple(role in rule.raw_roles for role in rule.roles),
-            cutoff=rule.cutoff,
-        )
+        self.combination = make_combination(rule, contract, config.outside)
         self.tokenizer: Any | None = None
         self._files: dict[str, MemberFiles] = {}
         self._backbones = tuple(backbones)
@@ -362,7 +356,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     def _own_logits(self, step: Step, cache: EnsembleCache | None) -> dict[str, Tensor]:
         """The logits of this process's members."""
         logits = self.runner.run(self.groups, step, None if cache is None else cache.parts)
-        self._check_nan(logits)
+        check_nan(logits)
         return logits
 
     def combine(self, logits: Mapping[str, Tensor], alpha: float | Tensor | None = None) -> Tensor:
@@ -399,12 +393,6 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             found, wanted = (", ".join("+".join(roles) for roles in sorted(parts)) for parts in (cache.parts, expected))
             raise InputError(f"the cache is for {found}; the members run as {wanted}: make one with new_cache()")
 
-    def _check_nan(self, logits: Mapping[str, Tensor]) -> None:
-        found = torch.stack([values.isnan().any().to(self.device) for values in logits.values()])
-        for (role, values), is_nan in zip(logits.items(), found.tolist(), strict=True):
-            if is_nan:
-                raise LogitsError(f"{role} computed NaN logits in {values.dtype}; try another dtype for it")
-
     def _prepare_cache_for_generation(
         self,
         generation_config: GenerationConfig,
@@ -436,6 +424,18 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
                 raise InputError(f"{roles} ({kind}) keeps no key-value cache; call generate with use_cache=False")
             caches[forward.roles] = own["past_key_values"]
         model_kwargs["past_key_values"] = EnsembleCache(caches)
+
+
+def make_combination(rule: Rule, contract: VocabularyContract, outside: str) -> Combination:
+    """Return what the operations of `ensembler_kernels` take, for members in the order of the rule's roles."""
+    return Combination(
+        constant=tuple(rule.constant.get(role, 0.0) for role in rule.roles),
+        slope=tuple(rule.slope.get(role, 0.0) for role in rule.roles),
+        shared=contract.shared,
+        neutral=outside == "neutral",
+        raw=tuple(role in rule.raw_roles for role in rule.roles),
+        cutoff=rule.cutoff,
+    )
 
 
 _LEFT_BY_GENERATE = {"tokenizer", "assistant_tokenizer"}  # generate hands its own arguments on to forward

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from ensembler.backbones import Backbone
-from ensembler.errors import EnsemblerError, RunError
+from ensembler.errors import EnsemblerError, LogitsError, RunError
 from ensembler.members import out_of_memory
 from ensembler.sources import one_line
 from ensembler.vocab import VocabularyContract
@@ -214,6 +214,15 @@ def choose_runner(groups: Sequence[Group]) -> Runner:
     """Threads where members are on different devices; on one device they would only wait for each other."""
     devices = {forward.device for group in groups for forward in group}
     return ThreadsRunner() if len(devices) > 1 else SerialRunner()
+
+
+def check_nan(logits: Mapping[str, Tensor]) -> None:
+    """Raise LogitsError naming the member that computed NaN; `logits` by role, on any devices."""
+    device = next(iter(logits.values())).device
+    found = torch.stack([values.isnan().any().to(device) for values in logits.values()])
+    for (role, values), is_nan in zip(logits.items(), found.tolist(), strict=True):
+        if is_nan:
+            raise LogitsError(f"{role} computed NaN logits in {values.dtype}; try another dtype for it")
 
 
 def _run_group(

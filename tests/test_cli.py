@@ -36,7 +36,7 @@ def greedy(folder: Path, text: str, num: int) -> str:
 
 def test_version_and_help(run: Run) -> None:
     assert run("--version").out == f"ensembler, version {__version__}\n"
-    for command in ("create", "inspect", "plan", "generate", "chat"):
+    for command in ("create", "inspect", "plan", "generate", "score", "chat"):
         result = run(command, "--help")
         assert result.code == 0
         assert "--source-ft" in result.out

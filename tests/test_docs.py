@@ -34,11 +34,14 @@ PYTHON = [
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_commands_on_the_demo_run(page: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "prompts.jsonl").write_text((demo_folder() / "data" / "examples.jsonl").read_text("utf-8"))
+    questions = re.findall(r"```json\n(.*?)```", (ROOT / "docs" / "scoring.md").read_text("utf-8"), re.DOTALL)
+    (tmp_path / "questions.jsonl").write_text(questions[0])
     monkeypatch.chdir(tmp_path)
     line = line.split("  #")[0]
     result = CliRunner().invoke(cli, shlex.split(line)[1:], catch_exceptions=False)
     assert result.exit_code == 0, f"{page}: {line}\n{result.output}"
-    assert result.stdout or (tmp_path / "answers.jsonl").read_text(), f"{page}: {line} gave nothing"
+    written = [tmp_path / name for name in ("answers.jsonl", "scores.jsonl")]
+    assert result.stdout or [path for path in written if path.is_file() and path.read_text()], f"{page}: {line}"
 
 
 @pytest.mark.parametrize(("page", "code"), PYTHON)

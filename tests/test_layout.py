@@ -131,6 +131,9 @@ def test_exported_kernels() -> None:
         "import sys, runpy; sys.argv = ['ensembler', '--help']\n"
         "try: runpy.run_module('ensembler', run_name='__main__')\n"
         "except SystemExit as end: assert not end.code, end.code",
+        "import sys, runpy; sys.argv = ['ensembler', 'score', '--help']\n"
+        "try: runpy.run_module('ensembler', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code, end.code",
     ],
 )
 def test_no_torch_is_loaded(code: str) -> None:

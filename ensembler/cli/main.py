@@ -15,6 +15,7 @@ from ensembler.cli.create import create
 from ensembler.cli.generate import generate
 from ensembler.cli.inspect import inspect
 from ensembler.cli.plan import plan
+from ensembler.cli.score import score
 from ensembler.errors import ConfigError, EnsemblerError, RankError
 from ensembler.launch import num_ranks, this_rank
 
@@ -45,7 +46,7 @@ def cli(context: click.Context, debug: bool) -> None:
         )
 
 
-for command in (create, inspect, plan, generate, chat):
+for command in (create, inspect, plan, generate, score, chat):
     cli.add_command(command)
 
 

@@ -119,6 +119,15 @@ class EnsembleOptions:
         return config
 
 
+_ALPHA = click.option(
+    "--alpha", type=float, help="Strength of the log-ratio; 0 is the anchor.  [default: folder's, or 1]"
+)
+_ALPHA_GRID = click.option(
+    "--alpha",
+    type=float,
+    multiple=True,
+    help="Strength of the log-ratio; 0 is the anchor; repeat it for several.  [default: folder's, or 1]",
+)
 _ENSEMBLE_OPTIONS = (
     click.option("--source-ft", metavar="MODEL", help="The old fine-tuned model: a folder, a hub id or a LoRA folder."),
     click.option(
@@ -130,7 +139,7 @@ _ENSEMBLE_OPTIONS = (
     click.option(
         "--rule", metavar="RULE", help=f"One of {', '.join(RULE_NAMES)}.  [default: folder's, or base-change]"
     ),
-    click.option("--alpha", type=float, help="Strength of the log-ratio; 0 is the anchor.  [default: folder's, or 1]"),
+    _ALPHA,
     click.option("--constant", multiple=True, metavar="ROLE=NUMBER", help="A constant of the rule linear; repeat it."),
     click.option("--slope", multiple=True, metavar="ROLE=NUMBER", help="A slope of the rule linear; repeat it."),
     click.option("--cutoff", type=float, help="Plausibility cut-off of the rule contrastive.  [default: 0.1]"),
@@ -191,19 +200,25 @@ _PLAN_OPTIONS = (
 )
 
 
-def ensemble_options(*, argument: bool = True) -> Callable[[Command], Command]:
-    """Add the options that say which ensemble; the command gets them as one `EnsembleOptions`."""
+def ensemble_options(*, argument: bool = True, grid: bool = False) -> Callable[[Command], Command]:
+    """Add the options that say which ensemble; the command gets them as one `EnsembleOptions`.
+
+    With `grid`, --alpha may be repeated; the command gets all of them under `alphas`, the options the first.
+    """
 
     def decorate(function: Command) -> Command:
         @wraps(function)
         def collected(*args: Any, ensemble: str | None = None, **kwargs: Any) -> Any:
             names = [field.name for field in fields(EnsembleOptions) if field.name != "ensemble"]
+            if grid:
+                kwargs["alphas"] = kwargs["alpha"]
+                kwargs["alpha"] = next(iter(kwargs["alphas"]), None)
             given = EnsembleOptions(ensemble=ensemble, **{name: kwargs.pop(name) for name in names})
             return function(*args, given=given, **kwargs)
 
         command: Any = collected
         for option in reversed(_ENSEMBLE_OPTIONS):
-            command = option(command)
+            command = (_ALPHA_GRID if grid and option is _ALPHA else option)(command)
         if argument:
             command = click.argument("ensemble", required=False)(command)
         result: Command = command

@@ -16,6 +16,7 @@ from ensembler.planning.budgets import show_size
 
 if TYPE_CHECKING:
     from ensembler.decoding.explain import Candidate, Choice
+    from ensembler.evaluation.scoring import ScoredRequest
     from ensembler.inspection import EnsembleSummary
     from ensembler.planning.placement import Proposal
 
@@ -130,8 +131,28 @@ def print_next_tokens(
     out.print(f"\n{line}", markup=False)
 
 
+def print_scores(scored: Sequence[ScoredRequest], alphas: Sequence[float]) -> None:
+    """Print a line for each continuation and α."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in ("number", "choice", "alpha", "log_prob", "per token", "num_tokens", "greedy"):
+        table.add_column(name, justify="right")
+    for one in scored:
+        for choice, score in enumerate(one.scores):
+            for alpha, log_prob, is_greedy in zip(alphas, score.log_probs, score.is_greedy, strict=True):
+                table.add_row(
+                    str(one.request.number),
+                    str(choice) if one.request.has_choices else "-",
+                    f"{alpha:g}",
+                    f"{log_prob:.4f}",
+                    f"{log_prob / score.num_tokens:.4f}",
+                    str(score.num_tokens),
+                    "yes" if is_greedy else "no",
+                )
+    console().print(table)
+
+
 @contextmanager
-def progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
+def progress(total: int, *, shown: bool, label: str = "decoding") -> Iterator[Callable[[int], None]]:
     """Yield a function that advances a progress bar on standard error (on a terminal, where `shown`)."""
     with Progress(
         *Progress.get_default_columns(),
@@ -140,7 +161,7 @@ def progress(total: int, *, shown: bool) -> Iterator[Callable[[int], None]]:
         transient=True,
         disable=not shown or not sys.stderr.isatty(),
     ) as bar:
-        task = bar.add_task("decoding", total=total)
+        task = bar.add_task(label, total=total)
         yield lambda steps: bar.advance(task, steps)
 
 

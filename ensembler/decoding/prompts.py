@@ -7,12 +7,13 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ensembler.errors import PromptError
 from ensembler.extras import require
 
 Report = Callable[[str], None]
+Line = TypeVar("Line")
 
 
 @dataclass(frozen=True)
@@ -37,41 +38,60 @@ def read_prompts(path: Path, *, skip: Report | None = None) -> list[Prompt]:
 
     A broken line raises PromptError with file and line number; with `skip`, it is called with the message instead.
     """
+    return read_lines(path, _prompt, holds='prompts; expected lines such as {"prompt": "..."}', skip=skip)
+
+
+def _prompt(value: Any, number: int, source: str) -> Prompt:
+    text = value.get("prompt") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        raise PromptError(f'{source} has no text under \'prompt\'; expected {{"prompt": "..."}}')
+    return Prompt(number, text, source)
+
+
+def read_lines(
+    path: Path, parse: Callable[[Any, int, str], Line], *, holds: str, skip: Report | None = None
+) -> list[Line]:
+    """Return `parse(value, number, source)` of every JSON line of a file; lines count from 0, empty ones too.
+
+    `holds` says in an error what the file should hold. A line that is no JSON, or for which `parse` raises PromptError,
+    raises it; with `skip`, it is called with the message instead.
+    """
     try:
         content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise PromptError(f"{path} cannot be read: {error.strerror}; give a file of JSON lines") from error
-    prompts = []
+    found = []
     for number, line in enumerate(content.removesuffix(b"\n").split(b"\n") if content else []):
         source = f"{path}:{number + 1}"
         if not line.strip():
             continue
         try:
-            prompts.append(Prompt(number, _parse(line, source), source))
+            found.append(parse(_value(line, source), number, source))
         except PromptError as error:
             if skip is None:
                 raise PromptError(f"{error}; mend the line or add --skip-bad") from error
             skip(str(error))
-    if not prompts:
-        raise PromptError(f'{path} holds no prompts; expected lines such as {{"prompt": "..."}}')
-    return prompts
+    if not found:
+        raise PromptError(f"{path} holds no {holds}")
+    return found
 
 
-def _parse(line: bytes, source: str) -> str:
+def _value(line: bytes, source: str) -> Any:
     try:
-        value = json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"))
     except ValueError as error:
         raise PromptError(f"{source} is no JSON in UTF-8 ({error}); expected one object per line") from error
-    text = value.get("prompt") if isinstance(value, dict) else value
-    if not isinstance(text, str):
-        raise PromptError(f'{source} has no text under \'prompt\'; expected {{"prompt": "..."}}')
-    return text
 
 
 def check_text(text: str, source: str) -> None:
     """Raise PromptError unless `text` says something and is text: half of a surrogate pair is not."""
     if not text.strip():
         raise PromptError(f"{source} is an empty prompt; give it some text")
+    check_utf8(text, source)
+
+
+def check_utf8(text: str, source: str) -> None:
+    """Raise PromptError where `text` holds half of a surrogate pair, which no tokenizer takes."""
     if not text.isprintable() and any("\ud800" <= character <= "\udfff" for character in text):
         raise PromptError(f"{source} is not UTF-8 text (it holds half of a surrogate pair); convert it")
 

@@ -27,7 +27,8 @@ class ResultsFile:
     """Rows with a 'number', one JSON line each.
 
     Each row also holds `run`, the fingerprint of the settings that it was made with: `resume` takes up only a file of
-    the same run. Rows are written as they come; `finish` puts them in the order of their numbers in one rename.
+    the same run. Nothing is written before it is entered as a context; rows are written as they come, and `finish` puts
+    them in the order of their numbers in one rename.
     """
 
     def __init__(self, path: Path, run: str, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -37,8 +38,6 @@ class ResultsFile:
         self._rows: dict[int, dict[str, Any]] = {}
         if path.exists() and resume:
             self._rows = _read_rows(path, run)
-        self._write_sorted()
-        self._file = path.open("a", encoding="utf-8")
 
     @property
     def done(self) -> frozenset[int]:
@@ -57,6 +56,8 @@ class ResultsFile:
         self._write_sorted()
 
     def __enter__(self) -> Self:
+        self._write_sorted()
+        self._file = self.path.open("a", encoding="utf-8")
         return self
 
     def __exit__(

@@ -1,0 +1,1 @@
+"""Evaluation: how probable given texts are under an ensemble, for many α at once."""
