@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -129,8 +128,9 @@ def memory_of(kind: str, folder: Path, num_tokens: int, prompt: Tensor) -> float
 
 
 def resident_mb() -> float:
-    """The largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    """The largest resident size of this process so far; getrusage would count that of the process which started it."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) * 1024 / 1e6
 
 
 def spread(values: list[float]) -> tuple[float, float]:
