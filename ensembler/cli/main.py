@@ -14,6 +14,7 @@ from ensembler.cli.chat import chat
 from ensembler.cli.create import create
 from ensembler.cli.generate import generate
 from ensembler.cli.inspect import inspect
+from ensembler.cli.patch import patch
 from ensembler.errors import EnsemblerError
 
 INTERRUPTED = 130
@@ -37,7 +38,7 @@ def cli(context: click.Context, debug: bool) -> None:
         click.echo(context.get_help())
 
 
-for command in (create, inspect, generate, chat):
+for command in (create, inspect, generate, chat, patch):
     cli.add_command(command)
 
 
@@ -51,7 +52,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         code = cli.main(arguments, prog_name="ensembler", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
-        code = _fail("interrupted; finished rows of an --output file are kept, go on with --resume", INTERRUPTED)
+        kept = "finished rows of an --output file are kept, go on with --resume; nothing half-written is left"
+        code = _fail(f"interrupted; {kept}", INTERRUPTED)
     except EnsemblerError as error:
         code = _fail(str(error), error.exit_code)
     except click.ClickException as error:
