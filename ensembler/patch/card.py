@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ensembler.patch.formats import Patch
 from ensembler.patch.headers import fingerprint, stored_tensors
 from ensembler.patch.layout import CARD
+from ensembler.patch.places import model_name
 from ensembler.patch.plan import Plan
 
 _TEXT = """
@@ -33,11 +34,13 @@ shape and the first 4 KiB of every tensor in the order of names.
 def write_card(plan: Plan, made: Path, title: str) -> None:
     """Write the card of the patched model in `made`, with the licence and languages that the model's own card says."""
     written = [tensor for file in made.glob("*.safetensors") for tensor in stored_tensors(file).values()]
-    data = ModelCardData(base_model=plan.model.name, tags=["ensembler", "model-patch"], **_kept(plan.model / CARD))
+    data = ModelCardData(
+        base_model=model_name(plan.model), tags=["ensembler", "model-patch"], **_kept(plan.model / CARD)
+    )
     text = _TEXT.format(
         title=title,
         count="a patch" if len(plan.parts) == 1 else f"{len(plan.parts)} patches",
-        model=plan.model.name,
+        model=model_name(plan.model),
         before=f"fingerprint {fingerprint(plan.tensors.values())}",
         rows="\n".join(_row(patch, scale) for patch, scale in plan.parts),
         num_changed=len(plan.names),
@@ -51,7 +54,7 @@ def write_card(plan: Plan, made: Path, title: str) -> None:
 def _row(patch: Patch, scale: float) -> str:
     hashes = ", ".join(f"{path.name} {_sha256(path)}" for path in patch.files)
     base = Path(patch.base).name if patch.base else "not said"
-    return f"| patch | {patch.folder.resolve().name} | {base} | {scale:g} | {hashes} |"
+    return f"| patch | {model_name(patch.folder)} | {base} | {scale:g} | {hashes} |"
 
 
 def _sha256(path: Path) -> str:

@@ -26,3 +26,11 @@ def local_folder(name: str) -> Path:
         raise PatchError(
             f"{name!r} is neither a folder here nor to be had from the hub ({reason}); give one"
         ) from error
+
+
+def model_name(folder: Path) -> str:
+    """What a model is called: its id on the hub where `folder` is in the hub's cache, else the folder's name."""
+    path = folder.absolute()
+    if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
+        return path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    return folder.resolve().name

@@ -11,8 +11,9 @@ from pathlib import Path
 from ensembler.errors import PatchError
 from ensembler.patch.formats import LowRank, Patch, read_patch
 from ensembler.patch.headers import FLOATS, StoredTensor, fingerprint, listed, model_tensors, read_json
+from ensembler.patch.places import model_name
 
-_HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _FUSED = ("qkv_proj", "query_key_value", "gate_up_proj", "c_attn", "Wqkv", "attn_qkv", "in_proj")
 
 
@@ -51,7 +52,7 @@ def make_plan(parts: Sequence[Part], model: Path, *, allow_pickle: bool = False)
     Raises PatchError (a module, shape, dtype or kind that does not fit) or MemberError (a file that is not whole).
     """
     tensors = model_tensors(model)
-    tied = _is_tied(model, tensors)
+    tied = is_tied(model, tensors)
     read = []
     for part in parts:
         if not math.isfinite(part.scale):
@@ -79,13 +80,13 @@ def other_base(patch: Patch, model: Path, tensors: Mapping[str, StoredTensor]) -
     if patch.base_fingerprint is not None:
         same = patch.base_fingerprint == fingerprint(tensors.values())
     else:
-        same = patch.base is None or patch.base.rstrip("/").split("/")[-1] == model.resolve().name
+        same = patch.base is None or Path(patch.base).name == Path(model_name(model)).name
     return None if same else f"{patch.folder} was made for {patch.base}; this is {model}"
 
 
-def _is_tied(model: Path, tensors: Mapping[str, StoredTensor]) -> bool:
+def is_tied(model: Path, tensors: Mapping[str, StoredTensor]) -> bool:
     """Whether input embedding and output head are one tensor."""
-    return not any(head in tensors for head in _HEADS) or bool(
+    return not any(head in tensors for head in HEADS) or bool(
         read_json(model / "config.json").get("tie_word_embeddings", False)
     )
 
@@ -94,7 +95,7 @@ def _check_names(patch: Patch, model: Path, tensors: Mapping[str, StoredTensor],
     missing = sorted(name for name in patch.names if name not in tensors)
     if tied:
         # One tensor in two roles: adding what was learned for one would change the other.
-        apart = [*(name for name in patch.names if name in _HEADS), *_embeddings(patch)]
+        apart = [*(name for name in patch.names if name in HEADS), *_embeddings(patch)]
         if apart:
             raise PatchError(
                 f"{patch.folder} changes {apart[0]}, and {model} ties its input embedding to its output head, so both "
