@@ -81,3 +81,98 @@ def _check_dtype(dtype: str | None) -> None:
 
     if dtype is not None and dtype not in FLOATS:
         raise ConfigError(f"unknown dtype {dtype!r}; expected one of: {', '.join(FLOATS)}")
+
+
+@patch.command()
+@click.option("--base", required=True, metavar="MODEL", help="The model before the fine-tuning, θ.")
+@click.option("--finetuned", required=True, metavar="MODEL", help="The model after it, θ_i.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The new patch folder.")
+@click.option("--rank", type=int, help="Keep this many singular values of every matrix.")
+@click.option("--energy", type=float, help="Keep this share of every matrix's ‖Δ‖².  [default: 0.95]")
+@click.option("--full", is_flag=True, help="Keep every delta as it is: as large as the model.")
+@click.option("--dtype", default="float32", show_default=True, metavar="DTYPE", help="Of the factors and deltas.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def extract(
+    base: str,
+    finetuned: str,
+    out: Path,
+    rank: int | None,
+    energy: float | None,
+    full: bool,
+    dtype: str,
+    as_json: bool,
+) -> None:
+    """Write the difference of two models to DIR: a LoRA that PEFT reads, and beside it what no LoRA holds.
+
+    Norms, biases and other deltas that are no matrix are kept in full in DIR/deltas.safetensors, which `patch apply`
+    adds and PEFT alone would not.
+
+    \b
+    ensembler patch extract --base mistralai/Mistral-7B-v0.1 --finetuned ./my-tuned --out ./my-patch --rank 16
+    """
+    import json
+
+    from ensembler.cli.tables import byte_progress, print_extracted
+    from ensembler.patch.extract import extract_patch
+    from ensembler.patch.headers import model_tensors
+    from ensembler.patch.places import local_folder
+
+    _check_dtype(dtype)
+    if rank is None and energy is None and not full:
+        energy = 0.95
+    tuned = local_folder(finetuned)
+    num_bytes = sum(tensor.num_bytes for tensor in model_tensors(tuned).values())
+    with byte_progress("comparing", num_bytes) as advance:
+        done = extract_patch(
+            local_folder(base), tuned, out, rank=rank, energy=energy, full=full, dtype=dtype, advance=advance
+        )
+    if as_json:
+        click.echo(json.dumps(done.to_dict(), indent=2))
+    else:
+        print_extracted(done)
+
+
+@patch.command()
+@click.argument("patch")
+@click.option("--to", metavar="MODEL", help="Measure θ′ + Δθ_i and what rounding loses, of this model θ′.")
+@click.option("--base", metavar="MODEL", help="Measure Δθ_i against θ′ - θ, with this θ.")
+@click.option("--other", metavar="PATCH2", help="Measure the residual Δθ′_i - Δθ_i, with this Δθ′_i.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--png", type=click.Path(path_type=Path), metavar="FILE", help="Draw sizes over layers and modules.")
+@click.option("--force", is_flag=True, help="Do not warn when PATCH was made for another model than --base.")
+@click.option("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
+def inspect(
+    patch: str,
+    to: str | None,
+    base: str | None,
+    other: str | None,
+    as_json: bool,
+    png: Path | None,
+    force: bool,
+    allow_pickle: bool,
+) -> None:
+    """Show how large PATCH is, module by module: Table 1 of PortLLM for any model.
+
+    \b
+    ensembler patch inspect ./my-lora --to ./mistral-updated --base ./mistral --png my-lora.png
+    """
+    import json
+
+    from ensembler.cli.tables import print_patch
+    from ensembler.patch.heatmap import save_heatmap
+    from ensembler.patch.inspect import inspect_patch
+    from ensembler.patch.places import local_folder
+
+    places = {
+        name: None if given is None else local_folder(given)
+        for name, given in (("model", to), ("base", base), ("other", other))
+    }
+    report = inspect_patch(local_folder(patch), **places, allow_pickle=allow_pickle)
+    for notice in (*report.notes, *(() if force else report.warnings)):
+        click.echo(f"Note: {notice}", err=True)
+    if png is not None:
+        save_heatmap(report, png)
+    if as_json:
+        click.echo(json.dumps(report.to_dict(), ensure_ascii=False, indent=2))
+    else:
+        print_patch(report)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,10 @@ class Extracted:
         """Σ kept ‖Δ‖_F² over Σ ‖Δ‖_F²."""
         total = sum(kept.norm**2 for kept in self.kept)
         return sum(kept.energy * kept.norm**2 for kept in self.kept) / total
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the patch's record and for --json."""
+        return {"energy": self.energy, "num_equal": self.num_equal, "kept": [asdict(kept) for kept in self.kept]}
 
 
 def extract_patch(
@@ -114,9 +119,7 @@ def extract_patch(
             "base_fingerprint": fingerprint(old.values()),
             "finetuned": model_name(finetuned),
             "finetuned_fingerprint": fingerprint(new.values()),
-            "energy": extracted.energy,
-            "num_equal": extracted.num_equal,
-            "kept": [asdict(entry) for entry in kept],
+            **extracted.to_dict(),
         }
         (made / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return extracted
