@@ -163,11 +163,8 @@ def inspect(
     from ensembler.patch.inspect import inspect_patch
     from ensembler.patch.places import local_folder
 
-    places = {
-        name: None if given is None else local_folder(given)
-        for name, given in (("model", to), ("base", base), ("other", other))
-    }
-    report = inspect_patch(local_folder(patch), **places, allow_pickle=allow_pickle)
+    model, old, theirs = (None if name is None else local_folder(name) for name in (to, base, other))
+    report = inspect_patch(local_folder(patch), model=model, base=old, other=theirs, allow_pickle=allow_pickle)
     for notice in (*report.notes, *(() if force else report.warnings)):
         click.echo(f"Note: {notice}", err=True)
     if png is not None:

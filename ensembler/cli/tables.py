@@ -178,7 +178,7 @@ def print_patch(report: PatchReport) -> None:
     out.print()
     for key, value in report.overall().items():
         out.print(f"{key.replace('_', ' '):24}{_number(value)}", markup=False)
-    out.print(f"\n{report.advice()}", markup=False)
+    out.print(f"\n{report.advice()}", markup=False, soft_wrap=True)
 
 
 def _plain_table(columns: Sequence[str]) -> Table:

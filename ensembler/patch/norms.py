@@ -81,8 +81,8 @@ def difference(first: Update, second: Update) -> Update:
     """first - second: two LoRAs give factors side by side, never their product."""
     if isinstance(first, Factors) and isinstance(second, Factors):
         return Factors(torch.cat([first.left, -second.left], 1), torch.cat([first.right, second.right]))
-    zero = torch.zeros((first if isinstance(first, Dense) else second).values.shape)
-    return Dense(first.added_to(zero.clone()) - second.added_to(zero))
+    dense = next(update.values for update in (first, second) if isinstance(update, Dense))
+    return Dense(first.added_to(torch.zeros_like(dense)) - second.added_to(torch.zeros_like(dense)))
 
 
 def size_of_matrix(matrix: Tensor) -> Size:
