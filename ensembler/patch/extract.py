@@ -113,15 +113,7 @@ def extract_patch(
         extracted = Extracted(out, tuple(kept), len(new) - len(kept))
         if any(entry.rank is not None for entry in kept):
             _write_adapter_config(made, extracted, base, transposed="transposed" in kinds.values())
-        record = {
-            "made_by": f"ensembler patch extract {__version__}",
-            "base": _recorded_name(base, out),
-            "base_fingerprint": fingerprint(old.values()),
-            "finetuned": model_name(finetuned),
-            "finetuned_fingerprint": fingerprint(new.values()),
-            **extracted.to_dict(),
-        }
-        (made / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        _write_record(made, extracted, base, old, finetuned, new)
     return extracted
 
 
@@ -228,6 +220,26 @@ def _write_adapter_config(made: Path, extracted: Extracted, base: Path, *, trans
         fan_in_fan_out=transposed,
         inference_mode=True,
     ).save_pretrained(made)
+
+
+def _write_record(
+    made: Path,
+    extracted: Extracted,
+    base: Path,
+    old: Mapping[str, StoredTensor],
+    finetuned: Path,
+    new: Mapping[str, StoredTensor],
+) -> None:
+    """Say what the patch was made of; the fingerprints know both models again under any name."""
+    record = {
+        "made_by": f"ensembler patch extract {__version__}",
+        "base": _recorded_name(base, extracted.out),
+        "base_fingerprint": fingerprint(old.values()),
+        "finetuned": model_name(finetuned),
+        "finetuned_fingerprint": fingerprint(new.values()),
+        **extracted.to_dict(),
+    }
+    (made / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _recorded_name(base: Path, out: Path) -> str:
