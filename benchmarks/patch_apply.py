@@ -22,8 +22,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "patch_apply.jsonl"
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -200,6 +202,30 @@ def spread(values: list[float]) -> tuple[float, float]:
     return round(min(values), 4), round(max(values), 4)
 
 
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """The table of docs/patches.md, a column for every row."""
+    print("| | " + " | ".join(row["model"] for row in rows) + " |")
+    print("|---" * (len(rows) + 1) + "|")
+    lines: dict[str, Callable[[dict[str, Any]], str]] = {
+        "weights": lambda row: f"{row['num_bytes'] / 1e9:.2f} GB {row['dtype']}, {row['num_files']} files",
+        "`cp -r`": lambda row: f"{row['cp_seconds']:.2f} s ({row['cp_spread'][0]:.2f} to {row['cp_spread'][1]:.2f})",
+        "patch apply": lambda row: (
+            f"{row['apply_seconds']:.2f} s ({row['apply_spread'][0]:.2f} to {row['apply_spread'][1]:.2f})"
+        ),
+        "apply over cp": lambda row: (
+            f"{row['ratio']:.2f} ({row['ratio_spread'][0]:.2f} to {row['ratio_spread'][1]:.2f})"
+        ),
+        "start of the process": lambda row: f"{row['start_seconds']:.1f} s",
+        "peak memory": lambda row: f"{row['apply_peak_mb']:.0f} MB",
+        "300 MB + 4 largest tensors": lambda row: f"{row['allowed_peak_mb']:.0f} MB",
+        "PEFT: load, merge, save": lambda row: f"{row['peft_seconds']:.1f} s",
+        "PEFT: peak memory": lambda row: f"{row['peft_peak_mb']:.0f} MB",
+        "`--check`, with its start": lambda row: f"{row['check_seconds']:.1f} s",
+    }
+    for name, show in lines.items():
+        print(f"| {name} | " + " | ".join(map(show, rows)) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
@@ -208,8 +234,12 @@ def main() -> None:
     parser.add_argument("--peft-repeats", type=int, default=3)
     parser.add_argument("--disk", type=Path, help="where results are written (default: the temporary folder)")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="only print the rows as a table")
     parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.table:
+        print_table([json.loads(line) for line in args.results.read_text("utf-8").splitlines()])
+        return
     if args.work:
         kind, model, lora, out = args.work[0], *map(Path, args.work[1:])
         if kind == "lora":

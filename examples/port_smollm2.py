@@ -30,13 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ensembler.patch.inspect import inspect_patch
 from make_smollm2_trio import LABELS, PROMPT, SEED, review_batch, save, train
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ensembler.patch.apply import apply_patches
+from ensembler.patch.inspect import inspect_patch
 from ensembler.patch.plan import Part
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -46,15 +46,21 @@ PIECE = 128  # tokens
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("base", type=Path)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("base", type=Path, nargs="?")
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--epochs", type=int, default=5, help="passes over the reviews (the paper's 5)")
     parser.add_argument("--reviews", type=int, help="SST-2 rows of a pass (default: all)")
     parser.add_argument("--text-epochs", type=int, default=4, help="passes over the text (the paper's 4)")
     parser.add_argument("--text-pieces", type=int, help=f"pieces of {PIECE} tokens in a pass (default: all)")
     parser.add_argument("--results", type=Path, help="where rows go (default: OUT/rows.jsonl)")
+    parser.add_argument("--table", action="store_true", help="only print the rows of --results as tables")
     args = parser.parse_args()
+    if args.table:
+        print_tables(read_rows(args.results))
+        return
+    if args.out is None:
+        parser.error("give BASE, DATA and OUT")
     out: Path = args.out
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(args.base)
@@ -101,6 +107,24 @@ def append(results: Path, row: dict[str, Any]) -> None:
     with results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print(json.dumps(row, ensure_ascii=False))
+
+
+def print_tables(rows: list[dict[str, Any]]) -> None:
+    """The tables of docs/patches.md."""
+    print("| model | SST-2 dev accuracy | standard error | correct |")
+    print("|---|---|---|---|")
+    for row in rows:
+        if "accuracy" in row:
+            accuracy, error = 100 * row["accuracy"], 100 * row["standard_error"]
+            print(f"| {row['name']} | {accuracy:.1f} % | {error:.1f} | {row['correct']} of {row['rows']} |")
+    (norms,) = [row for row in rows if row["name"] == "Table 1"]
+    print("\n| term | | all matrices as one | mean over matrices |")
+    print("|---|---|---|---|")
+    for key, term in (("patched", "θ′ + Δθ_i"), ("residual", "Δθ′_i - Δθ_i"), ("patch", "Δθ_i"), ("ratio", "ratio")):
+        for kind, sign in (("sigma_max", "σ_max"), ("frobenius", "‖·‖_F")):
+            print(f"| {term} | {sign} | {norms[f'{key}_{kind}']:.4g} | {norms[f'{key}_{kind}_mean']:.4g} |")
+    print(f"| θ′ - θ | ‖·‖_F | {norms['update_frobenius']:.4g} | |")
+    print(f"| cosine of Δθ_i with θ′ - θ | | {norms['cosine']:.2g} | |")
 
 
 def text_pieces(folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[Tensor]:
