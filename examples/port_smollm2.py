@@ -179,14 +179,21 @@ def add(patch: Path, model: Path, out: Path) -> None:
 
 @torch.inference_mode()
 def num_correct(folder: Path, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many reviews get the right one of the two labels, by the label's first token."""
+    """How many reviews get the right one of the two labels, by the label's first token; 32 of like length at once."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     labels = {label: tokenizer(text, add_special_tokens=False)["input_ids"][0] for label, text in LABELS.items()}
+    texts = [tokenizer(PROMPT.format(sentence=row["sentence"].strip()))["input_ids"] for row in rows]
+    order = sorted(range(len(rows)), key=lambda index: len(texts[index]))
     correct = 0
-    for row in rows:
-        ids = tokenizer(PROMPT.format(sentence=row["sentence"].strip()), return_tensors="pt")["input_ids"]
-        logits = model(ids, logits_to_keep=1).logits[0, -1]
-        correct += max(labels, key=lambda label: logits[labels[label]].item()) == row["label"]
+    for batch in (order[start : start + 32] for start in range(0, len(order), 32)):
+        longest = len(texts[batch[-1]])
+        gaps = [longest - len(texts[index]) for index in batch]
+        ids = torch.tensor([[0] * gap + texts[index] for gap, index in zip(gaps, batch, strict=True)])
+        mask = torch.tensor([[0] * gap + [1] * (longest - gap) for gap in gaps])
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = model(ids, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits[:, -1]
+        for index, row in zip(batch, logits, strict=True):
+            correct += max(labels, key=lambda label: row[labels[label]].item()) == rows[index]["label"]
     return correct
 
 

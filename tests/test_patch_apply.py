@@ -228,6 +228,19 @@ def test_large_tensors_go_in_many_blocks(tmp_path: Path) -> None:
         assert (weight.double() - truth[name]).abs().max() <= truth[name].abs().max() * 2**-8, name
 
 
+def test_several_threads_write_what_one_writes(tmp_path: Path) -> None:
+    model, lora = save_model(tmp_path / "model", shards=True), save_lora(tmp_path / "lora")
+    one = weights(apply(tmp_path, model, lora))
+    torch.set_num_threads(4)
+    try:
+        apply_patches([Part(lora)], model, tmp_path / "four")
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(1)
+    for name, weight in weights(tmp_path / "four").items():
+        assert same_bits(weight, one[name])
+
+
 def test_outputs_that_exist_are_left_alone(tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
     (tmp_path / "out").mkdir()

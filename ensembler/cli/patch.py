@@ -58,9 +58,7 @@ def apply(
     given = zip((patch, *also), (scale, *(scale2 or [1.0] * len(also))), strict=True)
     parts = [Part(local_folder(name), strength) for name, strength in given]
     plan = make_plan(parts, local_folder(to), allow_pickle=allow_pickle)
-    notices = (*plan.notes, *(() if force else plan.warnings))
-    for notice in notices:
-        click.echo(f"Note: {notice}", err=True)
+    _print_notices(plan.notes, () if force else plan.warnings)
     if out is None or check:
         click.echo(f"{to}: {len(plan.names):,} of {len(plan.tensors):,} tensors change; everything fits")
         return
@@ -74,6 +72,11 @@ def apply(
         f"{done.seconds:.1f} s",
         err=True,
     )
+
+
+def _print_notices(notes: tuple[str, ...], warnings: tuple[str, ...]) -> None:
+    for line in (*(f"Note: {note}" for note in notes), *(f"Warning: {warning}" for warning in warnings)):
+        click.echo(line, err=True)
 
 
 def _check_dtype(dtype: str | None) -> None:
@@ -165,8 +168,7 @@ def inspect(
 
     model, old, theirs = (None if name is None else local_folder(name) for name in (to, base, other))
     report = inspect_patch(local_folder(patch), model=model, base=old, other=theirs, allow_pickle=allow_pickle)
-    for notice in (*report.notes, *(() if force else report.warnings)):
-        click.echo(f"Note: {notice}", err=True)
+    _print_notices(report.notes, () if force else report.warnings)
     if png is not None:
         save_heatmap(report, png)
     if as_json:

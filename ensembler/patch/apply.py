@@ -6,7 +6,6 @@ few blocks and LoRA factors, whatever the size of the model.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 import threading
@@ -100,7 +99,8 @@ def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
             yield made
             made.rename(out)
     except OSError as error:
-        raise RunError(f"{out} could not be written: {error.strerror or error}; nothing was left") from error
+        reason = error.strerror or "not all files could be copied"
+        raise RunError(f"{out} could not be written: {reason}; nothing was left") from error
 
 
 def _write_weights(plan: Plan, files: Sequence[FileLayout], made: Path, advance: Advance) -> None:
@@ -123,7 +123,7 @@ def _write_weights(plan: Plan, files: Sequence[FileLayout], made: Path, advance:
         return place.num_bytes
 
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         try:
             for done in as_completed([pool.submit(write, path, place) for path, place in places]):
                 advance(done.result())

@@ -95,7 +95,7 @@ def _check_names(patch: Patch, model: Path, tensors: Mapping[str, StoredTensor],
     missing = sorted(name for name in patch.names if name not in tensors)
     if tied:
         # One tensor in two roles: adding what was learned for one would change the other.
-        apart = [*(name for name in patch.names if name in HEADS), *_embeddings(patch)]
+        apart = sorted(name for name in patch.names if name in HEADS) + _embeddings(patch)
         if apart:
             raise PatchError(
                 f"{patch.folder} changes {apart[0]}, and {model} ties its input embedding to its output head, so both "
@@ -117,7 +117,9 @@ def _check_names(patch: Patch, model: Path, tensors: Mapping[str, StoredTensor],
 
 
 def _embeddings(patch: Patch) -> list[str]:
-    return [name for name, factors in patch.low_rank.items() if "lora_embedding" in factors.a.name]
+    """Embeddings that were trained apart from the output head; a full delta is one of the tied tensor itself."""
+    low_rank = [name for name, factors in patch.low_rank.items() if "lora_embedding" in factors.a.name]
+    return low_rank + [name for name in patch.replaced if "embed" in name]
 
 
 def _targeted(patch: Patch, tensors: Mapping[str, StoredTensor]) -> list[str]:
