@@ -178,10 +178,8 @@ def test_bad_input_is_told_before_anything_is_written(case: str, tmp_path: Path)
 @pytest.mark.parametrize("whole", [False, True])
 def test_tied_embeddings_are_refused_by_name(target: str, whole: bool, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", tie_word_embeddings=True)
-    config = (
-        {"target_modules": ["q_proj"], "modules_to_save": [target]} if whole else {"target_modules": ["q_proj", target]}
-    )
-    lora = save_lora(tmp_path / "lora", **config)
+    targets = ["q_proj"] if whole else ["q_proj", target]
+    lora = save_lora(tmp_path / "lora", target_modules=targets, modules_to_save=[target] if whole else None)
     with pytest.raises(InputError, match=rf"changes .*{target}\.weight, and .* ties"):
         make_plan([Part(lora)], model)
 

@@ -6,6 +6,8 @@ few blocks and LoRA factors, whatever the size of the model.
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import tempfile
 import threading
@@ -27,7 +29,7 @@ from ensembler.patch.changes import DTYPES, Change, load_change, patched
 from ensembler.patch.layout import FileLayout, Place, carry_files, plan_files, write_config
 from ensembler.patch.plan import Part, Plan, make_plan
 
-_BLOCK_ELEMENTS = 128 * 1024  # half a megabyte in fp32: a block and its product stay in a core's L2 cache
+_BLOCK_ELEMENTS = 256 * 1024  # a megabyte in fp32, about what a core's own cache holds
 
 Advance = Callable[[int], None]
 
@@ -66,8 +68,6 @@ def run_plan(plan: Plan, out: Path, *, dtype: str | None = None, advance: Advanc
     start = time.monotonic()
     files = plan_files(plan, dtype)
     num_bytes = sum(file.num_bytes for file in files)
-    for name in plan.names:
-        load_change(plan, name)  # NaN in a factor is found before anything is written
     with new_folder(out, num_bytes) as made:
         _write_weights(plan, files, made, advance or (lambda num_bytes: None))
         carry_files(plan.model, made)
@@ -107,8 +107,8 @@ def _write_weights(plan: Plan, files: Sequence[FileLayout], made: Path, advance:
     """Fill the weights files; the largest tensors first, so that all cores end together."""
     for file in files:
         with (made / file.name).open("wb") as opened:
+            _reserve(opened.fileno(), file.num_bytes)
             opened.write(file.header)
-            opened.truncate(file.num_bytes)
     places = [(made / file.name, place) for file in files for place in file.places]
     places.sort(key=lambda item: item[1].num_bytes, reverse=True)
     changed = set(plan.names)
@@ -135,6 +135,16 @@ def _write_weights(plan: Plan, files: Sequence[FileLayout], made: Path, advance:
             torch.set_num_threads(threads)
 
 
+def _reserve(descriptor: int, num_bytes: int) -> None:
+    """Take the whole file's space on disk: a full disk shows at once, and writing into it is twice as quick on ext4."""
+    try:
+        os.posix_fallocate(descriptor, 0, num_bytes)
+    except (AttributeError, OSError) as error:  # macOS has no such call, and some file systems refuse it
+        if getattr(error, "errno", errno.EOPNOTSUPP) not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.truncate(descriptor, num_bytes)
+
+
 def _write_tensor(
     source: FileIO, target: FileIO, place: Place, change: Change | None, stopped: threading.Event
 ) -> None:
@@ -143,17 +153,17 @@ def _write_tensor(
         return
     row_bytes = place.stored.num_bytes // rows
     step = max(1, _BLOCK_ELEMENTS // columns)
-    buffer = memoryview(bytearray(min(step, rows) * row_bytes))
+    buffer = torch.empty(min(step, rows) * row_bytes, dtype=torch.uint8)
     for start in range(0, rows, step):
         if stopped.is_set():
             return
         block = buffer[: min(step, rows - start) * row_bytes]
-        if source.readinto(block) != len(block):
+        if source.readinto(_as_bytes(block)) != len(block):
             raise RunError(f"{place.stored.file}: {place.stored.name} ended early; the file changed meanwhile")
         if change is None and place.dtype == place.stored.dtype:
-            _write(target, block)
+            _write(target, _as_bytes(block))
             continue
-        weight = torch.frombuffer(block, dtype=DTYPES[place.stored.dtype]).view(-1, columns)
+        weight = block.view(DTYPES[place.stored.dtype]).view(-1, columns)
         _write(target, _as_bytes(_converted(weight, change, DTYPES[place.dtype], start)))
 
 

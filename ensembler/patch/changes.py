@@ -56,12 +56,14 @@ def load_change(plan: Plan, name: str) -> Change:
     lefts, rights = [], []
     for factors, strength in low_rank_parts(plan, name):
         left, right = load_factors(factors)
-        lefts.append(left * strength)
+        lefts.append(left if strength == 1 else left * strength)
         rights.append(right)
     full = tuple((patch.full[name], scale) for patch, scale in plan.parts if name in patch.full)
     replacement = next((patch.replaced[name] for patch, _ in plan.parts if name in patch.replaced), None)
     if not lefts:
         return Change(None, None, full, replacement)
+    if len(lefts) == 1:
+        return Change(lefts[0], rights[0], full, replacement)
     return Change(torch.cat(lefts, 1), torch.cat(rights), full, replacement)
 
 
