@@ -29,7 +29,7 @@ from ensembler.patch.changes import DTYPES, Change, load_change, patched
 from ensembler.patch.layout import FileLayout, Place, carry_files, plan_files, write_config
 from ensembler.patch.plan import Part, Plan, make_plan
 
-_BLOCK_ELEMENTS = 256 * 1024  # a megabyte in fp32, about what a core's own cache holds
+_BLOCK_ELEMENTS = 128 * 1024  # half a megabyte in fp32: a block and its factors stay in a core's own cache
 
 Advance = Callable[[int], None]
 
@@ -113,17 +113,22 @@ def _write_weights(plan: Plan, files: Sequence[FileLayout], made: Path, advance:
     places.sort(key=lambda item: item[1].num_bytes, reverse=True)
     changed = set(plan.names)
     stopped = threading.Event()
+    own = threading.local()  # a buffer for each thread: fresh memory for each tensor would cost as much as the sum
+
+    def prepare() -> None:
+        torch.set_num_threads(1)
+        own.buffer = torch.empty(max(_block_rows(p) * _row_bytes(p) for _, p in places), dtype=torch.uint8)
 
     def write(path: Path, place: Place) -> int:
         change = load_change(plan, place.stored.name) if place.stored.name in changed else None
         with place.stored.file.open("rb", buffering=0) as source, path.open("r+b", buffering=0) as target:
             source.seek(place.stored.start)
             target.seek(place.start)
-            _write_tensor(source, target, place, change, stopped)
+            _write_tensor(source, target, place, change, own.buffer, stopped)
         return place.num_bytes
 
     threads = torch.get_num_threads()
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(threads, initializer=prepare) as pool:
         try:
             for done in as_completed([pool.submit(write, path, place) for path, place in places]):
                 advance(done.result())
@@ -146,14 +151,12 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
 
 
 def _write_tensor(
-    source: FileIO, target: FileIO, place: Place, change: Change | None, stopped: threading.Event
+    source: FileIO, target: FileIO, place: Place, change: Change | None, buffer: Tensor, stopped: threading.Event
 ) -> None:
     rows, columns = place.stored.matrix
     if rows * columns == 0:
         return
-    row_bytes = place.stored.num_bytes // rows
-    step = max(1, _BLOCK_ELEMENTS // columns)
-    buffer = torch.empty(min(step, rows) * row_bytes, dtype=torch.uint8)
+    row_bytes, step = _row_bytes(place), _block_rows(place)
     for start in range(0, rows, step):
         if stopped.is_set():
             return
@@ -165,6 +168,15 @@ def _write_tensor(
             continue
         weight = block.view(DTYPES[place.stored.dtype]).view(-1, columns)
         _write(target, _as_bytes(_converted(weight, change, DTYPES[place.dtype], start)))
+
+
+def _row_bytes(place: Place) -> int:
+    return place.stored.num_bytes // max(1, place.stored.matrix[0])
+
+
+def _block_rows(place: Place) -> int:
+    rows, columns = place.stored.matrix
+    return min(rows, max(1, _BLOCK_ELEMENTS // max(1, columns)))
 
 
 def _converted(weight: Tensor, change: Change | None, dtype: torch.dtype, start: int) -> Tensor:
