@@ -113,11 +113,12 @@ def _write_weights(plan: Plan, files: Sequence[FileLayout], made: Path, advance:
     places.sort(key=lambda item: item[1].num_bytes, reverse=True)
     changed = set(plan.names)
     stopped = threading.Event()
-    own = threading.local()  # a buffer for each thread: fresh memory for each tensor would cost as much as the sum
+    own = threading.local()  # one buffer for each thread: fresh memory for every tensor would cost page faults
 
     def prepare() -> None:
         torch.set_num_threads(1)
-        own.buffer = torch.empty(max(_block_rows(p) * _row_bytes(p) for _, p in places), dtype=torch.uint8)
+        longest = max(_block_rows(place) * _row_bytes(place) for _, place in places)
+        own.buffer = torch.empty(max(longest, 2 * _BLOCK_ELEMENTS), dtype=torch.uint8)
 
     def write(path: Path, place: Place) -> int:
         change = load_change(plan, place.stored.name) if place.stored.name in changed else None
@@ -153,21 +154,20 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
 def _write_tensor(
     source: FileIO, target: FileIO, place: Place, change: Change | None, buffer: Tensor, stopped: threading.Event
 ) -> None:
-    rows, columns = place.stored.matrix
-    if rows * columns == 0:
+    """Copy one tensor from where `source` stands to where `target` stands, changed and cast on the way."""
+    if change is None and place.dtype == place.stored.dtype:
+        for start in range(0, place.num_bytes, len(buffer)):
+            _write(target, _as_bytes(_read(source, buffer[: place.num_bytes - start], place)), stopped)
         return
-    row_bytes, step = _row_bytes(place), _block_rows(place)
+    if place.num_bytes == 0:
+        return
+    change = change or Change(None, None, (), None)
+    rows, columns = place.stored.matrix
+    step = _block_rows(place)
     for start in range(0, rows, step):
-        if stopped.is_set():
-            return
-        block = buffer[: min(step, rows - start) * row_bytes]
-        if source.readinto(_as_bytes(block)) != len(block):
-            raise RunError(f"{place.stored.file}: {place.stored.name} ended early; the file changed meanwhile")
-        if change is None and place.dtype == place.stored.dtype:
-            _write(target, _as_bytes(block))
-            continue
+        block = _read(source, buffer[: min(step, rows - start) * _row_bytes(place)], place)
         weight = block.view(DTYPES[place.stored.dtype]).view(-1, columns)
-        _write(target, _as_bytes(_converted(weight, change, DTYPES[place.dtype], start)))
+        _write(target, _as_bytes(patched(weight, change, dtype=DTYPES[place.dtype], start=start)), stopped)
 
 
 def _row_bytes(place: Place) -> int:
@@ -179,10 +179,11 @@ def _block_rows(place: Place) -> int:
     return min(rows, max(1, _BLOCK_ELEMENTS // max(1, columns)))
 
 
-def _converted(weight: Tensor, change: Change | None, dtype: torch.dtype, start: int) -> Tensor:
-    if change is not None:
-        return patched(weight, change, dtype=dtype, start=start)
-    return patched(weight, Change(None, None, (), None), dtype=dtype)
+def _read(source: FileIO, block: Tensor, place: Place) -> Tensor:
+    """Fill the block of bytes."""
+    if source.readinto(_as_bytes(block)) != len(block):
+        raise RunError(f"{place.stored.file}: {place.stored.name} ended early; the file changed meanwhile, try again")
+    return block
 
 
 def _as_bytes(values: Tensor) -> memoryview:
@@ -190,7 +191,7 @@ def _as_bytes(values: Tensor) -> memoryview:
     return memoryview(array).cast("B")
 
 
-def _write(target: FileIO, data: memoryview) -> None:
-    """Write all of it: an unbuffered write may take less, on a disk that is nearly full for one."""
-    while data:
+def _write(target: FileIO, data: memoryview, stopped: threading.Event) -> None:
+    """Write all of it, unless the run is over: an unbuffered write may take less, on a disk that is nearly full."""
+    while data and not stopped.is_set():
         data = data[target.write(data) :]

@@ -7,33 +7,20 @@ patch.json                                       what `extract` made this of
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ensembler.errors import PatchError
 from ensembler.patch.headers import FLOATS, StoredTensor, listed, read_json, stored_tensors
+from ensembler.patch.settings import ADAPTER_CONFIG, AdapterSettings
 
-ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
 DELTAS = "deltas.safetensors"
 RECORD = "patch.json"
 PEFT_PREFIX = "base_model.model."
 
-# Keys of an adapter's configuration that leave its arithmetic alone, or that are obeyed here.
-_KNOWN_KEYS = {
-    *("alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "init_lora_weights"),
-    *("layers_pattern", "layers_to_transform", "lora_alpha", "modules_to_save", "peft_type", "r", "rank_pattern"),
-    *("target_modules", "use_rslora", "auto_mapping", "inference_mode", "lora_dropout", "megatron_core"),
-    *("ensure_weight_tying", "eva_config", "peft_version", "qalora_group_size", "revision", "runtime_config"),
-    *("task_type",),
-}
-# Ways to start a LoRA that leave the base's weights as they are; the others (pissa, olora ...) change them.
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 _FACTORS = {
     ".lora_A.weight": "A",
     ".lora_B.weight": "B",
@@ -103,7 +90,7 @@ def read_patch(folder: Path, *, allow_pickle: bool = False) -> Patch:
     targets: tuple[str, ...] | str | None = None
     notes: tuple[str, ...] = ()
     if (folder / ADAPTER_CONFIG).is_file():
-        config = _Config(folder, read_json(folder / ADAPTER_CONFIG))
+        config = AdapterSettings(folder, read_json(folder / ADAPTER_CONFIG))
         low_rank, replaced, notes = _read_adapter(config, _adapter_tensors(folder, allow_pickle=allow_pickle))
         targets = config.targets
         base = base or config.values.get("base_model_name_or_path")
@@ -119,58 +106,6 @@ def read_patch(folder: Path, *, allow_pickle: bool = False) -> Patch:
     for name, tensor in {**full, **replaced}.items():
         _check_float(folder, name, tensor)
     return Patch(folder, low_rank, full, replaced, _text(base), _text(fingerprint), targets, notes)
-
-
-class _Config:
-    """An adapter's configuration, checked: every key that would change the arithmetic is known."""
-
-    def __init__(self, folder: Path, values: dict[str, Any]) -> None:
-        self.folder, self.values = folder, values
-        kind = values.get("peft_type")
-        if kind != "LORA":
-            raise PatchError(f"{folder} is of kind {kind!r}; only LORA is a sum with the weights, give a LoRA")
-        if values.get("use_dora"):
-            raise PatchError(
-                f"{folder} is a DoRA (use_dora); its update depends on the base's norms, give a plain LoRA"
-            )
-        start = values.get("init_lora_weights", True)
-        if start not in _PLAIN_STARTS:
-            raise PatchError(
-                f"{folder} was started with init_lora_weights={start!r}, which changes the base's weights; convert it "
-                "to a plain LoRA with PEFT first"
-            )
-        for key, value in values.items():
-            if key not in _KNOWN_KEYS and value not in (None, False, "", [], {}):
-                raise PatchError(f"{folder} uses {key}={value!r}, which is not understood here; give a plain LoRA")
-
-    @property
-    def targets(self) -> tuple[str, ...] | str | None:
-        value = self.values.get("target_modules")
-        restricted = any(self.values.get(key) is not None for key in ("layers_to_transform", "exclude_modules"))
-        if value is None or value == "all-linear" or restricted:
-            return None
-        return value if isinstance(value, str) else tuple(value)
-
-    @property
-    def transposed(self) -> bool:
-        return bool(self.values.get("fan_in_fan_out"))
-
-    def scale(self, module: str, rank: int) -> float:
-        """α / r, or α / √r for rslora, with the patterns that PEFT matches against the end of a module's name."""
-        said = self._number(module, "rank_pattern", "r")
-        if said != rank:
-            raise PatchError(f"{self.folder}: {module} has rank {rank}; {ADAPTER_CONFIG} says {said:g}; mend it")
-        alpha = self._number(module, "alpha_pattern", "lora_alpha")
-        return alpha / (math.sqrt(rank) if self.values.get("use_rslora") else rank)
-
-    def _number(self, module: str, pattern: str, default: str) -> float:
-        try:
-            for key, value in (self.values.get(pattern) or {}).items():
-                if re.match(rf"(.*\.)?({key})$", module):
-                    return float(value)
-            return float(self.values[default])
-        except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-            raise PatchError(f"{self.folder}/{ADAPTER_CONFIG}: {default} or {pattern} is damaged; mend it") from error
 
 
 def _adapter_tensors(folder: Path, *, allow_pickle: bool) -> dict[str, StoredTensor]:
@@ -202,7 +137,7 @@ def _unpickled(path: Path) -> dict[str, StoredTensor]:
 
 
 def _read_adapter(
-    config: _Config, tensors: Mapping[str, StoredTensor]
+    config: AdapterSettings, tensors: Mapping[str, StoredTensor]
 ) -> tuple[dict[str, LowRank], dict[str, StoredTensor], tuple[str, ...]]:
     factors: dict[str, dict[str, StoredTensor]] = {}
     replaced, carried = {}, []
@@ -228,7 +163,7 @@ def _read_adapter(
     return low_rank, replaced, tuple(notes)
 
 
-def _low_rank(config: _Config, module: str, factors: Mapping[str, StoredTensor]) -> LowRank:
+def _low_rank(config: AdapterSettings, module: str, factors: Mapping[str, StoredTensor]) -> LowRank:
     embedding = "embedding_A" in factors or "embedding_B" in factors
     first, second = ("embedding_A", "embedding_B") if embedding else ("A", "B")
     absent = [name for name in (first, second) if name not in factors]
