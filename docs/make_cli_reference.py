@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
@@ -15,9 +16,16 @@ WIDTH = 110
 def reference() -> str:
     """Return the page: one section per command, with what its `--help` prints."""
     top = click.Context(cli, info_name="ensembler", terminal_width=WIDTH, help_option_names=["-h", "--help"])
-    contexts = [top, *(click.Context(cli.commands[name], info_name=name, parent=top) for name in sorted(cli.commands))]
-    parts = ["# Command line", "Made from `--help` by `make docs`.", *map(_section, contexts)]
+    parts = ["# Command line", "Made from `--help` by `make docs`.", *map(_section, _contexts(top))]
     return "\n\n".join(parts) + "\n"
+
+
+def _contexts(context: click.Context) -> Iterator[click.Context]:
+    """A command and, below a group, its commands."""
+    yield context
+    if isinstance(context.command, click.Group):
+        for name, command in sorted(context.command.commands.items()):
+            yield from _contexts(click.Context(command, info_name=name, parent=context))
 
 
 def _section(context: click.Context) -> str:

@@ -4,6 +4,7 @@
     ├── InputError              what was given cannot be run; exit code 2, nothing was written
     │   ├── ConfigError         a rule, role, key or number
     │   ├── MemberError         a model, an adapter or their files
+    │   ├── PatchError          a patch, or a model that it does not fit
     │   ├── VocabularyError     members that do not share a vocabulary
     │   ├── PromptError         a prompt or a file of prompts
     │   ├── OutputError         a place to write to
@@ -36,6 +37,10 @@ class ConfigError(InputError):
 
 class MemberError(InputError):
     """A member's model, adapter or weights file is missing, damaged or does not fit."""
+
+
+class PatchError(InputError):
+    """A patch is damaged, of a kind that cannot be added to weights, or does not fit the model."""
 
 
 class VocabularyError(InputError):

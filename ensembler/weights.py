@@ -34,7 +34,9 @@ def safetensors_header(path: Path) -> dict[str, Any]:
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
             raise MemberError(f"{path} has no safetensors header; fetch it again or convert it") from error
     if expected != size:
-        raise MemberError(f"{path} has {size:,} bytes; its header says {expected:,}; fetch it again")
+        cut = [name for name, tensor in header.items() if 8 + length + tensor["data_offsets"][1] > size]
+        where = f", so {cut[0]} is cut off" if cut else ""
+        raise MemberError(f"{path} has {size:,} bytes; its header says {expected:,}{where}; fetch it again")
     return header
 
 

@@ -126,6 +126,7 @@ def test_exported_kernels() -> None:
         "import ensembler",
         "import ensembler; dir(ensembler); ensembler.__version__",
         "import ensembler.errors, ensembler.rules, ensembler.vocab, ensembler.weights",
+        "import ensembler.patch.plan, ensembler.patch.layout",
         "import ensembler.cli.main",
         "from ensembler import EnsemblerError",
         "import sys, runpy; sys.argv = ['ensembler', '--help']\n"

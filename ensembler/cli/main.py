@@ -14,6 +14,7 @@ from ensembler.cli.chat import chat
 from ensembler.cli.create import create
 from ensembler.cli.generate import generate
 from ensembler.cli.inspect import inspect
+from ensembler.cli.patch import patch
 from ensembler.cli.plan import plan
 from ensembler.cli.score import score
 from ensembler.errors import ConfigError, EnsemblerError, RankError
@@ -46,7 +47,7 @@ def cli(context: click.Context, debug: bool) -> None:
         )
 
 
-for command in (create, inspect, plan, generate, score, chat):
+for command in (create, inspect, plan, generate, score, chat, patch):
     cli.add_command(command)
 
 
@@ -60,7 +61,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         code = cli.main(arguments, prog_name="ensembler", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
-        code = _fail("interrupted; finished rows of an --output file are kept, go on with --resume", INTERRUPTED)
+        kept = "finished rows of an --output file are kept, go on with --resume; nothing half-written is left"
+        code = _fail(f"interrupted; {kept}", INTERRUPTED)
     except EnsemblerError as error:
         reporter = error.reporter if isinstance(error, RankError) else 0
         code = _fail(str(error), error.exit_code, reporter)

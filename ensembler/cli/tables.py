@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TransferSpeedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ensembler.decoding.explain import Candidate, Choice
     from ensembler.evaluation.scoring import ScoredRequest
     from ensembler.inspection import EnsembleSummary
+    from ensembler.patch.extract import Extracted
+    from ensembler.patch.report import PatchReport
     from ensembler.planning.placement import Proposal
 
 _PLAIN_WIDTH = 160  # of a file or a pipe, which have no width of their own
@@ -165,6 +167,16 @@ def progress(total: int, *, shown: bool, label: str = "decoding") -> Iterator[Ca
         yield lambda steps: bar.advance(task, steps)
 
 
+@contextmanager
+def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Yield a function that advances a progress bar of bytes on standard error, where that is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    shown = sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda num_bytes: bar.advance(task, num_bytes)
+
+
 def show_token(tokenizer: Any, token: int) -> str:
     """Return a token's text in quotes, so that spaces show."""
     return repr(tokenizer.decode([token]))
@@ -188,3 +200,58 @@ def print_explained(choices: Sequence[Choice], tokenizer: Any) -> None:
             f"{show_token(tokenizer, choice.anchor_token)}",
             markup=False,
         )
+
+
+def print_extracted(extracted: Extracted) -> None:
+    """Print what was kept of every tensor's delta, and of all."""
+    out = console()
+    table = _plain_table(("tensor", "kept as", "energy kept", "‖Δ‖"))
+    for kept in extracted.kept:
+        how = "in full" if kept.rank is None else f"rank {kept.rank}"
+        table.add_row(kept.name, how, f"{kept.energy:.2%}", f"{kept.norm:.4g}")
+    out.print(table)
+    in_full = sum(kept.rank is None for kept in extracted.kept)
+    out.print(
+        f"\n{extracted.out}: {len(extracted.kept) - in_full} tensors as low rank, {in_full} in full beside them, "
+        f"{extracted.num_equal} equal; {extracted.energy:.2%} of all energy kept",
+        markup=False,
+    )
+    if in_full:
+        out.print("PEFT alone would drop what is in full; `ensembler patch apply` adds it", markup=False)
+
+
+def print_patch(report: PatchReport) -> None:
+    """Print the norms of a patch, tensor by tensor and together, and the line of advice."""
+    out = console()
+    first = report.modules[0]
+    columns = ["tensor", "rank", "‖Δ‖", "σ_max", "effective rank"]
+    columns += ["‖θ′+Δ‖", "σ_max", "lost in rounding"] if first.patched is not None else []
+    columns += ["‖residual‖", "σ_max"] if first.residual is not None else []
+    columns += ["‖θ′-θ‖", "cosine"] if first.update is not None else []
+    table = _plain_table(columns)
+    for module in report.modules:
+        cells = [_number(module.patch.frobenius), _number(module.patch.sigma_max), _number(module.patch.effective_rank)]
+        if module.patched is not None:
+            cells += [_number(module.patched.frobenius), _number(module.patched.sigma_max)]
+            cells.append("-" if module.rounding_share is None else f"{module.rounding_share:.1%}")
+        if module.residual is not None:
+            cells += [_number(module.residual.frobenius), _number(module.residual.sigma_max)]
+        if module.update is not None:
+            cells += [_number(module.update), _number(module.cosine)]
+        table.add_row(module.name, "full" if module.rank is None else str(module.rank), *cells)
+    out.print(table)
+    out.print()
+    for key, value in report.overall().items():
+        out.print(f"{key.replace('_', ' '):24}{_number(value)}", markup=False)
+    out.print(f"\n{report.advice()}", markup=False, soft_wrap=True)
+
+
+def _plain_table(columns: Sequence[str]) -> Table:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

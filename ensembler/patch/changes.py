@@ -1,0 +1,104 @@
+"""The arithmetic of a patch: W + Σ scale · Δ for some rows of one weight, in fp32, with one rounding at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ensembler.errors import PatchError, RunError
+from ensembler.patch.formats import LowRank
+from ensembler.patch.headers import FLOATS, StoredTensor
+from ensembler.patch.plan import Plan, low_rank_parts
+
+DTYPES = {word: getattr(torch, name) for name, word in FLOATS.items()}
+
+
+def read_tensor(stored: StoredTensor, start: int = 0, stop: int | None = None) -> Tensor:
+    """Return rows [start, stop) of a stored tensor as a matrix (rows, columns), in the dtype of the file.
+
+    By plain reads and not by a memory map, whose pages would count as this process's memory.
+    """
+    rows, columns = stored.matrix
+    stop = rows if stop is None else stop
+    if stored.held is not None:
+        return stored.held.reshape(rows, columns)[start:stop]
+    if rows * columns == 0:
+        return torch.empty(stop - start, columns, dtype=DTYPES[stored.dtype])
+    row_bytes = stored.num_bytes // rows
+    buffer = bytearray((stop - start) * row_bytes)
+    with stored.file.open("rb", buffering=0) as file:
+        file.seek(stored.start + start * row_bytes)
+        if file.readinto(buffer) != len(buffer):
+            raise RunError(f"{stored.file}: {stored.name} ended early; the file changed while it was read, try again")
+    return torch.frombuffer(buffer, dtype=DTYPES[stored.dtype]).view(stop - start, columns)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is added to one weight (rows, columns): left @ right, in fp32 with the strengths inside, and full deltas.
+
+    `replacement`: values that stand instead of the weight.
+    """
+
+    left: Tensor | None
+    right: Tensor | None
+    full: tuple[tuple[StoredTensor, float], ...]
+    replacement: StoredTensor | None
+
+
+def load_change(plan: Plan, name: str) -> Change:
+    """Read the LoRA factors of one tensor; full deltas are read by rows, when they are used.
+
+    Raises PatchError where a factor holds NaN or infinity.
+    """
+    lefts, rights = [], []
+    for factors, strength in low_rank_parts(plan, name):
+        left, right = load_factors(factors)
+        lefts.append(left if strength == 1 else left * strength)
+        rights.append(right)
+    full = tuple((patch.full[name], scale) for patch, scale in plan.parts if name in patch.full)
+    replacement = next((patch.replaced[name] for patch, _ in plan.parts if name in patch.replaced), None)
+    if not lefts:
+        return Change(None, None, full, replacement)
+    if len(lefts) == 1:
+        return Change(lefts[0], rights[0], full, replacement)
+    return Change(torch.cat(lefts, 1), torch.cat(rights), full, replacement)
+
+
+def load_factors(factors: LowRank) -> tuple[Tensor, Tensor]:
+    """Return (rows, r) and (r, columns) in fp32 whose product is Δ as it lies beside its weight, scale included.
+
+    Raises PatchError where they hold NaN or infinity.
+    """
+    a, b = (_finite(read_tensor(stored).float(), stored) for stored in (factors.a, factors.b))
+    b = b * factors.scale
+    return (a.T.contiguous(), b.T.contiguous()) if factors.transposed else (b, a)
+
+
+def patched(weight: Tensor, change: Change, *, dtype: torch.dtype, start: int = 0) -> Tensor:
+    """Return rows of W + Δ: fp32 arithmetic, one rounding to `dtype`.
+
+    `weight` (rows, columns) are the rows of W from `start` on, in any float dtype; an fp32 one may be overwritten.
+    Raises PatchError for NaN or infinity in a full delta, RunError where a value is too large for float16.
+    """
+    stop = start + weight.shape[0]
+    if change.replacement is not None:
+        total = _finite(read_tensor(change.replacement, start, stop).float(), change.replacement)
+    else:
+        total = weight.float()
+    if change.left is not None and change.right is not None:
+        total.addmm_(change.left[start:stop], change.right)
+    for stored, scale in change.full:
+        total.add_(_finite(read_tensor(stored, start, stop).float(), stored), alpha=scale)
+    result = total.to(dtype)
+    if dtype == torch.float16 and not torch.isfinite(result).all():
+        raise RunError("a patched value is too large for float16 (65,504); write bfloat16 with --dtype bfloat16")
+    return result
+
+
+def _finite(values: Tensor, stored: StoredTensor) -> Tensor:
+    if not torch.isfinite(values).all():
+        raise PatchError(f"{stored.file}: {stored.name} holds NaN or infinity; the patch is damaged, make it again")
+    return values
