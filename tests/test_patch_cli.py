@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import Result
 from patch_cases import edit_json, exact, save_lora, save_model, weights
-from test_cli import Result
 
 from ensembler.cli import main as cli_main
 

@@ -62,13 +62,14 @@ def apply(
     if out is None or check:
         click.echo(f"{to}: {len(plan.names):,} of {len(plan.tensors):,} tensors change; everything fits")
         return
-    from ensembler.cli.tables import byte_progress, size
+    from ensembler.cli.tables import byte_progress
     from ensembler.patch.apply import run_plan
+    from ensembler.planning.budgets import show_size
 
     with byte_progress("writing", plan.num_bytes) as advance:
         done = run_plan(plan, out, dtype=dtype, advance=advance)
     click.echo(
-        f"{out}: {done.num_changed:,} of {done.num_tensors:,} tensors changed, {size(done.num_bytes)} in "
+        f"{out}: {done.num_changed:,} of {done.num_tensors:,} tensors changed, {show_size(done.num_bytes)} in "
         f"{done.seconds:.1f} s",
         err=True,
     )
