@@ -67,8 +67,7 @@ def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> Che
 
     settings = _read_json(role, _find(role, adapter, ADAPTER_CONFIG))
     base = settings.get("base_model_name_or_path")
-    if base and Path(base).name != Path(model).name:
-        _logger.warning("%s: the adapter %s was made for %s, not %s", role, adapter, base, model)
+    is_other = base is not None and Path(str(base)).name != Path(model).name
     weights = adapter_weights(role, adapter)
     with naming(role):
         header = safetensors_header(weights)
@@ -83,13 +82,16 @@ def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> Che
     unknown = sorted(name for name in found.keys() - expected.keys() if base_name(name) not in own)
     if missing or unknown:
         what = f"lacks {missing[0]}" if missing else f"changes {unknown[0]}, which is not there"
-        raise MemberError(f"{role}: the adapter {adapter} was made for another base: for {model} it {what}")
+        hint = f"; give it its base, {base}" if is_other else ""
+        raise MemberError(f"{role}: the adapter {adapter} was made for another base: for {model} it {what}{hint}")
     for name, shape in expected.items():
         if found[name] != shape:
             raise MemberError(
                 f"{role}: {name} in the adapter {adapter} has shape {found[name]}; for {model} it must be {shape}: it "
                 "was made for another base"
             )
+    if is_other:
+        _logger.warning("%s: the adapter %s was made for %s, not %s", role, adapter, base, model)
     return CheckedAdapter(
         path=adapter,
         kind=patched.active_peft_config.peft_type.value,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def check_member(role: str, config: MemberConfig, *, trust_remote_code: bool = F
 
     Raises MemberError or ConfigError.
     """
-    _check_places(role, config)
+    _check_names_of_places(role, config)
     config = resolve_adapter(role, config.absolute()).absolute()
     if is_local(config.model):
         check_folder(role, Path(config.model))
@@ -113,6 +113,27 @@ def group_members(files: Mapping[str, MemberFiles]) -> list[tuple[MemberFiles, .
         backbone = {**member.config.to_dict(), "adapter": None, "role": alone}
         groups.setdefault(json.dumps(backbone, sort_keys=True), []).append(member)
     return [tuple(members) for members in groups.values()]
+
+
+def split_backbones(files: Mapping[str, MemberFiles]) -> list[str]:
+    """Say where members that differ in their adapter could share weights and do not, since a setting differs too."""
+    groups = group_members(files)
+    found = []
+    for index, group in enumerate(groups):
+        for other in groups[index + 1 :]:
+            one, two = group[0].config, other[0].config
+            if (one.model, one.revision) != (two.model, two.revision):
+                continue
+            if not any(member.adapter for member in (*group, *other)):
+                continue
+            names = [entry.name for entry in fields(MemberConfig) if entry.name != "adapter"]
+            different = [name for name in names if getattr(one, name) != getattr(two, name)]
+            roles = " and ".join(member.role for member in (*group, *other))
+            found.append(
+                f"{roles} have the same model and do not share its weights: {', '.join(different)} differ; give both "
+                "the same to load it once"
+            )
+    return found
 
 
 @dataclass(frozen=True)
@@ -220,24 +241,41 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def _check_places(role: str, config: MemberConfig) -> None:
-    """Raise ConfigError unless every device that the member names is there."""
-    places = {config.device}
+def check_places(files: Iterable[MemberFiles]) -> None:
+    """Raise ConfigError unless every device that the members name is there: asked before the first weight is read.
+
+    It is not part of `check_member`: an ensemble may be planned, inspected and written on another machine.
+    """
+    for member in files:
+        for place in _places(member.config):
+            check_device(member.role, place)
+
+
+def _places(config: MemberConfig) -> list[str]:
+    """The devices that a member names."""
+    named = {config.device, *(config.max_memory or ())}
     if isinstance(config.device_map, dict):
-        places |= set(config.device_map.values()) - {"disk"}
-        if "disk" in config.device_map.values() and config.offload_folder is None:
-            raise ConfigError(f"{role}: its device_map puts modules on disk; give an offload_folder beside it")
-    if config.max_memory is not None:
-        places |= {f"cuda:{name}" if name.isdigit() else name for name in config.max_memory} - {"disk"}
-    for place in sorted(places):
-        check_device(role, f"cuda:{place}" if place.isdigit() else place)
+        named |= set(config.device_map.values())
+    return sorted(f"cuda:{name}" if name.isdigit() else name for name in named - {"disk"})
+
+
+def _check_names_of_places(role: str, config: MemberConfig) -> None:
+    """Raise ConfigError unless the places that the member names are devices, whether or not this machine has them."""
+    if isinstance(config.device_map, dict) and "disk" in config.device_map.values() and config.offload_folder is None:
+        raise ConfigError(f"{role}: its device_map puts modules on disk; give an offload_folder beside it")
+    for place in _places(config):
+        try:
+            is_one = torch.device(place).type != "meta"
+        except RuntimeError:
+            is_one = False
+        if not is_one:
+            raise ConfigError(f"{role}: {place!r} is no device; give cpu, cuda, cuda:1 ..., or auto for several")
 
 
 def check_device(role: str, device: str) -> None:
     """Raise ConfigError unless torch has this device."""
     try:
-        if torch.empty(0, device=device).is_meta:
-            raise ConfigError(f"{role}: device 'meta' is not there to hold weights; use 'cpu' or one that is")
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         num = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise ConfigError(

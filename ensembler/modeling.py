@@ -26,7 +26,7 @@ from ensembler.cache import EnsembleCache
 from ensembler.config import EnsembleConfig, MemberConfig, check_known, check_roles
 from ensembler.distributed import World, combine_over_ranks, gather_over_ranks
 from ensembler.errors import ConfigError, InputError
-from ensembler.members import LoadedGroup, MemberFiles, group_members, load_group, shortest_context
+from ensembler.members import LoadedGroup, MemberFiles, check_places, group_members, load_group, shortest_context
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 from ensembler.rules import Rule
 from ensembler.runners import Group, Runner, Step, check_nan, choose_runner, plan_forwards
@@ -145,6 +145,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             groups = [groups[index] for index in world.divide([[files.role for files in group] for group in groups])]
 
         def load() -> list[LoadedGroup]:
+            check_places(files for group in groups for files in group)
             return [load_group(group, attn_implementation=attn_implementation) for group in groups]
 
         loaded = load() if world is None else world.together(load)

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils import logging
 
 from ensembler.config import EnsembleConfig, check_roles
 from ensembler.errors import ConfigError, MemberError, VocabularyError
-from ensembler.members import MemberFiles, check_member, shortest_context
+from ensembler.members import MemberFiles, check_member, shortest_context, split_backbones
 from ensembler.sources import one_line
 from ensembler.vocab import VocabularyContract, make_contract, read_vocabulary
+
+_logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ def check_ensemble(
         for role in rule.roles
         if role not in loaded
     }
+    for notice in split_backbones(files):
+        _logger.warning(notice)
     model_configs = {role: loaded[role].config if role in loaded else files[role].model_config for role in rule.roles}
     for role in files:  # a path stays right when the working directory changes
         config.members[role] = config.members[role].absolute()

@@ -18,8 +18,10 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ensembler import EnsembleForCausalLM, MemberConfig
+from ensembler.config import EnsembleConfig
 from ensembler.errors import ConfigError, EnsemblerError, MemberError
-from ensembler.members import MemberFiles, check_member, load_group
+from ensembler.members import MemberFiles, check_member, group_members, load_group
+from ensembler.preflight import check_ensemble
 from ensembler.weights import safetensors_header
 
 IDS = random_ids(2, 7)
@@ -122,11 +124,44 @@ def test_weights_that_do_not_fit_the_config_are_refused(save_member: SaveMember,
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("device", ["cuda:7", "banana", "cpu:x", "meta"])
-def test_devices_that_are_not_there(save_member: SaveMember, device: str) -> None:
-    with pytest.raises(ConfigError, match=f"x: device {device!r} is not there") as caught:
+@pytest.mark.parametrize("device", ["banana", "cpu:x", "meta"])
+def test_what_is_no_device(save_member: SaveMember, device: str) -> None:
+    with pytest.raises(ConfigError, match=f"x: {device!r} is no device; give cpu") as caught:
         check_member("x", MemberConfig(str(save_member("m")), device=device))
     assert "\n" not in str(caught.value)
+
+
+def test_a_device_that_is_not_there_is_found_before_any_weight_is_read(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When members are loaded: they are checked, planned and written on machines without it."""
+    members = {role: MemberConfig(str(folder)) for role, folder in folders.items()}
+    members["target_pt"] = MemberConfig(str(folders["target_pt"]), device="cuda:7")
+    check_member("target_pt", members["target_pt"])
+    monkeypatch.setattr("ensembler.modeling.load_group", lambda *a, **k: pytest.fail("weights were loaded"))
+    with pytest.raises(ConfigError, match="target_pt: device 'cuda:7' is not there") as caught:
+        EnsembleForCausalLM.from_members(members=members)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "shared"), [({}, True), ({"dtype": "bfloat16"}, False), ({"quantization": "nf4"}, False)]
+)
+def test_a_pair_that_could_share_its_weights_is_said(
+    save_member: SaveMember, tmp_path: Path, caplog: pytest.LogCaptureFixture, setting: dict[str, str], shared: bool
+) -> None:
+    base = save_member("base")
+    lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(make_model(), lora).save_pretrained(tmp_path / "lora")
+    members = {
+        "reference": MemberConfig(str(base)),
+        "aligned": MemberConfig(str(base), adapter=str(tmp_path / "lora"), **setting),
+    }
+    checked = check_ensemble(EnsembleConfig(rule="realign", members=members))
+    assert len(group_members(checked.files)) == (1 if shared else 2)
+    said = [record.getMessage() for record in caplog.records if "do not share its weights" in record.getMessage()]
+    assert len(said) == (0 if shared else 1)
+    assert all(next(iter(setting)) in line for line in said)
 
 
 def test_unknown_dtype() -> None:

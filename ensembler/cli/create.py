@@ -56,5 +56,6 @@ def create(
 
             proposal = plan(checked, gpu_budgets(budget) or machine_budgets(), context=context, batch_size=batch_size)
             proposal.apply(checked.config)
+            click.echo(f"placed as by: {' '.join(proposal.flags()) or 'the defaults'}", err=True)
         folder.write_checked(checked, out, overwrite=overwrite)
     click.echo(f"{out}: {config.rule} at alpha {config.alpha:g} of {', '.join(config.members)}", err=True)

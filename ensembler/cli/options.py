@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from ensembler.errors import ConfigError
+from ensembler.planning.budgets import parse_size
+from ensembler.quantization import Quantization
 from ensembler.rules import RULE_NAMES
 
 if TYPE_CHECKING:
@@ -107,12 +109,25 @@ class EnsembleOptions:
         for role, dtype in _by_role("--dtype", self.dtype, roles).items():
             config.members[role] = replace(config.members[role], dtype=dtype)
         for role, method in _by_role("--quantize", self.quantize, roles).items():
-            quantization = None if method == "none" else method
+            try:
+                quantization = None if method == "none" else Quantization.parse(method)
+            except ConfigError as error:
+                raise ConfigError(f"--quantize {role}={method}: {error} (bnb- may be left out), or none") from error
             config.members[role] = replace(config.members[role], quantization=quantization)
         for role, device in _by_role("--device", self.device, roles).items():
             config.members[role] = config.members[role].placed(device)
         for role, sizes in _by_role("--max-memory", self.max_memory, roles).items():
             max_memory = _pairs("--max-memory", tuple(sizes.split(",")))
+            for size in max_memory.values():
+                try:
+                    parse_size(size)  # a bare number would be bytes
+                except ConfigError as error:
+                    given = sizes if sizes in self.max_memory else f"{role}={sizes}"
+                    raise ConfigError(f"--max-memory {given}: {error}") from error
+            if config.members[role].device_map is None:
+                raise ConfigError(
+                    f"--max-memory was given for {role}, which is on one device; add --device {role}=auto"
+                )
             config.members[role] = replace(config.members[role], max_memory=max_memory)
         if self.offload_folder is not None:
             config.change_members(offload_folder=self.offload_folder)
@@ -259,7 +274,7 @@ def _pairs(option: str, values: tuple[str, ...]) -> dict[str, str]:
     for value in values:
         role, equals, rest = value.partition("=")
         if not equals or not role or not rest:
-            form = "[ROLE=]DEVICE=SIZE,..." if option == "--max-memory" else "ROLE=VALUE"
+            form = "[ROLE=]DEVICE=SIZE,... (target_pt=cpu=20GiB)" if option == "--max-memory" else "ROLE=VALUE"
             raise ConfigError(f"{option} {value!r} is not of the form {form}")
         if role in pairs:
             raise ConfigError(f"{option} was given twice for {role!r}; give it once")

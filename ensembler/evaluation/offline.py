@@ -18,7 +18,7 @@ from ensembler.evaluation.batches import Batch, Pass
 from ensembler.evaluation.logits_folder import LogitsFolder
 from ensembler.evaluation.scoring import ScoredRequest, score_batch, unfinished
 from ensembler.inspection import summarise
-from ensembler.members import MemberFiles, group_members, load_group
+from ensembler.members import MemberFiles, check_places, group_members, load_group
 from ensembler.modeling import make_combination
 from ensembler.preflight import CheckedEnsemble
 from ensembler.runners import SerialRunner, check_nan, plan_forwards
@@ -45,6 +45,7 @@ class OfflineScoring:
             raise ConfigError(
                 f"{next(iter(checked.loaded))} is loaded already; members one at a time are given by path"
             )
+        check_places(checked.files.values())
         self._checked = checked
         self._batches = unfinished(batches, done)
         self._folder = folder
