@@ -130,8 +130,8 @@ def split_backbones(files: Mapping[str, MemberFiles]) -> list[str]:
             different = [name for name in names if getattr(one, name) != getattr(two, name)]
             roles = " and ".join(member.role for member in (*group, *other))
             found.append(
-                f"{roles} have the same model and do not share its weights: {', '.join(different)} differ; give both "
-                "the same to load it once"
+                f"{roles} have the same model and do not share its weights: they differ in {', '.join(different)}; "
+                "give both the same to load it once"
             )
     return found
 
