@@ -22,17 +22,17 @@ from ensembler_kernels import Combination, combine
 from torch import Tensor
 
 from ensembler.errors import ConfigError, EnsemblerError, RankError, RunError
-from ensembler.launch import local_rank, num_ranks, this_rank
+from ensembler.launch import RANK_TIMEOUT, local_rank, num_ranks, this_rank
 from ensembler.runners import Step
 from ensembler.sources import one_line
 from ensembler.vocab import VocabularyContract
 
 Result = TypeVar("Result")
 
-DEFAULT_TIMEOUT = 300.0
 LOADING_TIMEOUT = 3600.0  # members differ in size, and disks in speed
 _ROLL_CALL = 5.0  # seconds in which a rank that is alive answers
 _PAUSE = 5e-5  # seconds between two looks at a collective: a step takes hundreds of times as long
+_STORE_PAUSE = 0.05  # between two questions to the store, which one process answers for all
 _FINE, _GATHER, _FAILED = range(3)
 _LARGE = 1e37  # a sum of terms below it is finite in fp32
 
@@ -44,7 +44,7 @@ class World:
     A rank that is lost, or silent for `timeout` seconds, raises RankError in the others, with its number and roles.
     """
 
-    def __init__(self, timeout: float = DEFAULT_TIMEOUT) -> None:
+    def __init__(self, timeout: float = RANK_TIMEOUT) -> None:
         """Meet the other ranks, as the launcher's environment says. Raises RankError where they do not come."""
         self.rank, self.size = this_rank(), num_ranks()
         self.owners: list[tuple[str, ...]] = [()] * self.size
@@ -53,7 +53,7 @@ class World:
         self._num_firsts = 0
         self._closing = False
         has_gpu = torch.cuda.is_available()
-        if has_gpu:
+        if local_rank() < torch.cuda.device_count():
             torch.cuda.set_device(local_rank())
         try:
             dist.init_process_group(
@@ -91,7 +91,7 @@ class World:
                 raise
             self._store.set(key, pickle.dumps((result, None)))
             return result
-        self._wait(lambda: self._store.check([key]), LOADING_TIMEOUT)
+        self._wait(lambda: self._store.check([key]), LOADING_TIMEOUT, _STORE_PAUSE)
         result, refused = pickle.loads(self._store.get(key))
         if refused is not None:
             kind, message = refused
@@ -101,7 +101,10 @@ class World:
         return result
 
     def together(self, function: Callable[[], Result]) -> Result:
-        """Call `function` on every rank (it may take long: loading); raise on all of them where it fails on one."""
+        """Call `function` on every rank (it may take long: loading); raise on all of them where it fails on one.
+
+        Machines differ in their files, devices and memory: what one of them lacks the first rank has to say.
+        """
         failure: Exception | None = None
         try:
             result = function()
@@ -143,7 +146,9 @@ class World:
             for role in roles:
                 values = logits.get(role)
                 shape = (*like.shape[:-1], contract.widths[role])
-                whole = torch.empty(shape, device=like.device) if values is None else values.float().contiguous()
+                whole = torch.empty(shape, device=like.device)
+                if values is not None:
+                    whole.copy_(values)
                 self._talk(dist.broadcast(whole, src=rank, async_op=True), self._timeout, on_host=not whole.is_cuda)
                 gathered[role] = whole
         return gathered
@@ -182,13 +187,13 @@ class World:
         except RuntimeError as error:
             raise self._lost(one_line(error)) from error
 
-    def _wait(self, is_done: Callable[[], bool], timeout: float) -> None:
+    def _wait(self, is_done: Callable[[], bool], timeout: float, pause: float = _PAUSE) -> None:
         """Ask again and again: a wait inside torch would hold back the launcher's signal that a rank is gone."""
         end = time.monotonic() + timeout
         while not is_done():
             if time.monotonic() > end:
                 raise self._lost(f"no answer in {timeout:g} seconds")
-            time.sleep(_PAUSE)
+            time.sleep(pause)
 
     def _terminated(self, number: int, frame: object) -> None:
         """The launcher stops everybody when one rank is gone: say which, before it ends us."""
@@ -204,8 +209,8 @@ class World:
             return RankError(f"the run stopped at step {self._step}: {reason}", reporter=0)
         names = " and ".join(self._name(rank) for rank in silent)
         return RankError(
-            f"lost {names} at step {self._step}: ended, or silent for {self._timeout:g} seconds; see what it wrote "
-            "before, and start the run again (an --output goes on with --resume)",
+            f"lost {names} at step {self._step}: {reason}; see what it wrote before, and start the run again (an "
+            "--output goes on with --resume)",
             reporter=min(answered),
         )
 
@@ -217,7 +222,7 @@ class World:
             answered = [rank for rank in range(self.size) if self._store.check([f"ensembler/alive/{rank}"])]
             if len(answered) == self.size or time.monotonic() > end:
                 return answered
-            time.sleep(0.05)
+            time.sleep(_STORE_PAUSE)
 
     def _name(self, rank: int) -> str:
         roles = " and ".join(self.owners[rank])
@@ -273,7 +278,8 @@ def _weighted(
     logits: Mapping[str, Tensor], roles: Sequence[str], how: Combination, shared: int, alpha: float | Tensor
 ) -> Tensor:
     """Σ (constant + α · slope) · z over this rank's members, on the shared ids."""
-    alphas = alpha.float().view(-1, 1, 1) if isinstance(alpha, Tensor) else alpha
+    device = next(iter(logits.values())).device
+    alphas = alpha.to(device, torch.float32).view(-1, 1, 1) if isinstance(alpha, Tensor) else alpha
     weights = {role: how.constant[index] + alphas * how.slope[index] for index, role in enumerate(roles)}
-    terms = [values[..., :shared].float() * weights[role] for role, values in logits.items()]
-    return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
+    terms = [values[..., :shared].to(device, torch.float32) * weights[role] for role, values in logits.items()]
+    return torch.stack(terms).sum(0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+RANK_TIMEOUT = 300.0  # seconds of silence after which a process counts as lost
+
 
 def num_ranks() -> int:
     """The number of processes that a launcher started for this run: 1 without one."""

@@ -177,14 +177,15 @@ class ThreadsRunner:
         kinds = {device.type for device in steps}
         casts = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)]
 
-        def run(group: Group) -> dict[str, Tensor]:
+        def run(group: Group, stream: Any | None) -> dict[str, Tensor]:
             with torch.inference_mode(inference), torch.set_grad_enabled(grad), ExitStack() as stack:
                 for kind, dtype in casts:
                     stack.enter_context(torch.autocast(kind, dtype))
-                return _run_group(group, steps, caches, stream=self._stream(group))
+                return _run_group(group, steps, caches, stream=stream)
 
         with ThreadPoolExecutor(len(groups)) as executor:
-            running = [executor.submit(run, group) for group in groups]
+            # Streams wait for the caller's current one, which another thread does not see.
+            running = [executor.submit(run, group, self._stream(group)) for group in groups]
         logits = {role: values for future in running for role, values in future.result().items()}
         for group in groups:
             self._join(group, logits)
@@ -195,7 +196,9 @@ class ThreadsRunner:
         device = group[0].device
         if device.type != "cuda":
             return None
-        stream = self._streams.setdefault(group[0].roles, torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+        if group[0].roles not in self._streams:
+            self._streams[group[0].roles] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = self._streams[group[0].roles]
         stream.wait_stream(torch.cuda.current_stream(device))
         return stream
 

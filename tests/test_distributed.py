@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 from ensembler import EnsembleForCausalLM, MemberConfig
 from ensembler.config import EnsembleConfig
 from ensembler.distributed import World
-from ensembler.errors import EnsemblerError, MissingExtraError, RankError, RunError
+from ensembler.errors import EnsemblerError, MemberError, MissingExtraError, RankError, RunError
 from ensembler.members import load_group
 from ensembler.preflight import check_ensemble
 from ensembler.runners import Step
@@ -276,6 +276,18 @@ def test_a_member_that_cannot_be_loaded_stops_all_ranks(
     assert second == "aligned ran out of memory"
 
 
+def test_a_file_that_one_machine_lacks_is_said_on_all_ranks() -> None:
+    def look(world: World) -> int:
+        if world.rank == 1:
+            raise MemberError("target_pt: there is no folder /models/target")
+        return 5
+
+    first, second = run_ranks(2, lambda world: world.together(lambda: look(world)))
+    assert first == "rank 1: MemberError: target_pt: there is no folder /models/target"
+    assert second == "target_pt: there is no folder /models/target"
+    assert run_ranks(2, lambda world: world.together(lambda: world.rank)) == [0, 1]
+
+
 def test_ranks_that_read_other_tokens_are_told(trio: dict[str, PreTrainedModel]) -> None:
     whole = EnsembleForCausalLM.from_members(members=trio)
 
@@ -303,7 +315,7 @@ def test_a_silent_rank_is_named_within_the_timeout(trio: dict[str, PreTrainedMod
             return str(error), error.reporter
 
     for message, reporter in run_ranks(3, caught, timeout=2.0, wait=(0, 1)):
-        assert message.startswith("lost rank 2 (source_pt) at step 2: ended, or silent for 2 seconds")
+        assert message.startswith("lost rank 2 (source_pt) at step 2: no answer in 2 seconds")
         assert reporter == 0
 
 

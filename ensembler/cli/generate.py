@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ensembler.cli.options import EnsembleOptions, decoding_options, ensemble_options
-from ensembler.cli.ranks import launched, on_first
+from ensembler.cli.ranks import launched, on_each, on_first
 from ensembler.errors import ConfigError, PromptError
+from ensembler.launch import RANK_TIMEOUT
 
 if TYPE_CHECKING:
     from ensembler.cli.printing import Printer
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 @click.option(
     "--rank-timeout",
     type=click.FloatRange(1),
-    default=300.0,
+    default=RANK_TIMEOUT,
     show_default=True,
     help="Under torchrun: seconds of silence after which a process counts as lost.",
 )
@@ -96,7 +97,7 @@ def generate(
 
     with launched(rank_timeout) as world:
         asked = on_first(world, read)
-        checked = check_ensemble(given.load_config())
+        checked = on_each(world, lambda: check_ensemble(given.load_config()))
         tokenizer = checked.require_tokenizer()
         encoded = encode_prompts(
             asked, tokenizer, chat=chat, system=system, context=checked.shortest_context, skip=skip

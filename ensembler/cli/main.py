@@ -72,7 +72,7 @@ def main(args: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception as error:  # a fault of ours or of a library below: one line too, the traceback on request
-        code = _fail(f"{type(error).__name__}: {error} (add --debug for the traceback)", 1)
+        code = _fail(f"{type(error).__name__}: {error} (add --debug for the traceback)", 1, reporter=this_rank())
     _leave(code if isinstance(code, int) else 0)
 
 

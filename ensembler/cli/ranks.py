@@ -32,6 +32,11 @@ def launched(timeout: float) -> Iterator[World | None]:
     world.close()
 
 
+def on_each(world: World | None, function: Callable[[], Result]) -> Result:
+    """What every process finds out by itself, from the files of its own machine; where one fails, all are told."""
+    return function() if world is None else world.together(function)
+
+
 def on_first(world: World | None, function: Callable[[], Result]) -> Result:
     """What reads standard input or writes files is done once; every process gets the result, or the error."""
     return function() if world is None else world.first(function)
