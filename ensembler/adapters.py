@@ -1,26 +1,29 @@
-"""An adapter as part of a member: find its base, check that it fits, merge it."""
+"""An adapter, or another patch, as part of a member: find its base, check that it fits."""
 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.utils import logging
 
 from ensembler.config import MemberConfig
-from ensembler.errors import MemberError
+from ensembler.errors import MemberError, PatchError
+from ensembler.patch.formats import ADAPTER_PICKLE, ADAPTER_WEIGHTS, DELTAS, RECORD, Patch, read_patch
+from ensembler.patch.headers import StoredTensor, listed
+from ensembler.patch.settings import ADAPTER_CONFIG
 from ensembler.sources import find_file, one_line
 from ensembler.weights import naming, safetensors_header
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-ADAPTER_PICKLE = "adapter_model.bin"
+DELTAS_ALONE = "DELTAS"  # the kind of a patch that has no adapter in it
 
 # Other ways to initialise change the base's weights too, and only PEFT knows how.
 _PLAIN_INIT = (True, False, "gaussian", "orthogonal", "eva")
@@ -30,8 +33,9 @@ _logger = logging.get_logger(__name__)
 
 @dataclass(frozen=True)
 class CheckedAdapter:
-    """An adapter whose files fit the member's base.
+    """An adapter, or another patch, whose files fit the member's base.
 
+    `patch`: what it adds to which weights; None where only PEFT knows how to merge it. `kind` is PEFT's name of it.
     `scaling`, where it is plain LoRA: for each module that it changes, by name in the base, the number s of W + s·B·A
     (Hu et al. 2022; lora_alpha / r, or lora_alpha / √r with rslora, by module where patterns say so). None: anything
     else, which only PEFT knows how to run.
@@ -41,33 +45,112 @@ class CheckedAdapter:
     kind: str
     scaling: dict[str, float] | None
     num_parameters: int
+    patch: Patch | None = None
+
+    @property
+    def deltas(self) -> Mapping[str, StoredTensor]:
+        """Full deltas by the name of the weight that they are added to: `patch extract` keeps them beside a LoRA."""
+        return {} if self.patch is None else self.patch.full
+
+    @property
+    def is_deltas_alone(self) -> bool:
+        """Whether there is no LoRA in it, so that it can only be added to weights and not be kept beside them."""
+        return self.kind == DELTAS_ALONE
+
+    def without_deltas(self) -> CheckedAdapter | None:
+        """What is left when the full deltas are in the weights; None where that is nothing."""
+        if self.patch is None or not self.deltas:
+            return self
+        return None if self.is_deltas_alone else replace(self, patch=replace(self.patch, full={}))
 
 
 def resolve_adapter(role: str, config: MemberConfig) -> MemberConfig:
     """Where `model` is a PEFT folder, return its base as the model and the folder as the adapter."""
     folder = Path(config.model)
-    if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
+    settings, key = folder / ADAPTER_CONFIG, "base_model_name_or_path"
+    if not settings.is_file():
+        settings, key = folder / RECORD, "base"
+    if not settings.is_file() or (folder / "config.json").is_file():
         return config
     if config.adapter is not None:
         raise MemberError(f"{role}: {folder} is an adapter itself; give its base as the model, or merge the two first")
-    base = _read_json(role, folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    base = _read_json(role, settings).get(key)
     if not base:
-        raise MemberError(f"{role}: {folder / ADAPTER_CONFIG} names no base model; set base_model_name_or_path in it")
+        raise MemberError(f"{role}: {settings} names no base model; set {key} in it")
     if (folder / base).is_dir():
         base = str((folder / base).resolve())
     return replace(config, model=base, adapter=config.model)
 
 
 def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> CheckedAdapter:
-    """Compare names and shapes in the adapter's header with what PEFT would make on this base, built without memory.
+    """Compare names and shapes in the headers of an adapter or a patch with those of this base, built without memory.
 
     Raises MemberError; a base of another name is only said, since patches are meant to be carried to new bases.
     """
+    found = {name: find_file(role, adapter, name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, DELTAS, RECORD)}
+    patch = None
+    if found[DELTAS] is not None or found[ADAPTER_WEIGHTS] is not None:
+        patch = _read_patch(role, next(path for path in found.values() if path is not None).parent)
+    if patch is not None and patch.full:
+        patch = _check_deltas(role, patch, model, model_config)
+    if patch is not None and found[ADAPTER_CONFIG] is None:
+        if patch.base is not None and _is_other(patch.base, model):
+            _logger.warning("%s: the patch %s was made for %s, not %s", role, adapter, patch.base, model)
+        return CheckedAdapter(adapter, DELTAS_ALONE, None, _num_elements(patch.full), patch)
+    checked = _check_with_peft(role, adapter, model, model_config)
+    num_parameters = checked.num_parameters + (0 if patch is None else _num_elements(patch.full))
+    return replace(checked, patch=patch, num_parameters=num_parameters)
+
+
+def _is_other(base: str, model: str) -> bool:
+    """Whether two models have different names; where each is on disk says nothing."""
+    return Path(str(base)).name != Path(model).name
+
+
+def _num_elements(tensors: Mapping[str, StoredTensor]) -> int:
+    return sum(tensor.num_elements for tensor in tensors.values())
+
+
+def _read_patch(role: str, folder: Path) -> Patch | None:
+    """What the folder adds to weights; None for an adapter of a kind that is no sum with them."""
+    try:
+        with naming(role):
+            return read_patch(folder)
+    except PatchError as error:
+        if (folder / DELTAS).is_file():  # PEFT would leave them out
+            raise MemberError(f"{role}: {error}") from error
+        return None
+
+
+def _check_deltas(role: str, patch: Patch, model: str, model_config: Any) -> Patch:
+    """Return the patch with its full deltas under the names of the loaded model's weights, or raise MemberError."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(model_config)
+    shapes = {name: tuple(weight.shape) for name, weight in base.named_parameters(remove_duplicate=False)}
+    renamings = [entry for entry in get_model_conversion_mapping(base) if isinstance(entry, WeightRenaming)]
+    names = {name: name if name in shapes else apply_renamings(name, renamings) for name in patch.full}
+    patch = replace(patch, full={names[name]: delta for name, delta in patch.full.items()})
+    missing = [name for name, loaded in names.items() if loaded not in shapes]
+    if missing:
+        raise MemberError(
+            f"{role}: the patch {patch.folder} changes {listed(missing)}, which {model} does not have when it is "
+            "loaded; it was made for another model, or is to be added on disk: ensembler patch apply"
+        )
+    for name, delta in patch.full.items():
+        if delta.shape != shapes[name]:
+            raise MemberError(
+                f"{role}: {name} in the patch {patch.folder} has shape {delta.shape}; in {model} it has {shapes[name]}"
+                ": it was made for another model"
+            )
+    return patch
+
+
+def _check_with_peft(role: str, adapter: str, model: str, model_config: Any) -> CheckedAdapter:
     from peft import get_peft_model_state_dict
 
     settings = _read_json(role, _find(role, adapter, ADAPTER_CONFIG))
     base = settings.get("base_model_name_or_path")
-    is_other = base is not None and Path(str(base)).name != Path(model).name
+    is_other = base is not None and _is_other(base, model)
     weights = adapter_weights(role, adapter)
     with naming(role):
         header = safetensors_header(weights)
@@ -132,7 +215,8 @@ def _on_meta(role: str, adapter: str, model: str, model_config: Any) -> Any:
                 f"{role}: the adapter {adapter} is of kind {kind}, which adds tokens of its own; expected one that "
                 "changes weights, LoRA for example"
             )
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*base_model_name_or_path.* was renamed")  # said in our words
             base = AutoModelForCausalLM.from_config(model_config)
             return get_peft_model(base, settings, low_cpu_mem_usage=True)
     except MemberError:
@@ -168,30 +252,6 @@ def _plain_scaling(patched: Any) -> Iterator[tuple[str, float]]:
     for name, layer in patched.get_base_model().named_modules():
         if isinstance(layer, LoraLinear):
             yield name, float(layer.scaling[layer.active_adapters[0]])
-
-
-def merge_adapter(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
-    """Add the adapter's update to the weights: one forward then costs what the base costs."""
-    from peft import PeftModel
-    from peft.utils.constants import EMBEDDING_LAYER_NAMES
-
-    patched = PeftModel.from_pretrained(model, adapter)
-    targets = {name.rpartition(".")[2] for name in patched.base_model.targeted_module_names}
-    if targets & set(EMBEDDING_LAYER_NAMES):
-        _untie(model)
-    merged: PreTrainedModel = patched.merge_and_unload(safe_merge=True)
-    return merged
-
-
-def _untie(model: PreTrainedModel) -> None:
-    """Give the head weights of its own: an update of the one layer is none of the other."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    head, embeddings = (getattr(layer, "base_layer", layer) for layer in (head, embeddings))
-    if head is None or head.weight is not embeddings.weight:
-        return
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    for config in (model.config, model.config.get_text_config(decoder=True)):
-        config.tie_word_embeddings = False
 
 
 def adapter_weights(role: str, adapter: str) -> Path:

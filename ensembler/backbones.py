@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from ensembler.adapters import CheckedAdapter, adapter_weights, base_name
 from ensembler.errors import OutputError, RunError
+from ensembler.merging import deltas_added
 
 
 class Routing:
@@ -128,7 +129,8 @@ class PeftSwitch:
     """Adapters that PEFT attached under the names of their roles, one of them in use at a time.
 
     Biases (`bias='all'`) and embeddings that an adapter's file holds are not additions: PEFT writes them over the
-    backbone's own. Here each member gets its own for the time of its forward, and the backbone keeps what it had.
+    backbone's own. Here each member gets its own for the time of its forward, and the backbone keeps what it had. So
+    it is with the weights to which a patch adds full deltas.
     """
 
     def __init__(self, model: PreTrainedModel, adapters: Mapping[str, CheckedAdapter]) -> None:
@@ -179,7 +181,7 @@ class PeftSwitch:
 
 def _is_batchable(model: PreTrainedModel, role: str, adapter: CheckedAdapter) -> bool:
     """Whether the adapter is plain LoRA, and its file holds no tensor of the base that the base has otherwise."""
-    if adapter.scaling is None:
+    if adapter.scaling is None or adapter.deltas:
         return False
     known = _base_tensors(model)
     return all(
@@ -189,7 +191,7 @@ def _is_batchable(model: PreTrainedModel, role: str, adapter: CheckedAdapter) ->
 
 
 def _own_tensors(model: PreTrainedModel, role: str, adapter: CheckedAdapter) -> dict[str, Tensor]:
-    """The tensors in the adapter's file that stand in for one of the model's own, by its name there."""
+    """The tensors that stand in for the model's own by their names there: of the adapter's file, and full deltas."""
     known = _base_tensors(model)
     with safe_open(adapter_weights(role, adapter.path), framework="pt") as tensors:
         names = {base_name(key): key for key in tensors.keys()}  # noqa: SIM118 - it is no mapping
@@ -199,7 +201,7 @@ def _own_tensors(model: PreTrainedModel, role: str, adapter: CheckedAdapter) -> 
         raise ValueError(
             f"the adapter of {role} holds {away}, and the base's is on disk or offloaded; keep it on a device"
         )
-    return own
+    return {**own, **deltas_added(known, adapter)}
 
 
 def _base_tensors(model: PreTrainedModel) -> dict[str, nn.Parameter]:

@@ -19,10 +19,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ensembler.adapters import CheckedAdapter, check_adapter, merge_adapter, resolve_adapter
+from ensembler.adapters import CheckedAdapter, check_adapter, resolve_adapter
 from ensembler.backbones import Backbone
 from ensembler.config import MemberConfig
 from ensembler.errors import ConfigError, MemberError, RunError
+from ensembler.merging import add_deltas, merge_adapter
 from ensembler.quantization import Quantization
 from ensembler.sources import find_file, is_local, not_found, one_line
 from ensembler.vocab import MemberVocabulary, read_vocabulary
@@ -106,10 +107,15 @@ def group_members(files: Mapping[str, MemberFiles]) -> list[tuple[MemberFiles, .
     Members share a backbone where they differ in their adapters alone: the same model, dtype, quantisation and place.
     """
     groups: dict[str, list[MemberFiles]] = {}
-    # Without any adapter the same model in two roles is two models, as was asked for.
-    adapted = {(member.config.model, member.config.revision) for member in files.values() if member.adapter is not None}
+    # Without any adapter the same model in two roles is two models, as was asked for; deltas change the weights.
+    adapted = {
+        (member.config.model, member.config.revision)
+        for member in files.values()
+        if member.adapter is not None and not member.adapter.is_deltas_alone
+    }
     for role, member in files.items():
-        alone = "" if (member.config.model, member.config.revision) in adapted else role
+        changed = member.adapter is not None and member.adapter.is_deltas_alone
+        alone = role if changed or (member.config.model, member.config.revision) not in adapted else ""
         backbone = {**member.config.to_dict(), "adapter": None, "role": alone}
         groups.setdefault(json.dumps(backbone, sort_keys=True), []).append(member)
     return [tuple(members) for members in groups.values()]
@@ -148,19 +154,19 @@ def load_group(group: Sequence[MemberFiles], *, attn_implementation: str | None 
     """Load checked members that `group_members` put together.
 
     A single member's adapter is merged into its weights; on a backbone that is shared, quantised or spread over devices
-    it is kept beside them.
+    it is kept beside them. Full deltas of a patch are added to a single member's weights in any case.
     Raises MemberError, or RunError where memory is short.
     """
     names = " and ".join(member.role for member in group)
     config = group[0].config
     try:
         model = _load_model(group[0], attn_implementation)
-        keeps_adapter = config.quantization is not None or config.device_map is not None
-        if len(group) == 1 and (config.adapter is None or not keeps_adapter):
-            if config.adapter is not None:
-                model = merge_adapter(model, config.adapter)
-            return LoadedGroup({group[0].role: model.eval()})
-        backbone = Backbone(model.eval(), {member.role: member.adapter for member in group})
+        adapters = {member.role: member.adapter for member in group}
+        if len(group) == 1:
+            model, adapters[group[0].role] = _merged(model, group[0])
+            if adapters[group[0].role] is None:
+                return LoadedGroup({group[0].role: model.eval()})
+        backbone = Backbone(model.eval(), adapters)
     except Exception as error:  # transformers, safetensors and models' own code each raise what they like
         if out_of_memory(error):
             place = config.device if config.device_map is None else f"device_map {config.device_map}"
@@ -178,6 +184,17 @@ def load_group(group: Sequence[MemberFiles], *, attn_implementation: str | None 
             kinds,
         )
     return LoadedGroup(backbone.views, backbone)
+
+
+def _merged(model: PreTrainedModel, files: MemberFiles) -> tuple[PreTrainedModel, CheckedAdapter | None]:
+    """The model with its adapter in its weights as far as they take it, and what is left of the adapter."""
+    config, adapter = files.config, files.adapter
+    if adapter is None:
+        return model, None
+    if config.quantization is None and config.device_map is None:
+        return merge_adapter(model, adapter), None
+    add_deltas(model, adapter)
+    return model, adapter.without_deltas()
 
 
 def _load_model(files: MemberFiles, attn_implementation: str | None) -> PreTrainedModel:

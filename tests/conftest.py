@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers, huggingface_hub and datasets are imported
@@ -125,3 +126,15 @@ def run() -> Run:
 def members(folders: dict[str, Path]) -> list[str]:
     names = {"source_ft": "--source-ft", "source_pt": "--source-pt", "target_pt": "--target-pt"}
     return [part for role, option in names.items() for part in (option, str(folders[role]))]
+
+
+@pytest.fixture
+def said() -> Any:
+    """The lines that the package logs."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("ensembler")
+    logger.addHandler(handler)
+    yield lines
+    logger.removeHandler(handler)

@@ -36,7 +36,6 @@ from tiny import make_model, make_tokenizer, random_ids
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from ensembler import EnsembleCache, EnsembleForCausalLM, MemberConfig
 from ensembler.errors import MemberError, OutputError, RunError
@@ -530,18 +529,6 @@ OTHERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "loha": ("gpt_neox", lambda family: LoHaConfig(r=4, target_modules=targets(family))),
     "lokr": ("mistral", lambda family: LoKrConfig(r=4, target_modules=targets(family))),
 }
-
-
-@pytest.fixture
-def said() -> Any:
-    """The lines that the package logs."""
-    lines: list[str] = []
-    handler = logging.logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.logging.getLogger("ensembler")
-    logger.addHandler(handler)
-    yield lines
-    logger.removeHandler(handler)
 
 
 @pytest.mark.parametrize("kind", OTHERS)

@@ -19,7 +19,7 @@ KERNELS = ROOT.parent / "kernels" / "ensembler_kernels"
 LAYERS = (
     {"errors", "launch", ""},
     {"vocab", "rules", "config", "quantization", "weights", "sources", "extras"},
-    {"patch", "adapters"},
+    {"patch", "adapters", "merging"},
     {"backbones"},
     {"members"},
     {"runners", "cache", "preflight", "folder"},

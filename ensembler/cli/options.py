@@ -33,6 +33,7 @@ class EnsembleOptions:
     source_pt: str | None
     target_pt: str | None
     member: tuple[str, ...]
+    patch: tuple[str, ...]
     rule: str | None
     alpha: float | None
     constant: tuple[str, ...]
@@ -106,6 +107,13 @@ class EnsembleOptions:
     def _placed(self, config: EnsembleConfig) -> EnsembleConfig:
         """The configuration with what was said about where and how members are loaded."""
         roles = tuple(config.members)
+        for role, patch in self._patches(config).items():
+            if config.members[role].adapter is not None:
+                raise ConfigError(
+                    f"--patch was given for {role}, which has an adapter already ({config.members[role].adapter}); add "
+                    "one of them to its files first: ensembler patch apply"
+                )
+            config.members[role] = replace(config.members[role], adapter=patch)
         for role, dtype in _by_role("--dtype", self.dtype, roles).items():
             config.members[role] = replace(config.members[role], dtype=dtype)
         for role, method in _by_role("--quantize", self.quantize, roles).items():
@@ -133,6 +141,21 @@ class EnsembleOptions:
             config.change_members(offload_folder=self.offload_folder)
         return config
 
+    def _patches(self, config: EnsembleConfig) -> dict[str, str]:
+        """Patches by role; one without a role is for the new model, as in PortLLM."""
+        found = {}
+        for value in self.patch:
+            role, equals, path = value.partition("=")
+            if not equals or role not in config.members:
+                role, path = "target_pt", value
+            if role not in config.members:
+                roles = ", ".join(config.members)
+                raise ConfigError(f"--patch {value!r}: there is no target_pt; give ROLE=PATCH with one of {roles}")
+            if role in found:
+                raise ConfigError(f"--patch was given twice for {role!r}; give it once, or add them on disk first")
+            found[role] = path
+        return found
+
 
 _ALPHA = click.option(
     "--alpha", type=float, help="Strength of the log-ratio; 0 is the anchor.  [default: folder's, or 1]"
@@ -151,6 +174,12 @@ _ENSEMBLE_OPTIONS = (
     click.option("--source-pt", metavar="MODEL", help="The old pre-trained model."),
     click.option("--target-pt", metavar="MODEL", help="The new pre-trained model."),
     click.option("--member", multiple=True, metavar="ROLE=MODEL", help="A member in another role; repeat it."),
+    click.option(
+        "--patch",
+        multiple=True,
+        metavar="[ROLE=]PATCH",
+        help="Add a LoRA, or what `patch extract` made, to a member when it is loaded.  [default role: target_pt]",
+    ),
     click.option(
         "--rule", metavar="RULE", help=f"One of {', '.join(RULE_NAMES)}.  [default: folder's, or base-change]"
     ),

@@ -25,11 +25,9 @@ from torch import Tensor
 
 from ensembler.errors import OutputError, RunError
 from ensembler.patch.card import write_card
-from ensembler.patch.changes import DTYPES, Change, load_change, patched
+from ensembler.patch.changes import BLOCK_ELEMENTS, DTYPES, Change, block_rows, load_change, patched
 from ensembler.patch.layout import FileLayout, Place, carry_files, plan_files, write_config
 from ensembler.patch.plan import Part, Plan, make_plan
-
-_BLOCK_ELEMENTS = 128 * 1024  # half a megabyte in fp32: a block and its factors stay in a core's own cache
 
 Advance = Callable[[int], None]
 
@@ -118,10 +116,10 @@ def _write_weights(plan: Plan, files: Sequence[FileLayout], made: Path, advance:
     def prepare() -> None:
         torch.set_num_threads(1)
         longest = max(_block_rows(place) * _row_bytes(place) for _, place in places)
-        own.buffer = torch.empty(max(longest, 2 * _BLOCK_ELEMENTS), dtype=torch.uint8)
+        own.buffer = torch.empty(max(longest, 2 * BLOCK_ELEMENTS), dtype=torch.uint8)
 
     def write(path: Path, place: Place) -> int:
-        change = load_change(plan, place.stored.name) if place.stored.name in changed else None
+        change = load_change(plan.parts, place.stored.name) if place.stored.name in changed else None
         with place.stored.file.open("rb", buffering=0) as source, path.open("r+b", buffering=0) as target:
             source.seek(place.stored.start)
             target.seek(place.start)
@@ -175,8 +173,7 @@ def _row_bytes(place: Place) -> int:
 
 
 def _block_rows(place: Place) -> int:
-    rows, columns = place.stored.matrix
-    return min(rows, max(1, _BLOCK_ELEMENTS // max(1, columns)))
+    return block_rows(*place.stored.matrix)
 
 
 def _read(source: FileIO, block: Tensor, place: Place) -> Tensor:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ensembler.errors import PatchError, RunError
-from ensembler.patch.formats import LowRank
+from ensembler.patch.formats import LowRank, Patch
 from ensembler.patch.headers import FLOATS, StoredTensor
-from ensembler.patch.plan import Plan, low_rank_parts
 
 DTYPES = {word: getattr(torch, name) for name, word in FLOATS.items()}
+BLOCK_ELEMENTS = 128 * 1024  # half a megabyte in fp32: a block and its factors stay in a core's own cache
 
 
 def read_tensor(stored: StoredTensor, start: int = 0, stop: int | None = None) -> Tensor:
@@ -48,18 +49,19 @@ class Change:
     replacement: StoredTensor | None
 
 
-def load_change(plan: Plan, name: str) -> Change:
-    """Read the LoRA factors of one tensor; full deltas are read by rows, when they are used.
+def load_change(parts: Sequence[tuple[Patch, float]], name: str) -> Change:
+    """Read the LoRA factors that patches with their strengths hold for one tensor; full deltas are read when used.
 
     Raises PatchError where a factor holds NaN or infinity.
     """
     lefts, rights = [], []
-    for factors, strength in low_rank_parts(plan, name):
+    low_rank = [(patch.low_rank[name], scale) for patch, scale in parts if name in patch.low_rank]
+    for factors, strength in low_rank:
         left, right = load_factors(factors)
         lefts.append(left if strength == 1 else left * strength)
         rights.append(right)
-    full = tuple((patch.full[name], scale) for patch, scale in plan.parts if name in patch.full)
-    replacement = next((patch.replaced[name] for patch, _ in plan.parts if name in patch.replaced), None)
+    full = tuple((patch.full[name], scale) for patch, scale in parts if name in patch.full)
+    replacement = next((patch.replaced[name] for patch, _ in parts if name in patch.replaced), None)
     if not lefts:
         return Change(None, None, full, replacement)
     if len(lefts) == 1:
@@ -84,18 +86,34 @@ def patched(weight: Tensor, change: Change, *, dtype: torch.dtype, start: int = 
     Raises PatchError for NaN or infinity in a full delta, RunError where a value is too large for float16.
     """
     stop = start + weight.shape[0]
+    device = weight.device
     if change.replacement is not None:
-        total = _finite(read_tensor(change.replacement, start, stop).float(), change.replacement)
+        total = _finite(read_tensor(change.replacement, start, stop).float(), change.replacement).to(device)
     else:
         total = weight.float()
     if change.left is not None and change.right is not None:
-        total.addmm_(change.left[start:stop], change.right)
+        total.addmm_(change.left[start:stop].to(device), change.right.to(device))
     for stored, scale in change.full:
-        total.add_(_finite(read_tensor(stored, start, stop).float(), stored), alpha=scale)
+        total.add_(_finite(read_tensor(stored, start, stop).float(), stored).to(device), alpha=scale)
     result = total.to(dtype)
     if dtype == torch.float16 and not torch.isfinite(result).all():
         raise RunError("a patched value is too large for float16 (65,504); write bfloat16 with --dtype bfloat16")
     return result
+
+
+def block_rows(rows: int, columns: int) -> int:
+    """How many rows of a weight are changed at a time."""
+    return min(rows, max(1, BLOCK_ELEMENTS // max(1, columns)))
+
+
+@torch.no_grad()
+def patch_in_place(weight: Tensor, change: Change) -> None:
+    """Add a change to a weight in memory, of any shape and device: the blocks and the arithmetic of a file's."""
+    matrix = weight.detach().view(weight.shape[0] if weight.dim() else 1, -1)
+    step = max(1, block_rows(*matrix.shape))
+    for start in range(0, matrix.shape[0], step):
+        block = matrix[start : start + step]
+        block.copy_(patched(block, change, dtype=weight.dtype, start=start))
 
 
 def _finite(values: Tensor, stored: StoredTensor) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ensembler.errors import PatchError
-from ensembler.patch.formats import LowRank, Patch, read_patch
+from ensembler.patch.formats import Patch, read_patch
 from ensembler.patch.headers import FLOATS, StoredTensor, fingerprint, listed, model_tensors, read_json
 from ensembler.patch.places import model_name
 
@@ -165,8 +165,3 @@ def _check_replacements(patches: Sequence[Patch]) -> None:
         both = sorted(others & patch.replaced.keys())
         if both:
             raise PatchError(f"{patch.folder} replaces {both[0]}, which another patch changes too; leave one out")
-
-
-def low_rank_parts(plan: Plan, name: str) -> list[tuple[LowRank, float]]:
-    """The LoRA parts of one tensor with their strengths."""
-    return [(patch.low_rank[name], scale) for patch, scale in plan.parts if name in patch.low_rank]
