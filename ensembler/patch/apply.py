@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ensembler.errors import OutputError, RunError
 from ensembler.patch.card import write_card
-from ensembler.patch.changes import DTYPES, Change, load_change, patched
+from ensembler.patch.changes import DTYPES, Change, fill, load_change, patched
 from ensembler.patch.layout import FileLayout, Place, carry_files, plan_files, write_config
 from ensembler.patch.plan import Part, Plan, make_plan
 
@@ -69,8 +69,8 @@ def run_plan(plan: Plan, out: Path, *, dtype: str | None = None, advance: Advanc
     files = plan_files(plan, dtype)
     num_bytes = sum(file.num_bytes for file in files)
     with new_folder(out, num_bytes) as made:
+        carry_files(plan.model, made)  # first: a file that cannot be read shows before the long part
         _write_weights(plan, files, made, advance or (lambda num_bytes: None))
-        carry_files(plan.model, made)
         write_card(plan, made, out.name)
         write_config(plan.model, made, files, dtype)
     return Applied(out, len(plan.names), len(plan.tensors), num_bytes, time.monotonic() - start)
@@ -85,6 +85,8 @@ def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     out = out.expanduser().resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out} exists already; choose another name for the output")
+    if out.is_mount():
+        raise OutputError(f"{out} is a disk's own folder, whose place no other can take; name a new folder in it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
@@ -181,8 +183,7 @@ def _block_rows(place: Place) -> int:
 
 def _read(source: FileIO, block: Tensor, place: Place) -> Tensor:
     """Fill the block of bytes."""
-    if source.readinto(_as_bytes(block)) != len(block):
-        raise RunError(f"{place.stored.file}: {place.stored.name} ended early; the file changed meanwhile, try again")
+    fill(_as_bytes(block), source, place.stored)
     return block
 
 
