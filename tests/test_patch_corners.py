@@ -208,6 +208,25 @@ def test_an_embedding_of_another_name_is_one_for_peft_too(tmp_path: Path) -> Non
     assert (first - second).abs().max() < 1e-4 * second.abs().max()
 
 
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_mixture_of_experts_at_one_rank_is_one_for_peft_too(family: str, tmp_path: Path) -> None:
+    """Experts are apart on disk and joined in memory."""
+    size = {"num_local_experts": 2, "num_experts": 2, "moe_intermediate_size": 8, "num_experts_per_tok": 1}
+    size |= {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    size |= {"intermediate_size": 32, "vocab_size": 64, "head_dim": 8, "pad_token_id": 3}
+    for name, seed in (("base", 1), ("tuned", 2)):
+        torch.manual_seed(seed)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **size)).save_pretrained(tmp_path / name)
+    edit_tensors(tmp_path / "tuned" / "model.safetensors", lambda s: _only_matrices(s, weights(tmp_path / "base")))
+    extract_patch(tmp_path / "base", tmp_path / "tuned", tmp_path / "patch", rank=2)
+    apply_patches([Part(tmp_path / "patch")], tmp_path / "base", tmp_path / "out")
+    base, out = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("base", "out"))
+    with torch.no_grad():
+        expected, before = out(random_ids(2, 8)).logits, base(random_ids(2, 8)).logits
+        found = PeftModel.from_pretrained(base, tmp_path / "patch").eval()(random_ids(2, 8)).logits
+    assert (found - expected).abs().max() < 1e-5 < (expected - before).abs().max()
+
+
 def _only_matrices(tuned: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor if tensor.dim() == 2 else base[name] for name, tensor in tuned.items()}
 
