@@ -56,8 +56,8 @@ def apply_patches(
 ) -> Applied:
     """Write θ′ + Σ scale · Δθ to the new folder `out` (PortLLM, eq. 6), with all other files of `model`.
 
-    `dtype`: float32, bfloat16 or float16 for all tensors in one of the three (default: each keeps its own). `advance` is
-    called with the bytes of each tensor that is written, from several threads. Raises InputError (what does not fit,
+    `dtype`: float32, bfloat16 or float16 for all tensors in one of the three (default: each keeps its own). `advance`
+    is called with the bytes of each tensor that is written, from several threads. Raises InputError (what does not fit,
     before anything is written; NaN in a patch, on the way) and RunError (a full disk, a sum out of range); neither
     leaves anything behind.
     """
