@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ensembler.adapters import CheckedAdapter
 from ensembler.patch.changes import load_change, patch_in_place
@@ -66,8 +67,19 @@ def _is_sum(model: PreTrainedModel, patch: Patch) -> bool:
 
 def _add(model: PreTrainedModel, patch: Patch, names: Iterable[str]) -> None:
     weights = _weights(model)
+    # As PEFT, by the kind of each layer: a LoRA saves the fan_in_fan_out of its last layer alone.
+    low_rank = {
+        name: factors if factors.is_embedding else replace(factors, transposed=_is_turned(model, name))
+        for name, factors in patch.low_rank.items()
+    }
+    patch = replace(patch, low_rank=low_rank)
     for name in names:
         patch_in_place(_writable(name, weights[name]), load_change([(patch, 1.0)], name))
+
+
+def _is_turned(model: PreTrainedModel, name: str) -> bool:
+    """Whether the layer of this weight keeps it as (in, out)."""
+    return isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D)
 
 
 def _writable(name: str, weight: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import subprocess
@@ -11,25 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner
-from conftest import Result
+from conftest import Run
 from patch_cases import edit_json, exact, save_lora, save_model, weights
 
-from ensembler.cli import main as cli_main
+
+@pytest.fixture
+def run(run: Run) -> Run:
+    """Run `ensembler patch` with these arguments."""
+    return functools.partial(run, "patch")
 
 
-def run(*args: object) -> Result:
-    """Run `ensembler patch` in this process, errors and exit codes included."""
-    with CliRunner().isolation() as (out, err, _):
-        try:
-            cli_main.main(["patch", *map(str, args)])
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    return Result(code, out.getvalue().decode(), err.getvalue().decode())
-
-
-def test_apply_adds_and_says_what_it_wrote(tmp_path: Path) -> None:
+def test_apply_adds_and_says_what_it_wrote(run: Run, tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
     result = run("apply", lora, "--to", model, "--out", tmp_path / "out", "--scale", 0.5)
     assert (result.code, result.out) == (0, "")
@@ -39,7 +32,7 @@ def test_apply_adds_and_says_what_it_wrote(tmp_path: Path) -> None:
         assert (weight.double() - truth[name]).abs().max() <= 1e-6
 
 
-def test_apply_adds_several_in_one_dtype(tmp_path: Path) -> None:
+def test_apply_adds_several_in_one_dtype(run: Run, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     first, second, third = (save_lora(tmp_path / f"lora{seed}", seed=seed) for seed in (1, 2, 3))
     also = ("--also", second, "--also", third, "--scale2", -1, "--scale2", 2)
@@ -52,7 +45,7 @@ def test_apply_adds_several_in_one_dtype(tmp_path: Path) -> None:
         assert (weight.double() - truth).abs().max() <= truth.abs().max() * 2**-8
 
 
-def test_check_says_whether_it_fits_and_writes_nothing(tmp_path: Path) -> None:
+def test_check_says_whether_it_fits_and_writes_nothing(run: Run, tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
     result = run("apply", lora, "--to", model, "--check")
     assert (result.code, result.out) == (0, f"{model}: 14 of 21 tensors change; everything fits\n")
@@ -74,7 +67,7 @@ def test_check_loads_no_torch(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == "LOADED []"
 
 
-def test_another_base_is_noted_and_force_is_quiet(tmp_path: Path) -> None:
+def test_another_base_is_noted_and_force_is_quiet(run: Run, tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
     edit_json(lora / "adapter_config.json", base_model_name_or_path="org/older")
     result = run("apply", lora, "--to", model, "--check")
@@ -84,7 +77,7 @@ def test_another_base_is_noted_and_force_is_quiet(tmp_path: Path) -> None:
     assert run("inspect", lora, "--to", model, "--base", model, "--force").err == ""
 
 
-def test_extract_there_and_back(tmp_path: Path) -> None:
+def test_extract_there_and_back(run: Run, tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
     run("apply", lora, "--to", model, "--out", tmp_path / "tuned")
     models = ("--base", model, "--finetuned", tmp_path / "tuned")
@@ -101,7 +94,7 @@ def test_extract_there_and_back(tmp_path: Path) -> None:
     assert {row["rank"] for row in content["kept"]} <= {1, 2, 3, 4}
 
 
-def test_inspect_prints_a_table_json_and_a_picture(tmp_path: Path) -> None:
+def test_inspect_prints_a_table_json_and_a_picture(run: Run, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     model, lora, other = save_model(tmp_path / "model"), save_lora(tmp_path / "a"), save_lora(tmp_path / "b", seed=2)
     result = run("inspect", lora, "--to", model, "--other", other, "--png", tmp_path / "a.png")
@@ -133,7 +126,7 @@ def test_inspect_prints_a_table_json_and_a_picture(tmp_path: Path) -> None:
         (("inspect", "MODEL"), "holds no patch"),
     ],
 )
-def test_mistakes_are_one_line(args: tuple[Any, ...], message: str, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(args: tuple[Any, ...], message: str, run: Run, tmp_path: Path) -> None:
     places = {"MODEL": save_model(tmp_path / "model"), "LORA": save_lora(tmp_path / "lora"), "OUT": tmp_path / "out"}
     result = run(*[places.get(arg, arg) for arg in args])
     assert result.code == 2

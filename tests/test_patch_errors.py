@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import random
 import resource
 import shutil
-import signal
 import struct
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,29 +253,3 @@ def test_a_disk_that_is_full_in_truth(tmp_path: Path, monkeypatch: pytest.Monkey
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", disk], check=True)
-
-
-def test_killed_at_any_moment_the_output_is_whole_or_not_there(tmp_path: Path) -> None:
-    """A few kills; benchmarks/patch_kill.py does fifty."""
-    size = {"hidden_size": 512, "vocab_size": 8192, "num_layers": 4}
-    model, lora = save_model(tmp_path / "model", **size), save_lora(tmp_path / "lora", size=size)
-    code = (
-        "import sys; from pathlib import Path; from ensembler.patch.apply import apply_patches; "
-        "from ensembler.patch.plan import Part; print('ready', flush=True); "
-        "apply_patches([Part(Path(sys.argv[1]))], Path(sys.argv[2]), Path(sys.argv[3]))"
-    )
-    seconds = apply_patches([Part(lora)], model, tmp_path / "whole").seconds
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir() if path.name != "README.md"}
-    rng = random.Random(0)
-    for number in range(5):
-        out = tmp_path / f"out{number}"
-        process = subprocess.Popen([sys.executable, "-c", code, lora, model, out], stdout=subprocess.PIPE)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(rng.uniform(0, 1.2 * seconds))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        if not out.exists():
-            apply_patches([Part(lora)], model, out)
-        assert {p.name: p.read_bytes() for p in out.iterdir() if p.name != "README.md"} == expected

@@ -52,16 +52,22 @@ def test_a_ported_patch_is_the_sum_that_it_says(save_member: SaveMember, tmp_pat
     assert "| θ′ + Δθ_i | σ_max |" in run("examples/port_smollm2.py", "--table", "--results", out / "rows.jsonl")
 
 
-def test_the_benchmarks_write_their_rows(tmp_path: Path) -> None:
-    model, rows, kills = save_model(tmp_path / "model"), tmp_path / "rows.jsonl", tmp_path / "kills.jsonl"
+def test_the_benchmark_writes_its_row(tmp_path: Path) -> None:
+    model, rows = save_model(tmp_path / "model"), tmp_path / "rows.jsonl"
     run("benchmarks/patch_apply.py", model, "--repeats", 1, "--peft-repeats", 1, "--results", rows)
     row = json.loads(rows.read_text())
     assert (row["model"], row["repeats"], row["num_files"]) == ("model", 1, 1)
     assert 0 < row["apply_peak_mb"] < row["peft_peak_mb"]
     assert "| PEFT: peak memory |" in run("benchmarks/patch_apply.py", "--table", "--results", rows)
-    run("benchmarks/patch_kill.py", model, save_lora(tmp_path / "lora"), "--kills", 2, "--results", kills)
-    row = json.loads(kills.read_text())
-    assert (row["whole"] + row["absent"], row["damaged"]) == (2, 0)
+
+
+def test_killed_at_any_moment_the_output_is_whole_or_not_there(tmp_path: Path) -> None:
+    """A few kills, and a second run after each; the committed row has fifty."""
+    size = {"hidden_size": 512, "vocab_size": 8192, "num_layers": 4}
+    model, lora = save_model(tmp_path / "model", **size), save_lora(tmp_path / "lora", size=size)
+    run("benchmarks/patch_kill.py", model, lora, "--kills", 5, "--results", tmp_path / "kills.jsonl")
+    row = json.loads((tmp_path / "kills.jsonl").read_text())
+    assert (row["whole"] + row["absent"], row["damaged"]) == (5, 0)
 
 
 @pytest.mark.parametrize("script", ["examples/port_smollm2.py", "benchmarks/patch_apply.py"])

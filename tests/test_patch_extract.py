@@ -83,6 +83,16 @@ def test_large_matrices_are_decomposed_at_random_and_nearly_as_well(
     assert torch.equal(again[0], left)
 
 
+def test_a_spectrum_without_decay_costs_the_randomised_decomposition_a_hundredth() -> None:
+    matrix = torch.randn(1100, 1300, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(matrix).double().square()
+    for rank in (8, 64, 256):
+        left, right, kept = truncate(matrix, rank=rank, energy=None)
+        error = (matrix - left @ right).double().square().sum().sqrt()
+        assert 1 - 1e-5 <= error / values[rank:].sum().sqrt() <= 1.01
+        assert kept == pytest.approx(1 - (error**2 / values.sum()).item(), abs=1e-5)
+
+
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
 def test_a_merged_lora_comes_back_at_its_rank(family: str, tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model", family), save_lora(tmp_path / "lora", family, 2, r=3)

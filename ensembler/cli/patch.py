@@ -162,13 +162,17 @@ def inspect(
     """
     import json
 
-    from ensembler.cli.tables import print_patch
+    from ensembler.cli.tables import print_patch, progress
+    from ensembler.patch.formats import read_patch
     from ensembler.patch.heatmap import save_heatmap
     from ensembler.patch.inspect import inspect_patch
     from ensembler.patch.places import local_folder
 
     model, old, theirs = (None if name is None else local_folder(name) for name in (to, base, other))
-    report = inspect_patch(local_folder(patch), model=model, base=old, other=theirs, allow_pickle=allow_pickle)
+    mine = local_folder(patch)
+    num_tensors = len(read_patch(mine, allow_pickle=allow_pickle).names)
+    with progress(num_tensors, shown=True, label="measuring") as advance:
+        report = inspect_patch(mine, model=model, base=old, other=theirs, allow_pickle=allow_pickle, advance=advance)
     _print_notices(report.notes, () if force else report.warnings)
     if png is not None:
         save_heatmap(report, png)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ensembler.errors import OutputError, RunError
 from ensembler.patch.card import write_card
-from ensembler.patch.changes import BLOCK_ELEMENTS, DTYPES, Change, block_rows, load_change, patched
+from ensembler.patch.changes import BLOCK_ELEMENTS, DTYPES, Change, block_rows, fill, load_change, patched
 from ensembler.patch.layout import FileLayout, Place, carry_files, plan_files, write_config
 from ensembler.patch.plan import Part, Plan, make_plan
 
@@ -54,9 +54,10 @@ def apply_patches(
 ) -> Applied:
     """Write θ′ + Σ scale · Δθ to the new folder `out` (PortLLM, eq. 6), with all other files of `model`.
 
-    `dtype`: float32, bfloat16 or float16 for all float tensors (default: each keeps its own). `advance` is called with
-    the bytes of each tensor that is written, from several threads. Raises InputError before anything is written, and
-    RunError (a full disk, float16 overflow); neither leaves anything behind.
+    `dtype`: float32, bfloat16 or float16 for all tensors in one of the three (default: each keeps its own). `advance`
+    is called with the bytes of each tensor that is written, from several threads. Raises InputError (what does not fit,
+    before anything is written; NaN in a patch, on the way) and RunError (a full disk, a sum out of range); neither
+    leaves anything behind.
     """
     return run_plan(make_plan(parts, model, allow_pickle=allow_pickle), out, dtype=dtype, advance=advance)
 
@@ -67,8 +68,8 @@ def run_plan(plan: Plan, out: Path, *, dtype: str | None = None, advance: Advanc
     files = plan_files(plan, dtype)
     num_bytes = sum(file.num_bytes for file in files)
     with new_folder(out, num_bytes) as made:
+        carry_files(plan.model, made)  # first: a file that cannot be read shows before the long part
         _write_weights(plan, files, made, advance or (lambda num_bytes: None))
-        carry_files(plan.model, made)
         write_card(plan, made, out.name)
         write_config(plan.model, made, files, dtype)
     return Applied(out, len(plan.names), len(plan.tensors), num_bytes, time.monotonic() - start)
@@ -83,6 +84,8 @@ def new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     out = out.expanduser().resolve()
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out} exists already; choose another name for the output")
+    if out.is_mount():
+        raise OutputError(f"{out} is a disk's own folder, whose place no other can take; name a new folder in it")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out.parent).free
@@ -178,8 +181,7 @@ def _block_rows(place: Place) -> int:
 
 def _read(source: FileIO, block: Tensor, place: Place) -> Tensor:
     """Fill the block of bytes."""
-    if source.readinto(_as_bytes(block)) != len(block):
-        raise RunError(f"{place.stored.file}: {place.stored.name} ended early; the file changed meanwhile, try again")
+    fill(_as_bytes(block), source, place.stored)
     return block
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -13,6 +14,8 @@ from ensembler.patch.layout import CARD
 from ensembler.patch.places import model_name
 from ensembler.patch.plan import Plan
 
+_KEPT = ("license", "license_name", "license_link", "language")
+_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 _TEXT = """
 # {title}
 
@@ -53,7 +56,7 @@ def write_card(plan: Plan, made: Path, title: str) -> None:
 
 def _row(patch: Patch, scale: float) -> str:
     hashes = ", ".join(f"{path.name} {_sha256(path)}" for path in patch.files)
-    base = Path(patch.base).name if patch.base else "not said"
+    base = (patch.base if _HUB_ID.fullmatch(patch.base) else Path(patch.base).name) if patch.base else "not said"
     return f"| patch | {model_name(patch.folder)} | {base} | {scale:g} | {hashes} |"
 
 
@@ -69,4 +72,4 @@ def _kept(card: Path) -> dict[str, object]:
         old = ModelCard.load(card).data
     except Exception:  # a card is prose: one that cannot be read is no reason to refuse the weights
         return {}
-    return {key: value for key in ("license", "language") if (value := old.get(key)) is not None}
+    return {key: value for key in _KEPT if (value := old.get(key)) is not None}

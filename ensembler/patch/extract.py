@@ -24,15 +24,14 @@ from ensembler.errors import ConfigError, PatchError
 from ensembler.patch.apply import new_folder
 from ensembler.patch.changes import DTYPES, read_tensor
 from ensembler.patch.formats import ADAPTER_WEIGHTS, DELTAS, PEFT_PREFIX, RECORD
-from ensembler.patch.headers import FLOATS, StoredTensor, fingerprint, listed, model_tensors, read_json
+from ensembler.patch.headers import FLOATS, StoredTensor, fingerprint, listed, model_tensors
 from ensembler.patch.places import model_name
-from ensembler.patch.plan import HEADS, is_tied
+from ensembler.patch.plan import HEADS, has_turned_layers, is_tied, is_turned
 from ensembler.patch.truncation import truncate
 from ensembler.patch.writer import SafetensorsWriter
 
-# Families whose linear layers lie as (in, out), which PEFT calls fan_in_fan_out.
-_TRANSPOSED_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_TRANSPOSED_LAYERS = ("c_attn", "q_attn", "c_proj", "c_fc")
+# Last names of embeddings: embed_tokens, embed_in, word_embeddings, tok_embeddings, wte, wpe ...
+_EMBEDDING = re.compile(r"emb|^w[tp]e$")
 _ENDINGS = {
     "linear": (".lora_A.weight", ".lora_B.weight"),
     "transposed": (".lora_A.weight", ".lora_B.weight"),
@@ -156,16 +155,16 @@ def _check(base: Path, old: Mapping[str, StoredTensor], finetuned: Path, new: Ma
 
 def _kinds(base: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
     """The tensors that a LoRA can hold: 'linear', 'transposed' or 'embedding', told by shape, name and family."""
-    turned = read_json(base / "config.json").get("model_type") in _TRANSPOSED_FAMILIES
+    turned = has_turned_layers(base)
     tied = is_tied(base, tensors)
     kinds = {}
     for name, tensor in tensors.items():
         module, _, last = name.rpartition(".")
         if len(tensor.shape) != 2 or last != "weight" or (name in HEADS and (tied or name != "lm_head.weight")):
             continue  # a head of another name has been renamed on its way to disk, and PEFT would not find it
-        embedding = "embed" in module.rpartition(".")[2]
+        embedding = _EMBEDDING.search(module.rpartition(".")[2])
         if turned:
-            if module.rpartition(".")[2] in _TRANSPOSED_LAYERS:
+            if is_turned(name):
                 kinds[name] = "transposed"
         elif not embedding:
             kinds[name] = "linear"

@@ -42,6 +42,10 @@ class LowRank:
     transposed: bool
 
     @property
+    def is_embedding(self) -> bool:
+        return "lora_embedding" in self.a.name
+
+    @property
     def shape(self) -> tuple[int, int]:
         """Shape of the weight that this is added to."""
         rows, columns = self.b.shape[0], self.a.shape[1]
@@ -96,9 +100,11 @@ def read_patch(folder: Path, *, allow_pickle: bool = False) -> Patch:
         base = base or config.values.get("base_model_name_or_path")
     full = stored_tensors(folder / DELTAS) if (folder / DELTAS).is_file() else {}
     if not low_rank and not replaced and not full:
+        below = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+        hint = f"; its folders {listed(below)} hold one, name one of them" if below else ""
         raise PatchError(
             f"{folder} holds no patch; expected {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} (a PEFT LoRA), or {DELTAS} "
-            "(made by `patch extract`)"
+            f"(made by `patch extract`){hint}"
         )
     both = sorted(full.keys() & {*low_rank, *replaced})
     if both:

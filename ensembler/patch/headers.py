@@ -80,6 +80,8 @@ def model_tensors(folder: Path) -> dict[str, StoredTensor]:
     check_folder("model", folder)
     tensors: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
+        if file.parent != folder:
+            raise MemberError(f"{folder / WEIGHTS_INDEX} names {file}, which is not beside it; move the shards there")
         for name, tensor in stored_tensors(file).items():
             if name in tensors:
                 raise MemberError(f"{folder}: {name} is in {tensors[name].file.name} and in {file.name}; keep one")

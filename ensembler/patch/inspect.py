@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ensembler.errors import ConfigError, PatchError
-from ensembler.patch.changes import DTYPES, load_factors, read_tensor
+from ensembler.patch.changes import DTYPES, finite, load_factors, read_tensor
 from ensembler.patch.formats import Patch, read_patch
 from ensembler.patch.headers import StoredTensor, listed, model_tensors
 from ensembler.patch.norms import Dense, Factors, Update, difference, size_of_matrix
@@ -34,14 +34,12 @@ def inspect_patch(
     """
     if base is not None and model is None:
         raise ConfigError("a base needs a model: θ′ - θ is taken between the two; give the model with --to")
-    theirs = read_patch(other, allow_pickle=allow_pickle) if other is not None else None
-    mine = read_patch(patch, allow_pickle=allow_pickle)
+    mine = _read(patch, model, allow_pickle)
+    theirs = None if other is None else _read(other, model, allow_pickle)
     warnings: tuple[str, ...] = ()
     updated: dict[str, StoredTensor] = {}
     old: dict[str, StoredTensor] = {}
     if model is not None:
-        for folder in (patch, *([other] if other is not None else [])):
-            make_plan([Part(folder)], model, allow_pickle=allow_pickle)
         updated = model_tensors(model)
     if base is not None:
         make_plan([Part(patch)], base, allow_pickle=allow_pickle)
@@ -63,6 +61,13 @@ def inspect_patch(
     return PatchReport(tuple(modules), mine.notes, warnings)
 
 
+def _read(patch: Path, model: Path | None, allow_pickle: bool) -> Patch:
+    """Read a patch; raise PatchError unless it fits the model."""
+    if model is None:
+        return read_patch(patch, allow_pickle=allow_pickle)
+    return make_plan([Part(patch)], model, allow_pickle=allow_pickle).parts[0][0]
+
+
 def _measure(
     name: str, mine: Patch, theirs: Patch | None, updated: StoredTensor | None, old: StoredTensor | None
 ) -> ModuleReport:
@@ -72,9 +77,9 @@ def _measure(
     if theirs is not None:
         values["residual"] = difference(_load(theirs, name), update).size()
     if updated is not None:
-        weight = read_tensor(updated).float()
+        weight = finite(read_tensor(updated).float(), updated)
         if old is not None:
-            change = weight - read_tensor(old).float()
+            change = weight - finite(read_tensor(old).float(), old)
             values["update"] = float(change.double().norm())
             values["inner"] = update.inner(change)
             del change
@@ -88,7 +93,7 @@ def _load(patch: Patch, name: str) -> Update:
     if name in patch.low_rank:
         left, right = load_factors(patch.low_rank[name])
         return Factors(left, right)
-    return Dense(read_tensor(patch.full[name]).float())
+    return Dense(finite(read_tensor(patch.full[name]).float(), patch.full[name]))
 
 
 def _rounding(total: Tensor, dtype: torch.dtype) -> float:

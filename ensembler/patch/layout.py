@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ensembler.patch.headers import FLOATS, ITEM_BYTES, StoredTensor, header_end
 from ensembler.patch.plan import Plan
+from ensembler.patch.settings import ADAPTER_CONFIG
 from ensembler.weights import WEIGHTS_INDEX, weight_files
 
 CARD = "README.md"
@@ -86,19 +87,24 @@ def make_header(entries: dict[str, object], *, length: int = 0) -> bytes:
 
 
 def carry_files(model: Path, made: Path) -> None:
-    """Copy everything of the model but its weights, its card and config.json."""
+    """Copy everything of the model but its weights, its card, config.json, and an adapter's configuration.
+
+    transformers would load a model with the latter in its folder as that adapter on the adapter's own base.
+    """
 
     def left_out(folder: str, names: list[str]) -> set[str]:
-        top = ("config.json", CARD) if Path(folder) == model else ()
+        top = ("config.json", CARD, ADAPTER_CONFIG) if Path(folder) == model else ()
         return {name for name in names if name.startswith(".") or name.endswith(_WEIGHT_ENDINGS) or name in top}
 
-    shutil.copytree(model, made, ignore=left_out, dirs_exist_ok=True)
+    mode = made.stat().st_mode  # a model that may only be read is no reason for a result that cannot be finished
+    shutil.copytree(model, made, ignore=left_out, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    made.chmod(mode)
 
 
 def write_config(model: Path, made: Path, files: Sequence[FileLayout], dtype: str | None) -> None:
     """Write config.json, which makes the folder a model, so the last of all; `dtype` in it and the index's total."""
     if dtype is None:
-        shutil.copy(model / "config.json", made)
+        shutil.copyfile(model / "config.json", made / "config.json")
         return
     if (made / WEIGHTS_INDEX).is_file():
         index = json.loads((made / WEIGHTS_INDEX).read_text("utf-8"))

@@ -91,6 +91,8 @@ def size_of_matrix(matrix: Tensor) -> Size:
 
 
 def _sigma_max(matrix: Tensor) -> float:
+    if not matrix.any():
+        return 0.0  # an iteration would have nowhere to start
     if min(matrix.shape) <= _DENSE_SIZE:
         return float(torch.linalg.svdvals(matrix.double())[0])
     linalg = require("scipy.sparse.linalg", "eval")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ensembler.errors import PatchError
@@ -13,6 +13,9 @@ from ensembler.patch.formats import Patch, read_patch
 from ensembler.patch.headers import FLOATS, StoredTensor, fingerprint, listed, model_tensors, read_json
 from ensembler.patch.places import model_name
 
+# Families whose linear layers lie as (in, out), which PEFT calls fan_in_fan_out.
+_TURNED_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+_TURNED_LAYERS = ("c_attn", "q_attn", "c_proj", "c_fc")
 HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _FUSED = ("qkv_proj", "query_key_value", "gate_up_proj", "c_attn", "Wqkv", "attn_qkv", "in_proj")
 
@@ -57,7 +60,7 @@ def make_plan(parts: Sequence[Part], model: Path, *, allow_pickle: bool = False)
     for part in parts:
         if not math.isfinite(part.scale):
             raise PatchError(f"the scale of {part.patch} is {part.scale}; expected a finite number")
-        patch = read_patch(part.patch, allow_pickle=allow_pickle)
+        patch = _as_it_lies(read_patch(part.patch, allow_pickle=allow_pickle), model)
         if patch.replaced and part.scale != 1:
             raise PatchError(
                 f"{part.patch} replaces {listed(patch.replaced)} (modules_to_save, bias), which has no strength; it "
@@ -70,6 +73,31 @@ def make_plan(parts: Sequence[Part], model: Path, *, allow_pickle: bool = False)
     notes = tuple(note for patch, _ in read for note in patch.notes)
     warnings = tuple(line for patch, _ in read if (line := other_base(patch, model, tensors)))
     return Plan(model, tensors, tuple(read), notes, warnings)
+
+
+def has_turned_layers(model: Path) -> bool:
+    """Whether linear layers of this model's family lie as (in, out); see `is_turned` for which."""
+    return read_json(model / "config.json").get("model_type") in _TURNED_FAMILIES
+
+
+def is_turned(name: str) -> bool:
+    """Whether this tensor lies as (in, out), in a family that has such layers."""
+    return name.removesuffix(".weight").rpartition(".")[2] in _TURNED_LAYERS
+
+
+def _as_it_lies(patch: Patch, model: Path) -> Patch:
+    """The patch with its factors turned as the layers of the model are.
+
+    PEFT goes by the kind of each layer too: where a LoRA has layers of both kinds, the one fan_in_fan_out that it
+    saves is that of the last layer.
+    """
+    if not has_turned_layers(model):
+        return patch
+    low_rank = {
+        name: factors if factors.is_embedding else replace(factors, transposed=is_turned(name))
+        for name, factors in patch.low_rank.items()
+    }
+    return replace(patch, low_rank=low_rank)
 
 
 def other_base(patch: Patch, model: Path, tensors: Mapping[str, StoredTensor]) -> str | None:
@@ -102,11 +130,9 @@ def _check_names(patch: Patch, model: Path, tensors: Mapping[str, StoredTensor],
                 "would change; give a model that is not tied, or a patch without it"
             )
     if missing:
-        fused = next((name for name in tensors if any(word in name for word in _FUSED)), None)
-        why = f"; {model.name} keeps several of them in one matrix, such as {fused}" if fused else ""
         raise PatchError(
             f"{patch.folder} changes {len(missing):,} of {len(patch.names):,} tensors that {model} does not have: "
-            f"{listed(missing)}{why}; it was made for another architecture"
+            f"{listed(missing)}; {_why_missing(missing, model, tensors)}"
         )
     extra = [name for name in _targeted(patch, tensors) if name not in patch.names]
     if extra:
@@ -116,9 +142,28 @@ def _check_names(patch: Patch, model: Path, tensors: Mapping[str, StoredTensor],
         )
 
 
+def _why_missing(missing: Sequence[str], model: Path, tensors: Mapping[str, StoredTensor]) -> str:
+    """The likeliest reason: a quantised model, another prefix, several modules in one matrix, another architecture."""
+    if read_json(model / "config.json").get("quantization_config"):
+        return f"{model.name} is quantised; give the model before that"
+    for name in missing:
+        tail = re.search(r"[^.]+\.\d+\..*", name)
+        found = tail and next((other for other in tensors if f".{other}".endswith(f".{tail[0]}")), None)
+        if found:
+            return (
+                f"{model.name} calls {name} {found}; load it with the class that the patch was trained with, "
+                "AutoModelForCausalLM for most, and save it again"
+            )
+    parents = {name.rsplit(".", 2)[0] for name in missing}
+    for name in tensors:
+        if name.rsplit(".", 2)[0] in parents and any(word in name for word in _FUSED):
+            return f"{model.name} keeps several of them in one matrix, such as {name}; give a patch made for that"
+    return "it was made for another architecture"
+
+
 def _embeddings(patch: Patch) -> list[str]:
     """Embeddings that were trained apart from the output head; a full delta is one of the tied tensor itself."""
-    low_rank = [name for name, factors in patch.low_rank.items() if "lora_embedding" in factors.a.name]
+    low_rank = [name for name, factors in patch.low_rank.items() if factors.is_embedding]
     return low_rank + [name for name in patch.replaced if "embed" in name]
 
 
@@ -146,7 +191,7 @@ def _check_shapes(patch: Patch, model: Path, tensors: Mapping[str, StoredTensor]
         if tensor.dtype not in FLOATS.values():
             raise PatchError(
                 f"{name} in {model} is stored as {tensor.dtype}; expected one of {', '.join(FLOATS)}; give the model "
-                "before it was quantised"
+                "in one of them, before any quantisation"
             )
         if shape == tensor.shape:
             continue

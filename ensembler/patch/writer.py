@@ -35,7 +35,8 @@ class SafetensorsWriter:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Append a float tensor."""
-        values: Any = tensor.detach().contiguous().view(torch.uint8).numpy()
+        flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))  # of stride 1
+        values: Any = flat.view(torch.uint8).numpy()
         self._file.write(values)
         offsets = [self._end, self._end + tensor.nbytes]
         self._entries[name] = {"dtype": self._words[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
