@@ -70,7 +70,17 @@ def test_rows_hold_the_log_probs_of_the_lines(run: Run, command: list[object], f
 
 def test_a_table_has_a_line_for_each_continuation_and_alpha(run: Run, command: list[object]) -> None:
     lines = run(*command).out.splitlines()
-    assert lines[0].split() == ["number", "choice", "alpha", "log_prob", "per", "token", "num_tokens", "greedy"]
+    assert lines[0].split() == [
+        "number",
+        "choice",
+        "alpha",
+        "log_prob",
+        "per",
+        "token",
+        "perplexity",
+        "num_tokens",
+        "greedy",
+    ]
     assert len(lines) == 1 + 2 * 7
     assert [line.split()[0] for line in lines[1:]] == sorted(line.split()[0] for line in lines[1:])
 
