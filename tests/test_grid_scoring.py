@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import SaveMember
-from scoring_cases import CASES, random_requests
+from scoring_cases import CASES, random_requests, save_lora
 from test_distributed import run_ranks, spread
+from test_examples import run as run_script
 from test_lm_eval import CHOICE
 from tiny import make_model, make_tokenizer, member_logits, tables
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -247,6 +248,24 @@ def test_long_texts_need_lm_eval_and_short_ones_do_not(
     assert make_batches([encode_question(question, tokenizer, window=6)], 1)
     with pytest.raises(MissingExtraError, match=r"logit-ensembler\[eval\]"):
         make_batches([encode_question(question, tokenizer, window=5)], 1)
+
+
+# -- the benchmark ----------------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_writes_its_row(tmp_path: Path) -> None:
+    save_lora(tmp_path)
+    (tmp_path / "adapter").rename(tmp_path / "source_ft")
+    (tmp_path / "data" / "sst2").mkdir(parents=True)
+    lines = [json.dumps({"sentence": f"a film {i} ", "label": "1"}) + "\n" for i in range(6)]
+    (tmp_path / "data" / "sst2" / "dev.jsonl").write_text("".join(lines))
+    rows = tmp_path / "rows.jsonl"
+    options = ("--repeats", 1, "--batch-size", 3, "--results", rows)
+    run_script("benchmarks/grid_score.py", tmp_path / "source_pt", tmp_path, tmp_path / "data", *options)
+    (row,) = map(json.loads, rows.read_text().splitlines())
+    assert (row["num_rows"], row["num_alphas"]) == (6, 16)
+    assert row["time_ratio"] > 0
+    assert row["time_spread"][0] <= row["time_ratio"] <= row["time_spread"][1]
 
 
 # -- lm-eval's own ----------------------------------------------------------------------------------------------------
