@@ -141,11 +141,12 @@ def mcnemar(only_a: int, only_b: int) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return the p values of several comparisons, corrected by Holm's step-down procedure (Holm 1979), in their order.
 
-    Those of at most 0.05 are significant with a family-wise error of 5 %.
+    Those of at most 0.05 are significant with a family-wise error of 5 %. NaN, an undefined p, counts as 1.
     """
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for place, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+    known = [1.0 if math.isnan(p_value) else p_value for p_value in p_values]
+    adjusted, largest = [0.0] * len(known), 0.0
+    for place, index in enumerate(sorted(range(len(known)), key=known.__getitem__)):
+        largest = max(largest, min(1.0, (len(known) - place) * known[index]))
         adjusted[index] = largest
     return adjusted
 
