@@ -238,6 +238,14 @@ def test_texts_are_scored_as_lm_eval_rolls_over_them(
         assert score.perplexities[0] == pytest.approx(math.exp(-log_prob / len(texts[number])), rel=1e-4)
 
 
+def test_long_texts_take_passes_of_their_own() -> None:
+    """Every position of a text goes through the heads: rows of a pass are bounded by the logits' memory."""
+    requests = [ScoringRequest(n, (1,), (tuple(range(4, 64)) * 15,), "it", window=900) for n in range(5)]
+    (batch,) = make_batches(requests, 8)
+    assert [one.input_ids.shape for one in batch.passes] == [(2, 900), (2, 900), (1, 900)]
+    assert sorted(slot for one in batch.passes for slot in one.slots.tolist()) == list(range(4500))
+
+
 def test_long_texts_need_lm_eval_and_short_ones_do_not(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,6 +16,8 @@ from ensembler.evaluation.requests import ScoringRequest
 
 _FORWARD = 16  # a forward costs as much as so many tokens more: one of a token takes about that long
 
+_MOST_TARGETS = 2048  # positions of a pass that go through the heads, for the logits' memory: of texts, not of choices
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -42,8 +44,9 @@ def can_share_contexts(model_configs: Iterable[Any]) -> bool:
 def make_batches(requests: Sequence[ScoringRequest], batch_size: int, *, share_contexts: bool = False) -> list[Batch]:
     """Return batches of `batch_size` requests of similar length, the longest first: too little memory shows at once.
 
-    A pass has at most `batch_size` sequences. With `share_contexts`, a context of several choices is read once where
-    that saves tokens, and they go on from its cache: ask `can_share_contexts`. Batches depend on nothing else.
+    A pass has at most `batch_size` sequences, fewer of long texts. With `share_contexts`, a context of several choices
+    is read once where that saves tokens, and they go on from its cache: ask `can_share_contexts`. Batches depend on
+    nothing else.
     """
     ordered = sorted(requests, key=lambda request: (-request.num_positions, request.number))
     batches: list[Batch] = []
@@ -68,9 +71,15 @@ def _passes(requests: Sequence[ScoringRequest], batch_size: int, first: int, sha
 
 
 def _whole_passes(forks: Sequence[Fork], batch_size: int, first: int) -> Iterator[Pass]:
-    rows = [row for fork in forks for row in fork.whole()]
-    for number, start in enumerate(range(0, len(rows), batch_size), first):
-        yield whole_pass(number, rows[start : start + batch_size])
+    chunk: list[Row] = []
+    for row in (row for fork in forks for row in fork.whole()):
+        most = max(len(one.targets) for one in [*chunk, row])
+        if chunk and (len(chunk) == batch_size or (len(chunk) + 1) * most > _MOST_TARGETS):
+            yield whole_pass(first, chunk)
+            chunk, first = [], first + 1
+        chunk.append(row)
+    if chunk:
+        yield whole_pass(first, chunk)
 
 
 def _cost(passes: Sequence[Pass]) -> int:
