@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,6 +56,16 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
         """Keep the rows `indices` (which, or a mask) of every block."""
         for roles, cache in self.parts.items():
             cache.batch_select_indices(_in_every_block(indices, len(roles), cache))
+
+    def selected(self, indices: Tensor) -> EnsembleCache:
+        """Return a cache of the rows `indices`, any of them any number of times; this one stays as it is."""
+        parts = {}
+        for roles, cache in self.parts.items():
+            parts[roles] = copy.copy(cache)
+            parts[roles].layers = [copy.copy(layer) for layer in cache.layers]
+        chosen = EnsembleCache(parts)
+        chosen.batch_select_indices(indices)
+        return chosen
 
     def lengths(self) -> dict[Roles, int]:
         """Return the number of tokens that each part has seen; raises RunError for a broken cache."""

@@ -70,9 +70,47 @@ def test_rows_hold_the_log_probs_of_the_lines(run: Run, command: list[object], f
 
 def test_a_table_has_a_line_for_each_continuation_and_alpha(run: Run, command: list[object]) -> None:
     lines = run(*command).out.splitlines()
-    assert lines[0].split() == ["number", "choice", "alpha", "log_prob", "per", "token", "num_tokens", "greedy"]
+    assert lines[0].split() == [
+        "number",
+        "choice",
+        "alpha",
+        "log_prob",
+        "per",
+        "token",
+        "perplexity",
+        "num_tokens",
+        "greedy",
+    ]
     assert len(lines) == 1 + 2 * 7
     assert [line.split()[0] for line in lines[1:]] == sorted(line.split()[0] for line in lines[1:])
+
+
+def test_perplexity_and_tokens(run: Run, command: list[object], data: Path, tmp_path: Path) -> None:
+    plain, told = rows(run(*command, "--json").out), rows(run(*command, "--json", "--per-token").out)
+    assert "token_log_probs" not in plain[0]
+    for row, with_tokens in zip(plain, told, strict=True):
+        for one, other in zip(row.get("choices", [row]), with_tokens.get("choices", [with_tokens]), strict=True):
+            assert one["perplexity"] == pytest.approx([math.exp(-x / one["num_tokens"]) for x in one["log_prob"]])
+            assert [len(each) for each in other["token_log_probs"]] == 2 * [one["num_tokens"]]
+            assert [sum(each) for each in other["token_log_probs"]] == pytest.approx(one["log_prob"], abs=1e-4)
+    assert told[0]["tokens"] == [" ", "d", "e"]
+    assert [choice["tokens"] for choice in told[1]["choices"]] == [list(" sat"), list(" ran"), list(" sang")]
+    assert "no room for tokens" in run(*command, "--per-token").error
+    out = tmp_path / "out.jsonl"
+    assert run(*command, "--output", out).code == 0
+    assert "--overwrite" in run(*command, "--output", out, "--resume", "--per-token").error
+
+
+def test_texts_are_scored_whole_and_beyond_the_context(run: Run, command: list[object], data: Path) -> None:
+    pytest.importorskip("lm_eval")
+    long = "".join("abcdefg hi"[(7 * i) % 10] for i in range(300))  # the members' context ends at 128
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("xyz", long)))
+    short, rolled = rows(run(*command, "--json").out)
+    data.write_text('{"prompt": "", "continuation": "xyz"}\n')
+    (same,) = rows(run(*command, "--json").out)
+    assert short["log_prob"] == pytest.approx(same["log_prob"], abs=1e-4)
+    assert rolled["num_tokens"] == 300
+    assert all(1 < perplexity < 1e6 for perplexity in rolled["perplexity"])
 
 
 def test_alpha_is_the_folders_where_none_is_given(run: Run, command: list[object], tmp_path: Path) -> None:
@@ -211,6 +249,9 @@ BAD_LINES = {
     "no choices": ('{"prompt": "a", "choices": []}', "'choices' is no list of texts"),
     "a number": ('{"prompt": "a", "continuation": 3}', "'continuation' is no text"),
     "empty": ('{"prompt": "a", "continuation": ""}', "the continuation is empty"),
+    "an empty text": ('{"text": ""}', "the text is empty"),
+    "a text that is none": ('{"text": 3}', "'text' is no text"),
+    "a text and a continuation": ('{"text": "a", "continuation": "b"}', "has no text under 'prompt'"),
     "empty choice": ('{"prompt": "a", "choices": ["b", ""]}', "choice 1 is empty"),
     "surrogate": ('{"prompt": "a", "continuation": "\\ud83d"}', "not UTF-8 text"),
     "too long": (json.dumps({"prompt": "a" * 128, "continuation": "bc"}), "the context of source_ft ends at 128"),

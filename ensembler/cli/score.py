@@ -6,7 +6,7 @@ import json
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ensembler.decoding.results import ResultsFile
     from ensembler.evaluation.batches import Batch
     from ensembler.evaluation.logits_folder import LogitsFolder
+    from ensembler.evaluation.points import GridPoint
     from ensembler.evaluation.scoring import ScoredRequest
     from ensembler.preflight import CheckedEnsemble
 
@@ -32,11 +33,12 @@ if TYPE_CHECKING:
     "--data",
     required=True,
     type=click.Path(path_type=Path),
-    help='JSON lines: {"prompt": "...", "continuation": "..."}, or "choices": ["...", ...] in place of the second.',
+    help='JSON lines: {"text": "..."}, or {"prompt": "...", "continuation": "..."}, or with "choices": ["...", ...].',
 )
 @click.option("--skip-bad", is_flag=True, help="Go on over lines of --data that cannot be scored.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Sequences scored together.")
 @click.option("--offline-members", is_flag=True, help="Load one member at a time; its logits wait beside --output.")
+@click.option("--per-token", is_flag=True, help="Add the tokens and the log-prob of each to the JSON lines.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line per line of --data.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the JSON lines to a file, in input order.")
 @click.option("--resume", is_flag=True, help="Go on with an --output file that was interrupted.")
@@ -48,12 +50,13 @@ def score(
     skip_bad: bool,
     batch_size: int,
     offline_members: bool,
+    per_token: bool,
     as_json: bool,
     output: Path | None,
     resume: bool,
     overwrite: bool,
 ) -> None:
-    """Tell how probable given texts are under ENSEMBLE: log-probs of continuations, for one alpha or several.
+    """Tell how probable given texts are under ENSEMBLE: log-probs and perplexity, for one alpha or several.
 
     \b
     ensembler score math --data questions.jsonl --alpha 0 --alpha 0.5 --alpha 1
@@ -62,9 +65,12 @@ def score(
     if output is None and (resume or overwrite or offline_members):
         option = "resume" if resume else "overwrite" if overwrite else "offline-members"
         raise ConfigError(f"--{option} was given without --output; name the file")
+    if per_token and output is None and not as_json:
+        raise ConfigError("--per-token was given without --json or --output; the table has no room for tokens")
     from ensembler.decoding.results import ResultsFile, check_output
-    from ensembler.evaluation.batches import make_batches
+    from ensembler.evaluation.batches import can_share_contexts, make_batches
     from ensembler.evaluation.logits_folder import LogitsFolder
+    from ensembler.evaluation.points import make_grid
     from ensembler.evaluation.requests import encode_questions, read_questions
     from ensembler.evaluation.scoring import fingerprint
     from ensembler.preflight import check_ensemble
@@ -77,14 +83,15 @@ def score(
             raise ConfigError(f"--output is the file of the data, {data}; choose another name")
     checked = check_ensemble(given.load_config())
     rule = checked.config.get_rule()
-    grid = [rule.check_alpha(alpha) for alpha in alphas] or [checked.config.alpha]
-    requests = encode_questions(questions, checked.require_tokenizer(), context=checked.shortest_context, skip=skip)
+    grid = make_grid([rule], alphas or [checked.config.alpha])
+    tokenizer = checked.require_tokenizer()
+    requests = encode_questions(questions, tokenizer, context=checked.shortest_context, skip=skip)
     if not requests:
         raise PromptError("no line is left to score; mend the skipped lines")
-    batches = make_batches(requests, batch_size)
+    batches = make_batches(requests, batch_size, share_contexts=can_share_contexts(checked.model_configs.values()))
     results, done = None, frozenset[int]()
     if output is not None:
-        run = fingerprint(checked.config, requests, grid, batch_size=batch_size)
+        run = fingerprint(checked.config, requests, grid, batch_size=batch_size, per_token=per_token)
         results = ResultsFile(output, run, resume=resume, overwrite=overwrite)
         done = results.done
     folder = None
@@ -92,7 +99,9 @@ def score(
         folder = LogitsFolder(Path(f"{output}.members"), run, resume=resume, overwrite=overwrite)
     num_rounds, start = _scorer(checked, batches, grid, folder, done)
     with results or nullcontext():
-        _score(start, grid, results, num_rounds * (len(requests) - len(done)), as_json=as_json)
+        num_steps = num_rounds * (len(requests) - len(done))
+        shown = tokenizer if per_token else None
+        _score(start, [point.alpha for point in grid], results, num_steps, shown, as_json=as_json)
 
 
 def _score(
@@ -100,6 +109,7 @@ def _score(
     alphas: list[float],
     results: ResultsFile | None,
     num_steps: int,
+    tokenizer: Any | None,
     *,
     as_json: bool,
 ) -> None:
@@ -110,7 +120,7 @@ def _score(
     began, num_lines, num_tokens = time.perf_counter(), 0, 0
     with progress(num_steps, shown=True, label="scoring") as advance:
         for scored in (one for batch in start(advance) for one in batch):
-            row = scored.to_row(alphas)
+            row = scored.to_row(alphas, tokenizer)
             if results is not None:
                 results.append(row)
             if as_json:
@@ -129,7 +139,7 @@ def _score(
 def _scorer(
     checked: CheckedEnsemble,
     batches: list[Batch],
-    alphas: list[float],
+    grid: list[GridPoint],
     folder: LogitsFolder | None,
     done: frozenset[int],
 ) -> tuple[int, Start]:
@@ -139,11 +149,11 @@ def _scorer(
         from ensembler.modeling import EnsembleForCausalLM
 
         model = EnsembleForCausalLM.from_checked(checked)
-        return 1, lambda advance: score_together(model, batches, alphas, done=done)
+        return 1, lambda advance: score_together(model, batches, grid, done=done)
     from ensembler.evaluation.offline import OfflineScoring
     from ensembler.planning.budgets import show_size
 
     offline = OfflineScoring(checked, batches, folder, done=done)
     offline.check_space()
     click.echo(f"{folder.path} will take {show_size(offline.num_bytes)} until the scores are complete", err=True)
-    return 1 + offline.num_groups, lambda advance: offline.run(alphas, advance=advance)
+    return 1 + offline.num_groups, lambda advance: offline.run(grid, advance=advance)

@@ -136,17 +136,19 @@ def print_next_tokens(
 def print_scores(scored: Sequence[ScoredRequest], alphas: Sequence[float]) -> None:
     """Print a line for each continuation and α."""
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("number", "choice", "alpha", "log_prob", "per token", "num_tokens", "greedy"):
+    for name in ("number", "choice", "alpha", "log_prob", "per token", "perplexity", "num_tokens", "greedy"):
         table.add_column(name, justify="right")
     for one in scored:
         for choice, score in enumerate(one.scores):
-            for alpha, log_prob, is_greedy in zip(alphas, score.log_probs, score.is_greedy, strict=True):
+            columns = zip(alphas, score.log_probs, score.perplexities, score.is_greedy, strict=True)
+            for alpha, log_prob, perplexity, is_greedy in columns:
                 table.add_row(
                     str(one.request.number),
                     str(choice) if one.request.has_choices else "-",
                     f"{alpha:g}",
                     f"{log_prob:.4f}",
                     f"{log_prob / score.num_tokens:.4f}",
+                    f"{perplexity:.5g}",
                     str(score.num_tokens),
                     "yes" if is_greedy else "no",
                 )

@@ -1,67 +1,22 @@
-"""Requests as batches: which sequences run together, which of their positions are needed, and for which tokens.
-
-Sequences are padded on the right, so that under a causal mask no token sees padding and all positions are right
-whatever the member's position encoding.
-"""
+"""Requests as batches: what runs together, and what is read once for several choices."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from typing import Any
 
-import torch
-from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from ensembler.evaluation.passes import Fork, Pass, Row, Target, forked_pass, whole_pass
 from ensembler.evaluation.requests import ScoringRequest
-from ensembler.runners import Step
 
-_PADDING = 0  # any id: what is computed from it is not read
+_FORWARD = 16  # a forward costs as much as so many tokens more: one of a token takes about that long
 
-
-@dataclass(frozen=True)
-class Target:
-    """A token that is scored: of which continuation of the batch, and by the logits at `column` of which sequence."""
-
-    sequence: int
-    column: int
-    token: int
-    continuation: int
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One forward of every member: sequences of a batch, and the logits that are needed of it.
-
-    `number` counts the passes of a run. `input_ids` (rows, positions) int64. `kept` (num_kept,): the positions that go
-    through the vocabulary head. `rows` and `columns` (num_needed,): which rows, and which of the kept positions, are
-    needed. `tokens`, `needed` and `continuations` (num_tokens,): the tokens that are scored, by which of the needed
-    logits, and to which continuation of the batch they belong. Tokens of several choices may share one position.
-    """
-
-    number: int
-    input_ids: Tensor
-    kept: Tensor
-    rows: Tensor
-    columns: Tensor
-    tokens: Tensor
-    needed: Tensor
-    continuations: Tensor
-
-    @property
-    def step(self) -> Step:
-        """The input for the members. Without a mask: nothing that is needed stands behind padding."""
-        return Step(self.input_ids, logits_to_keep=self.kept)
-
-    @property
-    def num_needed(self) -> int:
-        """The number of rows of logits that each member contributes."""
-        return self.rows.shape[0]
-
-    def take(self, logits: Tensor) -> Tensor:
-        """Return the needed logits (num_needed, V) of those that a member computed, (rows, num_kept, V)."""
-        return logits[self.rows.to(logits.device), self.columns.to(logits.device)]
+_MOST_TARGETS = 2048  # positions of a pass that go through the heads, for the logits' memory: of texts, not of choices
 
 
 @dataclass(frozen=True)
@@ -71,43 +26,90 @@ class Batch:
     requests: tuple[ScoringRequest, ...]
     passes: tuple[Pass, ...]
 
+    @property
+    def all_passes(self) -> tuple[Pass, ...]:
+        """The passes and their tails, by their numbers."""
+        return tuple(one for whole in self.passes for one in whole.together)
 
-def make_batches(requests: Sequence[ScoringRequest], batch_size: int) -> list[Batch]:
+
+def can_share_contexts(model_configs: Iterable[Any]) -> bool:
+    """Whether members of these `transformers` configs keep a cache whose rows can be used for several continuations.
+
+    True where all layers of every member attend, fully or within a window, and its family is known; a recurrent state
+    and positions that change with the length of a forward are not trusted.
+    """
+    return all(map(_keeps_rows, model_configs))
+
+
+def make_batches(requests: Sequence[ScoringRequest], batch_size: int, *, share_contexts: bool = False) -> list[Batch]:
     """Return batches of `batch_size` requests of similar length, the longest first: too little memory shows at once.
 
-    A pass has at most `batch_size` sequences. Batches depend on the requests and the size alone.
+    A pass has at most `batch_size` sequences, fewer of long texts. With `share_contexts`, a context of several choices
+    is read once where that saves tokens, and they go on from its cache: ask `can_share_contexts`. Batches depend on
+    nothing else.
     """
     ordered = sorted(requests, key=lambda request: (-request.num_positions, request.number))
     batches: list[Batch] = []
     num_passes = 0
     for start in range(0, len(ordered), batch_size):
         together = tuple(ordered[start : start + batch_size])
-        passes = tuple(_passes(together, batch_size, num_passes))
-        num_passes += len(passes)
-        batches.append(Batch(together, passes))
+        batch = Batch(together, tuple(_passes(together, batch_size, num_passes, share_contexts)))
+        num_passes += len(batch.all_passes)
+        batches.append(batch)
     return batches
 
 
-def _passes(requests: Sequence[ScoringRequest], batch_size: int, first: int) -> Iterator[Pass]:
-    sequences: list[tuple[int, ...]] = []
-    targets: list[Target] = []
-    num_continuations = 0
+def _passes(requests: Sequence[ScoringRequest], batch_size: int, first: int, share_contexts: bool) -> Iterator[Pass]:
+    forks = list(_forks(requests))
+    forking = [fork for fork in forks if len(fork.tails) > 1] if share_contexts else []
+    shared = forked_pass(first, forking, batch_size) if forking else None
+    if shared is None or _cost([shared]) >= _cost(list(_whole_passes(forking, batch_size, first))):
+        yield from _whole_passes(forks, batch_size, first)
+        return
+    yield shared
+    yield from _whole_passes([fork for fork in forks if len(fork.tails) == 1], batch_size, first + len(shared.together))
+
+
+def _whole_passes(forks: Sequence[Fork], batch_size: int, first: int) -> Iterator[Pass]:
+    chunk: list[Row] = []
+    for row in (row for fork in forks for row in fork.whole()):
+        most = max(len(one.targets) for one in [*chunk, row])
+        if chunk and (len(chunk) == batch_size or (len(chunk) + 1) * most > _MOST_TARGETS):
+            yield whole_pass(first, chunk)
+            chunk, first = [], first + 1
+        chunk.append(row)
+    if chunk:
+        yield whole_pass(first, chunk)
+
+
+def _cost(passes: Sequence[Pass]) -> int:
+    """What passes cost, in tokens."""
+    return sum(one.input_ids.numel() + _FORWARD for whole in passes for one in whole.together)
+
+
+def _forks(requests: Sequence[ScoringRequest]) -> Iterator[Fork]:
+    """Slots number the tokens of all continuations, in the order of requests and continuations."""
+    slot = 0
     for request in requests:
-        tails, owners = _tails(request.continuations)
-        for continuation, ids in enumerate(request.continuations, num_continuations):
-            tail = bisect_left(tails, ids[:-1])
-            targets += [
-                Target(
-                    len(sequences) + owners[tail][position], len(request.context) - 1 + position, token, continuation
-                )
-                for position, token in enumerate(ids)
-            ]
-        sequences += [request.context + tail for tail in tails]
-        num_continuations += len(request.continuations)
-    for number, start in enumerate(range(0, len(sequences), batch_size), first):
-        mine = range(start, min(start + batch_size, len(sequences)))
-        here = [target for target in targets if target.sequence in mine]
-        yield _pass(number, sequences[mine.start : mine.stop], here, start)
+        for context, continuations in request.windows():
+            yield _fork(context, continuations, slot)
+            slot += sum(map(len, continuations))
+
+
+def _fork(context: tuple[int, ...], continuations: Sequence[tuple[int, ...]], slot: int) -> Fork:
+    tails, owners = _tails(continuations)
+    behind: list[list[Target]] = [[] for _ in tails]
+    at_once: list[Target] = []
+    for ids in continuations:
+        tail = next(index for index, tail in enumerate(tails) if _begins(ids[:-1], tail))
+        for position, token in enumerate(ids):
+            if position:
+                behind[owners[tail][position]].append(Target(position - 1, token, slot))
+            else:
+                at_once.append(Target(len(context) - 1, token, slot))
+            slot += 1
+    rows = (Row(ids, tuple(targets)) for ids, targets in zip(tails, behind, strict=True))
+    return Fork(Row(context, tuple(at_once)), tuple(rows))
 
 
 def _tails(continuations: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[list[int]]]:
@@ -138,19 +140,12 @@ def _begins(tail: tuple[int, ...], other: tuple[int, ...]) -> bool:
     return other[: len(tail)] == tail
 
 
-def _pass(number: int, sequences: Sequence[tuple[int, ...]], targets: Sequence[Target], first: int) -> Pass:
-    longest = max(map(len, sequences))
-    places = sorted({(target.sequence - first, target.column) for target in targets})
-    kept = sorted({column for _, column in places})
-    index_of_place = {place: index for index, place in enumerate(places)}
-    index_of_column = {column: index for index, column in enumerate(kept)}
-    return Pass(
-        number=number,
-        input_ids=torch.tensor([[*ids, *[_PADDING] * (longest - len(ids))] for ids in sequences]),
-        kept=torch.tensor(kept),
-        rows=torch.tensor([row for row, _ in places]),
-        columns=torch.tensor([index_of_column[column] for _, column in places]),
-        tokens=torch.tensor([target.token for target in targets]),
-        needed=torch.tensor([index_of_place[target.sequence - first, target.column] for target in targets]),
-        continuations=torch.tensor([target.continuation for target in targets]),
+def _keeps_rows(config: Any) -> bool:
+    kind = type(config)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING or MODEL_FOR_CAUSAL_LM_MAPPING[kind]._is_stateful:
+        return False
+    rope = str(getattr(config.get_text_config(decoder=True), "rope_parameters", None))
+    layers = DynamicCache(config=config).layers
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers) and not (
+        "'dynamic'" in rope or "'longrope'" in rope
     )

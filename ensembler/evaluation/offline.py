@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ensembler.cache import EnsembleCache
 from ensembler.errors import ConfigError, OutputError
-from ensembler.evaluation.batches import Batch, Pass
+from ensembler.evaluation.batches import Batch
 from ensembler.evaluation.logits_folder import LogitsFolder
+from ensembler.evaluation.passes import Pass, run_pass
+from ensembler.evaluation.points import GridPoint, points_by_rule
 from ensembler.evaluation.scoring import ScoredRequest, score_batch, unfinished
 from ensembler.inspection import summarise
 from ensembler.members import MemberFiles, check_places, group_members, load_group
-from ensembler.modeling import make_combination
 from ensembler.preflight import CheckedEnsemble
-from ensembler.runners import SerialRunner, check_nan, plan_forwards
+from ensembler.runners import SerialRunner, Step, check_nan, plan_forwards
 
 MemberGroup = tuple[MemberFiles, ...]
 
@@ -61,7 +63,7 @@ class OfflineScoring:
 
     @property
     def _passes(self) -> list[Pass]:
-        return [one for batch in self._batches for one in batch.passes]
+        return [one for batch in self._batches for one in batch.all_passes]
 
     def _file_bytes(self, group: MemberGroup, one: Pass) -> int:
         return one.num_needed * sum(self._row_bytes[member.role] for member in group)
@@ -78,13 +80,15 @@ class OfflineScoring:
             )
 
     def run(
-        self, alphas: Sequence[float], *, advance: Callable[[int], None] = lambda num_requests: None
+        self, grid: Sequence[GridPoint], *, advance: Callable[[int], None] = lambda num_requests: None
     ) -> Iterator[list[ScoredRequest]]:
         """Yield the scores of one batch after another, once all members have run; then remove the folder.
 
         `advance` is called with the number of requests that a group of members has finished. Raises RunError or
         MemberError; what was computed until then stays for a run that goes on.
         """
+        config, contract = self._checked.config, self._checked.contract
+        points = points_by_rule(grid, contract, config.outside)
         self._folder.open()
         for group in self._groups:
             if self._missing(group):
@@ -92,12 +96,10 @@ class OfflineScoring:
                 _free()
             else:
                 advance(sum(map(self._num_wanted, self._batches)))
-        config = self._checked.config
-        rule = config.get_rule()
-        how = make_combination(rule, self._checked.contract, config.outside)
-        device = torch.device(config.members[rule.anchor].device)
+        device = torch.device(config.members[config.get_rule().anchor].device)
         for batch in self._batches:
-            yield score_batch(batch, lambda one: self._read(one, device), rule.roles, how, alphas, done=self._done)
+            results = ((one, self._read(one, device)) for one in batch.all_passes)
+            yield score_batch(batch, results, points, done=self._done)
         self._folder.remove()
 
     @property
@@ -116,15 +118,22 @@ class OfflineScoring:
         """Load a group, run it, keep its needed logits. All that holds its weights ends with this function."""
         loaded = load_group(group)
         backbones = [] if loaded.backbone is None else [loaded.backbone]
-        forwards = plan_forwards(loaded.models, backbones, self._checked.contract)
+        groups = plan_forwards(loaded.models, backbones, self._checked.contract)
+
+        def run(step: Step, cache: EnsembleCache | None) -> dict[str, Tensor]:
+            logits = SerialRunner().run(groups, step, None if cache is None else cache.parts)
+            check_nan(logits)
+            return logits
+
+        def new_cache() -> EnsembleCache:
+            return EnsembleCache.dynamic({forward.roles: forward.model for group in groups for forward in group})
+
         for batch in self._batches:
-            for one in batch.passes:
-                name = _name(group, one)
-                if self._folder.has(name):
-                    continue
-                logits = SerialRunner().run(forwards, one.step, None)
-                check_nan(logits)
-                self._folder.write(name, {role: one.take(values) for role, values in logits.items()})
+            for whole in batch.passes:
+                if all(self._folder.has(_name(group, one)) for one in whole.together):
+                    continue  # of a pass and its tails, all are run again: what is missing goes on from its cache
+                for one, logits in run_pass(whole, run, new_cache):
+                    self._folder.write(_name(group, one), logits)
             advance(self._num_wanted(batch))
 
     def _read(self, one: Pass, device: torch.device) -> dict[str, Tensor]:

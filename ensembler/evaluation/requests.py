@@ -9,24 +9,30 @@ from typing import Any
 
 from ensembler.decoding.prompts import Report, check_utf8, read_lines
 from ensembler.errors import PromptError
+from ensembler.extras import require
 
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt and its possible continuations, as texts. `has_choices`: they were given as a list."""
+    """A prompt and its possible continuations, as texts.
+
+    `has_choices`: they were given as a list. `is_text`: the one continuation is a text of any length, without a prompt.
+    """
 
     number: int
     prompt: str
     continuations: tuple[str, ...]
     source: str
     has_choices: bool = False
+    is_text: bool = False
 
 
 @dataclass(frozen=True)
 class ScoringRequest:
     """Continuations of one context, as token ids; none of them is empty.
 
-    `number`: of the line in the input (from 0); `source` names it in messages. Raises PromptError.
+    `number`: of the line in the input (from 0); `source` names it in messages. `window`: the one continuation is a text
+    of any length behind a begin token, read in windows of so many tokens at most. Raises PromptError.
     """
 
     number: int
@@ -34,6 +40,7 @@ class ScoringRequest:
     continuations: tuple[tuple[int, ...], ...]
     source: str
     has_choices: bool = False
+    window: int | None = None
 
     def __post_init__(self) -> None:
         if not self.context:
@@ -48,7 +55,23 @@ class ScoringRequest:
     @property
     def num_positions(self) -> int:
         """The tokens that a member reads for the longest continuation, whose last token it need not see."""
-        return len(self.context) + max(map(len, self.continuations)) - 1
+        whole = len(self.context) + max(map(len, self.continuations)) - 1
+        return whole if self.window is None else min(whole, self.window)
+
+    def windows(self) -> list[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]]:
+        """Return what is read at once: contexts and their continuations, all tokens of a text scored exactly once.
+
+        A text that is longer than its window is cut as lm-eval's `loglikelihood_rolling` cuts it: every window but the
+        first is full, and scores only what no window before it did. Raises MissingExtraError for such without lm-eval.
+        """
+        if self.window is None or len(self.continuations[0]) <= self.window:
+            return [(self.context, self.continuations)]
+        lm_eval: Any = require("lm_eval.utils", "eval")
+        pairs = lm_eval.get_rolling_token_windows(
+            token_list=list(self.continuations[0]), prefix_token=self.context[0], max_seq_len=self.window, context_len=1
+        )
+        disjoint = map(lm_eval.make_disjoint_window, pairs)
+        return [(tuple(context), (tuple(continuation),)) for context, continuation in disjoint]
 
     def check_length(self, context: tuple[str, int] | None) -> None:
         """Raise PromptError unless it fits into the shortest context: a role and a length in tokens."""
@@ -61,17 +84,23 @@ class ScoringRequest:
 
 
 def read_questions(path: Path, *, skip: Report | None = None) -> list[Question]:
-    """Return the questions of a JSON Lines file; each has a prompt, and a continuation or a list of choices.
+    """Return the questions of a JSON Lines file: each a text, or a prompt with a continuation or a list of choices.
 
     A broken line raises PromptError with file and line number; with `skip`, it is called with the message instead.
     """
     return read_lines(path, _question, holds=f"questions; {_EXPECTED}", skip=skip)
 
 
-_EXPECTED = 'expected {"prompt": "...", "continuation": "..."} or {"prompt": "...", "choices": ["...", ...]}'
+_EXPECTED = (
+    'expected {"prompt": "...", "continuation": "..."}, {"prompt": "...", "choices": ["...", ...]} or {"text": "..."}'
+)
 
 
 def _question(value: Any, number: int, source: str) -> Question:
+    if isinstance(value, dict) and "text" in value and not value.keys() & {"prompt", "continuation", "choices"}:
+        if not isinstance(value["text"], str):
+            raise PromptError(f"{source}: 'text' is no text; {_EXPECTED}")
+        return Question(number, "", (value["text"],), source, is_text=True)
     if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
         raise PromptError(f"{source} has no text under 'prompt'; {_EXPECTED}")
     if ("continuation" in value) == ("choices" in value):
@@ -105,7 +134,7 @@ def _encode(
 ) -> Iterator[ScoringRequest]:
     for question in questions:
         try:
-            request = encode_question(question, tokenizer)
+            request = encode_question(question, tokenizer, window=None if context is None else context[1])
             request.check_length(context)
         except PromptError as error:
             if skip is None:
@@ -115,16 +144,19 @@ def _encode(
             yield request
 
 
-def encode_question(question: Question, tokenizer: Any) -> ScoringRequest:
+def encode_question(question: Question, tokenizer: Any, *, window: int | None = None) -> ScoringRequest:
     """Return one question as token ids; raise PromptError where a text of it is none.
 
     The prompt and a continuation are encoded as one text and parted where the prompt's own tokens end. White space
     at the prompt's end goes to the continuation, to whose first word the tokenizer would join it. An empty
-    prompt is the tokenizer's begin token, or its end token where there is none.
+    prompt is the tokenizer's begin token, or its end token where there is none. `window`: how many tokens of a text
+    are read at once.
     """
     for index, text in enumerate(question.continuations):
         if not text:
-            which = f"choice {index}" if question.has_choices else "the continuation"
+            which = (
+                f"choice {index}" if question.has_choices else "the text" if question.is_text else "the continuation"
+            )
             raise PromptError(f"{question.source}: {which} is empty; give it some text")
     for text in (question.prompt, *question.continuations):
         check_utf8(text, question.source)
@@ -139,7 +171,12 @@ def encode_question(question: Question, tokenizer: Any) -> ScoringRequest:
         continuations = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         continuations = [ids[1:] if ids[:1] == context else ids for ids in continuations]
     return ScoringRequest(
-        question.number, tuple(context), tuple(map(tuple, continuations)), question.source, question.has_choices
+        question.number,
+        tuple(context),
+        tuple(map(tuple, continuations)),
+        question.source,
+        question.has_choices,
+        window if question.is_text else None,
     )
 
 

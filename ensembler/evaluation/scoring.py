@@ -1,52 +1,77 @@
-"""Log-probs of given continuations under an ensemble, for all α of a grid from one set of member forwards."""
+"""Log-probs of given continuations under an ensemble, for all points of a grid from one set of member forwards."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from ensembler_kernels import Combination, combine_logprob
+from ensembler_kernels import combine_logprob
 from torch import Tensor
 
 from ensembler.config import EnsembleConfig
 from ensembler.errors import RunError
-from ensembler.evaluation.batches import Batch, Pass
+from ensembler.evaluation.batches import Batch
+from ensembler.evaluation.passes import Pass, run_pass
+from ensembler.evaluation.points import GridPoint, RulePoints, points_by_rule
 from ensembler.evaluation.requests import ScoringRequest
 from ensembler.modeling import EnsembleForCausalLM
 
 _BLOCK = 256  # tokens that are combined at once: bounds the copies of logits that choices share
 
-ReadLogits = Callable[[Pass], Mapping[str, Tensor]]
-"""Returns, for a pass, the needed logits (num_needed, V_member) of every member by role, on one device."""
+Logits = Mapping[str, Tensor]
+"""For a pass, the needed logits (num_needed, V_member) of every member by role, on one device."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """One continuation: for each α the log-prob (nats, summed over its tokens), and whether greedy decoding gives it.
+    """One continuation: for each point the log-prob (nats, summed over its tokens), and whether it is the greedy one.
 
-    A log-prob is −inf where the ensemble forbids one of the tokens.
+    A log-prob is −inf where the ensemble forbids one of the tokens. `token_log_probs`: for each point those of the
+    tokens.
     """
 
     log_probs: tuple[float, ...]
     is_greedy: tuple[bool, ...]
-    num_tokens: int
+    token_log_probs: tuple[tuple[float, ...], ...]
 
-    def to_row(self) -> dict[str, Any]:
-        """The same for a JSON line, where null is a log-prob of −inf: JSON knows no infinity."""
-        numbers = [log_prob if log_prob > -math.inf else None for log_prob in self.log_probs]
-        return {
-            "log_prob": [None if number is None else round(number, 6) for number in numbers],
-            "log_prob_per_token": [
-                None if number is None else round(number / self.num_tokens, 6) for number in numbers
-            ],
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of the continuation."""
+        return len(self.token_log_probs[0])
+
+    @property
+    def perplexities(self) -> tuple[float, ...]:
+        """For each point exp(−log-prob / tokens)."""
+        return tuple(_exp(-log_prob / self.num_tokens) for log_prob in self.log_probs)
+
+    def to_row(self, tokens: Sequence[str] | None = None) -> dict[str, Any]:
+        """The same for a JSON line, where null is a number that is not finite: JSON knows no infinity.
+
+        With `tokens` as the tokenizer writes them, these and their log-probs too.
+        """
+        row = {
+            "log_prob": _rounded(self.log_probs),
+            "log_prob_per_token": _rounded([log_prob / self.num_tokens for log_prob in self.log_probs]),
+            "perplexity": _rounded(self.perplexities),
             "greedy": list(self.is_greedy),
             "num_tokens": self.num_tokens,
         }
+        if tokens is None:
+            return row
+        return {**row, "tokens": list(tokens), "token_log_probs": [_rounded(each) for each in self.token_log_probs]}
+
+
+def _exp(number: float) -> float:
+    return math.exp(number) if number < 700 else math.inf
+
+
+def _rounded(numbers: Sequence[float]) -> list[float | None]:
+    return [round(number, 6) if math.isfinite(number) else None for number in numbers]
 
 
 @dataclass(frozen=True)
@@ -56,22 +81,34 @@ class ScoredRequest:
     request: ScoringRequest
     scores: tuple[Score, ...]
 
-    def to_row(self, alphas: Sequence[float]) -> dict[str, Any]:
-        """One line of the output file: lists over `alphas`, for the continuation or for each of the choices."""
-        bodies = [score.to_row() for score in self.scores]
+    def to_row(self, alphas: Sequence[float], tokenizer: Any | None = None) -> dict[str, Any]:
+        """One line of the output file: lists over `alphas`, for the continuation or for each of the choices.
+
+        With a `tokenizer`, the single tokens and their log-probs too.
+        """
+        bodies = [
+            score.to_row(None if tokenizer is None else tokenizer.convert_ids_to_tokens(list(ids)))
+            for score, ids in zip(self.scores, self.request.continuations, strict=True)
+        ]
         body = {"choices": bodies} if self.request.has_choices else bodies[0]
         return {"number": self.request.number, "alpha": list(alphas), **body}
 
 
 def fingerprint(
-    config: EnsembleConfig, requests: Sequence[ScoringRequest], alphas: Sequence[float], *, batch_size: int
+    config: EnsembleConfig,
+    requests: Sequence[ScoringRequest],
+    grid: Sequence[GridPoint],
+    *,
+    batch_size: int,
+    per_token: bool = False,
 ) -> str:
-    """Return a short hash of all that the scores of a run depend on, but for the weights themselves."""
+    """Return a short hash of all that the rows of a run depend on, but for the weights themselves."""
     settings = {
-        "requests": [[request.number, request.context, request.continuations] for request in requests],
+        "requests": [[request.number, request.windows()] for request in requests],
         "ensemble": {key: value for key, value in config.to_dict().items() if key != "transformers_version"},
-        "alphas": list(alphas),
+        "grid": [[{**asdict(point.rule), "raw_roles": sorted(point.rule.raw_roles)}, point.alpha] for point in grid],
         "batch_size": batch_size,
+        "per_token": per_token,
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -79,21 +116,24 @@ def fingerprint(
 def score_together(
     model: EnsembleForCausalLM,
     batches: Sequence[Batch],
-    alphas: Sequence[float],
+    grid: Sequence[GridPoint],
     *,
     done: frozenset[int] = frozenset(),
 ) -> Iterator[list[ScoredRequest]]:
-    """Yield the scores of one batch after another, all members being loaded.
+    """Yield the scores of one batch after another, all members being loaded; all points share their forwards.
 
-    Requests whose numbers are in `done` are left out, and batches of them alone are not run. Raises RunError.
+    Requests whose numbers are in `done` are left out, and batches of them alone are not run. Raises ConfigError for a
+    rule of other roles than the members', and RunError.
     """
-
-    def read(one: Pass) -> dict[str, Tensor]:
-        logits = model.member_logits(one.step)
-        return {role: one.take(values).to(model.device) for role, values in logits.items()}
-
+    points = points_by_rule(grid, model.contract, model.config.outside)
     for batch in unfinished(batches, done):
-        yield score_batch(batch, read, model.rule.roles, model.combination, alphas, done=done)
+        yield score_batch(batch, _run_batch(model, batch), points, done=done)
+
+
+def _run_batch(model: EnsembleForCausalLM, batch: Batch) -> Iterator[tuple[Pass, Logits]]:
+    for whole in batch.passes:
+        for one, logits in run_pass(whole, model.member_logits, model.new_cache):
+            yield one, {role: values.to(model.device) for role, values in logits.items()}
 
 
 def unfinished(batches: Sequence[Batch], done: frozenset[int]) -> list[Batch]:
@@ -104,47 +144,60 @@ def unfinished(batches: Sequence[Batch], done: frozenset[int]) -> list[Batch]:
 @torch.inference_mode()
 def score_batch(
     batch: Batch,
-    read: ReadLogits,
-    roles: Sequence[str],
-    how: Combination,
-    alphas: Sequence[float],
+    results: Iterable[tuple[Pass, Logits]],
+    points: Sequence[RulePoints],
     *,
     done: frozenset[int] = frozenset(),
 ) -> list[ScoredRequest]:
-    """Return the scores of a batch: log p(continuation) = Σ_t log softmax(z(α))[token_t], summed in float64.
+    """Return the scores of a batch: log p(continuation) = Σ_t log softmax(z)[token_t] at each point, summed in float64.
 
-    `roles`: the members in the order of `how`. Raises RunError where the ensemble leaves no token possible.
+    `results`: its passes with their logits. Raises RunError where the ensemble leaves no token possible.
     """
-    num = sum(len(request.continuations) for request in batch.requests)
-    sums, misses = torch.zeros(2, len(alphas), num, dtype=torch.float64)
-    for one in batch.passes:
-        logits = read(one)
+    lengths = [len(ids) for request in batch.requests for ids in request.continuations]
+    num_points = sum(len(of_rule.indices) for of_rule in points)
+    logprobs = torch.zeros(num_points, sum(lengths), dtype=torch.float64)
+    greedy = torch.zeros(num_points, sum(lengths), dtype=torch.bool)
+    for one, logits in results:
         try:
-            logprobs, greedy = _score_tokens(one, [logits[role] for role in roles], how, alphas)
+            _score_tokens(one, logits, points, logprobs, greedy)
         except ValueError as error:
             sources = ", ".join(request.source for request in batch.requests)
             raise RunError(f"no log-prob could be computed in the batch of {sources}: {error}") from error
-        sums.index_add_(1, one.continuations, logprobs)
-        misses.index_add_(1, one.continuations, 1 - greedy)
-    columns = iter(zip(sums.T.tolist(), (misses == 0).T.tolist(), strict=True))
-    scored = []
-    for request in batch.requests:
-        scores = [
-            Score(tuple(log_probs), tuple(is_greedy), len(ids))
-            for ids, (log_probs, is_greedy) in zip(request.continuations, columns, strict=False)
-        ]
-        scored.append(ScoredRequest(request, tuple(scores)))
+    parts = zip(*(torch.split(table, lengths, dim=1) for table in (logprobs, greedy)), strict=True)
+    scores = iter([_score(*part) for part in parts])
+    scored = [ScoredRequest(one, tuple(next(scores) for _ in one.continuations)) for one in batch.requests]
     return [one for one in scored if one.request.number not in done]
 
 
-def _score_tokens(
-    one: Pass, logits: Sequence[Tensor], how: Combination, alphas: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """Return log-probs and greedy flags of the tokens of a pass, both (K, num_tokens) float64 on the CPU."""
-    tokens, needed = one.tokens.to(logits[0].device), one.needed.to(logits[0].device)
-    blocks = [
-        combine_logprob([values[positions] for values in logits], how, alphas, chosen)
-        for chosen, positions in zip(torch.split(tokens, _BLOCK), torch.split(needed, _BLOCK), strict=True)
-    ]
-    logprobs, greedy = (torch.cat(parts, dim=1).cpu().double() for parts in zip(*blocks, strict=True))
-    return logprobs, greedy
+def _score(logprobs: Tensor, greedy: Tensor) -> Score:
+    """Of one continuation, both (num_points, tokens)."""
+    return Score(
+        tuple(logprobs.sum(dim=1).tolist()), tuple(greedy.all(dim=1).tolist()), tuple(map(tuple, logprobs.tolist()))
+    )
+
+
+def _score_tokens(one: Pass, logits: Logits, points: Sequence[RulePoints], logprobs: Tensor, greedy: Tensor) -> None:
+    """Write the log-probs and greedy flags of the tokens of a pass to their slots, (num_points, slots) on the CPU."""
+    device = next(iter(logits.values())).device
+    blocks = (torch.split(indices, _BLOCK) for indices in (one.tokens, one.needed, one.slots))
+    for tokens, needed, slots in zip(*blocks, strict=True):
+        here = {role: _rows(values, needed) for role, values in logits.items()}
+        for of_rule in points:
+            found = _known(of_rule, [here[role] for role in of_rule.roles], tokens.to(device))
+            for table, values in zip((logprobs, greedy), found, strict=True):
+                table[torch.tensor(of_rule.indices)[:, None], slots] = values.cpu().to(table.dtype)
+
+
+def _rows(values: Tensor, needed: Tensor) -> Tensor:
+    """Rows of logits, without a copy where they are those of a stretch."""
+    first, num = int(needed[0]), len(needed)
+    if torch.equal(needed, torch.arange(first, first + num)):
+        return values[first : first + num]
+    return values[needed.to(values.device)]
+
+
+def _known(of_rule: RulePoints, logits: Sequence[Tensor], tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs and greedy flags, (K, tokens); a token beyond the anchor's vocabulary is impossible."""
+    inside = tokens < logits[0].shape[-1]
+    logprobs, greedy = combine_logprob(logits, of_rule.how, of_rule.alphas, tokens.where(inside, 0))
+    return logprobs.where(inside, -math.inf), greedy & inside
