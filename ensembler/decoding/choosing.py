@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from ensembler_kernels import combine, combine_sample, torch_gumbel
+from ensembler_kernels import combine, torch_gumbel
 from torch import Tensor
 from transformers import LogitsProcessorList
 
 from ensembler.decoding.points import Setting
 from ensembler.decoding.tracks import ENDED
-from ensembler.errors import RunError
 
 
 class Noise:
@@ -92,17 +91,7 @@ class Chooser:
         is_all = distinct.shape[0] == ids.shape[0]
         picked = distinct.to(ids.device)
         here = [logits[role] if is_all else logits[role][picked.to(logits[role].device)] for role in setting.roles]
-        if self._noise is None and not self._processors:
-            return _most_likely(here, setting)[inverse]
         scores: Tensor = self._processors(ids if is_all else ids[picked], combine(here, setting.how, setting.alpha))
         if self._noise is None:
             return scores.argmax(-1)[inverse]
         return self._noise.choose(scores[inverse], streams)
-
-
-def _most_likely(logits: Sequence[Tensor], setting: Setting) -> Tensor:
-    """The argmax of the combination (rows,), which is not written."""
-    try:
-        return combine_sample(logits, setting.how, setting.alpha, temperature=0.0, seed=0)[0]
-    except ValueError as error:
-        raise RunError(f"no token can be chosen at alpha {setting.alpha:g}: {error}") from error
