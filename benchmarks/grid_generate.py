@@ -4,9 +4,9 @@
 
 Members are folders; SOURCE_FT may be a LoRA adapter of SOURCE_PT (the committed rows are of the trio that
 examples/make_smollm2_trio.py makes). DATA has gsm8k/test.jsonl, of which the first questions are asked, without
-examples. Nothing ends a text before it has its tokens, so that every α has the same work. Timed by turns in one process:
-the grid, then one α of it, another in each turn, whose texts must be those of the grid. A ratio is of one turn. One
-JSON row is appended to benchmarks/results/grid_generate.jsonl.
+examples. Nothing ends a text before it has its tokens, so that every α has the same work. Timed by turns in one
+process: the grid, then one α of it, another in each turn, whose texts must be those of the grid. A ratio is of one
+turn. One JSON row is appended to benchmarks/results/grid_generate.jsonl.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,14 +44,10 @@ def room_for(model: EnsembleForCausalLM, num_tokens: int, max_new_tokens: int) -
     return max_new_tokens if context is None else min(max_new_tokens, context[1] - num_tokens)
 
 
-def pad_left(rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
-    """Return ids and mask, both (rows, longest) int64.
-
-    The mask hides padding from members, but not from what punishes tokens for having been there: a row is padded with
-    its own first token, so that such processors find in it what they find without padding.
-    """
+def pad_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Return ids and mask, both (rows, longest) int64."""
     longest = max(map(len, rows))
-    ids = torch.tensor([row[:1] * (longest - len(row)) + row for row in rows])
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     return ids, mask
 
@@ -59,6 +56,12 @@ def end_ids(model: EnsembleForCausalLM) -> frozenset[int]:
     """The ids that end a text."""
     ends = model.generation_config.eos_token_id
     return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
+
+
+def pad_id(model: EnsembleForCausalLM, tokenizer: Any) -> int:
+    """Any id will do where the mask is 0; the end token is what transformers takes by itself."""
+    candidates = (model.generation_config.pad_token_id, tokenizer.pad_token_id, *end_ids(model), 0)
+    return int(next(token for token in candidates if token is not None))
 
 
 @contextmanager

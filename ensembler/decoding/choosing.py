@@ -10,6 +10,7 @@ little more probability of a token moves the shares of all that follow.)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 
 import torch
 from ensembler_kernels import combine, torch_gumbel
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from ensembler.decoding.points import Setting
-from ensembler.decoding.tracks import ENDED
+from ensembler.decoding.tracks import ENDED, Tracks
 
 
 class Noise:
@@ -25,7 +26,7 @@ class Noise:
 
     def __init__(self, seed: int, prompts: Tensor, samples: Tensor) -> None:
         self._seed = seed
-        self._streams = torch.stack([samples, prompts], dim=-1)
+        self._streams = torch.stack([samples, prompts], dim=-1) & 0xFFFFFFFF  # a counter has words of 32 bits
         self._dense: dict[int, Tensor] = {}
         self._position = -1
 
@@ -58,40 +59,64 @@ class Noise:
         return torch.nn.functional.pad(self._streams[streams], (1, 0), value=self._position)
 
 
+class Processors:
+    """The processors that `generate` made for a batch, for rows of it in any order.
+
+    One of them may know how much padding stands before each prompt; `first` picks the prompts' rows of the batch.
+    """
+
+    def __init__(self, processors: LogitsProcessorList, first: slice) -> None:
+        self._processors = LogitsProcessorList(copy(processor) for processor in processors)
+        self._padding = [
+            (processor, processor.prompt_ignore_length[first])
+            for processor in self._processors
+            if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor)
+        ]
+
+    def __call__(self, ids: Tensor, scores: Tensor, prompts: Tensor) -> Tensor:
+        """Return the scores (rows, V) of rows with texts `ids` (rows, positions), which are of `prompts` (rows,)."""
+        for processor, lengths in self._padding:
+            processor.prompt_ignore_length = lengths[prompts.to(lengths.device)]
+        processed: Tensor = self._processors(ids, scores)
+        return processed
+
+
 class Chooser:
     """Greedy decoding, or sampling where `noise` is given, of all tracks."""
 
-    def __init__(self, settings: Sequence[Setting], processors: LogitsProcessorList, noise: Noise | None) -> None:
+    def __init__(self, settings: Sequence[Setting], processors: Processors, noise: Noise | None) -> None:
         self._settings = settings
         self._processors = processors
         self._noise = noise
 
-    def choose(self, logits: Mapping[str, Tensor], ids: Tensor, row_of: Tensor) -> Tensor:
+    def choose(self, logits: Mapping[str, Tensor], ids: Tensor, tracks: Tracks) -> Tensor:
         """Return the next token of each track, (points, streams) int64 on the CPU; ENDED where it has none.
 
-        `logits` (rows, V_member) by role, `ids` (rows, positions); `row_of` as in Tracks.
+        `logits` (rows, V_member) by role, `ids` (rows, positions).
         """
         if self._noise is not None:
             self._noise.next_position()
-        running = [(rows != ENDED).nonzero().flatten() for rows in row_of]
+        runs = tracks.row_of != ENDED
         chosen = [
-            self._choose_at(setting, logits, ids, rows[streams], streams)
-            for setting, rows, streams in zip(self._settings, row_of, running, strict=True)
-            if streams.numel()
+            self._choose_at(setting, logits, ids, tracks, point)
+            for point, setting in enumerate(self._settings)
+            if runs[point].any()
         ]
-        tokens = torch.full_like(row_of, ENDED)
-        tokens[row_of != ENDED] = torch.cat(chosen).cpu()
+        tokens = torch.full_like(tracks.row_of, ENDED)
+        tokens[runs] = torch.cat(chosen).cpu()
         return tokens
 
     def _choose_at(
-        self, setting: Setting, logits: Mapping[str, Tensor], ids: Tensor, rows: Tensor, streams: Tensor
+        self, setting: Setting, logits: Mapping[str, Tensor], ids: Tensor, tracks: Tracks, point: int
     ) -> Tensor:
-        """The tokens of one point for its running streams, which are on `rows`, both (n,)."""
-        distinct, inverse = torch.unique(rows, return_inverse=True)
-        is_all = distinct.shape[0] == ids.shape[0]
-        picked = distinct.to(ids.device)
-        here = [logits[role] if is_all else logits[role][picked.to(logits[role].device)] for role in setting.roles]
-        scores: Tensor = self._processors(ids if is_all else ids[picked], combine(here, setting.how, setting.alpha))
+        """The tokens of one point for its running streams."""
+        streams = (tracks.row_of[point] != ENDED).nonzero().flatten()
+        rows, inverse = torch.unique(tracks.row_of[point, streams], return_inverse=True)
+        prompts = torch.empty_like(rows).scatter_(0, inverse, tracks.prompt_of[streams])
+        here: Tensor | slice = slice(None) if rows.shape[0] == ids.shape[0] else rows.to(ids.device)  # a view of all
+        z = combine([logits[role][here] for role in setting.roles], setting.how, setting.alpha)
+        scores = self._processors(ids[here], z, prompts)
+        inverse = inverse.to(scores.device)
         if self._noise is None:
             return scores.argmax(-1)[inverse]
         return self._noise.choose(scores[inverse], streams)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process
 
-from ensembler.decoding.choosing import Chooser, Noise
+from ensembler.decoding.choosing import Chooser, Noise, Processors
 from ensembler.decoding.points import GridPoint, make_settings
 from ensembler.decoding.rows import Rows
 from ensembler.decoding.tracks import Tracks
@@ -82,12 +82,12 @@ class GridDecoder:
         num_prompts = rows.ids.shape[0]
         tracks = Tracks(len(settings), num_prompts, num_samples)
         noise = self._noise(num_prompts, num_samples) if generation_config.do_sample else None
-        chooser = Chooser(settings, logits_processor, noise)
+        chooser = Chooser(settings, Processors(logits_processor, first), noise)
         complete: list[tuple[Tensor, Tensor]] = []
         rows_per_step = []
         while tracks.num_rows:
             rows_per_step.append(tracks.num_rows)
-            tokens = chooser.choose(rows.run(model), rows.ids, tracks.row_of)
+            tokens = chooser.choose(rows.run(model), rows.ids, tracks)
             parents, new = tracks.advance(tokens)
             texts = rows.extended(parents, new)
             is_complete = stopping_criteria(texts, None).cpu()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ensembler.decoding.batches import end_ids, ends_only, make_batches, pad_left, room_for
+from ensembler.decoding.batches import end_ids, ends_only, make_batches, pad_id, pad_left, room_for
 from ensembler.decoding.grid import GridDecoder
 from ensembler.decoding.points import GridPoint, make_settings
 from ensembler.decoding.prompts import EncodedPrompt
@@ -79,7 +79,7 @@ def _complete(
     seed: int,
 ) -> GridBatch:
     start = time.perf_counter()
-    input_ids, attention_mask = pad_left([prompt.ids for prompt in batch])
+    input_ids, attention_mask = pad_left([prompt.ids for prompt in batch], pad_id(model, tokenizer))
     length = input_ids.shape[1]
     room = room_for(model, length, options.max_new_tokens)
     output = model.generate(

@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from ensembler.decoding.batches import end_ids, ends_only, make_batches, pad_left, room_for
+from ensembler.decoding.batches import end_ids, ends_only, make_batches, pad_id, pad_left, room_for
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import Sample, make_sample, stopping_criteria
 from ensembler.errors import ConfigError
@@ -158,7 +158,7 @@ def _complete(
     streamer: BaseStreamer | None,
 ) -> list[Completion]:
     start = time.perf_counter()
-    input_ids, attention_mask = pad_left([prompt.ids for prompt in batch])
+    input_ids, attention_mask = pad_left([prompt.ids for prompt in batch], pad_id(model, tokenizer))
     length = input_ids.shape[1]
     room = room_for(model, length, options.max_new_tokens)
     sequences = model.generate(

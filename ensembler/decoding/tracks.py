@@ -14,12 +14,13 @@ ENDED = -1
 class Tracks:
     """`row_of` (points, streams) int64 on the CPU: the row of each track, ENDED where its text is complete.
 
+    `prompt_of` (streams,) int64: the prompt of each stream; its samples stand next to each other.
     Rows of different prompts never meet; at first there is one row for each prompt.
     """
 
     def __init__(self, num_points: int, num_prompts: int, num_samples: int) -> None:
-        prompt_of = torch.arange(num_prompts).repeat_interleave(num_samples)
-        self.row_of = prompt_of.repeat(num_points, 1)
+        self.prompt_of = torch.arange(num_prompts).repeat_interleave(num_samples)
+        self.row_of = self.prompt_of.repeat(num_points, 1)
 
     @property
     def num_rows(self) -> int:
