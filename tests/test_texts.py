@@ -11,10 +11,11 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ensembler import EnsembleForCausalLM
+from ensembler.decoding.batches import batches_by_length
 from ensembler.decoding.explain import ENSEMBLE, explain, next_tokens
 from ensembler.decoding.prompts import EncodedPrompt, Prompt, encode_prompts, read_prompts
 from ensembler.decoding.results import ResultsFile
-from ensembler.decoding.texts import DecodingOptions, batches_by_length, complete_batches, fingerprint
+from ensembler.decoding.texts import DecodingOptions, complete_batches, fingerprint
 from ensembler.errors import ConfigError, OutputError, PromptError
 
 TEXTS = ["abc", "a", "hello there", "x y z", "abcabc", "q"]

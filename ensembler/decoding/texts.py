@@ -6,16 +6,16 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from ensembler.decoding.batches import end_ids, ends_only, make_batches, pad_id, pad_left, room_for
 from ensembler.decoding.prompts import EncodedPrompt
+from ensembler.decoding.samples import Sample, make_sample, stopping_criteria
 from ensembler.errors import ConfigError
 from ensembler.modeling import EnsembleForCausalLM
 
@@ -76,7 +76,7 @@ class DecodingOptions:
             raise ConfigError(f"{sampling[0]} needs sampling, and temperature 0 is greedy; give a temperature above 0")
 
     def generation_config(self, max_new_tokens: int) -> GenerationConfig:
-        """Return all of it for `generate`."""
+        """Return all of it for `generate` but the stop texts, which need a tokenizer (`stopping_criteria`)."""
         sampling = self.temperature > 0
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -88,7 +88,6 @@ class DecodingOptions:
             repetition_penalty=self.repetition_penalty if self.repetition_penalty is not None else 1.0,
             num_beams=self.num_beams,
             num_return_sequences=self.num_return_sequences,
-            stop_strings=list(self.stop) or None,
         )
 
 
@@ -99,21 +98,11 @@ def fingerprint(
     settings = {
         "prompts": [[prompt.number, prompt.ids] for prompt in prompts],
         "ensemble": {key: value for key, value in model.config.to_dict().items() if key != "transformers_version"},
-        "ends": sorted(_end_ids(model)),
+        "ends": sorted(end_ids(model)),
         "options": asdict(options),
         "batch_size": batch_size,
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One decoded text. `ids` are its new tokens, the end token included; finish reason is 'stop' or 'length'."""
-
-    text: str
-    num_tokens: int
-    finish_reason: str
-    ids: list[int]
 
 
 @dataclass(frozen=True)
@@ -135,20 +124,6 @@ class Completion:
         return {"number": self.number, **body, "seconds": round(self.seconds, 3)}
 
 
-def batches_by_length(
-    prompts: Sequence[EncodedPrompt], batch_size: int, *, longest: float = _INF
-) -> list[list[EncodedPrompt]]:
-    """Return batches of prompts of similar length, the longest first: too little memory then shows at once.
-
-    Prompts of more than `longest` tokens, to which the context leaves less room than was asked for, are batches of
-    their own: the room of one must not cut the others short.
-    """
-    ordered = sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.number))
-    tight = [[prompt] for prompt in ordered if len(prompt.ids) > longest]
-    others = ordered[len(tight) :]
-    return tight + [others[start : start + batch_size] for start in range(0, len(others), batch_size)]
-
-
 def complete_batches(
     model: EnsembleForCausalLM,
     tokenizer: Any,
@@ -164,29 +139,15 @@ def complete_batches(
     Batches and their seeds depend on `prompts`, `batch_size` and the seed alone: leaving out the numbers in `done`
     (when a run is resumed) gives the others the texts they would have had.
     """
-    context = model.shortest_context
-    longest = _INF if context is None else context[1] - options.max_new_tokens
-    for index, batch in enumerate(batches_by_length(prompts, batch_size, longest=longest)):
+    for index, batch in enumerate(make_batches(model, prompts, batch_size, options.max_new_tokens)):
         wanted = [prompt for prompt in batch if prompt.number not in done]
         if not wanted:
             continue
         if options.seed is not None:
             torch.manual_seed((options.seed + index * _SEED_STEP) % 2**63)
-        with _ends_only(model):
+        with ends_only(model):
             completions = _complete(model, tokenizer, batch, options, streamer)
         yield [completion for completion in completions if completion.number not in done]
-
-
-@contextmanager
-def _ends_only(model: EnsembleForCausalLM) -> Iterator[None]:
-    """Leave only the special ids of the generation config: what else a model's authors like there is not asked for."""
-    own = model.generation_config
-    ids = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    model.generation_config = GenerationConfig(**ids)
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def _complete(
@@ -197,67 +158,26 @@ def _complete(
     streamer: BaseStreamer | None,
 ) -> list[Completion]:
     start = time.perf_counter()
-    input_ids, attention_mask = _pad_left([prompt.ids for prompt in batch], _pad_id(model, tokenizer))
+    input_ids, attention_mask = pad_left([prompt.ids for prompt in batch], pad_id(model, tokenizer))
     length = input_ids.shape[1]
-    context = model.shortest_context
-    room = options.max_new_tokens if context is None else min(options.max_new_tokens, context[1] - length)
+    room = room_for(model, length, options.max_new_tokens)
     sequences = model.generate(
         input_ids.to(model.device),
         attention_mask=attention_mask.to(model.device),
         generation_config=options.generation_config(room),
-        tokenizer=tokenizer,
+        stopping_criteria=stopping_criteria(tokenizer, options.stop, length),
         streamer=streamer,
     )
     new = sequences[:, length:].tolist()
     seconds = time.perf_counter() - start
     num = options.num_return_sequences
-    ends = _end_ids(model)
+    ends = end_ids(model)
     return [
         Completion(
             number=prompt.number,
             prompt_ids=prompt.ids,
-            samples=[_sample(ids, tokenizer, ends, options.stop) for ids in new[row * num : (row + 1) * num]],
+            samples=[make_sample(ids, tokenizer, ends, options.stop) for ids in new[row * num : (row + 1) * num]],
             seconds=seconds,
         )
         for row, prompt in enumerate(batch)
     ]
-
-
-def _sample(ids: list[int], tokenizer: Any, ends: frozenset[int], stops: Sequence[str]) -> Sample:
-    """Cut a row at its end token, then its text at the first stop text."""
-    end = next((position for position, token in enumerate(ids) if token in ends), None)
-    kept = ids if end is None else ids[: end + 1]
-    text = tokenizer.decode(kept, skip_special_tokens=True)
-    cuts = [cut for cut in (text.find(stop) for stop in stops) if cut >= 0]
-    if cuts:
-        text = text[: min(cuts)]
-        kept = _until_text(kept, tokenizer, stops)
-    return Sample(text, len(kept), "stop" if cuts or end is not None else "length", kept)
-
-
-def _until_text(ids: list[int], tokenizer: Any, stops: Sequence[str]) -> list[int]:
-    """The shortest beginning of `ids` whose text holds a stop text: what follows in a batch is padding."""
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], skip_special_tokens=True)
-        if any(stop in text for stop in stops):
-            return ids[:end]
-    return ids
-
-
-def _pad_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Return ids and mask, both (rows, longest) int64."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
-
-
-def _end_ids(model: EnsembleForCausalLM) -> frozenset[int]:
-    ends = model.generation_config.eos_token_id
-    return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
-
-
-def _pad_id(model: EnsembleForCausalLM, tokenizer: Any) -> int:
-    """Any id will do where the mask is 0; the end token is what transformers takes by itself."""
-    candidates = (model.generation_config.pad_token_id, tokenizer.pad_token_id, *_end_ids(model), 0)
-    return int(next(token for token in candidates if token is not None))

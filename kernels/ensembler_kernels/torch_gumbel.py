@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _LOW = 0xFFFFFFFF
-_SPREAD = 20.5  # the noise lies between −2.85 and 16.64: a token this far below the best can never be drawn
+SPREAD = 20.5  # the noise lies between −2.85 and 16.64: a token this far below the best can never be drawn
 
 
 def sample(scaled: Tensor, top: Tensor, seed: int, rows: Tensor) -> Tensor:
@@ -15,22 +15,27 @@ def sample(scaled: Tensor, top: Tensor, seed: int, rows: Tensor) -> Tensor:
     `top` (n,) holds the maxima, `rows` (n,) the numbers of the rows, on which the noise depends.
     """
     n, width = scaled.shape
-    row, token = (scaled >= (top - _SPREAD).unsqueeze(-1)).nonzero(as_tuple=True)
+    counters = torch.nn.functional.pad(rows.unsqueeze(-1), (0, 2))
+    row, token = (scaled >= (top - SPREAD).unsqueeze(-1)).nonzero(as_tuple=True)
     if row.numel() * 4 > n * width:  # one block of Philox makes the noise of four tokens, so here all are as cheap
-        return (scaled + noise(seed, rows, width)).argmax(-1)
-    words = _philox(token >> 2, rows[row], seed)
-    bits = torch.stack(words).gather(0, (token & 3).unsqueeze(0)).squeeze(0)
+        return (scaled + noise(seed, counters, width)).argmax(-1)
     scores = torch.full_like(scaled, -torch.inf)
-    scores[row, token] = scaled[row, token] + _to_gumbel(bits)
+    scores[row, token] = scaled[row, token] + noise_at(seed, counters[row], token)
     return scores.argmax(-1)
 
 
-def noise(seed: int, rows: Tensor, width: int) -> Tensor:
-    """Return the noise of every token in rows of these numbers (n,), (n, width) fp32."""
+def noise(seed: int, counters: Tensor, width: int) -> Tensor:
+    """Return the noise of every token, (n, width) fp32; `counters` (n, 3) int64 are Philox's, after that of tokens."""
     num_groups = (width + 3) // 4
-    group = torch.arange(num_groups, device=rows.device).repeat(rows.shape[0])
-    words = _philox(group, rows.repeat_interleave(num_groups), seed)
-    return _to_gumbel(torch.stack(words, dim=-1).view(rows.shape[0], -1)[:, :width])
+    group = torch.arange(num_groups, device=counters.device).repeat(counters.shape[0])
+    words = _philox(group, counters.repeat_interleave(num_groups, 0), seed)
+    return _to_gumbel(torch.stack(words, dim=-1).view(counters.shape[0], -1)[:, :width])
+
+
+def noise_at(seed: int, counters: Tensor, tokens: Tensor) -> Tensor:
+    """Return the noise of one token (n,) each, (n,) fp32: what `noise` has in the column of that token."""
+    words = _philox(tokens >> 2, counters, seed)
+    return _to_gumbel(torch.stack(words).gather(0, (tokens & 3).unsqueeze(0)).squeeze(0))
 
 
 def _to_gumbel(bits: Tensor) -> Tensor:
@@ -38,9 +43,9 @@ def _to_gumbel(bits: Tensor) -> Tensor:
     return uniform.log_().neg_().log_().neg_()
 
 
-def _philox(c0: Tensor, c1: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The words at counters (c0, c1, 0, 0), int64 of their shape (n,)."""
-    c0, c1, c2, c3 = c0.clone(), c1.clone(), torch.zeros_like(c0), torch.zeros_like(c0)
+def _philox(c0: Tensor, others: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The words at counters c0 (n,) and `others` (n, 3), int64 (n,)."""
+    c0, (c1, c2, c3) = c0.clone(), (other.clone() for other in others.unbind(-1))
     product0, product1 = torch.empty_like(c0), torch.empty_like(c0)
     key0, key1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(10):

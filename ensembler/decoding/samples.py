@@ -1,0 +1,63 @@
+"""A decoded row as a text: where it ends, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers.generation import StopStringCriteria
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One decoded text. `ids` are its new tokens, the end token included; finish reason is 'stop' or 'length'."""
+
+    text: str
+    num_tokens: int
+    finish_reason: str
+    ids: list[int]
+
+
+def make_sample(ids: list[int], tokenizer: Any, ends: frozenset[int], stops: Sequence[str]) -> Sample:
+    """Return the sample of a decoded row: cut at its end token, its text at the first of `stops`."""
+    end = next((position for position, token in enumerate(ids) if token in ends), None)
+    kept = ids if end is None else ids[: end + 1]
+    text = tokenizer.decode(kept, skip_special_tokens=True)
+    cuts = [cut for cut in (text.find(stop) for stop in stops) if cut >= 0]
+    if cuts:
+        text = text[: min(cuts)]
+        kept = _until_text(kept, tokenizer, stops)
+    return Sample(text, len(kept), "stop" if cuts or end is not None else "length", kept)
+
+
+def _until_text(ids: list[int], tokenizer: Any, stops: Sequence[str]) -> list[int]:
+    """The shortest beginning of `ids` whose text holds a stop text: what follows in a batch is padding."""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+        if any(stop in text for stop in stops):
+            return ids[:end]
+    return ids
+
+
+class StopInNewText(StoppingCriteria):  # type: ignore[misc,unused-ignore]
+    """Ends a row whose new text holds one of `stops`; a stop text that begins in the prompt is none.
+
+    `prompt_length`: positions of the batch before the new text.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str], prompt_length: int) -> None:
+        self._criterion = StopStringCriteria(tokenizer, list(stops))
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Return which rows of `input_ids` (rows, positions) end, (rows,) bool."""
+        ended: Tensor = self._criterion(input_ids[:, self._prompt_length :], scores, **kwargs)
+        return ended
+
+
+def stopping_criteria(tokenizer: Any, stops: Sequence[str], prompt_length: int) -> StoppingCriteriaList:
+    """Return what `generate` takes to end texts at `stops`."""
+    return StoppingCriteriaList([StopInNewText(tokenizer, stops, prompt_length)] if stops else [])
