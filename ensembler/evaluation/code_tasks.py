@@ -46,8 +46,7 @@ def _run_all(programs: Sequence[str]) -> dict[str, bool]:
     distinct = list(dict.fromkeys(programs))
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         return {
-            program: outcome.passed
-            for program, outcome in zip(distinct, pool.map(run_program, distinct), strict=True)
+            program: outcome.passed for program, outcome in zip(distinct, pool.map(run_program, distinct), strict=True)
         }
 
 
@@ -79,7 +78,7 @@ def read_code_task(settings: Mapping[str, Any], path: Path) -> dict[str, Any]:
     lm-eval's functions of HumanEval become those of this module; a task that names others of lm-eval's, which run code
     without limits, raises ConfigError.
     """
-    theirs = str(Path(require("lm_eval.tasks", "eval").__file__).parent)
+    theirs = str(Path(str(require("lm_eval.tasks", "eval").__file__)).parent)
     loader = require("lm_eval.tasks._yaml_loader", "eval")
 
     def resolve(value: Any) -> Any:

@@ -63,8 +63,8 @@ class Example:
 class Metric:
     """A figure of a task.
 
-    `key` names it in rows: "acc", or "exact_match,flexible-extract" in a task with several filters. `is_mean`: it is the
-    mean of one number per document, and not computed from all of them at once, as F1 is.
+    `key` names it in rows: "acc", or "exact_match,flexible-extract" in a task with several filters. `is_mean`: it is
+    the mean of one number per document, and not computed from all of them at once, as F1 is.
     """
 
     key: str

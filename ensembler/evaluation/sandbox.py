@@ -1,11 +1,12 @@
 """Programs that a model wrote: each runs in a process of its own, with limits. Against accidents, not against attack.
 
-What holds a program: wall time and CPU time; memory (address space); the size of each file and their number; no further
-processes and no threads; an empty folder of its own that is deleted; no standard input, output to nowhere; no variables
-of the environment; as root, the rights of no user (uid 65534). Python calls that start processes, send signals, open
-sockets, load libraries, or change files elsewhere are refused. The process's group is killed when it ends or its time is
-over. There are no namespaces: a program can read what its user can, and one that is written to get past Python's
-refusals may do what its user may. For models that you do not trust, run the whole in a container.
+What holds a program: wall time and CPU time; memory (address space); the size of each file and their number; no
+further processes and no threads; an empty folder of its own that is deleted; no standard input, output to nowhere; no
+variables of the environment. Python calls that start processes, send signals, open sockets, load libraries, or change
+files elsewhere are refused. Under root, to whom limits on processes do not apply, a program runs as no user (uid 65534)
+and keeps of root the right to read. The process's group is killed when it ends or its time is over. There are no
+namespaces: a program can read what its user can, and one that is written to get past Python's refusals may do what its
+user may. For models that you do not trust, run the whole in a container.
 """
 
 from __future__ import annotations

@@ -97,6 +97,9 @@ class _Finder:
     def _from_entry(self, entry: Any, with_defaults: bool) -> list[Any]:
         if entry.kind.name == "TASK" and entry.yaml_path is not None:
             return self._from_file(entry.yaml_path, entry.name)
+        if entry.kind.name == "TAG":
+            index = self._manager(with_defaults).task_index
+            return [task for name in sorted(entry.tags) for task in self._from_entry(index[name], with_defaults)]
         return self._load(entry.name, entry.name, with_defaults)
 
     def _from_file(self, path: Path, name: str) -> list[Any]:
@@ -132,8 +135,9 @@ class _Finder:
     def _check(self, task: Any) -> None:
         if getattr(task, "MULTIMODAL", False):
             raise ConfigError(f"task {task.task_name} shows pictures or sounds; give a task of texts alone")
-        if not (task.has_test_docs() or task.has_validation_docs()):
-            raise ConfigError(f"task {task.task_name} has no test and no validation split; name one in its YAML file")
+        functions = getattr(task, "_metric_fn_list", {})
+        if unknown := [name for name in functions if functions[name] is None and not task.config.process_results]:
+            raise ConfigError(f"metric {unknown[0]} of task {task.task_name} is not known to lm-eval; name another")
         if getattr(task, "UNSAFE_CODE", False):
             if not self._allow_code_execution:
                 raise ConfigError(_unsafe(task.task_name))
@@ -149,7 +153,9 @@ def _unsafe(name: str) -> str:
 
 def _unknown(name: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    hint = f"; did you mean {' or '.join(near)}?" if near else "; give one that lm-eval knows, or the path of a YAML file"
+    hint = (
+        f"; did you mean {' or '.join(near)}?" if near else "; give one that lm-eval knows, or the path of a YAML file"
+    )
     return f"task {name!r} is not known{hint}"
 
 

@@ -22,6 +22,7 @@ from ensembler.evaluation.examples import (
 from ensembler.evaluation.metric_values import from_json, to_json
 from ensembler.evaluation.quiet import quiet
 from ensembler.evaluation.standard_errors import NUM_RESAMPLES, standard_error
+from ensembler.evaluation.task_checks import check_fields, check_gold, check_metrics
 from ensembler.extras import require
 
 _SPLITS = {"test": "test_docs", "validation": "validation_docs", "train": "training_docs"}
@@ -119,13 +120,9 @@ class EvalTask:
             examples = list(self._examples(split))
         if not examples:
             raise ConfigError(f"the {split} split of task {self.name} is empty; give another one")
-        if any(example.choices for example in examples) and not any(example.gold for example in examples):
-            first = examples[0]
-            target = self.task.doc_to_target(first.source[0].doc)
-            raise ConfigError(
-                f"task {self.name}: no document names its right answer; {target!r} of {first.id} is neither one of the "
-                f"choices {list(first.choices)} nor an index of them"
-            )
+        check_gold(self.task, examples)
+        if self._metrics_can_be_tried:
+            check_metrics(self.metrics, examples[0], self.measure)
         return examples
 
     def measure(self, example: Example, answers: Sequence[Answer]) -> Measurement:
@@ -163,7 +160,8 @@ class EvalTask:
         """Return the figure of all documents from their `values` (as in rows), by lm-eval's own aggregation."""
         if not values:
             raise ValueError(f"{key} of no documents")
-        return float(self._aggregation(self.metric(key).name)(from_json(list(values))))
+        with quiet():
+            return float(self._aggregation(self.metric(key).name)(from_json(list(values))))
 
     def standard_error(self, key: str, values: Sequence[Any], *, num_resamples: int = NUM_RESAMPLES) -> float | None:
         """Return lm-eval's standard error of `aggregate`, or None where it has none for this metric.
@@ -179,6 +177,7 @@ class EvalTask:
             yield self._example(docs[index], split, index)
 
     def _example(self, doc: Any, split: str, index: int) -> Example:
+        check_fields(self.task, doc, f"{self.name}/{split}/{index}")
         instances = self._instances(doc, split, index)
         choices = _choices(self.task, doc)
         return Example(
@@ -221,6 +220,12 @@ class EvalTask:
             if sampler is not None:
                 self.task.sampler = sampler
         return sorted(made, key=lambda instance: instance.idx) if isinstance(made, list) else [made]
+
+    @property
+    def _metrics_can_be_tried(self) -> bool:
+        """Whether nothing but lm-eval's own metrics is run by it: no function of the task's, no model's code."""
+        ours = isinstance(self.task, require("lm_eval.api.task", "eval").ConfigurableTask)
+        return ours and self.task.config.process_results is None and not self.task.config.unsafe_code
 
     def _docs(self, split: str) -> Any:
         with quiet():
