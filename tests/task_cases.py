@@ -52,6 +52,56 @@ metric_list:
   - {metric: brier_score, aggregation: brier_score, higher_is_better: false}
 """,
     ),
+    "mutual": (
+        "questions",
+        "multiple_choice",
+        """
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+  - {metric: acc_mutual_info, aggregation: mean, higher_is_better: true}
+""",
+    ),
+    "inputs": (
+        "questions",
+        "multiple_choice",
+        """
+doc_to_text: "{{answer}}"
+doc_to_choice: choices
+doc_to_target: "{{question}}"
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+""",
+    ),
+    "targets": (
+        "questions",
+        "generate_until",
+        """
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices}}"
+repeats: 2
+generation_kwargs: {until: [" "], max_gen_toks: 5, do_sample: true, temperature: 0.9}
+filter_list:
+  - name: first
+    filter: [{function: take_first}]
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+""",
+    ),
+    "translate": (
+        "questions",
+        "generate_until",
+        """
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[0]}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 9, do_sample: false}
+metric_list:
+  - {metric: bleu, aggregation: bleu, higher_is_better: true}
+  - {metric: chrf, aggregation: chrf, higher_is_better: true}
+""",
+    ),
     "pairs": (
         "pairs",
         "multiple_choice",
@@ -105,7 +155,7 @@ metric_list:
     ),
 }
 TASKS = tuple(_BODIES)
-FEWSHOT_TASKS = ("choice", "pairs", "generate", "last_word")
+FEWSHOT_TASKS = tuple(task for task in TASKS if task != "text")
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:

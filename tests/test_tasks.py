@@ -64,8 +64,39 @@ def test_the_figures_are_those_of_lm_eval(
         key: value for key, value in results["results"][task.name].items() if "," in key and "stderr" not in key
     }
     found = figures(task, examples, recorded(results, task))
-    assert {key if "," in key else f"{key},none": value for key, value in found.items()} == expected
+    filter_name = task.metrics[0].filter
+    assert {key if "," in key else f"{key},{filter_name}": value for key, value in found.items()} == expected
     assert {metric.key for metric in task.metrics} == set(found)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"test_split: test": "validation_split: test"},
+        {"fewshot_split: train\n": ""},
+        {"test_split: test": "validation_split: test", "fewshot_split: train\n": ""},
+        {"test_split: test": "validation_split: test", "training_split: train\nfewshot_split: train\n": ""},
+        {"fewshot_split: train": "fewshot_split: test"},
+        {"output_type": "fewshot_config: {sampler: first_n}\noutput_type"},
+        {"output_type": 'description: "Say it."\nfewshot_delimiter: "#"\ngen_prefix: so\noutput_type'},
+    ],
+)
+def test_few_shot_prompts_are_those_of_lm_eval(
+    change: dict[str, str], folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = folder / "choice.yaml"
+    text = path.read_text()
+    for old, new in change.items():
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    task = load(folder, "choice", num_fewshot=2)
+    results = run_lm_eval(task, model, tokenizer)
+    examples = task.examples()
+    for sample in results["samples"][task.name]:
+        asked = [(request.context, request.text) for request in examples[sample["doc_id"]].requests]  # type: ignore[union-attr]
+        assert asked == [tuple(arguments) for arguments in sample["arguments"]]
+    assert figures(task, examples, recorded(results, task))["acc"] == results["results"][task.name]["acc,none"]
 
 
 def _arguments(request: Any) -> tuple[str, ...]:

@@ -11,15 +11,22 @@ from ensembler.extras import require
 
 
 @contextmanager
+def unprinted() -> Iterator[None]:
+    """Within, nothing is printed, nor is what is logged without a handler. Cheap enough for every document."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        yield
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
-    """Within: lm-eval logs errors only, datasets shows no bars, and nothing is printed."""
+    """Within, nothing is printed, lm-eval logs errors only, and datasets shows no bars."""
     datasets = require("datasets", "eval")
     logger = logging.getLogger("lm_eval")
-    level, had_bars = logger.level, datasets.are_progress_bars_disabled() is False
+    level, had_bars = logger.level, not datasets.are_progress_bars_disabled()
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with unprinted():
             yield
     finally:
         logger.setLevel(level)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ensembler.evaluation.quiet import quiet
+from ensembler.evaluation.quiet import unprinted
 from ensembler.extras import require
 
 NUM_RESAMPLES = 1000
@@ -22,7 +22,7 @@ def standard_error(aggregation: Any, values: Sequence[Any], num_resamples: int =
     estimate = require("lm_eval.api.metrics", "eval").stderr_for_metric(aggregation, num_resamples)
     if estimate is None or len(values) < 2:
         return None
-    with quiet(), _one_process():
+    with unprinted(), _one_process():
         return float(estimate(values))
 
 

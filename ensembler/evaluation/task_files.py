@@ -70,7 +70,7 @@ class TaskFile:
 
 
 def make_task_from_file(
-    data: Path,
+    data: Path | str,
     *,
     prompt: str,
     answer: str,
@@ -98,6 +98,7 @@ def make_task_from_file(
     """
     check_counts(num_fewshot, limit)
     file = TaskFile(prompt, answer, choices, metric or ("exact_match" if choices is None else "acc"))
+    data = Path(data)
     documents = file.read(data)
     if num_fewshot is not None and num_fewshot >= len(documents):
         raise ConfigError(

@@ -9,20 +9,19 @@ from functools import cached_property
 from typing import Any
 
 from ensembler.errors import ConfigError, RunError
-from ensembler.evaluation.examples import (
-    Answer,
-    Continuation,
-    Example,
-    Generation,
-    Measurement,
-    Metric,
-    Request,
-    Rolling,
-)
+from ensembler.evaluation.examples import Answer, Example, Measurement, Metric
 from ensembler.evaluation.metric_values import from_json, to_json
-from ensembler.evaluation.quiet import quiet
+from ensembler.evaluation.quiet import quiet, unprinted
 from ensembler.evaluation.standard_errors import NUM_RESAMPLES, standard_error
 from ensembler.evaluation.task_checks import check_fields, check_gold, check_metrics
+from ensembler.evaluation.task_documents import (
+    OtherDocuments,
+    choices_of,
+    gold_of,
+    prediction_of,
+    request_of,
+    responses_of,
+)
 from ensembler.extras import require
 
 _SPLITS = {"test": "test_docs", "validation": "validation_docs", "train": "training_docs"}
@@ -131,19 +130,19 @@ class EvalTask:
         Raises RunError where these fail.
         """
         instances = [
-            replace(instance, resps=_responses(instance, answer), filtered_resps={})
+            replace(instance, resps=responses_of(instance, answer), filtered_resps={})
             for instance, answer in zip(example.source, answers, strict=True)
         ]
         values: dict[str, Any] = {}
         predictions: dict[str, str] = {}
         try:
-            with quiet():
+            with unprinted():
                 for pipeline in self.task._filters:
                     pipeline.apply(instances)
                     results = [instance.filtered_resps[pipeline.name] for instance in instances]
                     for name, value in self.task.process_results(instances[0].doc, results).items():
                         values[self._key(name, pipeline.name)] = value
-                    predictions[pipeline.name] = _prediction(example, results)
+                    predictions[pipeline.name] = prediction_of(example, results)
         except RunError:
             raise
         except Exception as error:  # filters and metrics are programs of the task's authors
@@ -160,7 +159,7 @@ class EvalTask:
         """Return the figure of all documents from their `values` (as in rows), by lm-eval's own aggregation."""
         if not values:
             raise ValueError(f"{key} of no documents")
-        with quiet():
+        with unprinted():
             return float(self._aggregation(self.metric(key).name)(from_json(list(values))))
 
     def standard_error(self, key: str, values: Sequence[Any], *, num_resamples: int = NUM_RESAMPLES) -> float | None:
@@ -179,13 +178,13 @@ class EvalTask:
     def _example(self, doc: Any, split: str, index: int) -> Example:
         check_fields(self.task, doc, f"{self.name}/{split}/{index}")
         instances = self._instances(doc, split, index)
-        choices = _choices(self.task, doc)
+        choices = choices_of(self.task, doc)
         return Example(
             f"{self.name}/{split}/{index}",
             json.loads(json.dumps(doc, default=require("lm_eval.utils", "eval").handle_non_serializable)),
-            tuple(_request(instance) for instance in instances),
+            tuple(request_of(instance) for instance in instances),
             choices,
-            _gold(self.task, doc, choices),
+            gold_of(self.task, doc, choices),
             tuple(instances),
         )
 
@@ -193,7 +192,7 @@ class EvalTask:
         """The calls of `Task.build_all_requests`, which knows of one split only."""
         sampler = getattr(self.task, "sampler", None)
         if sampler is not None and split != self.default_split:
-            self.task.sampler = _Others(sampler, doc)
+            self.task.sampler = OtherDocuments(sampler, doc)
         try:
             context = self.task.fewshot_context(
                 doc,
@@ -251,72 +250,3 @@ class EvalTask:
     def _aggregation(self, name: str) -> Any:
         """lm-eval's own, the mean where it has none, as its evaluator does."""
         return self.task.aggregation().get(name, require("lm_eval.api.metrics", "eval").mean)
-
-
-@dataclass(frozen=True)
-class _Others:
-    """A sampler of few-shot examples that never gives `doc`."""
-
-    sampler: Any
-    doc: Any
-
-    def sample(self, n: int, eval_doc: Any = None) -> Any:
-        return self.sampler.sample(n=n, eval_doc=self.doc)
-
-
-def _request(instance: Any) -> Request:
-    arguments = instance.args
-    if instance.request_type == "loglikelihood":
-        return Continuation(arguments[0], arguments[1])
-    if instance.request_type == "loglikelihood_rolling":
-        return Rolling(arguments[0])
-    settings = require("lm_eval.models.utils", "eval").normalize_gen_kwargs(arguments[1])
-    until = settings.pop("until", None) or []
-    return Generation(
-        arguments[0],
-        settings.pop("max_gen_toks"),
-        tuple([until] if isinstance(until, str) else until),
-        settings.pop("do_sample"),
-        settings.pop("temperature"),
-        instance.repeats or 1,
-        settings,
-    )
-
-
-def _responses(instance: Any, answer: Answer) -> list[Any]:
-    repeats = instance.repeats or 1
-    if not isinstance(answer, list):
-        return [answer] * repeats
-    if len(answer) != repeats:
-        raise ValueError(f"{len(answer)} texts for {repeats} repeats")
-    return list(answer)
-
-
-def _choices(task: Any, doc: Any) -> tuple[str, ...]:
-    if task.OUTPUT_TYPE != "multiple_choice" or task.config.doc_to_choice is None:
-        return ()
-    return tuple(map(str, task.doc_to_choice(doc)))
-
-
-def _gold(task: Any, doc: Any, choices: Sequence[str]) -> str | None:
-    """The right answer as text, or None: some tasks have none, or one that is no text."""
-    try:
-        target = task.doc_to_text(doc) if getattr(task, "multiple_input", 0) else task.doc_to_target(doc)
-        texts = [_text(one, choices) for one in (target if isinstance(target, list) else [target])]
-    except Exception:  # any task may refuse; the text is for people to read
-        return None
-    return " | ".join(texts) or None
-
-
-def _text(target: Any, choices: Sequence[str]) -> str:
-    if not choices:
-        return str(target)
-    return choices[range(len(choices))[target] if isinstance(target, int) else list(choices).index(target)]
-
-
-def _prediction(example: Example, results: Sequence[Any]) -> str:
-    """The choice of the highest log-prob (the first of equals, as in lm-eval), or the filtered text."""
-    if not example.choices:
-        return str(results[0])
-    log_probs = [float(result[0]) for result in results[: len(example.choices)]]
-    return example.choices[log_probs.index(max(log_probs))]
