@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,10 @@ from ensembler.evaluation.sandbox import Limits, Outcome, check_sandbox, run_pro
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="limits of POSIX")
 
 SHORT = Limits(seconds=3.0)
+LONG = Limits(seconds=100.0)  # for programs that end by themselves, however busy the machine is
 
 
-def run(program: str, limits: Limits = SHORT) -> Outcome:
+def run(program: str, limits: Limits = LONG) -> Outcome:
     return run_program(program, limits)
 
 
@@ -64,11 +64,9 @@ def test_right_and_wrong_programs() -> None:
     ],
 )
 def test_bad_programs(program: str, message: str) -> None:
-    start = time.monotonic()
-    outcome = run(program)
+    outcome = run(program, SHORT if message.startswith("not finished") else LONG)
     assert not outcome.passed
     assert outcome.message.startswith(message), outcome
-    assert time.monotonic() - start < 60
 
 
 def test_the_limit_on_processes_holds_below_python() -> None:

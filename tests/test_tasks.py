@@ -252,6 +252,65 @@ def test_data_files_of_the_current_folder(folder: Path, tmp_path: Path, monkeypa
     assert load(tmp_path / "elsewhere", "choice").splits == {"test": 5, "train": 4}
 
 
+def test_settings_of_a_generation(folder: Path) -> None:
+    path = folder / "generate.yaml"
+    text = path.read_text()
+    old = 'generation_kwargs: {until: ["e", "#"], max_gen_toks: 9, do_sample: false}'
+    assert old in text
+    for given, expected in {
+        "{until: x}": (("x",), 256, False, 0.0, {}),
+        "{until: [], temperature: 0.5, top_p: 0.9}": ((), 256, True, 0.5, {"top_p": 0.9}),
+        "{max_new_tokens: 3, do_sample: true, temperature: 1}": (("\n\n",), 3, True, 1.0, {}),
+    }.items():
+        path.write_text(text.replace(old, f"generation_kwargs: {given}"))
+        (request,) = load(folder, "generate").examples()[0].requests
+        assert isinstance(request, Generation)
+        found = (request.until, request.max_new_tokens, request.do_sample, request.temperature, dict(request.settings))
+        assert found == expected
+    path.write_text(text.replace(old, "generation_kwargs: {do_sample: true}"))
+    with pytest.raises(ConfigError, match="task tiny_generate samples at temperature 0; set one above 0"):
+        load(folder, "generate").examples()
+
+
+MIXED = """
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+
+class Mixed(ConfigurableTask):
+    def __init__(self, config=None):
+        settings = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{question}}", "doc_to_target": "x"}
+        super().__init__(config={"task": config["task"], **settings, "dataset_kwargs": {"data_files": {"test": "FILE"}}})
+
+    def construct_requests(self, doc, ctx, apply_chat_template=False, chat_template=None, **more):
+        text = Instance("generate_until", doc, (ctx, {"until": ["#"]}), 0, **more)
+        return [Instance("loglikelihood", doc, (ctx, " no"), 1, **more), text]
+
+    def process_results(self, doc, results):
+        return {"pairs": ({"found": results[0]}, doc["answer"]), "log_prob": results[1][0]}
+
+    def aggregation(self):
+        return {"pairs": lambda pairs: sum(one["found"] == str(other) for one, other in pairs) / len(pairs)}
+
+    def higher_is_better(self):
+        return {"pairs": True}
+"""
+
+
+def test_a_task_written_in_python(folder: Path) -> None:
+    """Requests of several kinds in their order, values of any shape, a metric that is not declared."""
+    (folder / "mixed.py").write_text(MIXED.replace("FILE", f"{folder}/questions.jsonl"))
+    (folder / "mixed.yaml").write_text("task: tiny_mixed\nclass: !function mixed.Mixed\n")
+    task = load(folder, "mixed", limit=2)
+    examples = task.examples()
+    assert [type(request) for request in examples[0].requests] == [Generation, Continuation]
+    answers = [[["0"], (-2.0, False)], [["0"], (-4.0, False)]]
+    rows = [json.loads(json.dumps(task.measure(e, a).values)) for e, a in zip(examples, answers, strict=True)]  # type: ignore[arg-type]
+    assert rows[0] == {"pairs": [{"found": "0"}, 0], "log_prob": -2.0}
+    assert task.aggregate("pairs", [row["pairs"] for row in rows]) == 0.5
+    assert task.aggregate("log_prob", [row["log_prob"] for row in rows]) == -3.0
+    assert task.standard_error("pairs", [row["pairs"] for row in rows]) is None
+
+
 def test_an_unknown_task_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"^task 'winogrand' is not known; did you mean winogrande"):
         load_tasks(["winogrand"])

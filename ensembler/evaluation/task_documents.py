@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ensembler.errors import ConfigError
 from ensembler.evaluation.examples import Answer, Continuation, Example, Generation, Request, Rolling
 from ensembler.extras import require
 
@@ -31,12 +32,15 @@ def request_of(instance: Any) -> Request:
         return Rolling(arguments[0])
     settings = require("lm_eval.models.utils", "eval").normalize_gen_kwargs(arguments[1])
     until = settings.pop("until", None) or []
+    do_sample, temperature = settings.pop("do_sample"), settings.pop("temperature", 0.0)
+    if do_sample and temperature <= 0:
+        raise ConfigError(f"task {instance.task_name} samples at temperature {temperature:g}; set one above 0 in it")
     return Generation(
         arguments[0],
         settings.pop("max_gen_toks"),
         tuple([until] if isinstance(until, str) else until),
-        settings.pop("do_sample"),
-        settings.pop("temperature"),
+        do_sample,
+        temperature,
         instance.repeats or 1,
         settings,
     )

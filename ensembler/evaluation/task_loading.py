@@ -114,7 +114,7 @@ class _Finder:
             settings = _read(path, name, resolve=True)
         for key in ("tag", "task_list"):
             settings.pop(key, None)
-        return self._load({**settings, "dataset_kwargs": _find_files(settings, path.parent)}, name, False)
+        return self._load(_find_files(settings, path.parent), name, False)
 
     def _load(self, spec: Any, name: str, with_defaults: bool) -> list[Any]:
         """Build by lm-eval; all that can fail there is told in one line."""
@@ -172,15 +172,17 @@ def _read(path: Path, name: str, *, resolve: bool) -> dict[str, Any]:
     return settings
 
 
-def _find_files(settings: dict[str, Any], folder: Path) -> dict[str, Any] | None:
-    """The settings of the data set, its local files as absolute paths if they lie in `folder`."""
-    found: dict[str, Any] | None = settings.get("dataset_kwargs")
-    if not found or "data_files" not in found:
-        return found
-    files = found["data_files"]
+def _find_files(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings of a task, the local files of its data set as absolute paths if they lie in `folder`."""
+    data = settings.get("dataset_kwargs")
+    if not isinstance(data, dict) or "data_files" not in data:
+        return settings
+    files = data["data_files"]
     if isinstance(files, dict):
-        return {**found, "data_files": {split: _find(file, folder) for split, file in files.items()}}
-    return {**found, "data_files": _find(files, folder)}
+        found: Any = {split: _find(file, folder) for split, file in files.items()}
+    else:
+        found = _find(files, folder)
+    return {**settings, "dataset_kwargs": {**data, "data_files": found}}
 
 
 def _find(file: Any, folder: Path) -> Any:
