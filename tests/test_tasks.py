@@ -279,7 +279,8 @@ from lm_eval.api.task import ConfigurableTask
 class Mixed(ConfigurableTask):
     def __init__(self, config=None):
         settings = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{question}}", "doc_to_target": "x"}
-        super().__init__(config={"task": config["task"], **settings, "dataset_kwargs": {"data_files": {"test": "FILE"}}})
+        settings["dataset_kwargs"] = {"data_files": {"test": "FILE"}}
+        super().__init__(config={"task": config["task"], **settings})
 
     def construct_requests(self, doc, ctx, apply_chat_template=False, chat_template=None, **more):
         text = Instance("generate_until", doc, (ctx, {"until": ["#"]}), 0, **more)
