@@ -1,0 +1,231 @@
+"""A task from a file of rows: prompt, choices and answer as templates, the metric by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ensembler.decoding.prompts import check_utf8, read_lines
+from ensembler.errors import ConfigError, PromptError
+from ensembler.evaluation.quiet import quiet
+from ensembler.evaluation.task_loading import check_counts, set_fewshot
+from ensembler.evaluation.tasks import EvalTask
+from ensembler.evaluation.templates import as_text, field_names, fill, look_up
+from ensembler.extras import require
+
+METRICS = ("acc", "exact_match", "flexible_number", "perplexity")
+_NUMBER = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"  # the flexible-extract of lm-eval's GSM8K
+
+
+@dataclass(frozen=True)
+class TaskFile:
+    """How rows become a task; validated when made, but for the rows. See `make_task_from_file`."""
+
+    prompt: str
+    answer: str
+    choices: str | None
+    metric: str
+
+    def __post_init__(self) -> None:
+        if self.metric not in METRICS:
+            raise ConfigError(f"metric {self.metric!r} is not known for a data file; give one of {', '.join(METRICS)}")
+        if (self.metric == "acc") != (self.choices is not None):
+            wanted = (
+                "choices to choose from: give --choices" if self.metric == "acc" else "no choices: leave --choices out"
+            )
+            raise ConfigError(f"metric {self.metric} needs {wanted}, or give another metric")
+        for option, template in (("--prompt", self.prompt), ("--answer", self.answer)):
+            if not field_names(template):
+                raise ConfigError(f"{option} {template!r} names no field of the rows; give one such as '{{question}}'")
+
+    def read(self, path: Path) -> list[dict[str, Any]]:
+        """Return the documents of a JSON Lines file: prompt, target and, with choices, these. Raises PromptError."""
+        return read_lines(path, self._document, holds="rows; expected one JSON object per line", skip=_refuse)
+
+    def _document(self, row: Any, number: int, source: str) -> dict[str, Any]:
+        if not isinstance(row, dict):
+            raise PromptError(f'{source} is no JSON object; expected one per line, such as {{"question": "..."}}')
+        prompt, answer = (fill(template, row, source) for template in (self.prompt, self.answer))
+        for text in (prompt, answer):
+            check_utf8(text, source)
+        if self.choices is None:
+            return {"prompt": prompt, "target": self._target(answer, source), "answer": answer, "source": source}
+        choices = _choices(self.choices, row, source)
+        return {"prompt": prompt, "choices": choices, "target": _index(answer, choices, source), "source": source}
+
+    def _target(self, answer: str, source: str) -> str:
+        if not answer.strip():
+            raise PromptError(f"{source}: the answer is empty; give it some text")
+        if self.metric != "flexible_number":
+            return answer.strip() if self.metric == "exact_match" else answer
+        extract = require("lm_eval.api.registry", "eval").get_filter("regex")(regex_pattern=_NUMBER, group_select=-1)
+        number = str(extract.apply([[answer]], [{}])[0][0])
+        if number == extract.fallback:
+            raise PromptError(
+                f"{source}: the answer {answer[-40:]!r} holds no number; give one, or --metric exact_match"
+            )
+        return number
+
+
+def make_task_from_file(
+    data: Path | str,
+    *,
+    prompt: str,
+    answer: str,
+    choices: str | None = None,
+    metric: str | None = None,
+    name: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+) -> EvalTask:
+    """Return the rows of a JSON Lines file as a task with one split, test.
+
+    ``{field}`` stands for a field of the row in `prompt` and `answer`. `choices`: the texts to choose from, as
+    'yes,no', as '{option1},{option2}', or '{field}' of a list; `answer` is then the right one's text or its index from
+    0 (text before index, where both are possible). A space is put before an answer unless the prompt ends in white
+    space or an answer begins with it. `metric` (default acc with choices, otherwise exact_match):
+
+    - acc: the choice of the highest log-prob is the right one
+    - exact_match: the generated line, without white space around it, is the answer
+    - flexible_number: the last number of the generated text is the last of the answer (lm-eval's flexible-extract
+      of GSM8K)
+    - perplexity: of the answer after the prompt, per word and byte as lm-eval has it: word_perplexity, byte_perplexity,
+      bits_per_byte
+
+    Few-shot examples are other rows of the file. Raises ConfigError, or PromptError with line and field.
+    """
+    check_counts(num_fewshot, limit)
+    file = TaskFile(prompt, answer, choices, metric or ("exact_match" if choices is None else "acc"))
+    data = Path(data)
+    documents = file.read(data)
+    if num_fewshot is not None and num_fewshot >= len(documents):
+        raise ConfigError(
+            f"{num_fewshot} few-shot examples beside each question need more than the {len(documents)} rows"
+        )
+    with quiet():
+        task = require("lm_eval.api.task", "eval").ConfigurableTask(
+            config=_settings(file, documents, name or data.stem)
+        )
+    set_fewshot(task, num_fewshot)
+    return EvalTask(task, limit)
+
+
+def _settings(file: TaskFile, documents: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+    rows = require("datasets", "eval").Dataset.from_list(list(documents))
+    delimiter = _delimiter(file, documents)
+    return {
+        "task": name,
+        "custom_dataset": lambda **_: {"test": rows},
+        "test_split": "test",
+        "fewshot_split": "test",
+        "doc_to_text": "prompt",
+        "doc_to_target": "target",
+        "target_delimiter": delimiter,
+        "metadata": {"version": 1},
+        **_SETTINGS[file.metric](documents, delimiter),
+    }
+
+
+def _delimiter(file: TaskFile, documents: Sequence[Mapping[str, Any]]) -> str:
+    answers = [text for document in documents for text in document.get("choices", [str(document["target"])])]
+    return "" if file.prompt[-1:].isspace() or any(text[:1].isspace() for text in answers) else " "
+
+
+def _mean(metric: str, **more: Any) -> dict[str, Any]:
+    return {"metric": metric, "aggregation": "mean", "higher_is_better": True, **more}
+
+
+def _acc(documents: Sequence[Mapping[str, Any]], delimiter: str) -> dict[str, Any]:
+    return {"output_type": "multiple_choice", "doc_to_choice": "choices", "metric_list": [_mean("acc")]}
+
+
+def _exact_match(documents: Sequence[Mapping[str, Any]], delimiter: str) -> dict[str, Any]:
+    one_line = all("\n" not in document["target"] for document in documents)
+    return {
+        "output_type": "generate_until",
+        "generation_kwargs": {"until": ["\n" if one_line else "\n\n"], "do_sample": False},
+        "filter_list": [
+            {"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]},
+        ],
+        "metric_list": [_mean("exact_match")],
+    }
+
+
+def _flexible_number(documents: Sequence[Mapping[str, Any]], delimiter: str) -> dict[str, Any]:
+    number = {"function": "regex", "regex_pattern": _NUMBER, "group_select": -1}
+    return {
+        "output_type": "generate_until",
+        "generation_kwargs": {"until": ["\n\n"], "do_sample": False},
+        "fewshot_config": {"doc_to_target": "answer"},  # the way to the number is shown, too
+        "filter_list": [{"name": "none", "filter": [number, {"function": "take_first"}]}],
+        "metric_list": [_mean("exact_match", regexes_to_ignore=[",", "\\$", "(?s).*#### ", "\\.$"])],
+    }
+
+
+def _perplexity(documents: Sequence[Mapping[str, Any]], delimiter: str) -> dict[str, Any]:
+    def process_results(document: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
+        task = require("lm_eval.api.task", "eval").Task
+        log_prob, answer = results[0][0], document["target"]
+        num_bytes = task.count_bytes(answer)
+        return {
+            "word_perplexity": (log_prob, task.count_words(answer)),
+            "byte_perplexity": (log_prob, num_bytes),
+            "bits_per_byte": (log_prob, num_bytes),
+        }
+
+    names = {"word_perplexity": "weighted_perplexity", "byte_perplexity": "weighted_perplexity"}
+    return {
+        "output_type": "loglikelihood",
+        "doc_to_target": lambda document: delimiter + document["target"],
+        "target_delimiter": "",  # lm-eval puts none before what it scores
+        "process_results": process_results,
+        "metric_list": [
+            {"metric": metric, "aggregation": how, "higher_is_better": False}
+            for metric, how in {**names, "bits_per_byte": "bits_per_byte"}.items()
+        ],
+    }
+
+
+_SETTINGS = {
+    "acc": _acc,
+    "exact_match": _exact_match,
+    "flexible_number": _flexible_number,
+    "perplexity": _perplexity,
+}
+
+
+def _choices(template: str, row: Mapping[str, Any], source: str) -> list[str]:
+    parts = [part.strip() for part in template.split(",")]
+    if len(parts) == 1 and [f"{{{name}}}" for name in field_names(parts[0])] == parts:
+        values = look_up(parts[0][1:-1], row, source)
+        if not isinstance(values, list):
+            raise PromptError(f"{source}: {parts[0]} is no list of choices; give one, or --choices 'a,b'")
+        choices = [as_text(value) for value in values]
+    else:
+        choices = [fill(part, row, source) for part in parts]
+    for index, choice in enumerate(choices):
+        check_utf8(choice, source)
+        if not choice.strip():
+            raise PromptError(f"{source}: choice {index} is empty; give it some text")
+    if len(choices) < 2 or len(set(choices)) < len(choices):
+        raise PromptError(f"{source} has the choices {choices}; give two or more that differ")
+    return choices
+
+
+def _index(answer: str, choices: Sequence[str], source: str) -> int:
+    """The right choice: by its text, or else by its index."""
+    texts = [choice.strip() for choice in choices]
+    if answer.strip() in texts:
+        return texts.index(answer.strip())
+    if answer.strip().isdecimal() and int(answer) < len(choices):
+        return int(answer)
+    raise PromptError(
+        f"{source}: the answer {answer!r} is neither one of the choices {list(choices)} nor an index from 0 to "
+        f"{len(choices) - 1}"
+    )
+
+
+def _refuse(message: str) -> None:
+    raise PromptError(message)

@@ -1,0 +1,191 @@
+"""Find tasks by the names that lm-eval knows or by the path of a YAML file, and load them with their documents."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ensembler.errors import ConfigError, EnsemblerError
+from ensembler.evaluation.code_tasks import check_code_task, is_code_task, read_code_task
+from ensembler.evaluation.quiet import quiet
+from ensembler.evaluation.tasks import EvalTask
+from ensembler.extras import require
+
+_YAML = (".yaml", ".yml")
+
+
+def load_tasks(
+    names: Sequence[str],
+    *,
+    include_path: Path | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+    allow_code_execution: bool = False,
+) -> list[EvalTask]:
+    """Return the tasks of `names`, groups and tags expanded.
+
+    A name is one that lm-eval knows, one of a YAML file in `include_path` (which wins), or the path of a YAML file.
+    Local data files in a YAML file are looked for in its folder, then in the current one. `num_fewshot` changes
+    tasks that do not fix it to 0, as in lm-eval; `limit`: only so many documents of each split. Tasks that run code
+    which a model wrote need `allow_code_execution`. Raises ConfigError.
+    """
+    if not names:
+        raise ConfigError("no task was given; give a name that lm-eval knows or the path of a YAML file")
+    check_counts(num_fewshot, limit)
+    if include_path is not None and not include_path.is_dir():
+        raise ConfigError(f"{include_path} is no folder; --include-path takes a folder of YAML tasks")
+    finder = _Finder(include_path, allow_code_execution)
+    tasks: dict[str, EvalTask] = {}
+    for name in names:
+        for task in finder.load(name):
+            set_fewshot(task, num_fewshot)
+            if task.task_name in tasks:
+                raise ConfigError(f"task {task.task_name} is given twice; leave one out")
+            tasks[task.task_name] = EvalTask(task, limit)
+    return list(tasks.values())
+
+
+def check_counts(num_fewshot: int | None, limit: int | None) -> None:
+    """Raise ConfigError unless both are counts."""
+    if num_fewshot is not None and num_fewshot < 0:
+        raise ConfigError(f"{num_fewshot} few-shot examples are not possible; give 0 or more")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"a limit of {limit} documents leaves none; give 1 or more")
+
+
+def set_fewshot(task: Any, num_fewshot: int | None) -> None:
+    """Set the number of few-shot examples as lm-eval's evaluator does: a task that fixes it to 0 keeps that."""
+    fixed = task.config.num_fewshot
+    if num_fewshot is not None and fixed != 0:
+        task.set_config(key="num_fewshot", value=num_fewshot)
+    elif fixed is None:
+        task.set_config(key="num_fewshot", value=0)
+
+
+class _Finder:
+    """Loads by name. lm-eval's own index, of 14,000 tasks, takes many seconds: made when a name needs it."""
+
+    def __init__(self, include_path: Path | None, allow_code_execution: bool) -> None:
+        self._include_path = include_path
+        self._allow_code_execution = allow_code_execution
+        self._managers: dict[bool, Any] = {}
+
+    def load(self, name: str) -> list[Any]:
+        """Return lm-eval's tasks of one name."""
+        path = Path(name).expanduser()
+        if path.suffix in _YAML:
+            if not path.is_file():
+                raise ConfigError(f"{name} does not exist; give the path of a YAML task or a name that lm-eval knows")
+            return self._from_file(path, name)
+        for with_defaults in (False, True):
+            entry = self._manager(with_defaults).task_index.get(name)
+            if entry is not None:
+                return self._from_entry(entry, with_defaults)
+        raise ConfigError(_unknown(name, self._manager(True).all_tasks))
+
+    def _manager(self, with_defaults: bool) -> Any:
+        if with_defaults not in self._managers:
+            with quiet():
+                self._managers[with_defaults] = require("lm_eval.tasks", "eval").TaskManager(
+                    include_path=None if self._include_path is None else str(self._include_path),
+                    include_defaults=with_defaults,
+                )
+        return self._managers[with_defaults]
+
+    def _from_entry(self, entry: Any, with_defaults: bool) -> list[Any]:
+        if entry.kind.name == "TASK" and entry.yaml_path is not None:
+            return self._from_file(entry.yaml_path, entry.name)
+        if entry.kind.name == "TAG":
+            index = self._manager(with_defaults).task_index
+            return [task for name in sorted(entry.tags) for task in self._from_entry(index[name], with_defaults)]
+        return self._load(entry.name, entry.name, with_defaults)
+
+    def _from_file(self, path: Path, name: str) -> list[Any]:
+        settings = _read(path, name, resolve=False)
+        if "group" in settings:
+            return self._load(str(path), name, True)  # it may name any other task
+        if is_code_task(settings):
+            if not self._allow_code_execution:
+                raise ConfigError(_unsafe(name))
+            settings = read_code_task(settings, path)
+        else:
+            settings = _read(path, name, resolve=True)
+        for key in ("tag", "task_list"):
+            settings.pop(key, None)
+        return self._load(_find_files(settings, path.parent), name, False)
+
+    def _load(self, spec: Any, name: str, with_defaults: bool) -> list[Any]:
+        """Build by lm-eval; all that can fail there is told in one line."""
+        try:
+            with quiet():
+                tasks = list(self._manager(with_defaults).load([spec])["tasks"].values())
+        except EnsemblerError:
+            raise
+        except Exception as error:  # data sets, templates and functions of the task's authors
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(
+                f"task {name} could not be loaded: {reason[:300]}; check its YAML file and its data"
+            ) from error
+        for task in tasks:
+            self._check(task)
+        return tasks
+
+    def _check(self, task: Any) -> None:
+        if getattr(task, "MULTIMODAL", False):
+            raise ConfigError(f"task {task.task_name} shows pictures or sounds; give a task of texts alone")
+        functions = getattr(task, "_metric_fn_list", {})
+        if unknown := [name for name in functions if functions[name] is None and not task.config.process_results]:
+            raise ConfigError(f"metric {unknown[0]} of task {task.task_name} is not known to lm-eval; name another")
+        if getattr(task, "UNSAFE_CODE", False):
+            if not self._allow_code_execution:
+                raise ConfigError(_unsafe(task.task_name))
+            check_code_task(task)
+
+
+def _unsafe(name: str) -> str:
+    return (
+        f"task {name} runs code that the model wrote; add --allow-code-execution if it may run here, in a separate "
+        "process with limits"
+    )
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    hint = (
+        f"; did you mean {' or '.join(near)}?" if near else "; give one that lm-eval knows, or the path of a YAML file"
+    )
+    return f"task {name!r} is not known{hint}"
+
+
+def _read(path: Path, name: str, *, resolve: bool) -> dict[str, Any]:
+    """The settings of a YAML file, those that it includes among them; functions as functions, or as their paths."""
+    try:
+        settings: dict[str, Any] = require("lm_eval.tasks._yaml_loader", "eval").load_yaml(path, resolve_func=resolve)
+    except EnsemblerError:
+        raise
+    except Exception as error:  # YAML itself, a file that is included, a Python file that it names
+        raise ConfigError(f"{name} cannot be read as a task: {' '.join(str(error).split())[:300]}") from error
+    if not isinstance(settings.get("task"), str) and "group" not in settings:
+        raise ConfigError(f"{path} names no task; expected 'task: NAME' in it")
+    return settings
+
+
+def _find_files(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings of a task, the local files of its data set as absolute paths if they lie in `folder`."""
+    data = settings.get("dataset_kwargs")
+    if not isinstance(data, dict) or "data_files" not in data:
+        return settings
+    files = data["data_files"]
+    if isinstance(files, dict):
+        found: Any = {split: _find(file, folder) for split, file in files.items()}
+    else:
+        found = _find(files, folder)
+    return {**settings, "dataset_kwargs": {**data, "data_files": found}}
+
+
+def _find(file: Any, folder: Path) -> Any:
+    if isinstance(file, list):
+        return [_find(one, folder) for one in file]
+    return str((folder / file).resolve()) if (folder / file).exists() else file

@@ -1,0 +1,232 @@
+"""A file of rows as a task: what becomes of prompts, choices and answers, and which row is at fault."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_model
+from transformers import PreTrainedTokenizerFast
+
+pytest.importorskip("lm_eval")
+
+from task_cases import figures, recorded, run_lm_eval, write_rows
+
+from ensembler.errors import ConfigError, PromptError
+from ensembler.evaluation.examples import Continuation, Generation
+from ensembler.evaluation.task_files import make_task_from_file
+from ensembler.evaluation.tasks import EvalTask
+from ensembler.evaluation.templates import field_names, fill
+
+ROWS: list[dict[str, Any]] = [
+    {"question": "a {b} c", "options": ["x", "y z"], "label": "1", "answer": "12"},
+    {"question": "{{q}} {", "options": ["no", "yes", "so"], "label": 0, "answer": "so 3\n#### 1,004"},
+    {"question": "q", "options": ["u", "v"], "label": "v", "answer": "$5."},
+]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl", ROWS)
+
+
+def make(data: Path, **settings: Any) -> EvalTask:
+    return make_task_from_file(data, **{"prompt": "Q: {question}", "answer": "{answer}", **settings})
+
+
+def pairs(task: EvalTask) -> list[list[tuple[str, str]]]:
+    found = []
+    for example in task.examples():
+        assert all(isinstance(request, Continuation) for request in example.requests)
+        found.append([(request.context, request.text) for request in example.requests])  # type: ignore[union-attr]
+    return found
+
+
+def test_choices_of_a_field(data: Path) -> None:
+    task = make(data, choices="{options}", answer="{label}")
+    assert task.choose_metric().key == "acc"
+    assert (task.name, task.splits, task.output_type) == ("rows", {"test": 3}, "multiple_choice")
+    assert pairs(task) == [
+        [("Q: a {b} c", " x"), ("Q: a {b} c", " y z")],
+        [("Q: {{q}} {", " no"), ("Q: {{q}} {", " yes"), ("Q: {{q}} {", " so")],
+        [("Q: q", " u"), ("Q: q", " v")],
+    ]
+    assert [example.gold for example in task.examples()] == ["y z", "no", "v"]
+    right = task.measure(task.examples()[0], [(-2.0, False), (-1.0, False)])
+    assert (right.values, right.predictions) == ({"acc": 1.0}, {"none": "y z"})
+
+
+def test_choices_of_texts(tmp_path: Path) -> None:
+    labels = ["0", 1, "yes", " no", True, "1"]
+    data = write_rows(tmp_path / "d.jsonl", [{"q": "x", "label": label, "other": "maybe"} for label in labels[:4]])
+    task = make_task_from_file(data, prompt="{q}?\n", choices="no, yes", answer="{label}")
+    assert [example.gold for example in task.examples()] == ["no", "yes", "yes", "no"]
+    assert pairs(task)[0] == [("x?\n", "no"), ("x?\n", "yes")]
+    task = make_task_from_file(data, prompt="{q}?", choices="no,yes,{other}", answer="{label}")
+    assert pairs(task)[0] == [("x?", " no"), ("x?", " yes"), ("x?", " maybe")]
+    data = write_rows(tmp_path / "d.jsonl", [{"q": "x", "label": True}, {"q": "x", "label": "1"}])
+    task = make_task_from_file(data, prompt="{q}?", choices="false,true", answer="{label}")
+    assert [example.gold for example in task.examples()] == ["true", "true"]
+    task = make_task_from_file(data, prompt="{q}?", choices="1,true", answer="{label}")  # text goes before index
+    assert [example.gold for example in task.examples()] == ["true", "1"]
+
+
+def test_a_space_before_the_answer(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "d.jsonl", [{"q": "x", "c": [" a", " b"], "a": "a"}])
+    for prompt, choices, expected in (
+        ("{q}", "a,b", "x a"),
+        ("{q} ", "a,b", "x a"),
+        ("{q}", "{c}", "x a"),
+        ("{q}\n", "a,b", "x\na"),
+    ):
+        context, text = pairs(make_task_from_file(data, prompt=prompt, choices=choices, answer="{a}"))[0][0]
+        assert context + text == expected
+
+
+def test_few_shot_examples_are_other_rows(data: Path) -> None:
+    task = make(data, choices="{options}", answer="{label}", num_fewshot=2)
+    for row, contexts in zip(ROWS, pairs(task), strict=True):
+        assert contexts[0][0].count(f"Q: {row['question']}") == 1
+        assert contexts[0][0].count("\n\nQ: ") == 2
+    flexible = make(data, metric="flexible_number", num_fewshot=2)
+    request = flexible.examples()[0].requests[0]
+    assert isinstance(request, Generation)
+    assert "so 3\n#### 1,004\n\n" in request.context
+    with pytest.raises(ConfigError, match="3 few-shot examples beside each question need more than the 3 rows"):
+        make(data, num_fewshot=3)
+
+
+def test_exact_match(data: Path) -> None:
+    task = make(data, limit=1)
+    assert task.choose_metric().key == "exact_match"
+    (example,) = task.examples()
+    request = example.requests[0]
+    assert isinstance(request, Generation)
+    assert (request.context, request.until, request.do_sample) == ("Q: a {b} c", ("\n\n",), False)
+    one_line = write_rows(data.with_name("one.jsonl"), ROWS[:1])
+    assert make(one_line).examples()[0].requests[0].until == ("\n",)  # type: ignore[union-attr]
+    for text, value in ((" 12", 1.0), ("12 \n", 1.0), ("1", 0.0), ("12.", 0.0), ("", 0.0)):
+        assert task.measure(example, [[text]]).values == {"exact_match": value}
+    listed = write_rows(data.with_name("list.jsonl"), [{"question": "q", "answer": "[1, 2]"}])
+    example = make(listed).examples()[0]
+    assert make(listed).measure(example, [["[1, 2]"]]).values == {"exact_match": 1.0}
+    assert make(listed).measure(example, [["1"]]).values == {"exact_match": 0.0}
+
+
+def test_flexible_number(data: Path) -> None:
+    task = make(data, metric="flexible_number")
+    examples = task.examples()
+    assert [example.gold for example in examples] == ["12", "1,004", "$5."]
+    for index, text, value in (
+        (0, "2 + 10 = 12", 1.0),
+        (0, "it is $12.", 1.0),
+        (0, "12 and then 13", 0.0),
+        (0, "none", 0.0),
+        (1, "so #### 1004", 1.0),
+        (2, "5", 1.0),
+    ):
+        assert task.measure(examples[index], [[text]]).values == {"exact_match": value}, text
+
+
+def test_perplexity(data: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    task = make(data, metric="perplexity")
+    assert pairs(task)[1] == [("Q: {{q}} {", " so 3\n#### 1,004")]
+    values = [task.measure(e, [(-float(i + 1), False)]).values for i, e in enumerate(task.examples())]
+    assert [metric.key for metric in task.metrics] == ["word_perplexity", "byte_perplexity", "bits_per_byte"]
+    assert not task.choose_metric().higher_is_better
+    words, num_bytes = 1 + 4 + 1, 2 + 15 + 3
+    assert task.aggregate("word_perplexity", [v["word_perplexity"] for v in values]) == pytest.approx(
+        math.exp(6 / words)
+    )
+    bits = task.aggregate("bits_per_byte", [value["bits_per_byte"] for value in values])
+    assert bits == pytest.approx(6 / num_bytes / math.log(2))
+    assert task.standard_error("word_perplexity", [value["word_perplexity"] for value in values]) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"choices": "{options}", "answer": "{label}"}, {}, {"metric": "flexible_number"}, {"metric": "perplexity"}],
+)
+def test_figures_of_lm_eval(settings: Any, data: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    for num_fewshot in (None, 1):
+        task = make(data, num_fewshot=num_fewshot, **settings)
+        results = run_lm_eval(task, make_model("llama", 5, max_position_embeddings=400), tokenizer)
+        found = figures(task, task.examples(), recorded(results, task))
+        assert {f"{key},none" for key in found} <= set(results["results"]["rows"])
+        for key, value in found.items():
+            assert value == results["results"]["rows"][f"{key},none"]
+
+
+def test_templates() -> None:
+    row = {"a": "x", "b_c": 1.5, "d-e": [1, "é"], "f": True, "g": {"h": None}, "ü": "u"}
+    for template, expected in {
+        "{a}{a}": "xx",
+        "{b_c} {d-e} {f} {g} {ü}": '1.5 [1, "é"] true {"h": null} u',
+        "{ a } {} {1} {a": "{ a } {} {1} {a",
+        "{{a}}": "{a}",
+        "f() { return {a}; }": "f() { return x; }",
+        '{"k": "{a}"}': '{"k": "x"}',
+    }.items():
+        assert fill(template, row, "s") == expected
+    assert field_names("{a} {{b}} { c } {d-e}") == ["a", "d-e"]
+    with pytest.raises(PromptError, match=r"^s has no field 'z'; its fields are .* \(write \{\{z\}\} for the braces"):
+        fill("{z}", row, "s")
+
+
+@pytest.mark.parametrize(
+    ("lines", "settings", "message"),
+    [
+        ("", {}, "holds no rows; expected one JSON object per line"),
+        ("\n\n", {}, "holds no rows"),
+        ('{"question": "q", "answer": "1"}\n{"question": "q"', {}, r"d.jsonl:2 is no JSON in UTF-8"),
+        ("[1]\n", {}, "d.jsonl:1 is no JSON object"),
+        ('{"question": "q", "answer": "1"}\n\n{"answer": "1"}\n', {}, r"d.jsonl:3 has no field 'question'; its fields"),
+        ('{"question": "q", "answer": null}\n', {}, "d.jsonl:1 has null under 'answer'"),
+        ('{"question": "q", "answer": " "}\n', {}, "d.jsonl:1: the answer is empty"),
+        ('{"question": "q", "answer": "one"}\n', {"metric": "flexible_number"}, "d.jsonl:1: the answer 'one' holds no"),
+        ('{"question": "\\ud800", "answer": "1"}\n', {}, "d.jsonl:1 is not UTF-8 text"),
+        ('{"question": "q", "answer": "1"}\n', {"choices": "{c}"}, "d.jsonl:1 has no field 'c'"),
+        ('{"question": "q", "answer": "1"}\n', {"choices": "{answer}"}, r"d.jsonl:1: \{answer\} is no list of choices"),
+        ('{"question": "q", "answer": "1"}\n', {"choices": "a,,b"}, "d.jsonl:1: choice 1 is empty"),
+        ('{"question": "q", "answer": "1"}\n', {"choices": "a"}, r"d.jsonl:1 has the choices \['a'\]; give two"),
+        ('{"question": "q", "answer": "1"}\n', {"choices": "a,a"}, "give two or more that differ"),
+        ('{"question": "q", "answer": "2"}\n', {"choices": "a,b"}, "'2' is neither one of the choices .* from 0 to 1"),
+        ('{"question": "q", "answer": -1}\n', {"choices": "a,b"}, "'-1' is neither"),
+        ('{"question": "q", "answer": "²"}\n', {"choices": "a,b"}, "'²' is neither"),
+        ('{"question": "q", "answer": 1.0}\n', {"choices": "a,b"}, "'1.0' is neither"),
+        ('{"question": "q", "answer": true}\n', {"choices": "a,b"}, "'true' is neither"),
+        ('{"question": "q", "answer": "1"}\n', {"prompt": "Q"}, "--prompt 'Q' names no field"),
+        ('{"question": "q", "answer": "1"}\n', {"answer": "answer"}, "--answer 'answer' names no field"),
+        (
+            '{"question": "q", "answer": "1"}\n',
+            {"metric": "f1"},
+            "metric 'f1' is not known for a data file",
+        ),
+        ('{"question": "q", "answer": "1"}\n', {"metric": "acc"}, "metric acc needs choices to choose from"),
+        (
+            '{"question": "q", "answer": "1"}\n',
+            {"metric": "exact_match", "choices": "a,b"},
+            "metric exact_match needs no choices: leave --choices out",
+        ),
+        ('{"question": "q", "answer": "1"}\n', {"limit": 0}, "a limit of 0 documents"),
+    ],
+)
+def test_bad_files(lines: str, settings: Any, message: str, tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_text(lines, "utf-8")
+    with pytest.raises((PromptError, ConfigError), match=message) as caught:
+        make(tmp_path / "d.jsonl", **settings)
+    assert "\n" not in str(caught.value)
+    assert "--skip-bad" not in str(caught.value)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match=r"nothing.jsonl cannot be read: No such file"):
+        make(tmp_path / "nothing.jsonl")
+
+
+def test_rows_are_described(data: Path) -> None:
+    described = json.dumps(make(data, choices="{options}", answer="{label}").describe())
+    assert '"splits": {"test": 3}' in described

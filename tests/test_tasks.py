@@ -1,0 +1,404 @@
+"""Tasks give lm-eval's own figures: its answers through our rows come to its results, for every output type."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import make_model
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+pytest.importorskip("lm_eval")
+
+from task_cases import FEWSHOT_TASKS, QUESTIONS, TASKS, figures, recorded, run_lm_eval, write_rows, write_tasks
+
+from ensembler.errors import ConfigError, RunError
+from ensembler.evaluation.examples import Continuation, Generation, Rolling
+from ensembler.evaluation.metric_values import from_json, to_json
+from ensembler.evaluation.task_loading import load_tasks
+from ensembler.evaluation.tasks import EvalTask
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_tasks(tmp_path / "tasks")
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return make_model("llama", 5, max_position_embeddings=96)
+
+
+def load(folder: Path, name: str, **settings: Any) -> EvalTask:
+    (task,) = load_tasks([str(folder / f"{name}.yaml")], **settings)
+    return task
+
+
+@pytest.mark.parametrize("num_fewshot", [None, 2])
+@pytest.mark.parametrize("name", TASKS)
+def test_the_figures_are_those_of_lm_eval(
+    name: str, num_fewshot: int | None, folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    if num_fewshot and name not in FEWSHOT_TASKS:
+        pytest.skip("no few-shot examples in a text")
+    task = load(folder, name, num_fewshot=num_fewshot, limit=4)
+    examples = task.examples()
+    assert [example.id for example in examples] == [f"tiny_{name}/test/{i}" for i in range(len(examples))]
+    results = run_lm_eval(task, model, tokenizer)
+    for sample in results["samples"][task.name]:
+        assert [_arguments(request) for request in examples[sample["doc_id"]].requests] == [
+            tuple(arguments)[: 1 if task.output_type == "generate_until" else 2] for arguments in sample["arguments"]
+        ]
+    expected = {
+        key: value for key, value in results["results"][task.name].items() if "," in key and "stderr" not in key
+    }
+    found = figures(task, examples, recorded(results, task))
+    filter_name = task.metrics[0].filter
+    assert {key if "," in key else f"{key},{filter_name}": value for key, value in found.items()} == expected
+    assert {metric.key for metric in task.metrics} == set(found)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"test_split: test": "validation_split: test"},
+        {"fewshot_split: train\n": ""},
+        {"test_split: test": "validation_split: test", "fewshot_split: train\n": ""},
+        {"test_split: test": "validation_split: test", "training_split: train\nfewshot_split: train\n": ""},
+        {"fewshot_split: train": "fewshot_split: test"},
+        {"output_type": "fewshot_config: {sampler: first_n}\noutput_type"},
+        {"output_type": 'description: "Say it."\nfewshot_delimiter: "#"\ngen_prefix: so\noutput_type'},
+    ],
+)
+def test_few_shot_prompts_are_those_of_lm_eval(
+    change: dict[str, str], folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = folder / "choice.yaml"
+    text = path.read_text()
+    for old, new in change.items():
+        assert old in text
+        text = text.replace(old, new)
+    path.write_text(text)
+    task = load(folder, "choice", num_fewshot=2)
+    results = run_lm_eval(task, model, tokenizer)
+    examples = task.examples()
+    for sample in results["samples"][task.name]:
+        asked = [(request.context, request.text) for request in examples[sample["doc_id"]].requests]  # type: ignore[union-attr]
+        assert asked == [tuple(arguments) for arguments in sample["arguments"]]
+    assert figures(task, examples, recorded(results, task))["acc"] == results["results"][task.name]["acc,none"]
+
+
+def _arguments(request: Any) -> tuple[str, ...]:
+    if isinstance(request, Continuation):
+        return (request.context, request.text)
+    return (request.text if isinstance(request, Rolling) else request.context,)
+
+
+def test_standard_errors_are_those_of_lm_eval(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, num in (("choice", 5), ("pairs", 4), ("last_word", 5)):
+        task = load(folder, name)
+        results = run_lm_eval(task, model, tokenizer, bootstrap_iters=50)
+        answers, examples = recorded(results, task), task.examples()
+        assert len(examples) == num
+        capfd.readouterr()
+        for metric in task.metrics:
+            values = [dict(task.measure(example, answers[i]).values)[metric.key] for i, example in enumerate(examples)]
+            expected = results["results"][task.name][f"{metric.name}_stderr,none"]
+            found = task.standard_error(metric.key, values, num_resamples=50)
+            assert found == (None if expected == "N/A" else expected), (name, metric)
+        assert capfd.readouterr() == ("", "")
+
+
+def test_what_a_task_tells_of_itself(folder: Path) -> None:
+    task = load(folder, "generate")
+    assert (task.name, task.version, task.output_type) == ("tiny_generate", "Yaml", "generate_until")
+    assert task.splits == {"test": 5, "train": 4}
+    assert task.default_split == "test"
+    assert [metric.key for metric in task.metrics] == ["exact_match,number", "exact_match,letters"]
+    metric = task.choose_metric("exact_match,letters")
+    assert (metric.name, metric.filter, metric.higher_is_better, metric.is_mean) == (
+        "exact_match",
+        "letters",
+        True,
+        True,
+    )
+    assert task.choose_metric() == task.metrics[0]
+    with pytest.raises(ConfigError, match=r"no metric 'f1'; it has exact_match,number, exact_match,letters"):
+        task.choose_metric("f1")
+    assert json.loads(json.dumps(task.describe()))["config"]["output_type"] == "generate_until"
+    request = task.examples()[0].requests[0]
+    assert isinstance(request, Generation)
+    assert (request.until, request.max_new_tokens, request.do_sample, request.repeats) == (("e", "#"), 9, False, 1)
+    pairs = load(folder, "pairs")
+    assert [metric.is_mean for metric in pairs.metrics] == [True, False]
+    assert pairs.is_binary("acc", [1.0, 0.0, 1])
+    assert not pairs.is_binary("acc", [0.5, 1.0])
+    assert not pairs.is_binary("f1", [[0, 1]])
+    text = load(folder, "text")
+    assert [metric.higher_is_better for metric in text.metrics] == [False] * 3
+
+
+def test_predictions_and_right_answers_as_texts(folder: Path) -> None:
+    example = load(folder, "choice").examples()[1]
+    assert (example.choices, example.gold) == (("sat", "r", "42"), "r")
+    assert example.doc["question"] == "the cat"
+    task = load(folder, "choice")
+    measured = task.measure(example, [(-3.0, False), (-1.0, False), (-1.0, True)])
+    assert measured.predictions == {"none": "r"}
+    assert measured.values["acc"] == 1.0
+    generate = load(folder, "generate")
+    measured = generate.measure(generate.examples()[1], [["so 1 or 2"]])
+    assert measured.predictions == {"number": "1", "letters": "so"}
+    assert measured.values == {"exact_match,number": 1.0, "exact_match,letters": 0.0}
+    assert generate.examples()[1].gold == "1"
+
+
+def test_answers_are_not_kept(folder: Path) -> None:
+    """One example is measured for every α: what was answered for one must not reach another."""
+    task = load(folder, "generate")
+    example = task.examples()[0]
+    right, wrong = [["0"]], [["1"]]
+    for answers, value in ((right, 1.0), (wrong, 0.0), (right, 1.0)):
+        assert task.measure(example, answers).values["exact_match,number"] == value
+
+
+def test_an_impossible_answer_is_kept_in_rows(folder: Path) -> None:
+    """An ensemble may forbid a token: log-prob −inf."""
+    task = load(folder, "last_word")
+    values = task.measure(task.examples()[0], [(-math.inf, False)]).values
+    line = json.dumps(dict(values), allow_nan=False)
+    assert task.aggregate("perplexity", [json.loads(line)["perplexity"]]) == math.inf
+
+
+def test_prompts_are_the_same_again(folder: Path) -> None:
+    whole = load(folder, "choice", num_fewshot=2)
+    assert whole.examples() == whole.examples() == load(folder, "choice", num_fewshot=2).examples()
+    assert load(folder, "choice", num_fewshot=2, limit=2).examples() == whole.examples()[:2]
+    assert whole.examples("train")[:1] != whole.examples()[:1]
+
+
+def test_an_example_is_not_shown_to_itself(folder: Path) -> None:
+    task = load(folder, "choice", num_fewshot=3)
+    assert task.splits["train"] == 4
+    for row, example in zip(QUESTIONS[-4:], task.examples("train"), strict=True):
+        request = example.requests[0]
+        assert isinstance(request, Continuation)
+        assert request.context.count(f"ask {row['question']} say") == 1
+        assert example.id.startswith("tiny_choice/train/")
+        assert request.context.count("ask ") == 4
+    with pytest.raises(ConfigError, match="enough examples for few-shot"):
+        load(folder, "choice", num_fewshot=4).examples("train")
+
+
+def test_rows_of_random_values() -> None:
+    numpy = pytest.importorskip("numpy")
+    draw = random.Random(0)
+
+    def value(depth: int) -> Any:
+        kind = draw.randrange(9 if depth else 6)
+        simple = [1, -2.5, "text", None, True, math.inf]
+        if kind < 6:
+            return simple[kind]
+        inner = [value(depth - 1) for _ in range(draw.randrange(3))]
+        return [inner, {str(i): item for i, item in enumerate(inner)}, inner][kind - 6]
+
+    for _ in range(500):
+        given = value(3)
+        assert from_json(json.loads(json.dumps(to_json(given, "x"), allow_nan=False))) == given
+    assert to_json((numpy.int64(1), numpy.array([0.5, 1.0]), numpy.bool_(True)), "x") == [1, [0.5, 1.0], True]
+    assert math.isnan(from_json(to_json(numpy.float32("nan"), "x")))
+    with pytest.raises(RunError, match=r"acc of a/test/0 has the value .* \(set\), which no row can hold"):
+        to_json({1, 2}, "acc of a/test/0")
+
+
+def test_names_of_an_include_path(folder: Path) -> None:
+    (folder / "both.yaml").write_text("group: tiny_both\ntask: [tiny_choice, tiny_text]\n")
+    (folder / "pairs.yaml").write_text((folder / "pairs.yaml").read_text() + "tag: [tiny_tag]\n")
+    assert [task.name for task in load_tasks(["tiny_pairs"], include_path=folder)] == ["tiny_pairs"]
+    assert [task.name for task in load_tasks(["tiny_tag"], include_path=folder)] == ["tiny_pairs"]
+
+
+def test_groups_are_expanded(folder: Path) -> None:
+    data = {name: str(folder / f"{name}.jsonl") for name in ("questions", "pairs")}
+    for name, file in (("choice", "questions"), ("pairs", "pairs")):
+        path = folder / f"{name}.yaml"
+        path.write_text(
+            path.read_text()
+            .replace(f"test: {file}.jsonl", f"test: {data[file]}")
+            .replace(f"train: train_{file}", f"train: {folder}/train_{file}")
+        )
+    (folder / "both.yaml").write_text("group: tiny_both\ntask: [tiny_choice, tiny_pairs]\n")
+    tasks = load_tasks(["tiny_both"], include_path=folder)
+    assert sorted(task.name for task in tasks) == ["tiny_choice", "tiny_pairs"]
+
+
+def test_data_files_of_the_current_folder(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "choice.yaml").rename(tmp_path / "elsewhere" / "choice.yaml")
+    monkeypatch.chdir(folder)
+    assert load(tmp_path / "elsewhere", "choice").splits == {"test": 5, "train": 4}
+
+
+def test_settings_of_a_generation(folder: Path) -> None:
+    path = folder / "generate.yaml"
+    text = path.read_text()
+    old = 'generation_kwargs: {until: ["e", "#"], max_gen_toks: 9, do_sample: false}'
+    assert old in text
+    for given, expected in {
+        "{until: x}": (("x",), 256, False, 0.0, {}),
+        "{until: [], temperature: 0.5, top_p: 0.9}": ((), 256, True, 0.5, {"top_p": 0.9}),
+        "{max_new_tokens: 3, do_sample: true, temperature: 1}": (("\n\n",), 3, True, 1.0, {}),
+    }.items():
+        path.write_text(text.replace(old, f"generation_kwargs: {given}"))
+        (request,) = load(folder, "generate").examples()[0].requests
+        assert isinstance(request, Generation)
+        found = (request.until, request.max_new_tokens, request.do_sample, request.temperature, dict(request.settings))
+        assert found == expected
+    path.write_text(text.replace(old, "generation_kwargs: {do_sample: true}"))
+    with pytest.raises(ConfigError, match="task tiny_generate samples at temperature 0; set one above 0"):
+        load(folder, "generate").examples()
+
+
+MIXED = """
+from lm_eval.api.instance import Instance
+from lm_eval.api.task import ConfigurableTask
+
+class Mixed(ConfigurableTask):
+    def __init__(self, config=None):
+        settings = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{question}}", "doc_to_target": "x"}
+        settings["dataset_kwargs"] = {"data_files": {"test": "FILE"}}
+        super().__init__(config={"task": config["task"], **settings})
+
+    def construct_requests(self, doc, ctx, apply_chat_template=False, chat_template=None, **more):
+        text = Instance("generate_until", doc, (ctx, {"until": ["#"]}), 0, **more)
+        return [Instance("loglikelihood", doc, (ctx, " no"), 1, **more), text]
+
+    def process_results(self, doc, results):
+        return {"pairs": ({"found": results[0]}, doc["answer"]), "log_prob": results[1][0]}
+
+    def aggregation(self):
+        return {"pairs": lambda pairs: sum(one["found"] == str(other) for one, other in pairs) / len(pairs)}
+
+    def higher_is_better(self):
+        return {"pairs": True}
+"""
+
+
+def test_a_task_written_in_python(folder: Path) -> None:
+    """Requests of several kinds in their order, values of any shape, a metric that is not declared."""
+    (folder / "mixed.py").write_text(MIXED.replace("FILE", f"{folder}/questions.jsonl"))
+    (folder / "mixed.yaml").write_text("task: tiny_mixed\nclass: !function mixed.Mixed\n")
+    task = load(folder, "mixed", limit=2)
+    examples = task.examples()
+    assert [type(request) for request in examples[0].requests] == [Generation, Continuation]
+    answers = [[["0"], (-2.0, False)], [["0"], (-4.0, False)]]
+    rows = [json.loads(json.dumps(task.measure(e, a).values)) for e, a in zip(examples, answers, strict=True)]  # type: ignore[arg-type]
+    assert rows[0] == {"pairs": [{"found": "0"}, 0], "log_prob": -2.0}
+    assert task.aggregate("pairs", [row["pairs"] for row in rows]) == 0.5
+    assert task.aggregate("log_prob", [row["log_prob"] for row in rows]) == -3.0
+    assert task.standard_error("pairs", [row["pairs"] for row in rows]) is None
+
+
+def test_an_unknown_task_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"^task 'winogrand' is not known; did you mean winogrande"):
+        load_tasks(["winogrand"])
+
+
+def change(folder: Path, old: str, new: str) -> str:
+    path = folder / "choice.yaml"
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("task: tiny", "tusk: tiny", "names no task; expected 'task: NAME'"),
+        ("task: tiny_choice", "task: [", "cannot be read as a task: while parsing"),
+        ("test: questions", "test: nothing", "could not be loaded: Unable to find .*nothing.jsonl"),
+        ("{{question}}", "{{query}}", "could not be loaded: 'query' is undefined"),
+        ("multiple_choice", "single_choice", "could not be loaded: Got invalid output_type 'single_choice'"),
+        ("{{question}}", "{{question", "could not be loaded: "),
+        ("test_split: test", "test_split: dev", "could not be loaded: "),
+        ("test_split: test\n", "", "must have valid or test docs"),
+        ("metric: acc_norm", "metric: no_such_metric", "no_such_metric of task tiny_choice is not known"),
+        ("metric: acc_norm", "metric: bleu", "metric bleu of task tiny_choice does not fit its output"),
+        ("metric: acc_norm", "metric: perplexity", "metric perplexity of task tiny_choice does not fit its output"),
+        ("output_type", "unsafe_code: true\noutput_type", "runs code that the model wrote; add --allow-code-execution"),
+    ],
+)
+def test_bad_tasks(old: str, new: str, message: str, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_tasks([change(folder, old, new)])[0].examples()
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_arguments(folder: Path, tmp_path: Path) -> None:
+    path = str(folder / "choice.yaml")
+    for names, settings, message in (
+        ([], {}, "no task was given"),
+        ([path, path], {}, "task tiny_choice is given twice"),
+        ([path], {"limit": 0}, "a limit of 0 documents"),
+        ([path], {"num_fewshot": -1}, "-1 few-shot examples"),
+        ([path], {"include_path": tmp_path / "none"}, "none is no folder"),
+        ([str(tmp_path / "none.yaml")], {}, "none.yaml does not exist"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_tasks(names, **settings)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="no split 'dev'; it has test, train"):
+        load(folder, "choice").examples("dev")
+
+
+def test_labels_that_are_texts(folder: Path) -> None:
+    """lm-eval warns and counts all answers as wrong."""
+    path = folder / "pairs.yaml"
+    path.write_text(path.read_text().replace('"{{label}}"', "label"))
+    with pytest.raises(ConfigError, match=r"^tiny_pairs/test/0: the right answer '0' is neither one of the choices"):
+        load(folder, "pairs").examples()
+
+
+def test_a_broken_row_is_named(folder: Path) -> None:
+    write_rows(folder / "questions.jsonl", [*QUESTIONS, {"question": "q", "choices": ["a", "b"]}])
+    for name in ("generate", "choice"):
+        with pytest.raises(
+            ConfigError, match=f"^tiny_{name}/test/7 has no field 'answer', which .* doc_to_target uses"
+        ):
+            load(folder, name).examples()
+
+
+def test_a_metric_of_choices_does_not_fit_texts(folder: Path) -> None:
+    path = folder / "generate.yaml"
+    path.write_text(path.read_text().replace("metric: exact_match", "metric: acc").replace(", ignore_case: true", ""))
+    with pytest.raises(ConfigError, match="metric acc of task tiny_generate does not fit its output"):
+        load(folder, "generate").examples()
+
+
+def test_a_task_that_fixes_its_examples_keeps_them(folder: Path) -> None:
+    path = change(folder, "output_type", "num_fewshot: 0\noutput_type")
+    assert load_tasks([path], num_fewshot=3)[0].num_fewshot == 0
+
+
+def test_no_lm_eval_is_loaded_before_it_is_needed() -> None:
+    code = "import sys, ensembler.evaluation.examples, ensembler.evaluation.sandbox, ensembler.evaluation.templates\n"
+    code += "assert not {'lm_eval', 'torch', 'datasets'} & set(sys.modules), sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    code = (
+        "import sys, ensembler.evaluation.task_files, ensembler.evaluation.tasks, ensembler.evaluation.task_loading\n"
+    )
+    code += "assert not {'lm_eval', 'torch', 'datasets'} & set(sys.modules), sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
