@@ -26,8 +26,8 @@ import transformers
 from decode_cost import resident_mb, spread
 
 from ensembler import EnsembleForCausalLM, __version__
+from ensembler.decoding.points import GridPoint, make_grid
 from ensembler.evaluation.batches import Batch, make_batches
-from ensembler.evaluation.points import GridPoint, make_grid
 from ensembler.evaluation.requests import Question, encode_questions
 from ensembler.evaluation.scoring import score_together
 
@@ -89,7 +89,7 @@ def one_repeat(model: EnsembleForCausalLM, batches: list[Batch]) -> dict[str, fl
     found = dict.fromkeys(GRIDS, 0.0)
     for index, batch in enumerate(batches):
         for name in sorted(GRIDS, reverse=bool(index % 2)):
-            found[name] += seconds(model, batch, make_grid([model.rule], GRIDS[name]))
+            found[name] += seconds(model, batch, make_grid([model.rule.name], GRIDS[name]))
     return found
 
 
@@ -117,7 +117,7 @@ def main() -> None:
     if args.memory_of:
         if args.memory_of != "nothing":
             model = load(args.model, args.trio)
-            grid = make_grid([model.rule], GRIDS[args.memory_of])
+            grid = make_grid([model.rule.name], GRIDS[args.memory_of])
             list(score_together(model, reviews(args.data, args.rows, model, args.batch_size), grid))
         print(resident_mb())
         return

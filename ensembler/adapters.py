@@ -265,7 +265,7 @@ def _find(role: str, adapter: str, name: str) -> Path:
         return path
     if name == ADAPTER_WEIGHTS and find_file(role, adapter, ADAPTER_PICKLE) is not None:
         raise MemberError(f"{role}: {adapter}/{ADAPTER_PICKLE} is a pickle file; convert it to safetensors")
-    raise MemberError(f"{role}: {adapter}/{name} is not there; expected a PEFT LoRA folder")
+    raise MemberError(f"{role}: {adapter}/{name} is not there; expected a PEFT LoRA folder, or one of `patch extract`")
 
 
 def _read_json(role: str, path: Path) -> dict[str, Any]:

@@ -19,20 +19,19 @@ from tiny import make_model, make_tokenizer, member_logits, tables
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ensembler import EnsembleForCausalLM
+from ensembler.decoding.points import GridPoint, make_grid
 from ensembler.demo import demo_folder
 from ensembler.errors import ConfigError, MissingExtraError
 from ensembler.evaluation import batches as batches_module
 from ensembler.evaluation.batches import Batch, can_share_contexts, make_batches
 from ensembler.evaluation.logits_folder import LogitsFolder
 from ensembler.evaluation.offline import OfflineScoring
-from ensembler.evaluation.points import GridPoint, make_grid
 from ensembler.evaluation.requests import Question, ScoringRequest, encode_question, encode_questions
 from ensembler.evaluation.scoring import ScoredRequest, score_together
 from ensembler.preflight import check_ensemble
-from ensembler.rules import RULES
 from ensembler.runners import Forward
 
-GRID = make_grid([RULES["base-change"], RULES["eft"]], [k / 10 for k in range(16)])
+GRID = make_grid(["base-change", "eft"], [k / 10 for k in range(16)])
 REQUESTS = random_requests(9, seed=5)
 
 
@@ -47,7 +46,7 @@ def assert_one_by_one(model: EnsembleForCausalLM, requests: list[ScoringRequest]
         alone = scored(model, make_batches(requests, 1), [point])
         for number, expected in alone.items():
             for found, one in zip(together[number].scores, expected.scores, strict=True):
-                where = (point.rule.name, point.alpha, number)
+                where = (point.rule, point.alpha, number)
                 assert found.log_probs[index] == pytest.approx(one.log_probs[0], abs=1e-4), where
                 assert found.token_log_probs[index] == pytest.approx(one.token_log_probs[0], abs=1e-4), where
                 assert found.is_greedy[index] == one.is_greedy[0], where
@@ -86,7 +85,7 @@ def test_both_rules_are_those_of_their_formulas_and_meet_at_alpha_1(
         a = point.alpha
         base = z["source_ft"] + a * (z["target_pt"] - z["source_pt"])
         eft = z["target_pt"] + a * (z["source_ft"] - z["source_pt"])
-        logprobs = (base if point.rule.name == "base-change" else eft).log_softmax(-1)
+        logprobs = (base if point.rule == "base-change" else eft).log_softmax(-1)
         assert log_prob == pytest.approx(sum(float(logprobs[i, t]) for i, t in enumerate((7, 8, 20))), abs=1e-5)
     assert score.log_probs[10] == pytest.approx(score.log_probs[26], abs=1e-5)
 
@@ -119,7 +118,7 @@ def test_a_token_that_only_one_anchor_holds(save_member: SaveMember) -> None:
         },
     )
     request = ScoringRequest(0, (5, 9), ((66,), (7,)), "it", has_choices=True)
-    grid = make_grid([RULES["base-change"], RULES["eft"]], [0.0, 0.5])
+    grid = make_grid(["base-change", "eft"], [0.0, 0.5])
     outside, inside = scored(model, make_batches([request], 1), grid)[0].scores
     assert [math.isfinite(log_prob) for log_prob in outside.log_probs] == [True, True, False, False]
     assert all(map(math.isfinite, inside.log_probs))
@@ -130,9 +129,9 @@ def test_a_token_that_only_one_anchor_holds(save_member: SaveMember) -> None:
 @pytest.mark.parametrize(
     ("points", "message"),
     [
-        (lambda: [GridPoint(RULES["contrastive"], 0.5)], "the rule 'contrastive' needs expert"),
-        (lambda: make_grid([RULES["eft"]], [-1.0]), "not negative"),
-        (list, "no point"),
+        (lambda: [GridPoint("contrastive", 0.5)], "the rule 'contrastive' combines amateur, expert; the members are"),
+        (lambda: make_grid(["eft"], [-1.0]), "not negative"),
+        (list, "the grid is empty"),
     ],
 )
 def test_a_grid_that_members_cannot_serve(base_change: EnsembleForCausalLM, points: Any, message: str) -> None:
@@ -230,7 +229,7 @@ def test_texts_are_scored_as_lm_eval_rolls_over_them(
     )
     questions = [Question(number, "", (text,), "it", is_text=True) for number, text in enumerate(texts)]
     requests = encode_questions(questions, tokenizer, context=("source_ft", window))
-    found = scored(base_change, make_batches(requests, 3), make_grid([base_change.rule], [0.7]))
+    found = scored(base_change, make_batches(requests, 3), make_grid([base_change.rule.name], [0.7]))
     for number, log_prob in enumerate(theirs):
         (score,) = found[number].scores
         assert score.log_probs[0] == pytest.approx(log_prob, abs=1e-4)
@@ -305,7 +304,7 @@ def test_accuracies_are_those_of_lm_eval_at_each_alpha(
     requests = encode_questions(
         [Question(i, row["question"], tuple(row["choices"]), "it", True) for i, row in enumerate(questions)], tokenizer
     )
-    grid = make_grid([fresh.rule], [0.0, 0.3, 0.7, 1.0, 1.5])
+    grid = make_grid([fresh.rule.name], [0.0, 0.3, 0.7, 1.0, 1.5])
     found = scored(fresh, make_batches(requests, 8, share_contexts=True), grid)
     accuracies = []
     for index, point in enumerate(grid):

@@ -17,17 +17,16 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from ensembler import EnsembleForCausalLM
+from ensembler.decoding.points import make_grid
 from ensembler.errors import ConfigError, LogitsError, OutputError, PromptError, RunError
 from ensembler.evaluation import offline as offline_module
 from ensembler.evaluation.batches import make_batches
 from ensembler.evaluation.logits_folder import LogitsFolder
 from ensembler.evaluation.offline import OfflineScoring
-from ensembler.evaluation.points import make_grid
 from ensembler.evaluation.requests import Question, ScoringRequest, encode_question, encode_questions
 from ensembler.evaluation.scoring import Score, fingerprint, score_together
 from ensembler.members import LoadedGroup
 from ensembler.preflight import CheckedEnsemble, check_ensemble
-from ensembler.rules import RULES
 from ensembler.runners import Forward
 
 REQUESTS = random_requests()
@@ -43,13 +42,13 @@ def together(
     model: EnsembleForCausalLM, batch_size: int, alphas: list[float] = ALPHAS, *, share_contexts: bool = False
 ) -> Scores:
     batches = make_batches(REQUESTS, batch_size, share_contexts=share_contexts)
-    scored = score_together(model, batches, make_grid([model.rule], alphas))
+    scored = score_together(model, batches, make_grid([model.rule.name], alphas))
     return {one.request.number: one.scores for batch in scored for one in batch}
 
 
 def offline(checked: CheckedEnsemble, folder: LogitsFolder, batch_size: int, *, share_contexts: bool = False) -> Scores:
     scoring = OfflineScoring(checked, make_batches(REQUESTS, batch_size, share_contexts=share_contexts), folder)
-    scored = scoring.run(make_grid([checked.config.get_rule()], ALPHAS))
+    scored = scoring.run(make_grid([checked.config.get_rule().name], ALPHAS))
     return {one.request.number: one.scores for batch in scored for one in batch}
 
 
@@ -116,7 +115,7 @@ def test_a_grid_is_one_alpha_at_a_time(base_change: EnsembleForCausalLM) -> None
 
 def test_at_alpha_0_the_score_is_the_anchors(base_change: EnsembleForCausalLM) -> None:
     request = ScoringRequest(0, (5, 9, 11), ((7, 8),), "it")
-    ((scored,),) = score_together(base_change, make_batches([request], 1), make_grid([base_change.rule], [0.0]))
+    ((scored,),) = score_together(base_change, make_batches([request], 1), make_grid([base_change.rule.name], [0.0]))
     with torch.no_grad():
         logprobs = base_change.anchor(torch.tensor([[5, 9, 11, 7]])).logits[0].log_softmax(-1)
     assert scored.scores[0].log_probs[0] == pytest.approx(float(logprobs[2, 7] + logprobs[3, 8]), abs=1e-5)
@@ -127,14 +126,14 @@ def test_greedy_is_what_generate_says(base_change: EnsembleForCausalLM) -> None:
     new = base_change.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)[0, 3:].tolist()
     other = [*new[:-1], 4 if new[-1] != 4 else 5]
     request = ScoringRequest(0, (5, 9, 11), (tuple(new), tuple(other)), "it")
-    ((scored,),) = score_together(base_change, make_batches([request], 8), make_grid([base_change.rule], [0.7]))
+    ((scored,),) = score_together(base_change, make_batches([request], 8), make_grid([base_change.rule.name], [0.7]))
     assert [score.is_greedy for score in scored.scores] == [(True,), (False,)]
 
 
 def test_a_forbidden_token_has_log_prob_minus_infinity(tmp_path: Path) -> None:
     model = EnsembleForCausalLM.from_config(CASES["extended"].config(tmp_path))
     request = ScoringRequest(0, (5, 66, 11), ((7,), (66,)), "it", has_choices=True)
-    ((scored,),) = score_together(model, make_batches([request], 8), make_grid([model.rule], [0.0, 1.0]))
+    ((scored,),) = score_together(model, make_batches([request], 8), make_grid([model.rule.name], [0.0, 1.0]))
     assert scored.scores[1].log_probs == (-math.inf, -math.inf)
     assert all(log_prob > -math.inf for log_prob in scored.scores[0].log_probs)
     assert scored.to_row([0.0, 1.0])["choices"][1]["log_prob"] == [None, None]
@@ -168,7 +167,7 @@ def test_only_needed_positions_go_through_the_heads(
     run = Forward.run
     monkeypatch.setattr(Forward, "run", lambda self, step, cache: kept.append(step) or run(self, step, cache))
     request = ScoringRequest(0, tuple(range(4, 40)), ((7, 8),), "it")
-    list(score_together(base_change, make_batches([request], 1), make_grid([base_change.rule], [1.0])))
+    list(score_together(base_change, make_batches([request], 1), make_grid([base_change.rule.name], [1.0])))
     assert [step.logits_to_keep.tolist() for step in kept] == 3 * [[35, 36]]
 
 
@@ -177,7 +176,7 @@ def test_the_longest_run_first_and_finished_requests_are_left_out(base_change: E
     lengths = [request.num_positions for batch in batches for request in batch.requests]
     assert lengths == sorted(lengths, reverse=True)
     done = frozenset(request.number for request in batches[0].requests[:3] + batches[1].requests)
-    grid = make_grid([base_change.rule], ALPHAS)
+    grid = make_grid([base_change.rule.name], ALPHAS)
     found = {s.request.number: s.scores for b in score_together(base_change, batches, grid, done=done) for s in b}
     whole = together(base_change, 4)
     assert found == {number: scores for number, scores in whole.items() if number not in done}
@@ -213,7 +212,7 @@ def test_the_folder_holds_as_many_bytes_as_was_said(case: Case, tmp_path: Path) 
     checked = check_ensemble(case.config(tmp_path))
     folder = LogitsFolder(tmp_path / "out.members", "a1")
     scoring = OfflineScoring(checked, make_batches(REQUESTS, 3), folder)
-    next(iter(scoring.run(make_grid([checked.config.get_rule()], ALPHAS))))
+    next(iter(scoring.run(make_grid([checked.config.get_rule().name], ALPHAS))))
     stored = [folder.read(path.stem) for path in folder.path.glob("*.safetensors")]
     assert scoring.num_bytes == sum(t.numel() * t.element_size() for tensors in stored for t in tensors.values())
     roles = {role: tensor.dtype for tensors in stored for role, tensor in tensors.items()}
@@ -273,7 +272,7 @@ def test_what_an_interruption_left_is_not_computed_again(
 def test_an_interruption_while_combining_needs_no_forward_again(tmp_path: Path, interruption: Interruption) -> None:
     checked = check_ensemble(CASES["base-change"].config(tmp_path))
     batches = make_batches(REQUESTS, 3)
-    grid = make_grid([checked.config.get_rule()], ALPHAS)
+    grid = make_grid([checked.config.get_rule().name], ALPHAS)
     path = tmp_path / "out.members"
     scored = OfflineScoring(checked, batches, LogitsFolder(path, "a1")).run(grid)
     first = next(scored)
@@ -346,17 +345,17 @@ def test_a_row_without_any_possible_token_names_its_lines() -> None:
     )
     request = ScoringRequest(0, (5,), ((7,),), "data.jsonl:1")
     with pytest.raises(RunError, match=r"in the batch of data\.jsonl:1: row 0 at alpha 0\.5"):
-        list(score_together(model, make_batches([request], 1), make_grid([model.rule], [0.5])))
+        list(score_together(model, make_batches([request], 1), make_grid([model.rule.name], [0.5])))
 
 
 def test_a_run_is_told_apart_by_all_that_its_scores_depend_on(tmp_path: Path) -> None:
     config = check_ensemble(CASES["base-change"].config(tmp_path)).config
-    grid = make_grid([RULES["base-change"]], ALPHAS)
+    grid = make_grid(["base-change"], ALPHAS)
     runs = [
         fingerprint(config, REQUESTS, grid, batch_size=2),
         fingerprint(config, REQUESTS[:-1], grid, batch_size=2),
         fingerprint(config, REQUESTS, grid[:-1], batch_size=2),
-        fingerprint(config, REQUESTS, make_grid([RULES["eft"]], ALPHAS), batch_size=2),
+        fingerprint(config, REQUESTS, make_grid(["eft"], ALPHAS), batch_size=2),
         fingerprint(config, REQUESTS, grid, batch_size=3),
         fingerprint(config, REQUESTS, grid, batch_size=2, per_token=True),
         fingerprint(config.replaced(rule="eft"), REQUESTS, grid, batch_size=2),
@@ -392,7 +391,7 @@ def test_encodings_and_scores_are_those_of_lm_eval(base_change: EnsembleForCausa
     theirs = lm.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
     questions = [Question(number, prompt, (text,), "it") for number, (prompt, text) in enumerate(pairs)]
     batches = make_batches(encode_questions(questions, tokenizer), 3)
-    grid = make_grid([base_change.rule], [0.7])
+    grid = make_grid([base_change.rule.name], [0.7])
     mine = {s.request.number: s.scores[0] for b in score_together(base_change, batches, grid) for s in b}
     for number, (log_prob, is_greedy) in enumerate(theirs):
         assert mine[number].log_probs[0] == pytest.approx(log_prob, rel=1e-5, abs=1e-5), pairs[number]
@@ -427,5 +426,5 @@ def test_the_last_token_of_a_continuation_needs_no_room(
     assert context is not None
     questions = [Question(0, "a" * (context[1] - 1), ("bc",), "it")]
     batches = make_batches(encode_questions(questions, tokenizer, context=context), 1)
-    ((scored,),) = score_together(base_change, batches, make_grid([base_change.rule], [0.7]))
+    ((scored,),) = score_together(base_change, batches, make_grid([base_change.rule.name], [0.7]))
     assert scored.scores[0].num_tokens == 2

@@ -16,10 +16,10 @@ from ensembler.errors import ConfigError, PromptError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from ensembler.decoding.points import GridPoint
     from ensembler.decoding.results import ResultsFile
     from ensembler.evaluation.batches import Batch
     from ensembler.evaluation.logits_folder import LogitsFolder
-    from ensembler.evaluation.points import GridPoint
     from ensembler.evaluation.scoring import ScoredRequest
     from ensembler.preflight import CheckedEnsemble
 
@@ -67,10 +67,10 @@ def score(
         raise ConfigError(f"--{option} was given without --output; name the file")
     if per_token and output is None and not as_json:
         raise ConfigError("--per-token was given without --json or --output; the table has no room for tokens")
+    from ensembler.decoding.points import make_grid
     from ensembler.decoding.results import ResultsFile, check_output
     from ensembler.evaluation.batches import can_share_contexts, make_batches
     from ensembler.evaluation.logits_folder import LogitsFolder
-    from ensembler.evaluation.points import make_grid
     from ensembler.evaluation.requests import encode_questions, read_questions
     from ensembler.evaluation.scoring import fingerprint
     from ensembler.preflight import check_ensemble
@@ -83,7 +83,7 @@ def score(
             raise ConfigError(f"--output is the file of the data, {data}; choose another name")
     checked = check_ensemble(given.load_config())
     rule = checked.config.get_rule()
-    grid = make_grid([rule], alphas or [checked.config.alpha])
+    grid = make_grid([rule.name], alphas or [checked.config.alpha])
     tokenizer = checked.require_tokenizer()
     requests = encode_questions(questions, tokenizer, context=checked.shortest_context, skip=skip)
     if not requests:

@@ -17,7 +17,7 @@ from ensembler_kernels import combine, torch_gumbel
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from ensembler.decoding.points import Setting
+from ensembler.decoding.points import RulePoints
 from ensembler.decoding.tracks import ENDED, Tracks
 
 
@@ -84,8 +84,13 @@ class Processors:
 class Chooser:
     """Greedy decoding, or sampling where `noise` is given, of all tracks."""
 
-    def __init__(self, settings: Sequence[Setting], processors: Processors, noise: Noise | None) -> None:
-        self._settings = settings
+    def __init__(self, points: Sequence[RulePoints], processors: Processors, noise: Noise | None) -> None:
+        self._points = [
+            (index, of_rule, alpha)
+            for of_rule in points
+            for index, alpha in zip(of_rule.indices, of_rule.alphas, strict=True)
+        ]
+        self._points.sort(key=lambda point: point[0])  # as the tracks are
         self._processors = processors
         self._noise = noise
 
@@ -98,8 +103,8 @@ class Chooser:
             self._noise.next_position()
         runs = tracks.row_of != ENDED
         chosen = [
-            self._choose_at(setting, logits, ids, tracks, point)
-            for point, setting in enumerate(self._settings)
+            self._choose_at(point, of_rule, alpha, logits, ids, tracks)
+            for point, of_rule, alpha in self._points
             if runs[point].any()
         ]
         tokens = torch.full_like(tracks.row_of, ENDED)
@@ -107,14 +112,14 @@ class Chooser:
         return tokens
 
     def _choose_at(
-        self, setting: Setting, logits: Mapping[str, Tensor], ids: Tensor, tracks: Tracks, point: int
+        self, point: int, of_rule: RulePoints, alpha: float, logits: Mapping[str, Tensor], ids: Tensor, tracks: Tracks
     ) -> Tensor:
         """The tokens of one point for its running streams."""
         streams = (tracks.row_of[point] != ENDED).nonzero().flatten()
         rows, inverse = torch.unique(tracks.row_of[point, streams], return_inverse=True)
         prompts = torch.empty_like(rows).scatter_(0, inverse, tracks.prompt_of[streams])
         here: Tensor | slice = slice(None) if rows.shape[0] == ids.shape[0] else rows.to(ids.device)  # a view of all
-        z = combine([logits[role][here] for role in setting.roles], setting.how, setting.alpha)
+        z = combine([logits[role][here] for role in of_rule.roles], of_rule.how, alpha)
         scores = self._processors(ids[here], z, prompts)
         inverse = inverse.to(scores.device)
         if self._noise is None:

@@ -1,4 +1,4 @@
-"""The points of a grid: a rule and an α each, all on the same members."""
+"""The points of a grid: which rule at which α. Member logits depend on neither, so all points share the forwards."""
 
 from __future__ import annotations
 
@@ -8,55 +8,68 @@ from dataclasses import dataclass
 from ensembler_kernels import Combination
 
 from ensembler.errors import ConfigError
-from ensembler.modeling import EnsembleForCausalLM, make_combination
+from ensembler.modeling import make_combination
 from ensembler.rules import RULE_NAMES, RULES, Rule
+from ensembler.vocab import VocabularyContract
 
 
 @dataclass(frozen=True)
 class GridPoint:
-    """One setting of a grid: a rule by name, and α."""
+    """One point of a grid: a rule by name, and α."""
 
     rule: str
     alpha: float
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a point does to logits: those of `roles`, in this order, are combined by `how` at `alpha`."""
+class RulePoints:
+    """The points of one rule: the logits of `roles`, in this order, are combined by `how` at each of `alphas`.
+
+    `indices`: where the points stand in the grid.
+    """
 
     roles: tuple[str, ...]
     how: Combination
-    alpha: float
+    alphas: tuple[float, ...]
+    indices: tuple[int, ...]
 
 
-def make_settings(model: EnsembleForCausalLM, points: Sequence[GridPoint]) -> list[Setting]:
-    """Return what each point does to the logits of the members of `model`.
+def make_grid(rules: Sequence[str], alphas: Sequence[float]) -> list[GridPoint]:
+    """Return every rule at every α, the points of a rule one behind the other."""
+    return [GridPoint(rule, alpha) for rule in rules for alpha in alphas]
 
-    The model's own rule is taken as it is, with its numbers. Raises ConfigError for a point that is there twice, an
-    unknown rule, one for other roles than the model's, and for an α that the rule does not take.
+
+def points_by_rule(
+    grid: Sequence[GridPoint], own: Rule, contract: VocabularyContract, outside: str
+) -> list[RulePoints]:
+    """Return the points of each rule together; `own` is the ensemble's rule, taken as it is, with its numbers.
+
+    Raises ConfigError for no point, a point that is there twice, an unknown rule, one for other roles than the
+    ensemble's, and for an α that the rule does not take.
     """
-    if not points:
+    if not grid:
         raise ConfigError("the grid is empty; give it at least one rule and one alpha")
-    twice = next((point for index, point in enumerate(points) if point in points[:index]), None)
+    twice = next((point for index, point in enumerate(grid) if point in grid[:index]), None)
     if twice is not None:
         raise ConfigError(f"{twice.rule} at alpha {twice.alpha:g} is in the grid twice; leave one out")
-    rules = {name: _find(model, name) for name in dict.fromkeys(point.rule for point in points)}
-    hows = {name: make_combination(rule, model.contract, model.config.outside) for name, rule in rules.items()}
-    return [
-        Setting(rules[point.rule].roles, hows[point.rule], rules[point.rule].check_alpha(point.alpha))
-        for point in points
-    ]
+    found = []
+    for name in dict.fromkeys(point.rule for point in grid):
+        rule = _find(name, own)
+        indices = tuple(index for index, point in enumerate(grid) if point.rule == name)
+        alphas = tuple(rule.check_alpha(grid[index].alpha) for index in indices)
+        found.append(RulePoints(rule.roles, make_combination(rule, contract, outside), alphas, indices))
+    return found
 
 
-def _find(model: EnsembleForCausalLM, name: str) -> Rule:
-    if name == model.rule.name:
-        return model.rule
+def _find(name: str, own: Rule) -> Rule:
+    if name == own.name:
+        return own
     if name not in RULES:
         raise ConfigError(f"unknown rule {name!r}; expected one of: {', '.join(RULE_NAMES)}")
-    rule, found = RULES[name], set(model.rule.roles)
-    if set(rule.roles) != found:
+    rule, members = RULES[name], set(own.roles)
+    if set(rule.roles) != members:
         raise ConfigError(
-            f"the rule {name!r} combines {', '.join(sorted(rule.roles))}; the members are {', '.join(sorted(found))}: "
-            "leave this rule out, or give such members"
+            f"the rule {name!r} combines {', '.join(sorted(rule.roles))}; the members are {', '.join(sorted(members))}"
+            ": leave this rule out, or give such members"
         )
     return rule

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from ensembler.cache import EnsembleCache
+from ensembler.decoding.points import GridPoint, points_by_rule
 from ensembler.errors import ConfigError, OutputError
 from ensembler.evaluation.batches import Batch
 from ensembler.evaluation.logits_folder import LogitsFolder
 from ensembler.evaluation.passes import Pass, run_pass
-from ensembler.evaluation.points import GridPoint, points_by_rule
 from ensembler.evaluation.scoring import ScoredRequest, score_batch, unfinished
 from ensembler.inspection import summarise
 from ensembler.members import MemberFiles, check_places, group_members, load_group
@@ -88,7 +88,7 @@ class OfflineScoring:
         MemberError; what was computed until then stays for a run that goes on.
         """
         config, contract = self._checked.config, self._checked.contract
-        points = points_by_rule(grid, contract, config.outside)
+        points = points_by_rule(grid, config.get_rule(), contract, config.outside)
         self._folder.open()
         for group in self._groups:
             if self._missing(group):

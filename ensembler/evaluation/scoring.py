@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from ensembler_kernels import combine_logprob
 from torch import Tensor
 
 from ensembler.config import EnsembleConfig
+from ensembler.decoding.points import GridPoint, RulePoints, points_by_rule
 from ensembler.errors import RunError
 from ensembler.evaluation.batches import Batch
 from ensembler.evaluation.passes import Pass, run_pass
-from ensembler.evaluation.points import GridPoint, RulePoints, points_by_rule
 from ensembler.evaluation.requests import ScoringRequest
 from ensembler.modeling import EnsembleForCausalLM
 
@@ -106,7 +106,7 @@ def fingerprint(
     settings = {
         "requests": [[request.number, request.windows()] for request in requests],
         "ensemble": {key: value for key, value in config.to_dict().items() if key != "transformers_version"},
-        "grid": [[{**asdict(point.rule), "raw_roles": sorted(point.rule.raw_roles)}, point.alpha] for point in grid],
+        "grid": [[point.rule, point.alpha] for point in grid],
         "batch_size": batch_size,
         "per_token": per_token,
     }
@@ -125,7 +125,7 @@ def score_together(
     Requests whose numbers are in `done` are left out, and batches of them alone are not run. Raises ConfigError for a
     rule of other roles than the members', and RunError.
     """
-    points = points_by_rule(grid, model.contract, model.config.outside)
+    points = points_by_rule(grid, model.rule, model.contract, model.config.outside)
     for batch in unfinished(batches, done):
         yield score_batch(batch, _run_batch(model, batch), points, done=done)
 
