@@ -15,6 +15,7 @@ pytest.importorskip("lm_eval")
 from task_cases import figures, recorded, run_lm_eval, write_tasks
 
 from ensembler import EnsembleForCausalLM
+from ensembler.decoding.points import make_grid
 from ensembler.demo import demo_folder
 from ensembler.errors import PromptError
 from ensembler.evaluation.batches import make_batches
@@ -116,7 +117,7 @@ def test_texts_are_cut_as_by_hflm(tokenizer: PreTrainedTokenizerFast) -> None:
 def scored(model: EnsembleForCausalLM, encoded: list[Any]) -> dict[int, list[Any]]:
     requests = [request for one in encoded for request in one.requests]
     found: dict[int, list[tuple[float, bool]]] = {}
-    for batch in score_together(model, make_batches(requests, 3), [model.config.alpha]):
+    for batch in score_together(model, make_batches(requests, 3), make_grid([model.rule.name], [model.config.alpha])):
         for one in batch:
             found[one.request.number] = [(score.log_probs[0], score.is_greedy[0]) for score in one.scores]
     return {
