@@ -104,7 +104,7 @@ def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> Che
 
 def _is_other(base: str, model: str) -> bool:
     """Whether two models have different names; where each is on disk says nothing."""
-    return Path(str(base)).name != Path(model).name
+    return Path(base).name != Path(model).name
 
 
 def _num_elements(tensors: Mapping[str, StoredTensor]) -> int:
@@ -150,7 +150,7 @@ def _check_with_peft(role: str, adapter: str, model: str, model_config: Any) -> 
 
     settings = _read_json(role, _find(role, adapter, ADAPTER_CONFIG))
     base = settings.get("base_model_name_or_path")
-    is_other = base is not None and _is_other(base, model)
+    is_other = base is not None and _is_other(str(base), model)
     weights = adapter_weights(role, adapter)
     with naming(role):
         header = safetensors_header(weights)

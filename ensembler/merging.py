@@ -40,16 +40,12 @@ def add_deltas(model: PreTrainedModel, adapter: CheckedAdapter) -> None:
 
 def deltas_added(known: Mapping[str, Tensor], adapter: CheckedAdapter) -> dict[str, Tensor]:
     """Return copies of the weights that full deltas concern, by name, with the deltas added."""
-    added = {}
-    for name in adapter.deltas:
-        added[name] = _writable(name, known[name]).detach().clone()
-        patch_in_place(added[name], load_change([(_patch(adapter), 1.0)], name))
+    if adapter.patch is None:
+        return {}
+    added = {name: _writable(name, known[name]).detach().clone() for name in adapter.deltas}
+    for name, weight in added.items():
+        patch_in_place(weight, load_change([(adapter.patch, 1.0)], name))
     return added
-
-
-def _patch(adapter: CheckedAdapter) -> Patch:
-    assert adapter.patch is not None
-    return adapter.patch
 
 
 def _weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:

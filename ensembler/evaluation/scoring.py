@@ -104,7 +104,7 @@ def fingerprint(
 ) -> str:
     """Return a short hash of all that the rows of a run depend on, but for the weights themselves."""
     settings = {
-        "requests": [[request.number, request.windows()] for request in requests],
+        "requests": [[one.number, one.context, one.continuations, one.window] for one in requests],
         "ensemble": {key: value for key, value in config.to_dict().items() if key != "transformers_version"},
         "grid": [[point.rule, point.alpha] for point in grid],
         "batch_size": batch_size,
