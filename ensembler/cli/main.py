@@ -17,11 +17,12 @@ from ensembler.cli.inspect import inspect
 from ensembler.cli.patch import patch
 from ensembler.cli.plan import plan
 from ensembler.cli.score import score
+from ensembler.cli.sweep import sweep
 from ensembler.errors import ConfigError, EnsemblerError, RankError
 from ensembler.launch import num_ranks, this_rank
 
 INTERRUPTED = 130
-SEVERAL_PROCESSES = ("generate",)
+SEVERAL_PROCESSES = ("generate", "sweep")
 
 
 @click.group(
@@ -47,7 +48,7 @@ def cli(context: click.Context, debug: bool) -> None:
         )
 
 
-for command in (create, inspect, plan, generate, score, chat, patch):
+for command in (create, inspect, plan, generate, score, sweep, chat, patch):
     cli.add_command(command)
 
 
@@ -61,7 +62,10 @@ def main(args: list[str] | None = None) -> None:
     try:
         code = cli.main(arguments, prog_name="ensembler", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
-        kept = "finished rows of an --output file are kept, go on with --resume; nothing half-written is left"
+        kept = (
+            "finished rows of an --output are kept, go on with --resume (sweep: with the same command); nothing "
+            "half-written is left"
+        )
         code = _fail(f"interrupted; {kept}", INTERRUPTED)
     except EnsemblerError as error:
         reporter = error.reporter if isinstance(error, RankError) else 0

@@ -157,6 +157,9 @@ class EnsembleOptions:
         return found
 
 
+_RULE = click.option(
+    "--rule", metavar="RULE", help=f"One of {', '.join(RULE_NAMES)}.  [default: folder's, or base-change]"
+)
 _ALPHA = click.option(
     "--alpha", type=float, help="Strength of the log-ratio; 0 is the anchor.  [default: folder's, or 1]"
 )
@@ -180,9 +183,7 @@ _ENSEMBLE_OPTIONS = (
         metavar="[ROLE=]PATCH",
         help="Add a LoRA, or what `patch extract` made, to a member when it is loaded.  [default role: target_pt]",
     ),
-    click.option(
-        "--rule", metavar="RULE", help=f"One of {', '.join(RULE_NAMES)}.  [default: folder's, or base-change]"
-    ),
+    _RULE,
     _ALPHA,
     click.option("--constant", multiple=True, metavar="ROLE=NUMBER", help="A constant of the rule linear; repeat it."),
     click.option("--slope", multiple=True, metavar="ROLE=NUMBER", help="A slope of the rule linear; repeat it."),
@@ -244,10 +245,11 @@ _PLAN_OPTIONS = (
 )
 
 
-def ensemble_options(*, argument: bool = True, grid: bool = False) -> Callable[[Command], Command]:
+def ensemble_options(*, argument: bool = True, grid: bool = False, point: bool = True) -> Callable[[Command], Command]:
     """Add the options that say which ensemble; the command gets them as one `EnsembleOptions`.
 
-    With `grid`, --alpha may be repeated; the command gets all of them under `alphas`, the options the first.
+    With `grid`, --alpha may be repeated; the command gets all of them under `alphas`, the options the first. Without
+    `point`, there is neither --alpha nor --rule: the command has options of its own for a grid of them.
     """
 
     def decorate(function: Command) -> Command:
@@ -257,11 +259,13 @@ def ensemble_options(*, argument: bool = True, grid: bool = False) -> Callable[[
             if grid:
                 kwargs["alphas"] = kwargs["alpha"]
                 kwargs["alpha"] = next(iter(kwargs["alphas"]), None)
-            given = EnsembleOptions(ensemble=ensemble, **{name: kwargs.pop(name) for name in names})
+            given = EnsembleOptions(ensemble=ensemble, **{name: kwargs.pop(name, None) for name in names})
             return function(*args, given=given, **kwargs)
 
         command: Any = collected
         for option in reversed(_ENSEMBLE_OPTIONS):
+            if not point and option in (_ALPHA, _RULE):
+                continue
             command = (_ALPHA_GRID if grid and option is _ALPHA else option)(command)
         if argument:
             command = click.argument("ensemble", required=False)(command)

@@ -31,8 +31,10 @@ def resampled_means(values: Numbers, seed: int) -> Numbers:
     )
 
 
-def resampled_aggregates(aggregate: Aggregate, methods: Sequence[Rows], seed: int) -> tuple[Numbers, Numbers]:
-    """Return the aggregate of each method's rows, (methods,), and of resamples of them, (methods, NUM_RESAMPLES).
+def resampled_aggregates(
+    aggregate: Aggregate, methods: Sequence[Rows], seed: int, num_resamples: int = NUM_RESAMPLES
+) -> tuple[Numbers, Numbers]:
+    """Return the aggregate of each method's rows, (methods,), and of resamples of them, (methods, num_resamples).
 
     Row i of all methods belongs to the same example; a resample draws examples. Raises ConfigError for no rows.
     """
@@ -41,8 +43,8 @@ def resampled_aggregates(aggregate: Aggregate, methods: Sequence[Rows], seed: in
         raise ConfigError("no rows; expected one or more")
     generator = np.random.default_rng(seed)
     whole = [list(rows) for rows in methods]
-    found = np.empty((len(methods), NUM_RESAMPLES))
-    for column in range(NUM_RESAMPLES):
+    found = np.empty((len(methods), num_resamples))
+    for column in range(num_resamples):
         drawn = generator.integers(num, size=num).tolist()
         found[:, column] = [aggregate([rows[index] for index in drawn]) for rows in whole]
     return np.array([float(aggregate(rows)) for rows in whole]), found

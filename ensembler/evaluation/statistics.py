@@ -16,7 +16,14 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ensembler.errors import ConfigError
-from ensembler.evaluation.bootstrap import Aggregate, Numbers, Rows, resampled_aggregates, resampled_means
+from ensembler.evaluation.bootstrap import (
+    NUM_RESAMPLES,
+    Aggregate,
+    Numbers,
+    Rows,
+    resampled_aggregates,
+    resampled_means,
+)
 from ensembler.extras import require
 
 stats: Any = require("scipy.stats", "eval")
@@ -80,13 +87,17 @@ class Selection:
         return _finite(asdict(self))
 
 
-def metric_interval(rows: Rows, aggregate: Aggregate | None = None, *, seed: int = 0) -> Interval:
+def metric_interval(
+    rows: Rows, aggregate: Aggregate | None = None, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+) -> Interval:
     """Return the metric with its interval: Wilson's for rows of 0 and 1, Student's t for other numbers.
 
-    With an `aggregate`, its percentile bootstrap. Raises ConfigError for no rows, or rows that are no finite numbers.
+    With an `aggregate`, its percentile bootstrap of `num_resamples`.
+
+    Raises ConfigError for no rows, or rows that are no finite numbers.
     """
     if aggregate is not None:
-        return bootstrap_interval(rows, aggregate, seed=seed)
+        return bootstrap_interval(rows, aggregate, seed=seed, num_resamples=num_resamples)
     values = _numbers(rows)
     return accuracy_interval(values) if _is_binary(values) else mean_interval(values)
 
@@ -111,9 +122,11 @@ def mean_interval(values: ArrayLike) -> Interval:
     return Interval(mean, mean - reach, mean + reach, error, len(values), "t")
 
 
-def bootstrap_interval(rows: Rows, aggregate: Aggregate, *, seed: int = 0) -> Interval:
+def bootstrap_interval(
+    rows: Rows, aggregate: Aggregate, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+) -> Interval:
     """Return aggregate(rows) with its percentile bootstrap interval. Raises ConfigError for no rows."""
-    estimate, found = resampled_aggregates(aggregate, [rows], seed)
+    estimate, found = resampled_aggregates(aggregate, [rows], seed, num_resamples)
     return _percentiles(float(estimate[0]), found[0], len(rows))
 
 

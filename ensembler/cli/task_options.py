@@ -1,0 +1,113 @@
+"""Options that say on which tasks an ensemble is evaluated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ensembler.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ensembler.evaluation.tasks import EvalTask
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """The tasks as given on the command line; `load` finds them."""
+
+    task: tuple[str, ...]
+    include_path: Path | None
+    num_fewshot: int | None
+    limit: int | None
+    data: Path | None
+    prompt: str | None
+    choices: str | None
+    answer: str | None
+    metric: str | None
+    allow_code_execution: bool
+
+    @property
+    def metric_key(self) -> str | None:
+        """The metric asked for of the tasks; that of a data file is its only one, and said to its making."""
+        return self.metric if self.data is None else None
+
+    def load(self, default: Path | None = None) -> list[EvalTask]:
+        """Return the tasks; without any given, the one at `default`. Raises ConfigError or PromptError."""
+        if self.data is not None:
+            return [self._from_file(self.data)]
+        given = {"--prompt": self.prompt, "--choices": self.choices, "--answer": self.answer}
+        beside = next((option for option, value in given.items() if value is not None), None)
+        if beside is not None:
+            raise ConfigError(f"{beside} was given without --data; name the file of rows that it is for")
+        names = self.task or (() if default is None else (str(default),))
+        if not names:
+            raise ConfigError("no task was given; give --task with a name or a YAML file, or --data with a file")
+        from ensembler.evaluation.task_loading import load_tasks
+
+        return load_tasks(
+            names,
+            include_path=self.include_path,
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
+            allow_code_execution=self.allow_code_execution,
+        )
+
+    def _from_file(self, data: Path) -> EvalTask:
+        if self.task:
+            raise ConfigError("--task and --data were both given; give one of them")
+        if self.prompt is None or self.answer is None:
+            missing = "--prompt" if self.prompt is None else "--answer"
+            raise ConfigError(f"--data was given without {missing}; give it with fields of the rows, as '{{question}}'")
+        from ensembler.evaluation.task_files import make_task_from_file
+
+        return make_task_from_file(
+            data,
+            prompt=self.prompt,
+            answer=self.answer,
+            choices=self.choices,
+            metric=self.metric,
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
+        )
+
+
+_TASK_OPTIONS = (
+    click.option("--task", multiple=True, metavar="TASK", help="A task of lm-eval, or a YAML file of one; repeat it."),
+    click.option(
+        "--include-path", type=click.Path(path_type=Path), metavar="DIR", help="YAML files that win over lm-eval's."
+    ),
+    click.option("--num-fewshot", type=int, metavar="N", help="Solved examples in each prompt.  [default: the task's]"),
+    click.option("--limit", type=int, metavar="N", help="Only the first N documents of each split."),
+    click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="In place of --task: JSON lines."),
+    click.option("--prompt", metavar="TEXT", help="With --data: what is asked; {field} is a field of the row."),
+    click.option("--choices", metavar="A,B,...", help="With --data: the answers to choose from; may hold fields."),
+    click.option("--answer", metavar="TEXT", help="With --data: the right answer, {field}; or its index from 0."),
+    click.option(
+        "--metric",
+        metavar="METRIC",
+        help="One of the task's, its first by default; with --data acc, exact_match, flexible_number or perplexity.",
+    ),
+    click.option("--allow-code-execution", is_flag=True, help="Let tasks such as HumanEval run what a model wrote."),
+)
+
+
+def task_options(function: Command) -> Command:
+    """Add the options that say which tasks; the command gets them as one `TaskOptions` under `tasks`."""
+
+    @wraps(function)
+    def collected(*args: Any, **kwargs: Any) -> Any:
+        tasks = TaskOptions(**{field.name: kwargs.pop(field.name) for field in fields(TaskOptions)})
+        return function(*args, tasks=tasks, **kwargs)
+
+    command: Any = collected
+    for option in reversed(_TASK_OPTIONS):
+        command = option(command)
+    result: Command = command
+    return result

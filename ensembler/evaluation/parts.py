@@ -1,0 +1,59 @@
+"""Which examples choose α and which ones report it: never the same."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ensembler.errors import ConfigError
+from ensembler.evaluation.examples import Example
+from ensembler.evaluation.tasks import EvalTask
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The examples of a task. `num_repeated`: examples that were left out of validation, since test has them too."""
+
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+    num_repeated: int = 0
+
+
+def split_examples(task: EvalTask, validation: str | None, *, seed: int = 0) -> Parts:
+    """Return the parts of a task's examples.
+
+    `validation` is a number of examples, drawn from the split that lm-eval evaluates, of which the rest is test; or
+    another split of the task; or None. Raises ConfigError where nothing would be left, or the two are one split.
+    """
+    test = task.examples()
+    if validation is None:
+        return Parts((), tuple(test))
+    if validation.isdecimal():
+        return _draw(task, test, int(validation), seed)
+    if validation == task.default_split:
+        raise ConfigError(
+            f"the {validation} split of task {task.name} is the one that is reported, so it cannot choose alpha too; "
+            f"give --validation a number of its rows, or another split of {', '.join(task.splits)}"
+        )
+    return _without_repeats(task.examples(validation), test)
+
+
+def _draw(task: EvalTask, examples: Sequence[Example], num: int, seed: int) -> Parts:
+    if not 0 < num < len(examples):
+        raise ConfigError(
+            f"--validation {num} of the {len(examples)} examples of task {task.name} leaves none to choose from or to "
+            f"report; give a number from 1 to {len(examples) - 1}"
+        )
+    drawn = set(random.Random(seed).sample(range(len(examples)), num))
+    return _without_repeats(
+        [example for index, example in enumerate(examples) if index in drawn],
+        [example for index, example in enumerate(examples) if index not in drawn],
+    )
+
+
+def _without_repeats(validation: Sequence[Example], test: Sequence[Example]) -> Parts:
+    """Data sets hold some documents twice; test keeps all of its own."""
+    reported = {(repr(example.requests), example.gold) for example in test}
+    kept = [example for example in validation if (repr(example.requests), example.gold) not in reported]
+    return Parts(tuple(kept), tuple(test), len(validation) - len(kept))

@@ -1,0 +1,212 @@
+"""A sweep as one self-contained HTML page: the picture, the tables, examples that α changed, how to run it again."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ensembler.decoding.points import GridPoint
+from ensembler.evaluation.formats import show_difference, show_interval, show_number, show_p
+from ensembler.evaluation.metric_values import from_json
+from ensembler.evaluation.pictures import draw_sweep
+from ensembler.evaluation.rows_folder import Row, RowsFolder, read_examples, write_whole
+from ensembler.evaluation.summary import BY_PERPLEXITY, Choice, Figure, TaskSummary, label, to_json
+from ensembler.evaluation.sweep import TEST, Sweep
+from ensembler.extras import require
+
+_NUM_EXAMPLES = 10
+_PROMPT_CHARACTERS = 700  # of a prompt's end
+
+
+def make_report(
+    summaries: Sequence[TaskSummary],
+    rows: Mapping[str, Sequence[Row]],
+    examples: Mapping[str, Row],
+    picture: bytes,
+    *,
+    command: str,
+    settings: Mapping[str, Any],
+) -> str:
+    """Return the page. `rows` and `examples` are by id, as the folder of results has them."""
+    jinja2 = require("jinja2", "eval")
+    folder = jinja2.FileSystemLoader(Path(__file__).parent)
+    template = jinja2.Environment(loader=folder, autoescape=True).get_template("sweep_report.html.jinja")
+    return str(
+        template.render(
+            summaries=summaries,
+            lines=[line for summary in summaries for line in choice_lines(summary)],
+            picture=base64.b64encode(picture).decode(),
+            tasks=[_task(summary, rows, examples) for summary in summaries],
+            command=command,
+            settings=json.dumps(settings, indent=2, ensure_ascii=False),
+        )
+    )
+
+
+def heading(summary: TaskSummary) -> str:
+    """Return in words how many examples there were, and what was left out or cut."""
+    said = [f"{summary.num_test:,} test examples"]
+    if summary.num_validation:
+        said.append(f"{summary.num_validation:,} validation examples")
+    if summary.num_repeated:
+        said.append(f"{summary.num_repeated:,} left out of validation since test has them too")
+    said.append(f"{summary.num_fewshot} examples in each prompt")
+    if summary.num_truncated:
+        said.append(f"{summary.num_truncated:,} prompts cut on the left to fit into the shortest context")
+    return "; ".join(said) + f". Version {summary.version} of the task, metric {summary.metric}."
+
+
+def choice_lines(summary: TaskSummary) -> list[str]:
+    """Return one sentence for each rule: its α and how it was chosen."""
+    rules = dict.fromkeys(figure.rule for figure in summary.curve)
+    return [_choice_line(summary, rule, summary.choice(rule)) for rule in rules]
+
+
+def _choice_line(summary: TaskSummary, rule: str, choice: Choice | None) -> str:
+    if choice is None:
+        return (
+            f"{summary.task}, {rule}: no alpha was chosen, since the examples that choose it cannot report it too; "
+            "give --validation N or a split, or --select perplexity"
+        )
+    if choice.selection is None:
+        return f"{summary.task}, {rule}: alpha {choice.alpha:g} was the only one given, so there was nothing to choose"
+    if choice.by == BY_PERPLEXITY:
+        return (
+            f"{summary.task}, {rule}: alpha {choice.alpha:g} was chosen without labels: it gives the prompts the "
+            f"highest likelihood (perplexity {choice.selection.metric:.4g})"
+        )
+    num = f"{summary.num_validation:,} validation examples"
+    line = f"{summary.task}, {rule}: alpha {choice.alpha:g} was chosen on {num}"
+    if choice.selection.threshold != choice.selection.best_metric:
+        line += f", within one standard error of the best, alpha {choice.selection.best:g}"
+    return line
+
+
+def _task(summary: TaskSummary, rows: Mapping[str, Sequence[Row]], examples: Mapping[str, Row]) -> dict[str, Any]:
+    others = list(summary.methods[0].others)
+    points = {_point(row) for row in next(iter(rows.values()))}
+    return {
+        "summary": summary,
+        "heading": heading(summary),
+        "others": others,
+        "methods": [
+            {
+                "label": figure.label,
+                "figure": show_interval(figure.test),
+                "others": [f"{figure.others[key]:.4g}" for key in others],
+            }
+            for figure in summary.methods
+        ],
+        "differences": [
+            (
+                f"{each.method} − {each.against}",
+                show_difference(each.comparison),
+                show_p(each.comparison.p_value),
+                show_p(each.p_holm),
+                each.comparison.test,
+            )
+            for each in summary.differences
+        ],
+        "changed": [
+            _changed(summary, choice, rows, examples)
+            for choice in summary.choices
+            if choice.alpha != 0 and GridPoint(choice.rule, 0.0) in points
+        ],
+        "curve": [_curve_row(figure) for figure in summary.curve],
+    }
+
+
+def _point(row: Row) -> GridPoint:
+    return GridPoint(row["rule"], row["alpha"])
+
+
+def _curve_row(figure: Figure) -> tuple[str, str, str, str]:
+    validation = "-" if figure.validation is None else show_number(figure.validation, figure.test)
+    return figure.rule, f"{figure.alpha:g}", show_interval(figure.test), validation
+
+
+@dataclass(frozen=True)
+class _Change:
+    """A test example whose answer α changed."""
+
+    id: str
+    before: Row
+    after: Row
+
+
+def _changed(
+    summary: TaskSummary, choice: Choice, rows: Mapping[str, Sequence[Row]], examples: Mapping[str, Row]
+) -> dict[str, Any]:
+    """The examples that a rule answers otherwise at its α than at 0: how many, and some of them, drawn evenly."""
+    anchor, chosen = GridPoint(choice.rule, 0.0), GridPoint(choice.rule, choice.alpha)
+    filter_name = summary.metric.partition(",")[2]
+    changes, num_better, num_worse = [], 0, 0
+    for name, of_example in rows.items():
+        if of_example[0]["part"] != TEST or of_example[0]["task"] != summary.task:
+            continue
+        by_point = {_point(row): row for row in of_example}
+        before, after = by_point[anchor], by_point[chosen]
+        if _answer(before, filter_name) != _answer(after, filter_name):
+            changes.append(_Change(name, before, after))
+        gain = _gain(before, after, summary)
+        num_better += gain > 0
+        num_worse += gain < 0
+    drawn = random.Random(0).sample(changes, min(_NUM_EXAMPLES, len(changes)))
+    order = {name: place for place, name in enumerate(rows)}
+    return {
+        "title": f"{label(chosen)} beside α = 0",
+        "counts": f"α changed {len(changes):,} of {summary.num_test:,} answers; by {summary.metric}, {num_better:,} "
+        f"examples are better and {num_worse:,} worse. {len(drawn)} of the changed ones, drawn at random:",
+        "before": label(anchor),
+        "after": label(chosen),
+        "examples": [
+            {
+                "id": change.id,
+                "prompt": _end(examples[change.id]["prompt"]),
+                "gold": examples[change.id]["gold"] or "",
+                "before": _answer(change.before, filter_name),
+                "after": _answer(change.after, filter_name),
+                "before_class": _colour(change.before, summary),
+                "after_class": _colour(change.after, summary),
+            }
+            for change in sorted(drawn, key=lambda change: order[change.id])
+        ],
+    }
+
+
+def _answer(row: Row, filter_name: str) -> str:
+    predictions = row["predictions"]
+    return str(predictions.get(filter_name, next(iter(predictions.values()), "")))
+
+
+def _gain(before: Row, after: Row, summary: TaskSummary) -> float:
+    a, b = (from_json(row["values"].get(summary.metric)) for row in (before, after))
+    if not isinstance(a, int | float) or not isinstance(b, int | float):
+        return 0.0  # a metric of all examples at once tells nothing of one
+    return (b - a) if summary.higher_is_better else (a - b)
+
+
+def _colour(row: Row, summary: TaskSummary) -> str:
+    value = row["values"].get(summary.metric)
+    return {1: "right", 0: "wrong"}.get(value, "") if isinstance(value, int | float) else ""
+
+
+def _end(prompt: str) -> str:
+    return prompt if len(prompt) <= _PROMPT_CHARACTERS else f"… {prompt[-_PROMPT_CHARACTERS:]}"
+
+
+def write_results(
+    sweep: Sweep, folder: RowsFolder, rows: Mapping[str, Sequence[Row]], summaries: Sequence[TaskSummary]
+) -> None:
+    """Write summary.json, sweep.png and report.html beside the rows of a finished sweep. Raises OutputError."""
+    picture = draw_sweep(summaries)
+    command = folder.command
+    write_whole(folder.path / "sweep.png", picture)
+    write_whole(folder.path / "summary.json", to_json(summaries, sweep, command))
+    page = make_report(summaries, rows, read_examples(folder.path), picture, command=command, settings=sweep.settings)
+    write_whole(folder.path / "report.html", page)

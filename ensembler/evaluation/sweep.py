@@ -1,0 +1,262 @@
+"""The α sweep: tasks, their parts and a grid become chunks of work, and chunks become rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ensembler.decoding.points import GridPoint, make_grid, points_by_rule
+from ensembler.errors import ConfigError
+from ensembler.evaluation.answering import Answered, Chunk, ScoringChunk, make_chunks
+from ensembler.evaluation.batches import can_share_contexts
+from ensembler.evaluation.examples import Answer, Example, Measurement, Metric, Rolling
+from ensembler.evaluation.parts import Parts, split_examples
+from ensembler.evaluation.provenance import member_hashes, versions
+from ensembler.evaluation.rows_folder import Row, RowsFolder
+from ensembler.evaluation.tasks import EvalTask
+from ensembler.modeling import EnsembleForCausalLM
+from ensembler.preflight import CheckedEnsemble
+from ensembler.rules import RULES, Rule
+
+VALIDATION, TEST, PROMPTS = "validation", "test", "prompts"
+LOG_PROB = "log_prob"  # the value of the rows of prompts
+_MAX_LENGTH = 2048  # where no member sets a limit: HFLM's default
+_FORMAT = 1  # of rows and summary; another number is another version's folder
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """What a sweep does besides its tasks.
+
+    `rules` and `alphas` make the grid. `validation`: a number of examples or a split (`split_examples`). By
+    `select` "metric", α is chosen by the metric of the validation examples, with `one_standard_error` by that rule; by
+    "perplexity", by the likelihood of the reported examples' prompts, without labels. `metric`: a key of the tasks'
+    metrics instead of their first. `seed`: of sampled texts, of the draw of validation examples and of the bootstrap.
+    Raises ConfigError.
+    """
+
+    rules: tuple[str, ...]
+    alphas: tuple[float, ...]
+    validation: str | None = None
+    select: str = "metric"
+    one_standard_error: bool = False
+    metric: str | None = None
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.select not in ("metric", "perplexity"):
+            raise ConfigError(f"alpha cannot be selected by {self.select!r}; give metric or perplexity")
+        if self.select == "perplexity" and self.validation is not None:
+            raise ConfigError("the choice by the prompts' perplexity takes no validation examples; give one of the two")
+        if self.one_standard_error and self.validation is None:
+            raise ConfigError("the one-standard-error rule needs validation examples; give --validation")
+        if self.validation == "1" and self.one_standard_error:
+            raise ConfigError("one validation example has no standard error; give --validation two or more")
+
+    @property
+    def by_perplexity(self) -> bool:
+        """Whether α is chosen by the likelihood of the prompts."""
+        return self.select == "perplexity"
+
+
+@dataclass(frozen=True)
+class SweepTask:
+    """A task of a sweep, its metric, and its examples by what they are for."""
+
+    task: EvalTask
+    metric: Metric
+    parts: Parts
+    prompts: tuple[Example, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """An example, its part, and how its answers become values."""
+
+    example: Example
+    task: str
+    part: str
+    measure: Callable[[Sequence[Answer]], Measurement] = field(repr=False)
+
+
+class Sweep:
+    """All work of a sweep, planned: every example encoded, nothing loaded.
+
+    Raises ConfigError or PromptError for what cannot be asked of this ensemble.
+    """
+
+    def __init__(self, checked: CheckedEnsemble, tasks: Sequence[EvalTask], options: SweepOptions) -> None:
+        self.options = options
+        self.rule = checked.config.get_rule()
+        self.points = make_grid(options.rules, options.alphas)
+        self.levels = levels(self.rule)
+        ones = make_grid(options.rules, [1.0])
+        # Member logits depend on no point: those that are compared cost nothing beside those that were asked for.
+        self.grid = list(dict.fromkeys([*self.points, *ones, *self.levels.values()]))
+        points_by_rule(self.points, self.rule, checked.contract, checked.config.outside)  # raises for duplicates
+        points_by_rule(self.grid, self.rule, checked.contract, checked.config.outside)
+        self.tasks = [self._plan(task) for task in tasks]
+        self._asked = {asked.example.id: asked for task in self.tasks for asked in _ask(task)}
+        self._checked = checked
+        self._tokenizer = checked.require_tokenizer()
+        self.chunks = [chunk for task in self.tasks for chunk in self._chunks(task)]
+
+    def _plan(self, task: EvalTask) -> SweepTask:
+        metric = task.choose_metric(self.options.metric)
+        parts = split_examples(task, self.options.validation, seed=self.options.seed)
+        prompts = tuple(map(prompts_of, parts.test)) if self.options.by_perplexity else ()
+        return SweepTask(task, metric, parts, prompts)
+
+    def _chunks(self, task: SweepTask) -> Iterator[Chunk]:
+        shortest = self._checked.shortest_context
+        for examples in ((*task.parts.validation, *task.parts.test), task.prompts):
+            yield from make_chunks(
+                examples,
+                self._tokenizer,
+                max_length=_MAX_LENGTH if shortest is None else shortest[1],
+                batch_size=self.options.batch_size,
+                share_contexts=can_share_contexts(self._checked.model_configs.values()),
+            )
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of all examples, in the order of the rows of a finished run."""
+        return list(self._asked)
+
+    def num_truncated(self, task: SweepTask) -> int:
+        """How many requests of a task lost tokens on the left to fit into the members' shortest context."""
+        own = {example.id for example in (*task.parts.validation, *task.parts.test)}
+        return sum(chunk.num_truncated for chunk in self.chunks if chunk.examples[0].id in own)
+
+    def num_prompt_tokens(self, task: SweepTask) -> int:
+        """How many tokens the prompts of a task have, whose likelihood chooses α."""
+        own = {example.id for example in task.prompts}
+        encoded = [one for chunk in self.chunks if isinstance(chunk, ScoringChunk) for one in chunk.encoded]
+        requests = [request for one in encoded if one.example.id in own for request in one.requests]
+        return sum(len(ids) for request in requests for ids in request.continuations)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """All that rows depend on, as JSON: a folder of rows is gone on with only where they are the same."""
+        config = self._checked.config.to_dict()
+        left_out = ("alpha", "transformers_version", "architectures", "model_type")
+        options = self.options
+        return {
+            "format": _FORMAT,
+            "versions": versions(),
+            "ensemble": {key: value for key, value in config.items() if key not in left_out},
+            "weights": member_hashes(self._checked),
+            "rules": list(options.rules),
+            "alphas": list(options.alphas),
+            "tasks": {task.task.name: self._task_settings(task) for task in self.tasks},
+            "validation": options.validation,
+            "select": options.select,
+            "one standard error": options.one_standard_error,
+            "batch size": options.batch_size,
+            "seed": options.seed,
+        }
+
+    def _task_settings(self, task: SweepTask) -> dict[str, Any]:
+        asked = [
+            [example.id, repr(example.requests), example.choices, example.gold]
+            for example in (*task.parts.validation, *task.parts.test)
+        ]
+        return {
+            "version": task.task.version,
+            "fewshot": task.task.num_fewshot,
+            "limit": task.task.limit,
+            "metric": task.metric.key,
+            "documents": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+        }
+
+    def example_rows(self) -> Iterator[Row]:
+        """What is asked, for people to read beside the rows."""
+        for asked in self._asked.values():
+            example = asked.example
+            request = example.requests[0]
+            yield {
+                "id": example.id,
+                "task": asked.task,
+                "part": asked.part,
+                "prompt": request.text if isinstance(request, Rolling) else request.context,
+                "choices": list(example.choices),
+                "gold": example.gold,
+            }
+
+    def unfinished(self, done: frozenset[str], *, rank: int = 0, num_ranks: int = 1) -> list[Chunk]:
+        """Return this process's chunks with examples that are not in `done`: every `num_ranks`-th of all is its own."""
+        own = self.chunks[rank::num_ranks]
+        return [chunk for chunk in own if any(example.id not in done for example in chunk.examples)]
+
+    def run(
+        self, model: EnsembleForCausalLM, folder: RowsFolder, chunks: Sequence[Chunk], done: frozenset[str]
+    ) -> Iterator[int]:
+        """Answer chunk after chunk and append the rows; yield how many examples each had. Raises RunError."""
+        for chunk in chunks:
+            answered = chunk.answer(model, self._tokenizer, self.grid, seed=self.options.seed)
+            folder.append([row for one in answered if one.example.id not in done for row in self._rows(one)])
+            yield len(chunk.examples)
+
+    def _rows(self, answered: Answered) -> Iterator[Row]:
+        asked = self._asked[answered.example.id]
+        measured: dict[str, Measurement] = {}  # many points answer alike
+        for point, answers in zip(self.grid, answered.answers, strict=True):
+            key = repr(answers)
+            if key not in measured:
+                measured[key] = asked.measure(answers)
+            yield {
+                "id": asked.example.id,
+                "task": asked.task,
+                "part": asked.part,
+                "rule": point.rule,
+                "alpha": point.alpha,
+                "values": dict(measured[key].values),
+                "predictions": dict(measured[key].predictions),
+            }
+
+
+def levels(rule: Rule) -> dict[str, GridPoint]:
+    """Return the members that are points of a grid too, by role: the anchors, at α = 0, of all rules for such members.
+
+    Of source FT, source PT and target PT these are the first (base-change) and the last (EFT).
+    """
+    alike = {name: each for name, each in RULES.items() if set(each.roles) == set(rule.roles)}
+    found: dict[str, GridPoint] = {}
+    for name, each in {**alike, rule.name: rule}.items():
+        if each.cutoff is None and dict(each.constant) == {each.anchor: 1.0}:
+            found.setdefault(each.anchor, GridPoint(name, 0.0))
+    return found
+
+
+def prompts_of(example: Example) -> Example:
+    """Return the example that asks how probable the prompts of `example` are, each different one once."""
+    contexts = []
+    for request in example.requests:
+        if isinstance(request, Rolling):
+            raise ConfigError(
+                f"{example.id} is measured by the likelihood of its text, which so cannot choose alpha without it; "
+                "give --validation in place of --select perplexity"
+            )
+        contexts.append(request.context)
+    return Example(f"{example.id}/{PROMPTS}", {}, tuple(Rolling(text) for text in dict.fromkeys(contexts) if text))
+
+
+def _ask(task: SweepTask) -> Iterator[_Asked]:
+    for part, examples in ((VALIDATION, task.parts.validation), (TEST, task.parts.test)):
+        for example in examples:
+            yield _Asked(example, task.task.name, part, _measure_by(task.task, example))
+    for example in task.prompts:
+        yield _Asked(example, task.task.name, PROMPTS, _measure_prompts)
+
+
+def _measure_by(task: EvalTask, example: Example) -> Callable[[Sequence[Answer]], Measurement]:
+    return lambda answers: task.measure(example, answers)
+
+
+def _measure_prompts(answers: Sequence[Answer]) -> Measurement:
+    return Measurement({LOG_PROB: sum(answers)}, {})  # type: ignore[arg-type]
