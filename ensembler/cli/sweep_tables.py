@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from ensembler.cli.tables import console
-from ensembler.evaluation.formats import show_difference, show_interval, show_p
+from ensembler.evaluation.formats import show_difference, show_interval, show_metric, show_p
 from ensembler.evaluation.report import choice_lines, heading
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def print_sweep(summaries: Sequence[TaskSummary]) -> None:
 def _methods(summary: TaskSummary) -> Table:
     others = list(summary.methods[0].others)
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("method", f"{summary.metric} (95 % interval)", *others):
+    for name in ("method", f"{show_metric(summary.metric, summary.methods[0].test)} (95 % interval)", *others):
         table.add_column(name)
     for figure in summary.methods:
         table.add_row(figure.label, show_interval(figure.test), *(f"{figure.others[key]:.4g}" for key in others))

@@ -42,6 +42,23 @@ def _until_text(ids: list[int], tokenizer: Any, stops: Sequence[str]) -> list[in
     return ids
 
 
+class _StopStrings(StopStringCriteria):  # type: ignore[misc,unused-ignore]
+    """transformers' criterion, for vocabularies too that do not hold the text which it tries tokens behind."""
+
+    @staticmethod
+    def clean_tokenizer_vocab(tokenizer: Any, static_prefix: str = "abcdef", **kwargs: Any) -> Any:
+        """Return the texts of all tokens, and their ids."""
+
+        def is_kept(text: str) -> bool:
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return bool(text) and text in tokenizer.convert_tokens_to_string(tokenizer.convert_ids_to_tokens(ids))
+
+        if not is_kept(static_prefix):
+            texts = (tokenizer.convert_tokens_to_string([token]).strip() for token in tokenizer.get_vocab())
+            static_prefix = next(filter(is_kept, texts), static_prefix)
+        return StopStringCriteria.clean_tokenizer_vocab(tokenizer, static_prefix, **kwargs)
+
+
 class StopInNewText(StoppingCriteria):  # type: ignore[misc,unused-ignore]
     """Ends a row whose new text holds one of `stops`; a stop text that begins in the prompt is none.
 
@@ -49,7 +66,7 @@ class StopInNewText(StoppingCriteria):  # type: ignore[misc,unused-ignore]
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str], prompt_length: int) -> None:
-        self._criterion = StopStringCriteria(tokenizer, list(stops))
+        self._criterion = _StopStrings(tokenizer, list(stops))
         self._prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:

@@ -95,11 +95,12 @@ class GenerationChunk:
         repeats = self.request.repeats if options.num_return_sequences == 1 else 1  # greedy texts are the same
         batches = complete_grid(model, tokenizer, self.prompts, grid, options, batch_size=len(self.prompts))
         samples = {one.number: one.samples for batch in batches for one in batch.completions}
+
+        def texts(prompt: EncodedPrompt, point: GridPoint) -> list[Answer]:
+            return [[cut(one.text, stop) for one in samples[prompt.number][point]] * repeats]
+
         return [
-            Answered(
-                example,
-                tuple([cut(one.text, stop) for one in samples[prompt.number][point]] * repeats for point in grid),
-            )
+            Answered(example, tuple(texts(prompt, point) for point in grid))
             for example, prompt in zip(self.examples, self.prompts, strict=True)
         ]
 

@@ -13,11 +13,20 @@ def show_interval(interval: Interval) -> str:
     return f"{show_number(interval.estimate, interval)} ({low} to {high})"
 
 
+def show_metric(name: str, like: Interval) -> str:
+    """Return a metric's name with its unit."""
+    return f"{name}, %" if _is_percent(like) else name
+
+
+def _is_percent(interval: Interval) -> bool:
+    return interval.method in ("Wilson", "Newcombe")
+
+
 def show_number(number: float, like: Interval) -> str:
     """Return one number in the unit of an interval: tenths of a percent where it counts right and wrong."""
     if not math.isfinite(number):
         return "?" if math.isnan(number) else str(number)
-    if like.method in ("Wilson", "Newcombe"):
+    if _is_percent(like):
         return f"{100 * number:.1f}"
     return f"{number:.4g}"
 

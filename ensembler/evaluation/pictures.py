@@ -22,7 +22,7 @@ def draw_sweep(summaries: Sequence[TaskSummary]) -> bytes:
     chosen α as a star.
     """
     figure = require("matplotlib.figure", "eval").Figure(
-        figsize=(7.5, 0.6 + 4.2 * len(summaries)), layout="constrained", dpi=120
+        figsize=(9.5, 0.6 + 4.2 * len(summaries)), layout="constrained", dpi=120
     )
     panels = figure.subplots(len(summaries), squeeze=False)
     for axes, summary in zip(panels[:, 0], summaries, strict=True):
@@ -43,7 +43,7 @@ def _draw_task(axes: Any, summary: TaskSummary) -> None:
     axes.set_xlabel("α")
     axes.set_ylabel(f"{summary.metric}, {summary.num_test:,} test examples")
     axes.set_title(summary.task)
-    axes.legend(fontsize="small", framealpha=0.8)
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     axes.grid(alpha=0.25)
 
 

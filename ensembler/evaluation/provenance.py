@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from ensembler import __version__
-from ensembler.adapters import ADAPTER_CONFIG
+from ensembler.members import MemberFiles
 from ensembler.patch.headers import fingerprint, model_tensors
+from ensembler.patch.settings import ADAPTER_CONFIG
 from ensembler.preflight import CheckedEnsemble
 from ensembler.sources import is_local
 
+_NUMBERS = ("rule", "constant", "slope", "anchor", "cutoff", "outside")
+_PLACES = ("offload_folder", "max_memory", "device_map")
+_HASH = 16  # hexadecimal digits
 _PACKAGES = ("torch", "transformers", "peft", "lm_eval", "bitsandbytes")
 
 
@@ -26,22 +31,30 @@ def versions() -> dict[str, str]:
     return found
 
 
-def member_hashes(checked: CheckedEnsemble) -> dict[str, dict[str, str]]:
-    """Return for each member that is loaded from files what tells its weights from others'.
+def describe_ensemble(checked: CheckedEnsemble) -> dict[str, Any]:
+    """Return what an ensemble computes but for its α, as JSON: the rule's numbers and each member with its hash.
 
-    Of a folder the fingerprint of `patch apply`'s cards (headers and the first 4 KiB of every tensor), of a model on
-    the hub its commit; of an adapter the SHA-256 of its files.
+    A folder goes by its name and the fingerprint of its weights, as on the cards of `patch apply` (headers and the
+    first 4 KiB of every tensor), wherever it lies; a model on the hub by its commit; an adapter by the SHA-256 of its
+    files.
     """
-    found = {}
-    for role, files in checked.files.items():
-        if is_local(files.config.model):
-            hashes = {"fingerprint": fingerprint(model_tensors(Path(files.config.model)).values())[:16]}
-        else:
-            hashes = {"commit": str(getattr(files.model_config, "_commit_hash", None) or files.config.revision)}
-        if files.config.adapter is not None and is_local(files.config.adapter):
-            hashes["adapter_sha256"] = _folder_hash(Path(files.config.adapter))[:16]
-        found[role] = hashes
-    return found
+    config = checked.config.to_dict()
+    described = {key: config[key] for key in _NUMBERS if key in config}
+    return {**described, "members": {role: _describe(files) for role, files in checked.files.items()}}
+
+
+def _describe(files: MemberFiles) -> dict[str, Any]:
+    config = files.config
+    described = {key: value for key, value in config.to_dict().items() if key not in _PLACES}
+    if is_local(config.model):
+        described["model"] = Path(config.model).name
+        described["fingerprint"] = fingerprint(model_tensors(Path(config.model)).values())[:_HASH]
+    else:
+        described["commit"] = getattr(files.model_config, "_commit_hash", None)
+    if config.adapter is not None and is_local(config.adapter):
+        described["adapter"] = Path(config.adapter).name
+        described["adapter_sha256"] = _folder_hash(Path(config.adapter))[:_HASH]
+    return described
 
 
 def _folder_hash(folder: Path) -> str:

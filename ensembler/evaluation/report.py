@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ensembler.decoding.points import GridPoint
-from ensembler.evaluation.formats import show_difference, show_interval, show_number, show_p
+from ensembler.evaluation.formats import show_difference, show_interval, show_metric, show_number, show_p
 from ensembler.evaluation.metric_values import from_json
 from ensembler.evaluation.pictures import draw_sweep
 from ensembler.evaluation.rows_folder import Row, RowsFolder, read_examples, write_whole
@@ -94,6 +94,7 @@ def _task(summary: TaskSummary, rows: Mapping[str, Sequence[Row]], examples: Map
         "summary": summary,
         "heading": heading(summary),
         "others": others,
+        "metric": show_metric(summary.metric, summary.methods[0].test),
         "methods": [
             {
                 "label": figure.label,
@@ -147,7 +148,7 @@ def _changed(
     filter_name = summary.metric.partition(",")[2]
     changes, num_better, num_worse = [], 0, 0
     for name, of_example in rows.items():
-        if of_example[0]["part"] != TEST or of_example[0]["task"] != summary.task:
+        if (examples[name]["part"], examples[name]["task"]) != (TEST, summary.task):
             continue
         by_point = {_point(row): row for row in of_example}
         before, after = by_point[anchor], by_point[chosen]
@@ -169,8 +170,8 @@ def _changed(
                 "id": change.id,
                 "prompt": _end(examples[change.id]["prompt"]),
                 "gold": examples[change.id]["gold"] or "",
-                "before": _answer(change.before, filter_name),
-                "after": _answer(change.after, filter_name),
+                "before": _text(change.before, filter_name),
+                "after": _text(change.after, filter_name),
                 "before_class": _colour(change.before, summary),
                 "after_class": _colour(change.after, summary),
             }
@@ -184,6 +185,13 @@ def _answer(row: Row, filter_name: str) -> str:
     return str(predictions.get(filter_name, next(iter(predictions.values()), "")))
 
 
+def _text(row: Row, filter_name: str) -> str:
+    """The whole text that was generated, the first of several; of choices the chosen one."""
+    (first, *_) = row["answers"] or [None]
+    is_text = isinstance(first, list) and first and isinstance(first[0], str)
+    return str(first[0]) if is_text else _answer(row, filter_name)
+
+
 def _gain(before: Row, after: Row, summary: TaskSummary) -> float:
     a, b = (from_json(row["values"].get(summary.metric)) for row in (before, after))
     if not isinstance(a, int | float) or not isinstance(b, int | float):
@@ -193,7 +201,7 @@ def _gain(before: Row, after: Row, summary: TaskSummary) -> float:
 
 def _colour(row: Row, summary: TaskSummary) -> str:
     value = row["values"].get(summary.metric)
-    return {1: "right", 0: "wrong"}.get(value, "") if isinstance(value, int | float) else ""
+    return "right" if value == 1 else "wrong" if value == 0 else ""
 
 
 def _end(prompt: str) -> str:

@@ -14,8 +14,9 @@ from ensembler.errors import ConfigError
 from ensembler.evaluation.answering import Answered, Chunk, ScoringChunk, make_chunks
 from ensembler.evaluation.batches import can_share_contexts
 from ensembler.evaluation.examples import Answer, Example, Measurement, Metric, Rolling
+from ensembler.evaluation.metric_values import to_json
 from ensembler.evaluation.parts import Parts, split_examples
-from ensembler.evaluation.provenance import member_hashes, versions
+from ensembler.evaluation.provenance import describe_ensemble, versions
 from ensembler.evaluation.rows_folder import Row, RowsFolder
 from ensembler.evaluation.tasks import EvalTask
 from ensembler.modeling import EnsembleForCausalLM
@@ -143,14 +144,11 @@ class Sweep:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """All that rows depend on, as JSON: a folder of rows is gone on with only where they are the same."""
-        config = self._checked.config.to_dict()
-        left_out = ("alpha", "transformers_version", "architectures", "model_type")
         options = self.options
         return {
             "format": _FORMAT,
             "versions": versions(),
-            "ensemble": {key: value for key, value in config.items() if key not in left_out},
-            "weights": member_hashes(self._checked),
+            "ensemble": describe_ensemble(self._checked),
             "rules": list(options.rules),
             "alphas": list(options.alphas),
             "tasks": {task.task.name: self._task_settings(task) for task in self.tasks},
@@ -211,12 +209,11 @@ class Sweep:
                 measured[key] = asked.measure(answers)
             yield {
                 "id": asked.example.id,
-                "task": asked.task,
-                "part": asked.part,
                 "rule": point.rule,
                 "alpha": point.alpha,
                 "values": dict(measured[key].values),
                 "predictions": dict(measured[key].predictions),
+                "answers": to_json(answers, asked.example.id),
             }
 
 
@@ -259,4 +256,4 @@ def _measure_by(task: EvalTask, example: Example) -> Callable[[Sequence[Answer]]
 
 
 def _measure_prompts(answers: Sequence[Answer]) -> Measurement:
-    return Measurement({LOG_PROB: sum(answers)}, {})  # type: ignore[arg-type]
+    return Measurement({LOG_PROB: sum(answers)}, {})

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from ensembler.errors import ConfigError, RunError
@@ -96,6 +97,9 @@ class EvalTask:
     def describe(self) -> dict[str, Any]:
         """Return what was evaluated, for a summary: name, version, few-shot examples, splits and lm-eval's settings."""
         config = json.loads(json.dumps(self.task.dump_config(), default=str))
+        data = config.get("dataset_kwargs") or {}
+        if "data_files" in data:  # where files lie is no part of a task
+            data["data_files"] = _names(data["data_files"])
         return {
             "name": self.name,
             "version": self.version,
@@ -250,3 +254,10 @@ class EvalTask:
     def _aggregation(self, name: str) -> Any:
         """lm-eval's own, the mean where it has none, as its evaluator does."""
         return self.task.aggregation().get(name, require("lm_eval.api.metrics", "eval").mean)
+
+
+def _names(files: Any) -> Any:
+    """Paths of data files without their folders, in the structure that they have."""
+    if isinstance(files, dict):
+        return {split: _names(each) for split, each in files.items()}
+    return [_names(each) for each in files] if isinstance(files, list) else Path(str(files)).name
