@@ -84,7 +84,12 @@ def test_windows_are_those_of_hflm(make: Any, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(model, "_loglikelihood_tokens", record)
         (expected,) = model.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], True)
         (encoded,) = encode_examples([Example("t/test/0", {}, (Rolling(text),))], tokenizer, 7)
-        found = [(r.context, continuation) for r in encoded.requests for continuation in r.continuations]
+        found = [
+            (context, continuation)
+            for request in encoded.requests
+            for context, continuations in request.windows()
+            for continuation in continuations
+        ]
         assert sorted(found) == sorted((tuple(context), tuple(ids)) for _, context, ids in seen)
         scores = [[(-1.5 * len(ids), False) for ids in r.continuations] for r in encoded.requests]
         assert encoded.answers(scores) == [expected]

@@ -9,7 +9,6 @@ from typing import Any
 from ensembler.errors import PromptError
 from ensembler.evaluation.examples import Answer, Continuation, Example, Generation, Rolling
 from ensembler.evaluation.requests import ScoringRequest
-from ensembler.extras import require
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 
@@ -19,7 +18,7 @@ class EncodedExample:
     """An example whose answers are log-probs, as scoring requests.
 
     Continuations of the same context are one request. `owners`: for each continuation of each request, to which of the
-    example's requests it belongs; a rolling text has several. `num_truncated`: how many of the example's requests had
+    example's requests it belongs. `num_truncated`: how many of the example's requests had
     their context cut on the left.
     """
 
@@ -30,13 +29,14 @@ class EncodedExample:
 
     def answers(self, scores: Sequence[Sequence[tuple[float, bool]]]) -> list[Answer]:
         """Return the example's answers from (log-prob, is greedy) of each continuation of each request."""
-        parts: list[list[tuple[float, bool]]] = [[] for _ in self.example.requests]
-        for owners, found in zip(self.owners, scores, strict=True):
-            for owner, score in zip(owners, found, strict=True):
-                parts[owner].append(score)
+        found = {
+            owner: score
+            for owners, of_request in zip(self.owners, scores, strict=True)
+            for owner, score in zip(owners, of_request, strict=True)
+        }
         return [
-            sum(log_prob for log_prob, _ in found) if isinstance(request, Rolling) else found[0]
-            for request, found in zip(self.example.requests, parts, strict=True)
+            found.get(owner, (0.0, True))[0] if isinstance(request, Rolling) else found[owner]
+            for owner, request in enumerate(self.example.requests)
         ]
 
 
@@ -55,29 +55,41 @@ def encode_examples(examples: Sequence[Example], tokenizer: Any, max_length: int
 
 
 def _encode(example: Example, tokenizer: Any, max_length: int, number: int) -> EncodedExample:
+    rolling = [request for request in example.requests if isinstance(request, Rolling)]
+    if len(rolling) == len(example.requests):
+        return _encode_texts(example, rolling, tokenizer, max_length, number)
     groups: dict[tuple[int, ...], list[tuple[int, tuple[int, ...]]]] = {}
-    truncated = set()
+    num_truncated = 0
     for owner, request in enumerate(example.requests):
-        if isinstance(request, Generation):
-            raise TypeError(f"{example.id} is to be generated, not scored")
-        for context, continuation in _pairs(request, tokenizer, max_length, example, owner):
-            room = max_length + 1 - len(continuation)
-            if len(context) > room:
-                truncated.add(owner)
-            groups.setdefault(context[-room:], []).append((owner, continuation))
+        if not isinstance(request, Continuation):
+            raise TypeError(f"{example.id} asks for more than log-probs of continuations")
+        context, continuation = _pair(request, tokenizer, max_length, example, owner)
+        room = max_length + 1 - len(continuation)
+        num_truncated += len(context) > room
+        groups.setdefault(context[-room:], []).append((owner, continuation))
     requests = tuple(
         ScoringRequest(number + index, context, tuple(ids for _, ids in members), example.id, len(members) > 1)
         for index, (context, members) in enumerate(groups.items())
     )
     owners = tuple(tuple(owner for owner, _ in members) for members in groups.values())
-    return EncodedExample(example, requests, owners, len(truncated))
+    return EncodedExample(example, requests, owners, num_truncated)
 
 
-def _pairs(
-    request: Continuation | Rolling, tokenizer: Any, max_length: int, example: Example, owner: int
-) -> list[Pair]:
-    if isinstance(request, Rolling):
-        return _windows(request.text, tokenizer, max_length)
+def _encode_texts(
+    example: Example, rolling: Sequence[Rolling], tokenizer: Any, max_length: int, number: int
+) -> EncodedExample:
+    """An empty text asks nothing: its log-prob is 0."""
+    texts = [(owner, _ids(request.text, tokenizer)) for owner, request in enumerate(rolling)]
+    asked = [(owner, ids) for owner, ids in texts if ids]
+    prefix = (_prefix(tokenizer),)
+    requests = tuple(
+        ScoringRequest(number + index, prefix, (ids,), example.id, window=max_length)
+        for index, (_, ids) in enumerate(asked)
+    )
+    return EncodedExample(example, requests, tuple((owner,) for owner, _ in asked), 0)
+
+
+def _pair(request: Continuation, tokenizer: Any, max_length: int, example: Example, owner: int) -> Pair:
     context, continuation = encode_pair(request.context, request.text, tokenizer)
     what = f"choice {owner}" if len(example.requests) > 1 else "the answer"
     if not continuation:
@@ -86,7 +98,7 @@ def _pairs(
         raise PromptError(
             f"{example.id}: {what} has {len(continuation):,} tokens; the context ends at {max_length:,}: shorten it"
         )
-    return [(context, continuation)]
+    return context, continuation
 
 
 def encode_pair(context: str, continuation: str, tokenizer: Any) -> Pair:
@@ -102,14 +114,6 @@ def encode_pair(context: str, continuation: str, tokenizer: Any) -> Pair:
     whole = _ids(bare + context[len(bare) :] + continuation, tokenizer)
     context_ids = _ids(bare, tokenizer)
     return context_ids, whole[len(context_ids) :]
-
-
-def _windows(text: str, tokenizer: Any, max_length: int) -> list[Pair]:
-    utils = require("lm_eval.utils", "eval")
-    windows = utils.get_rolling_token_windows(
-        token_list=list(_ids(text, tokenizer)), prefix_token=_prefix(tokenizer), max_seq_len=max_length, context_len=1
-    )
-    return [(tuple(context), tuple(ids)) for context, ids in map(utils.make_disjoint_window, windows)]
 
 
 def encode_generation(request: Generation, tokenizer: Any, max_length: int, source: str) -> tuple[list[int], int]:
