@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import click
 
 from ensembler.cli.options import DEMO, EnsembleOptions, ensemble_options
 from ensembler.cli.task_options import TaskOptions, task_options
-from ensembler.errors import ConfigError, EnsemblerError, InputError, RankError
+from ensembler.errors import EnsemblerError, InputError, RankError
 from ensembler.launch import local_rank, num_ranks, this_rank
 from ensembler.rules import RULE_NAMES
 
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from ensembler.evaluation.rows_folder import RowsFolder
     from ensembler.evaluation.sweep import Sweep
     from ensembler.preflight import CheckedEnsemble
-
-_MOST_ALPHAS = 1000
 
 
 @click.command()
@@ -83,7 +80,7 @@ def sweep(
     accelerate launch --num-processes 4 -m ensembler sweep my-ensemble --task gsm8k --validation train --device cuda
     """
     names = tuple(name.strip() for name in rules.split(",")) if rules is not None else ()
-    grid = parse_alphas(alphas)
+    from ensembler.decoding.points import parse_alphas
     from ensembler.demo import demo_task
     from ensembler.evaluation.rows_folder import RowsFolder
     from ensembler.evaluation.sweep import Sweep, SweepOptions
@@ -91,7 +88,7 @@ def sweep(
 
     options = SweepOptions(
         rules=names,
-        alphas=grid,
+        alphas=parse_alphas(alphas),
         validation=validation,
         select=select,
         one_standard_error=one_standard_error,
@@ -180,23 +177,3 @@ def _use_own_gpu() -> None:
 
 def _command() -> str:
     return shlex.join(["ensembler", *sys.argv[1:]])
-
-
-def parse_alphas(text: str) -> tuple[float, ...]:
-    """Return the numbers of FIRST:LAST:STEP, both ends among them, or of A,B,...; raise ConfigError."""
-    parts = text.split(":")
-    try:
-        numbers = [float(part) for part in (parts if len(parts) > 1 else text.split(","))]
-    except ValueError:
-        numbers = []
-    if not numbers or not all(map(math.isfinite, numbers)) or len(parts) not in (1, 3):
-        raise ConfigError(f"--alphas {text!r} is no grid; expected FIRST:LAST:STEP as 0:1.5:0.1, or 0,0.5,1")
-    if len(parts) == 1:
-        return tuple(numbers)
-    first, last, step = numbers
-    if step <= 0 or last < first:
-        raise ConfigError(f"--alphas {text!r} is empty; expected FIRST:LAST:STEP with a step above 0, upwards")
-    num = math.floor((last - first) / step + 1e-9) + 1
-    if num > _MOST_ALPHAS:
-        raise ConfigError(f"--alphas {text!r} is {num:,} numbers; give at most {_MOST_ALPHAS:,}")
-    return tuple(round(first + index * step, 10) + 0.0 for index in range(num))

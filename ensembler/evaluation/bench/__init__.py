@@ -1,0 +1,1 @@
+"""Methods side by side: the ensemble, the ported patch, the members alone."""

@@ -1,0 +1,179 @@
+"""A benchmark planned and run: the sweeps behind its methods, and what each method costs."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ensembler.errors import ConfigError, EnsemblerError
+from ensembler.evaluation.bench.measure import Load
+from ensembler.evaluation.bench.methods import Method, Run, plan_runs
+from ensembler.evaluation.bench.recipe import Experiment, Recipe, Speed
+from ensembler.evaluation.encoding import encode_examples, encode_generation
+from ensembler.evaluation.examples import Generation, Rolling
+from ensembler.evaluation.rows_folder import RowsFolder
+from ensembler.evaluation.sweep import Sweep, SweepOptions
+from ensembler.evaluation.task_loading import load_tasks
+from ensembler.evaluation.tasks import EvalTask
+from ensembler.modeling import EnsembleForCausalLM
+from ensembler.preflight import CheckedEnsemble, check_ensemble
+
+_NAME = re.compile(r"[\w+.-]+")
+_MAX_LENGTH = 2048
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run of an experiment: its members checked, its examples encoded, nothing loaded."""
+
+    experiment: Experiment
+    run: Run
+    checked: CheckedEnsemble
+    sweep: Sweep
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return f"{self.experiment.name}.{self.run.name}"
+
+
+class Bench:
+    """All runs of a recipe, planned. Raises ConfigError, MemberError, VocabularyError, PatchError or PromptError."""
+
+    def __init__(self, recipe: Recipe, *, allow_code_execution: bool = False) -> None:
+        self.recipe = recipe
+        self._tasks: dict[str, list[EvalTask]] = {}
+        self._allow_code_execution = allow_code_execution
+        self.runs = [planned for experiment in recipe.experiments for planned in self._plan(experiment)]
+
+    def _plan(self, experiment: Experiment) -> Iterator[PlannedRun]:
+        if not _NAME.fullmatch(experiment.name):
+            raise ConfigError(f"experiment {experiment.name!r} cannot be a folder's name; use letters, digits, + - _ .")
+        tasks = self._load(experiment)
+        for run in plan_runs(experiment):
+            try:
+                checked = check_ensemble(run.config)
+                sweep = Sweep(checked, tasks, _options(experiment, run))
+            except EnsemblerError as error:
+                raise type(error)(f"experiment {experiment.name}, {run.name}: {error}") from error
+            yield PlannedRun(experiment, run, checked, sweep)
+
+    def _load(self, experiment: Experiment) -> list[EvalTask]:
+        """Experiments differ in their models more than in their tasks."""
+        key = repr((experiment.tasks, experiment.num_fewshot, experiment.limit))
+        if key not in self._tasks:
+            self._tasks[key] = load_tasks(
+                experiment.tasks,
+                num_fewshot=experiment.num_fewshot,
+                limit=experiment.limit,
+                allow_code_execution=self._allow_code_execution,
+            )
+        return self._tasks[key]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that results depend on, as JSON."""
+        return {
+            "speed": None if self.recipe.speed is None else asdict(self.recipe.speed),
+            "runs": {planned.name: planned.sweep.settings for planned in self.runs},
+        }
+
+    def folder(self, out: Path, planned: PlannedRun, *, rank: int = 0) -> RowsFolder:
+        """Return the folder of a run's rows."""
+        sweep = planned.sweep
+        return RowsFolder(out / "runs" / planned.name, sweep.settings, rows_per_id=len(sweep.grid), rank=rank)
+
+
+def _options(experiment: Experiment, run: Run) -> SweepOptions:
+    return SweepOptions(
+        rules=run.rules,
+        alphas=run.alphas,
+        validation=experiment.validation,
+        metric=experiment.metric,
+        batch_size=experiment.batch_size,
+        seed=experiment.seed,
+    )
+
+
+def answer(
+    planned: PlannedRun, folder: RowsFolder, command: str, *, rank: int, num_ranks: int, advance: Callable[[int], None]
+) -> None:
+    """Make the rows of a run that are missing. Raises EnsemblerError, or what torch raises without memory."""
+    sweep = planned.sweep
+    folder.begin(command, sweep.example_rows())
+    done = frozenset(folder.rows())
+    chunks = sweep.unfinished(done, rank=rank, num_ranks=num_ranks)
+    if not chunks:
+        return
+    model = EnsembleForCausalLM.from_checked(planned.checked)
+    try:
+        with folder:
+            for num in sweep.run(model, folder, chunks, done):
+                advance(num)
+    finally:
+        del model
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+# -- cost --------------------------------------------------------------------------------------------------------------
+
+
+def cost_id(planned: PlannedRun, method: Method, number: int) -> str:
+    """The id of the row of one measurement of a method."""
+    return f"cost/{planned.experiment.name}/{method.name}/{number}"
+
+
+def make_load(planned: PlannedRun, method: Method, alpha: float, speed: Speed) -> Load:
+    """Return what is measured of a method: the first test examples of its experiment's first task."""
+    task = planned.sweep.tasks[0]
+    examples = task.parts.test[: max(speed.num_examples, speed.num_prompts)]
+    tokenizer = planned.checked.require_tokenizer()
+    shortest = planned.checked.shortest_context
+    max_length = _MAX_LENGTH if shortest is None else shortest[1]
+    scored = [one for one in examples if not any(isinstance(request, Generation) for request in one.requests)]
+    requests = [
+        {"context": request.context, "continuations": request.continuations, "window": request.window}
+        for encoded in encode_examples(scored[: speed.num_examples], tokenizer, max_length)
+        for request in encoded.requests
+    ]
+    prompts = []
+    for example in examples[: speed.num_prompts]:
+        request = example.requests[0]
+        text = request.text if isinstance(request, Rolling) else request.context
+        ids, _ = encode_generation(Generation(text, speed.new_tokens, ()), tokenizer, max_length, example.id)
+        prompts.append(ids)
+    config = planned.checked.config
+    members = {role: member.to_dict() for role, member in config.members.items()}
+    return Load(
+        config={"rule": method.rule, "members": members, "constant": config.constant, "outside": config.outside},
+        rule=method.rule,
+        alpha=alpha,
+        alone=method.alone is not None,
+        prompts=prompts,
+        requests=requests,
+        new_tokens=speed.new_tokens,
+        batch_size=planned.experiment.batch_size,
+    )
+
+
+def measure_apart(load: Load) -> dict[str, Any]:
+    """Return the cost of a method from a process of its own, or {"error": ...}."""
+    command = [sys.executable, "-m", "ensembler.evaluation.bench.measure"]
+    done = subprocess.run(command, input=json.dumps(asdict(load)), capture_output=True, text=True, check=False)
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        return {"error": f"the process ended with {done.returncode}: {last[:300]}"}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found

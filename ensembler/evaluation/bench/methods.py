@@ -1,0 +1,115 @@
+"""Which ensembles an experiment loads, and which points of them are its methods: several share a run of the members."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from ensembler.config import EnsembleConfig, MemberConfig
+from ensembler.decoding.points import GridPoint
+from ensembler.errors import ConfigError
+from ensembler.evaluation.bench.recipe import Experiment
+
+_TRIO = ("source_ft", "source_pt", "target_pt")
+_LEVELS = {"source_ft": GridPoint("base-change", 0.0), "target_pt": GridPoint("eft", 0.0)}
+_ALONE = GridPoint("linear", 0.0)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as points of a run's grid: one, or a rule whose α is to be chosen.
+
+    `alone`: the role that a user of this method would load by itself; None: all members.
+    """
+
+    name: str
+    rule: str
+    alpha: float | None
+    alone: str | None = None
+
+    @property
+    def point(self) -> GridPoint | None:
+        """The point where α is known."""
+        return None if self.alpha is None else GridPoint(self.rule, self.alpha)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Members that are loaded together, the grid that they run, and the methods that are points of it."""
+
+    name: str
+    config: EnsembleConfig
+    rules: tuple[str, ...]
+    alphas: tuple[float, ...]
+    methods: tuple[Method, ...]
+
+
+def plan_runs(experiment: Experiment) -> list[Run]:
+    """Return the runs of an experiment, every method in one of them.
+
+    The members are the levels of their ensemble (base-change at α = 0 is source FT, EFT at α = 0 target PT), so they
+    cost nothing beside it; with the patched target in place of target PT, EFT at α = 0 is the ported patch.
+    """
+    runs: list[Run] = []
+    for name, rules, levels, patched in (
+        ("ensemble", ("base-change", "eft"), {"source_ft": "source_ft", "target_pt": "target_pt"}, False),
+        ("patched", ("patch+base-change",), {"target_pt": "patch"}, True),
+    ):
+        tuned = [method for method in rules if method in experiment.methods]
+        if tuned:
+            runs.append(_together(experiment, name, tuned, levels, patched=patched))
+    placed = {method.name for run in runs for method in run.methods}
+    return [*runs, *(_alone(experiment, method) for method in experiment.methods if method not in placed)]
+
+
+def _together(experiment: Experiment, name: str, tuned: list[str], levels: Mapping[str, str], *, patched: bool) -> Run:
+    members = {role: experiment.models[role] for role in _TRIO}
+    if patched:
+        members["target_pt"] = _patched(experiment)
+    methods = [_tuned(experiment, method) for method in tuned]
+    known = [
+        Method(method, _LEVELS[role].rule, _LEVELS[role].alpha, alone=role)
+        for role, method in levels.items()
+        if method in experiment.methods
+    ]
+    return Run(
+        name,
+        EnsembleConfig(rule="base-change", members=members),
+        tuple(method.rule for method in methods),
+        tuple(dict.fromkeys(_alphas(experiment, methods))),
+        (*known, *methods),
+    )
+
+
+def _tuned(experiment: Experiment, name: str) -> Method:
+    alpha = experiment.alpha.get(name)
+    if alpha is None and len(experiment.alphas) == 1:
+        alpha = experiment.alphas[0]
+    return Method(name, "eft" if name == "eft" else "base-change", alpha)
+
+
+def _alphas(experiment: Experiment, methods: list[Method]) -> Iterator[float]:
+    if any(method.alpha is None for method in methods):
+        yield from experiment.alphas
+    yield from (method.alpha for method in methods if method.alpha is not None)
+
+
+def _alone(experiment: Experiment, method: str) -> Run:
+    role = "target_pt" if method == "patch" else method
+    member = _patched(experiment) if method == "patch" else experiment.models[role]
+    config = EnsembleConfig(rule="linear", members={role: member}, constant={role: 1.0})
+    return Run(method, config, (_ALONE.rule,), (_ALONE.alpha,), (Method(method, *_values(_ALONE), alone=role),))
+
+
+def _values(point: GridPoint) -> tuple[str, float]:
+    return point.rule, point.alpha
+
+
+def _patched(experiment: Experiment) -> MemberConfig:
+    target = experiment.models["target_pt"]
+    if target.adapter is not None:
+        raise ConfigError(
+            f"experiment {experiment.name}: target_pt has an adapter already ({target.adapter}), so the patch cannot "
+            "be one too; add one of them to its files first: ensembler patch apply"
+        )
+    return replace(target, adapter=experiment.patch)
