@@ -62,7 +62,7 @@ class Cost:
     peak_device_bytes: int | None
 
 
-class _Clock(BaseStreamer):
+class _Clock(BaseStreamer):  # type: ignore[misc,unused-ignore]
     """Notes when the prompt is handed over and when each token arrives."""
 
     def __init__(self) -> None:
