@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,9 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from ensembler.cli.options import DEMO, EnsembleOptions, ensemble_options
+from ensembler.cli.ranks import naming_rank, this_command, use_own_gpu
 from ensembler.cli.task_options import TaskOptions, task_options
-from ensembler.errors import EnsemblerError, InputError, RankError
-from ensembler.launch import local_rank, num_ranks, this_rank
+from ensembler.launch import num_ranks, this_rank
 from ensembler.rules import RULE_NAMES
 
 if TYPE_CHECKING:
@@ -102,8 +98,8 @@ def sweep(
     loaded = tasks.load(demo_task() if given.ensemble == DEMO else None)
     plan = Sweep(checked, loaded, options)
     folder = RowsFolder(output, plan.settings, rows_per_id=len(plan.grid), rank=this_rank())
-    with _naming_rank():
-        folder.begin(_command(), plan.example_rows())
+    with naming_rank():
+        folder.begin(this_command(), plan.example_rows())
         done = frozenset(folder.rows())
         chunks = plan.unfinished(done, rank=this_rank(), num_ranks=num_ranks())
         if chunks:
@@ -117,7 +113,7 @@ def _run(plan: Sweep, checked: CheckedEnsemble, folder: RowsFolder, chunks: list
 
     if this_rank() == 0:
         _say_begin(plan, chunks, done)
-    _use_own_gpu()
+    use_own_gpu()
     model = EnsembleForCausalLM.from_checked(checked)
     num_examples = sum(len(chunk.examples) for chunk in chunks)
     with folder, progress(num_examples, shown=this_rank() == 0, label="examples") as advance:
@@ -154,26 +150,3 @@ def _finish(plan: Sweep, folder: RowsFolder, *, as_json: bool) -> None:
     else:
         print_sweep(summaries)
     click.echo(f"{folder.path}: rows.jsonl, summary.json, sweep.png, report.html", err=True)
-
-
-@contextmanager
-def _naming_rank() -> Iterator[None]:
-    """Of several processes the one that failed says so; bad input, which all of them meet alike, the first one."""
-    try:
-        yield
-    except EnsemblerError as error:
-        if num_ranks() == 1 or isinstance(error, InputError):
-            raise
-        raise RankError(f"process {this_rank()}: {error}", reporter=this_rank()) from error
-
-
-def _use_own_gpu() -> None:
-    """Processes on one machine each take their GPU for what is placed on 'cuda'."""
-    import torch
-
-    if num_ranks() > 1 and local_rank() < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank())
-
-
-def _command() -> str:
-    return shlex.join(["ensembler", *sys.argv[1:]])

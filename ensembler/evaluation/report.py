@@ -33,19 +33,22 @@ def make_report(
     settings: Mapping[str, Any],
 ) -> str:
     """Return the page. `rows` and `examples` are by id, as the folder of results has them."""
+    return render(
+        "sweep_report.html.jinja",
+        summaries=summaries,
+        lines=[line for summary in summaries for line in choice_lines(summary)],
+        picture=base64.b64encode(picture).decode(),
+        tasks=[_task(summary, rows, examples) for summary in summaries],
+        command=command,
+        settings=json.dumps(settings, indent=2, ensure_ascii=False),
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """Return one of this package's pages; values are escaped."""
     jinja2 = require("jinja2", "eval")
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    template = jinja2.Environment(loader=folder, autoescape=True).get_template("sweep_report.html.jinja")
-    return str(
-        template.render(
-            summaries=summaries,
-            lines=[line for summary in summaries for line in choice_lines(summary)],
-            picture=base64.b64encode(picture).decode(),
-            tasks=[_task(summary, rows, examples) for summary in summaries],
-            command=command,
-            settings=json.dumps(settings, indent=2, ensure_ascii=False),
-        )
-    )
+    return str(jinja2.Environment(loader=folder, autoescape=True).get_template(template).render(**values))
 
 
 def heading(summary: TaskSummary) -> str:

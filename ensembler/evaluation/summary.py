@@ -196,17 +196,17 @@ def to_json(summaries: Sequence[TaskSummary], sweep: Sweep, command: str) -> str
     """Return summary.json: the figures of all tasks, and what they were made with."""
     content = {
         "command": command,
-        "tasks": [_finite(summary.to_dict()) for summary in summaries],
+        "tasks": [finite(summary.to_dict()) for summary in summaries],
         "settings": sweep.settings,
         "task settings": {task.task.name: task.task.describe() for task in sweep.tasks},
     }
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON knows no infinity: null stands for a number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: finite(each) for key, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, list | tuple) else value

@@ -79,6 +79,10 @@ class Bench:
             )
         return self._tasks[key]
 
+    def tasks(self, experiment: Experiment) -> list[EvalTask]:
+        """Return the tasks of an experiment."""
+        return self._load(experiment)
+
     @property
     def settings(self) -> dict[str, Any]:
         """All that results depend on, as JSON."""
@@ -153,11 +157,13 @@ def make_load(planned: PlannedRun, method: Method, alpha: float, speed: Speed) -
         text = request.text if isinstance(request, Rolling) else request.context
         ids, _ = encode_generation(Generation(text, speed.new_tokens, ()), tokenizer, max_length, example.id)
         prompts.append(ids)
-    config = planned.checked.config
-    members = {role: member.to_dict() for role, member in config.members.items()}
+    members = {role: member.to_dict() for role, member in planned.checked.config.members.items()}
+    config: dict[str, Any] = {"rule": method.rule, "members": members}
+    if method.alone is not None:  # as its user would load it: without the others
+        config = {"rule": "linear", "constant": {method.alone: 1.0}, "members": {method.alone: members[method.alone]}}
     return Load(
-        config={"rule": method.rule, "members": members, "constant": config.constant, "outside": config.outside},
-        rule=method.rule,
+        config=config,
+        rule=config["rule"],
         alpha=alpha,
         alone=method.alone is not None,
         prompts=prompts,

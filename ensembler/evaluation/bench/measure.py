@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import GenerationConfig
@@ -79,7 +80,7 @@ class _Clock(BaseStreamer):  # type: ignore[misc,unused-ignore]
 
 def measure(load: Load) -> Cost:
     """Load a method, warm it up, and measure it. Raises EnsemblerError."""
-    before = _host_peak()
+    before = psutil.Process().memory_info().rss
     start = time.perf_counter()
     config = EnsembleConfig(**{**load.config, "alpha": load.alpha})
     checked = check_ensemble(config)

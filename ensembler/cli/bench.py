@@ -1,0 +1,124 @@
+"""`ensembler bench`: keep the old fine-tune, decode with the ensemble, or port the patch?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ensembler.cli.ranks import naming_rank, this_command, use_own_gpu
+from ensembler.launch import num_ranks, this_rank
+
+if TYPE_CHECKING:
+    from ensembler.evaluation.bench.bench import Bench
+
+
+class _RunByDefault(click.Group):
+    """A group whose first word may be left out: `bench RECIPE` is `bench run RECIPE`."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands:
+            args = ["run", *args]
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_RunByDefault)
+def bench() -> None:
+    """Compare keeping the old fine-tune, decoding with the ensemble and porting the patch.
+
+    \b
+    ensembler bench RECIPE.yaml --output results
+    ensembler bench compare results other-results
+    """
+
+
+@bench.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("bench"),
+    show_default=True,
+    metavar="DIR",
+    help="The folder of the results.",
+)
+@click.option("--dry-run", is_flag=True, help="Check the recipe and say what would run; no weights are loaded.")
+@click.option("--allow-code-execution", is_flag=True, help="Let tasks such as HumanEval run what a model wrote.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+def run(recipe: Path, output: Path, dry_run: bool, allow_code_execution: bool, as_json: bool) -> None:
+    """Run all methods of RECIPE on the same examples and measure what each costs.
+
+    DIR gets the rows, summary.json, pictures and report.html. Run the same command again to go on after an interruption.
+
+    \b
+    ensembler bench examples/recipes/demo.yaml --dry-run
+    ensembler bench examples/recipes/demo.yaml --output demo-results
+    """
+    from ensembler.evaluation.bench.bench import Bench
+    from ensembler.evaluation.bench.recipe import read_recipe
+
+    planned = Bench(read_recipe(recipe), allow_code_execution=allow_code_execution)
+    if dry_run:
+        from ensembler.cli.bench_tables import print_plan
+
+        print_plan(planned)
+        return
+    with naming_rank():
+        _run(planned, output, as_json=as_json)
+
+
+def _run(planned: Bench, output: Path, *, as_json: bool) -> None:
+    from ensembler.cli.bench_tables import print_bench
+    from ensembler.cli.tables import progress
+    from ensembler.evaluation.bench.report import SUMMARY, write_bench
+    from ensembler.evaluation.bench.running import BenchRunner
+
+    use_own_gpu()
+    runner = BenchRunner(planned, output, this_command(), this_rank(), num_ranks())
+    with progress(runner.num_examples, shown=this_rank() == 0, label="examples") as advance:
+        runner.answer(advance)
+    for name, error in runner.errors.items():
+        click.echo(f"{name} failed and is left out: {error}", err=True)
+    if num_ranks() == 1:  # speed is no speed while other processes are at work
+        with progress(runner.num_measurements, shown=True, label="measurements") as advance:
+            runner.costs(advance)
+    elif this_rank() == 0 and planned.recipe.speed is not None:
+        click.echo("run the same command once without a launcher to measure speed and memory", err=True)
+    tasks = runner.summarise()
+    if tasks is None:
+        if this_rank() == 0:
+            click.echo("this process is done, others are not: the last one writes the summary", err=True)
+        return
+    files = write_bench(output, planned.recipe, tasks, command=runner.command, settings=planned.settings)
+    if as_json:
+        click.echo((output / SUMMARY).read_text(encoding="utf-8"), nl=False)
+    else:
+        print_bench(tasks)
+    click.echo(f"{output}: runs/, rows.jsonl, {', '.join(files)}", err=True)
+
+
+@bench.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
+def compare(a: Path, b: Path, as_json: bool) -> None:
+    """Put the results in folders A and B side by side.
+
+    \b
+    ensembler bench compare results-7b results-13b
+    """
+    from dataclasses import asdict
+
+    from ensembler.cli.bench_tables import print_pairs
+    from ensembler.evaluation.bench.comparing import compare_folders
+
+    pairs = compare_folders(a, b)
+    if as_json:
+        for pair in pairs:
+            click.echo(json.dumps(asdict(pair), ensure_ascii=False))
+    else:
+        print_pairs(pairs, a.name, b.name)

@@ -1,0 +1,207 @@
+"""What a benchmark comes to: every method's figure beside its cost, and paired comparisons on the same examples."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from ensembler.decoding.points import GridPoint
+from ensembler.evaluation.bench.bench import Bench, PlannedRun, cost_id
+from ensembler.evaluation.bench.methods import Method
+from ensembler.evaluation.bench.recipe import Experiment
+from ensembler.evaluation.rows_folder import Row
+from ensembler.evaluation.statistics import Interval, holm
+from ensembler.evaluation.summary import Difference
+from ensembler.evaluation.sweep import TEST, SweepTask
+from ensembler.evaluation.task_figures import TaskFigures
+
+# Which methods are compared besides each with the first (source FT, where there is one): the question of the benchmark.
+_PAIRS = (("base-change", "eft"), ("base-change", "patch"), ("patch", "direct"), ("base-change", "direct"))
+COSTS = (
+    "setup_seconds",
+    "weight_bytes",
+    "first_token_seconds",
+    "tokens_per_second",
+    "examples_per_second",
+    "peak_host_bytes",
+    "peak_device_bytes",
+)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A quantity over the rounds: median, smallest and largest."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """One method on one task.
+
+    `test`: the metric on the test examples; `published`: a paper's figure in the unit of the table; `cost` by name
+    (`Cost`). `error`: why there is no figure, or no cost.
+    """
+
+    method: str
+    alpha: float | None = None
+    is_chosen: bool = False
+    test: Interval | None = None
+    others: Mapping[str, float] = field(default_factory=dict)
+    published: float | None = None
+    cost: Mapping[str, Spread] = field(default_factory=dict)
+    error: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        return {**asdict(self), "test": None if self.test is None else self.test.to_dict()}
+
+
+@dataclass(frozen=True)
+class BenchTask:
+    """One task of one experiment."""
+
+    experiment: str
+    task: str
+    version: str
+    metric: str
+    higher_is_better: bool
+    num_validation: int
+    num_test: int
+    source: str
+    methods: tuple[MethodSummary, ...]
+    differences: tuple[Difference, ...]
+
+    @property
+    def name(self) -> str:
+        """Experiment and task, once where they are called alike."""
+        return self.task if self.experiment == self.task else f"{self.experiment}, {self.task}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        content = {key: value for key, value in vars(self).items() if not isinstance(value, tuple)}
+        for name in ("methods", "differences"):
+            content[name] = [each.to_dict() for each in getattr(self, name)]
+        return content
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """What a method found on the test examples of a task."""
+
+    figures: TaskFigures
+    point: GridPoint
+
+    @property
+    def values(self) -> list[Any]:
+        return self.figures.values(self.point, TEST)
+
+
+def summarise_bench(
+    bench: Bench,
+    rows: Mapping[str, Mapping[str, Sequence[Row]] | None],
+    costs: Mapping[str, Row],
+    errors: Mapping[str, str],
+) -> list[BenchTask]:
+    """Return the figures of every task of every experiment.
+
+    `rows` by run and example, None of a run that failed; `costs`: the rows of measurements by id; `errors` by run.
+    """
+    found = [
+        _task(bench, experiment, index, rows, costs, errors)
+        for experiment in bench.recipe.experiments
+        for index in range(len(bench.tasks(experiment)))
+    ]
+    corrected = iter(holm([each.comparison.p_value for task in found for each in task.differences]))
+    return [
+        replace(task, differences=tuple(replace(each, p_holm=next(corrected)) for each in task.differences))
+        for task in found
+    ]
+
+
+def chosen_alpha(planned: PlannedRun, method: Method, task: SweepTask, rows: Mapping[str, Sequence[Row]]) -> float:
+    """Return a method's α: the one given, or the one that the validation examples of a task choose."""
+    if method.alpha is not None:
+        return method.alpha
+    figures = TaskFigures(task, planned.sweep.grid, rows, seed=planned.experiment.seed)
+    return figures.choose(method.rule, planned.experiment.alphas).alpha
+
+
+def _task(
+    bench: Bench,
+    experiment: Experiment,
+    index: int,
+    rows: Mapping[str, Mapping[str, Sequence[Row]] | None],
+    costs: Mapping[str, Row],
+    errors: Mapping[str, str],
+) -> BenchTask:
+    answers: dict[str, _Answers] = {}
+    summaries: dict[str, MethodSummary] = {}
+    runs = [planned for planned in bench.runs if planned.experiment is experiment]
+    for planned in runs:
+        task, of_run = planned.sweep.tasks[index], rows[planned.name]
+        for method in planned.run.methods:
+            published = experiment.published.get(task.task.name, {}).get(method.name)
+            if of_run is None:
+                error = errors.get(planned.name, "it was not run")
+                summaries[method.name] = MethodSummary(method.name, published=published, error=error)
+                continue
+            alpha = chosen_alpha(planned, method, task, of_run)
+            one = _Answers(
+                TaskFigures(task, planned.sweep.grid, of_run, seed=experiment.seed), GridPoint(method.rule, alpha)
+            )
+            answers[method.name] = one
+            cost, error_of_cost = _cost(planned, method, costs)
+            summaries[method.name] = MethodSummary(
+                method.name,
+                None if method.alone else alpha,
+                method.alpha is None,
+                one.figures.interval(one.point),
+                one.figures.others(one.point),
+                published,
+                cost,
+                error_of_cost,
+            )
+    task = runs[0].sweep.tasks[index]
+    return BenchTask(
+        experiment.name,
+        task.task.name,
+        task.task.version,
+        task.metric.key,
+        task.metric.higher_is_better,
+        len(task.parts.validation),
+        len(task.parts.test),
+        experiment.source,
+        tuple(summaries[name] for name in experiment.methods),
+        tuple(_differences(answers, experiment.methods)),
+    )
+
+
+def _differences(answers: Mapping[str, _Answers], methods: Sequence[str]) -> list[Difference]:
+    known = [method for method in methods if method in answers]
+    if not known:
+        return []
+    first = "source_ft" if "source_ft" in known else known[0]
+    pairs = [(method, first) for method in known if method != first]
+    pairs += [pair for pair in _PAIRS if set(pair) <= set(known) and pair not in pairs]
+    return [
+        Difference(a, b, answers[a].figures.compare(answers[a].values, answers[b].values), math.nan) for a, b in pairs
+    ]
+
+
+def _cost(planned: PlannedRun, method: Method, costs: Mapping[str, Row]) -> tuple[dict[str, Spread], str | None]:
+    prefix = cost_id(planned, method, 0).removesuffix("0")
+    rows = [row for name, row in costs.items() if name.startswith(prefix)]
+    errors = [row["error"] for row in rows if "error" in row]
+    whole = [row for row in rows if "error" not in row]
+    found = {}
+    for name in COSTS:
+        values = [row[name] for row in whole if row.get(name) is not None]
+        if values:
+            found[name] = Spread(statistics.median(values), min(values), max(values))
+    return found, errors[0] if errors else None
