@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, TypeVar
 
-from ensembler.launch import num_ranks
+from ensembler.errors import ConfigError, EnsemblerError, PromptError, RankError
+from ensembler.launch import local_rank, num_ranks, this_rank
 
 if TYPE_CHECKING:
     from ensembler.distributed import World
@@ -40,3 +43,27 @@ def on_each(world: World | None, function: Callable[[], Result]) -> Result:
 def on_first(world: World | None, function: Callable[[], Result]) -> Result:
     """What reads standard input or writes files is done once; every process gets the result, or the error."""
     return function() if world is None else world.first(function)
+
+
+@contextmanager
+def naming_rank() -> Iterator[None]:
+    """Of several processes the one that failed says so; what all of them were given alike, the first one."""
+    try:
+        yield
+    except EnsemblerError as error:
+        if num_ranks() == 1 or isinstance(error, ConfigError | PromptError):
+            raise
+        raise RankError(f"process {this_rank()}: {error}", reporter=this_rank()) from error
+
+
+def use_own_gpu() -> None:
+    """Processes on one machine each take their GPU for what is placed on 'cuda'."""
+    import torch
+
+    if num_ranks() > 1 and local_rank() < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank())
+
+
+def this_command() -> str:
+    """Return the command line as it was typed."""
+    return shlex.join(["ensembler", *sys.argv[1:]])

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import shlex
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,18 +9,16 @@ from typing import TYPE_CHECKING
 import click
 
 from ensembler.cli.options import DEMO, EnsembleOptions, ensemble_options
+from ensembler.cli.ranks import naming_rank, this_command, use_own_gpu
 from ensembler.cli.task_options import TaskOptions, task_options
-from ensembler.errors import ConfigError, EnsemblerError, InputError, RankError
-from ensembler.launch import local_rank, num_ranks, this_rank
+from ensembler.launch import num_ranks, this_rank
 from ensembler.rules import RULE_NAMES
 
 if TYPE_CHECKING:
     from ensembler.evaluation.answering import Chunk
     from ensembler.evaluation.rows_folder import RowsFolder
-    from ensembler.evaluation.sweep import Sweep
+    from ensembler.evaluation.sweep import Sweep, SweepOptions
     from ensembler.preflight import CheckedEnsemble
-
-_MOST_ALPHAS = 1000
 
 
 @click.command()
@@ -43,7 +36,7 @@ _MOST_ALPHAS = 1000
     type=click.Choice(["metric", "perplexity"]),
     default="metric",
     show_default=True,
-    help="Choose alpha by the validation metric, or without labels by the likelihood of the prompts.",
+    help="Choose alpha by the validation metric, or without labels by the likelihood of the reported prompts.",
 )
 @click.option("--one-standard-error", is_flag=True, help="Choose the alpha nearest 0 within one of the best.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Examples run together.")
@@ -80,10 +73,10 @@ def sweep(
     ensembler sweep demo --validation validation --rules base-change,eft
     ensembler sweep my-ensemble --task winogrande --validation 200 --output winogrande
     ensembler sweep my-ensemble --data qa.jsonl --prompt "{question}" --answer "{answer}" --validation 100
-    accelerate launch --num-processes 4 -m ensembler sweep my-ensemble --task gsm8k --validation train --device cuda
+    accelerate launch --num_processes 4 -m ensembler sweep my-ensemble --task gsm8k --validation train --device cuda
     """
     names = tuple(name.strip() for name in rules.split(",")) if rules is not None else ()
-    grid = parse_alphas(alphas)
+    from ensembler.decoding.points import parse_alphas
     from ensembler.demo import demo_task
     from ensembler.evaluation.rows_folder import RowsFolder
     from ensembler.evaluation.sweep import Sweep, SweepOptions
@@ -91,7 +84,7 @@ def sweep(
 
     options = SweepOptions(
         rules=names,
-        alphas=grid,
+        alphas=parse_alphas(alphas),
         validation=validation,
         select=select,
         one_standard_error=one_standard_error,
@@ -102,16 +95,22 @@ def sweep(
     checked = check_ensemble(replace(given, rule=names[0] if names else None).load_config())
     if not names:
         options = replace(options, rules=(checked.config.get_rule().name,))
-    loaded = tasks.load(demo_task() if given.ensemble == DEMO else None)
+    context = None if checked.shortest_context is None else checked.shortest_context[1]
+    loaded = tasks.load(demo_task() if given.ensemble == DEMO else None, context)
     plan = Sweep(checked, loaded, options)
     folder = RowsFolder(output, plan.settings, rows_per_id=len(plan.grid), rank=this_rank())
-    with _naming_rank():
-        folder.begin(_command(), plan.example_rows())
+    if this_rank() == 0:
+        _say_choice(options)
+    with naming_rank():
+        folder.begin(this_command(), plan.example_rows())
+        if this_rank() == 0:
+            folder.release()
         done = frozenset(folder.rows())
         chunks = plan.unfinished(done, rank=this_rank(), num_ranks=num_ranks())
         if chunks:
             _run(plan, checked, folder, chunks, done)
-        _finish(plan, folder, as_json=as_json)
+        if not done.issuperset(plan.ids) or this_rank() == 0:  # what was finished before is told by the first
+            _finish(plan, folder, as_json=as_json)
 
 
 def _run(plan: Sweep, checked: CheckedEnsemble, folder: RowsFolder, chunks: list[Chunk], done: frozenset[str]) -> None:
@@ -120,12 +119,24 @@ def _run(plan: Sweep, checked: CheckedEnsemble, folder: RowsFolder, chunks: list
 
     if this_rank() == 0:
         _say_begin(plan, chunks, done)
-    _use_own_gpu()
+    use_own_gpu()
     model = EnsembleForCausalLM.from_checked(checked)
     num_examples = sum(len(chunk.examples) for chunk in chunks)
-    with folder, progress(num_examples, shown=this_rank() == 0, label="examples") as advance:
+    with folder, progress(num_examples, shown=this_rank() == 0, label="examples", lines=True) as advance:
         for num in plan.run(model, folder, chunks, done):
             advance(num)
+
+
+def _say_choice(options: SweepOptions) -> None:
+    """What people may have meant otherwise, before it takes hours."""
+    if len(options.alphas) == 1:
+        click.echo(f"one alpha, {options.alphas[0]:g}: there is nothing to choose", err=True)
+    elif options.validation is None and not options.by_perplexity:
+        click.echo(
+            "no alpha will be chosen: --validation N (or a split), or --select perplexity, chooses one; the same "
+            "command with it goes on from these rows",
+            err=True,
+        )
 
 
 def _say_begin(plan: Sweep, chunks: list[Chunk], done: frozenset[str]) -> None:
@@ -142,6 +153,8 @@ def _finish(plan: Sweep, folder: RowsFolder, *, as_json: bool) -> None:
     from ensembler.evaluation.summary import summarise
 
     rows = folder.finish(plan.ids)
+    if rows is not None and num_ranks() > 1 and not folder.claim():
+        return
     if rows is None:
         if this_rank() == 0:
             click.echo(
@@ -156,47 +169,5 @@ def _finish(plan: Sweep, folder: RowsFolder, *, as_json: bool) -> None:
         click.echo((folder.path / "summary.json").read_text(encoding="utf-8"), nl=False)
     else:
         print_sweep(summaries)
+    folder.release()
     click.echo(f"{folder.path}: rows.jsonl, summary.json, sweep.png, report.html", err=True)
-
-
-@contextmanager
-def _naming_rank() -> Iterator[None]:
-    """Of several processes the one that failed says so; bad input, which all of them meet alike, the first one."""
-    try:
-        yield
-    except EnsemblerError as error:
-        if num_ranks() == 1 or isinstance(error, InputError):
-            raise
-        raise RankError(f"process {this_rank()}: {error}", reporter=this_rank()) from error
-
-
-def _use_own_gpu() -> None:
-    """Processes on one machine each take their GPU for what is placed on 'cuda'."""
-    import torch
-
-    if num_ranks() > 1 and local_rank() < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank())
-
-
-def _command() -> str:
-    return shlex.join(["ensembler", *sys.argv[1:]])
-
-
-def parse_alphas(text: str) -> tuple[float, ...]:
-    """Return the numbers of FIRST:LAST:STEP, both ends among them, or of A,B,...; raise ConfigError."""
-    parts = text.split(":")
-    try:
-        numbers = [float(part) for part in (parts if len(parts) > 1 else text.split(","))]
-    except ValueError:
-        numbers = []
-    if not numbers or not all(map(math.isfinite, numbers)) or len(parts) not in (1, 3):
-        raise ConfigError(f"--alphas {text!r} is no grid; expected FIRST:LAST:STEP as 0:1.5:0.1, or 0,0.5,1")
-    if len(parts) == 1:
-        return tuple(numbers)
-    first, last, step = numbers
-    if step <= 0 or last < first:
-        raise ConfigError(f"--alphas {text!r} is empty; expected FIRST:LAST:STEP with a step above 0, upwards")
-    num = math.floor((last - first) / step + 1e-9) + 1
-    if num > _MOST_ALPHAS:
-        raise ConfigError(f"--alphas {text!r} is {num:,} numbers; give at most {_MOST_ALPHAS:,}")
-    return tuple(round(first + index * step, 10) + 0.0 for index in range(num))
