@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -214,22 +214,23 @@ def _paired_binary(a: Numbers, b: Numbers) -> Comparison:
 
 def _paired_means(differences: Numbers, seed: int) -> Comparison:
     """Rows are put in an order and a sign of their own: neither their order nor which method is `a` changes a digit."""
-    if len(differences) < _FEW:
-        return _paired_t(differences)
     ordered, mirrored = np.sort(differences), np.sort(-differences)
     sign = 1.0 if ordered.tolist() >= mirrored.tolist() else -1.0
     values = ordered if sign > 0 else mirrored
+    if len(values) < _FEW:
+        return _paired_t(values, sign)
     return _compared(sign * float(values.mean()), sign * resampled_means(values, seed), len(values))
 
 
-def _paired_t(differences: Numbers) -> Comparison:
-    """Of differences that are all alike t is undefined: p is 1 where they are 0, and unknown else."""
-    interval = mean_interval(differences)
-    if len(differences) > 1 and interval.standard_error > 0:
-        p_value = float(stats.ttest_1samp(differences, 0.0).pvalue)
+def _paired_t(values: Numbers, sign: float) -> Comparison:
+    """Of differences that are all alike t is undefined: then p is that of the sign test, and 1 where they are 0."""
+    interval = mean_interval(values)
+    if len(values) > 1 and interval.standard_error > 0:
+        p_value = float(stats.ttest_1samp(values, 0.0).pvalue)
     else:
-        p_value = 1.0 if not differences.any() else math.nan
-    return Comparison(interval, p_value, "paired t")
+        p_value = min(1.0, 2 * 0.5 ** len(values)) if values.any() else 1.0
+    low, high = sorted((sign * interval.low, sign * interval.high))
+    return Comparison(replace(interval, estimate=sign * interval.estimate, low=low, high=high), p_value, "paired t")
 
 
 def _compared(difference: float, found: Numbers, num_rows: int) -> Comparison:
