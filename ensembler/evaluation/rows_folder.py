@@ -127,6 +127,11 @@ class RowsFolder:
             found.setdefault(row["id"], []).append(row)
         return {name: rows for name, rows in found.items() if len(rows) == self._rows_per_id}
 
+    def _has_rows(self) -> bool:
+        """Whether any row is there; without one, a folder may be begun anew."""
+        files = [self.path / ROWS, *self.path.glob(_OTHER_ROWS)]
+        return any(next(_read_rows(file), None) is not None for file in files)
+
     def _check(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path} is no folder; give --output the name of a new one")
@@ -140,7 +145,7 @@ class RowsFolder:
             return
         there = _read_run(self.path)["settings"]
         different = list(_differences(there, self._settings))
-        if different and self.rows():
+        if different and self._has_rows():
             more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
             raise OutputError(
                 f"{self.path} holds the results of another run: {'; '.join(different[:3])}{more}. Run the same command "

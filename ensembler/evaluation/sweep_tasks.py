@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ensembler.errors import ConfigError
 from ensembler.evaluation.examples import Answer, Example, Measurement, Metric, Rolling
+from ensembler.evaluation.metric_values import to_json
 from ensembler.evaluation.parts import Parts
 from ensembler.evaluation.tasks import EvalTask
 
@@ -80,4 +81,4 @@ def _measure_by(task: EvalTask, example: Example) -> Callable[[Sequence[Answer]]
 
 
 def _measure_prompts(answers: Sequence[Answer]) -> Measurement:
-    return Measurement({LOG_PROB: sum(answers)}, {})
+    return Measurement({LOG_PROB: to_json(sum(answers), LOG_PROB)}, {})
