@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ensembler.evaluation.examples import Answer, Example
@@ -188,13 +189,15 @@ def run_lm_eval(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    found = simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu", max_length=max_length),
-        tasks=[task.task],
-        task_manager=TaskManager(include_defaults=False),
-        limit=task.limit,
-        bootstrap_iters=bootstrap_iters,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # it asks pip, for more than a second
+        found = simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu", max_length=max_length),
+            tasks=[task.task],
+            task_manager=TaskManager(include_defaults=False),
+            limit=task.limit,
+            bootstrap_iters=bootstrap_iters,
+        )
     assert found is not None
     return dict(found)
 

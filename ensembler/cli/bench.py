@@ -52,7 +52,8 @@ def bench() -> None:
 def run(recipe: Path, output: Path, dry_run: bool, allow_code_execution: bool, as_json: bool) -> None:
     """Run all methods of RECIPE on the same examples and measure what each costs.
 
-    DIR gets the rows, summary.json, pictures and report.html. Run the same command again to go on after an interruption.
+    DIR gets the rows, summary.json, pictures and report.html. An interrupted benchmark goes on when the same command is
+    run again.
 
     \b
     ensembler bench examples/recipes/demo.yaml --dry-run
@@ -79,12 +80,12 @@ def _run(planned: Bench, output: Path, *, as_json: bool) -> None:
 
     use_own_gpu()
     runner = BenchRunner(planned, output, this_command(), this_rank(), num_ranks())
-    with progress(runner.num_examples, shown=this_rank() == 0, label="examples") as advance:
+    with progress(runner.num_examples, shown=this_rank() == 0, label="examples", lines=True) as advance:
         runner.answer(advance)
     for name, error in runner.errors.items():
         click.echo(f"{name} failed and is left out: {error}", err=True)
     if num_ranks() == 1:  # speed is no speed while other processes are at work
-        with progress(runner.num_measurements, shown=True, label="measurements") as advance:
+        with progress(runner.num_measurements, shown=True, label="measurements", lines=True) as advance:
             runner.costs(advance)
     elif this_rank() == 0 and planned.recipe.speed is not None:
         click.echo("run the same command once without a launcher to measure speed and memory", err=True)

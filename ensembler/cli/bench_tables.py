@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-from rich.text import Text
-
-from ensembler.cli.tables import console
+from ensembler.cli.tables import console, plain_table
 from ensembler.inspection import summarise
 from ensembler.planning.budgets import show_size
 
@@ -42,14 +39,14 @@ def print_bench(tasks: Sequence[BenchTask]) -> None:
     """Print, for each task, the methods with their costs, the comparisons, and the verdict."""
     from ensembler.evaluation.bench import tables
     from ensembler.evaluation.bench.verdict import verdict
+    from ensembler.evaluation.sweep_texts import COMPARED
 
     out = console()
     for task in tasks:
         out.print(f"\n{task.name}: {tables.heading(task)}", markup=False)
-        out.print(_table(tables.columns(task), tables.rows(task)))
+        out.print(plain_table(tables.columns(task), tables.rows(task)))
         if task.differences:
-            names = ("compared", "difference (95 % interval)", "p", "p (Holm)", "test")
-            out.print(_table(names, tables.differences(task)))
+            out.print(plain_table(COMPARED, tables.differences(task)))
         for line in verdict(task):
             out.print(f"* {line}", markup=False)
 
@@ -69,7 +66,7 @@ def print_pairs(pairs: Sequence[Pair], a: str, b: str) -> None:
         )
         for pair in pairs
     ]
-    out.print(_table(names, rows))
+    out.print(plain_table(names, rows))
 
 
 def _side(side: Side | None) -> str:
@@ -79,12 +76,3 @@ def _side(side: Side | None) -> str:
     alpha = "" if side.alpha is None else f", α {side.alpha:g}"
     speed = "" if side.tokens_per_second is None else f", {side.tokens_per_second:.3g} tokens/s"
     return f"{side.estimate:.4g}{edges}{alpha}{speed}"
-
-
-def _table(names: Iterable[str], rows: Iterable[Sequence[str]]) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in names:
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    return table

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import TYPE_CHECKING, TypeVar
 
-from ensembler.errors import EnsemblerError, InputError, RankError
+from ensembler.errors import ConfigError, EnsemblerError, PromptError, RankError
 from ensembler.launch import local_rank, num_ranks, this_rank
 
 if TYPE_CHECKING:
@@ -47,11 +47,11 @@ def on_first(world: World | None, function: Callable[[], Result]) -> Result:
 
 @contextmanager
 def naming_rank() -> Iterator[None]:
-    """Of several processes the one that failed says so; bad input, which all of them meet alike, the first one."""
+    """Of several processes the one that failed says so; what all of them were given alike, the first one."""
     try:
         yield
     except EnsemblerError as error:
-        if num_ranks() == 1 or isinstance(error, InputError):
+        if num_ranks() == 1 or isinstance(error, ConfigError | PromptError):
             raise
         raise RankError(f"process {this_rank()}: {error}", reporter=this_rank()) from error
 

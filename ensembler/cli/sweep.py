@@ -17,7 +17,7 @@ from ensembler.rules import RULE_NAMES
 if TYPE_CHECKING:
     from ensembler.evaluation.answering import Chunk
     from ensembler.evaluation.rows_folder import RowsFolder
-    from ensembler.evaluation.sweep import Sweep
+    from ensembler.evaluation.sweep import Sweep, SweepOptions
     from ensembler.preflight import CheckedEnsemble
 
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     type=click.Choice(["metric", "perplexity"]),
     default="metric",
     show_default=True,
-    help="Choose alpha by the validation metric, or without labels by the likelihood of the prompts.",
+    help="Choose alpha by the validation metric, or without labels by the likelihood of the reported prompts.",
 )
 @click.option("--one-standard-error", is_flag=True, help="Choose the alpha nearest 0 within one of the best.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Examples run together.")
@@ -73,7 +73,7 @@ def sweep(
     ensembler sweep demo --validation validation --rules base-change,eft
     ensembler sweep my-ensemble --task winogrande --validation 200 --output winogrande
     ensembler sweep my-ensemble --data qa.jsonl --prompt "{question}" --answer "{answer}" --validation 100
-    accelerate launch --num-processes 4 -m ensembler sweep my-ensemble --task gsm8k --validation train --device cuda
+    accelerate launch --num_processes 4 -m ensembler sweep my-ensemble --task gsm8k --validation train --device cuda
     """
     names = tuple(name.strip() for name in rules.split(",")) if rules is not None else ()
     from ensembler.decoding.points import parse_alphas
@@ -95,16 +95,22 @@ def sweep(
     checked = check_ensemble(replace(given, rule=names[0] if names else None).load_config())
     if not names:
         options = replace(options, rules=(checked.config.get_rule().name,))
-    loaded = tasks.load(demo_task() if given.ensemble == DEMO else None)
+    context = None if checked.shortest_context is None else checked.shortest_context[1]
+    loaded = tasks.load(demo_task() if given.ensemble == DEMO else None, context)
     plan = Sweep(checked, loaded, options)
     folder = RowsFolder(output, plan.settings, rows_per_id=len(plan.grid), rank=this_rank())
+    if this_rank() == 0:
+        _say_choice(options)
     with naming_rank():
         folder.begin(this_command(), plan.example_rows())
+        if this_rank() == 0:
+            folder.release()
         done = frozenset(folder.rows())
         chunks = plan.unfinished(done, rank=this_rank(), num_ranks=num_ranks())
         if chunks:
             _run(plan, checked, folder, chunks, done)
-        _finish(plan, folder, as_json=as_json)
+        if not done.issuperset(plan.ids) or this_rank() == 0:  # what was finished before is told by the first
+            _finish(plan, folder, as_json=as_json)
 
 
 def _run(plan: Sweep, checked: CheckedEnsemble, folder: RowsFolder, chunks: list[Chunk], done: frozenset[str]) -> None:
@@ -116,9 +122,21 @@ def _run(plan: Sweep, checked: CheckedEnsemble, folder: RowsFolder, chunks: list
     use_own_gpu()
     model = EnsembleForCausalLM.from_checked(checked)
     num_examples = sum(len(chunk.examples) for chunk in chunks)
-    with folder, progress(num_examples, shown=this_rank() == 0, label="examples") as advance:
+    with folder, progress(num_examples, shown=this_rank() == 0, label="examples", lines=True) as advance:
         for num in plan.run(model, folder, chunks, done):
             advance(num)
+
+
+def _say_choice(options: SweepOptions) -> None:
+    """What people may have meant otherwise, before it takes hours."""
+    if len(options.alphas) == 1:
+        click.echo(f"one alpha, {options.alphas[0]:g}: there is nothing to choose", err=True)
+    elif options.validation is None and not options.by_perplexity:
+        click.echo(
+            "no alpha will be chosen: --validation N (or a split), or --select perplexity, chooses one; the same "
+            "command with it goes on from these rows",
+            err=True,
+        )
 
 
 def _say_begin(plan: Sweep, chunks: list[Chunk], done: frozenset[str]) -> None:
@@ -135,6 +153,8 @@ def _finish(plan: Sweep, folder: RowsFolder, *, as_json: bool) -> None:
     from ensembler.evaluation.summary import summarise
 
     rows = folder.finish(plan.ids)
+    if rows is not None and num_ranks() > 1 and not folder.claim():
+        return
     if rows is None:
         if this_rank() == 0:
             click.echo(
@@ -149,4 +169,5 @@ def _finish(plan: Sweep, folder: RowsFolder, *, as_json: bool) -> None:
         click.echo((folder.path / "summary.json").read_text(encoding="utf-8"), nl=False)
     else:
         print_sweep(summaries)
+    folder.release()
     click.echo(f"{folder.path}: rows.jsonl, summary.json, sweep.png, report.html", err=True)

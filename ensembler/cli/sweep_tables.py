@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
-from ensembler.cli.tables import console
-from ensembler.evaluation.formats import show_difference, show_interval, show_metric, show_p
-from ensembler.evaluation.report import choice_lines, heading
+from ensembler.cli.tables import console, plain_table
+from ensembler.evaluation.sweep_texts import COMPARED, choice_lines, columns, difference_rows, heading, method_rows
 
 if TYPE_CHECKING:
     from ensembler.evaluation.summary import TaskSummary
@@ -22,33 +19,8 @@ def print_sweep(summaries: Sequence[TaskSummary]) -> None:
         out.print(f"\n{summary.task}: {heading(summary)}", markup=False)
         for line in choice_lines(summary):
             out.print(line, markup=False)
-        out.print(_methods(summary))
+        out.print(plain_table(columns(summary), method_rows(summary)))
         if summary.differences:
-            out.print(_differences(summary))
+            out.print(plain_table(COMPARED, difference_rows(summary)))
     if any(summary.differences for summary in summaries):
         out.print("Intervals are of 95 %; p (Holm) is corrected over all comparisons shown.", markup=False)
-
-
-def _methods(summary: TaskSummary) -> Table:
-    others = list(summary.methods[0].others)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("method", f"{show_metric(summary.metric, summary.methods[0].test)} (95 % interval)", *others):
-        table.add_column(name)
-    for figure in summary.methods:
-        table.add_row(figure.label, show_interval(figure.test), *(f"{figure.others[key]:.4g}" for key in others))
-    return table
-
-
-def _differences(summary: TaskSummary) -> Table:
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("compared", "difference (95 % interval)", "p", "p (Holm)", "test"):
-        table.add_column(name)
-    for each in summary.differences:
-        table.add_row(
-            f"{each.method} − {each.against}",
-            show_difference(each.comparison),
-            show_p(each.comparison.p_value),
-            show_p(each.p_holm),
-            each.comparison.test,
-        )
-    return table

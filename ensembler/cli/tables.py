@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,16 @@ def console(*, stderr: bool = False) -> Console:
     if not made.is_terminal:
         made.width = max(made.width, _PLAIN_WIDTH)
     return made
+
+
+def plain_table(names: Iterable[str], rows: Iterable[Sequence[str]]) -> Table:
+    """Return a table of texts without lines."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for name in names:
+        table.add_column(name)
+    for row in rows:
+        table.add_row(*map(Text, row))
+    return table
 
 
 def print_summary(summary: EnsembleSummary) -> None:
@@ -156,8 +167,16 @@ def print_scores(scored: Sequence[ScoredRequest], alphas: Sequence[float]) -> No
 
 
 @contextmanager
-def progress(total: int, *, shown: bool, label: str = "decoding") -> Iterator[Callable[[int], None]]:
-    """Yield a function that advances a progress bar on standard error (on a terminal, where `shown`)."""
+def progress(
+    total: int, *, shown: bool, label: str = "decoding", lines: bool = False
+) -> Iterator[Callable[[int], None]]:
+    """Yield a function that advances a progress bar on standard error (on a terminal, where `shown`).
+
+    With `lines`, a line is written for every tenth where standard error is a file or a pipe.
+    """
+    if lines and shown and not sys.stderr.isatty():
+        yield _lines(total, label)
+        return
     with Progress(
         *Progress.get_default_columns(),
         MofNCompleteColumn(),
@@ -167,6 +186,21 @@ def progress(total: int, *, shown: bool, label: str = "decoding") -> Iterator[Ca
     ) as bar:
         task = bar.add_task(label, total=total)
         yield lambda steps: bar.advance(task, steps)
+
+
+def _lines(total: int, label: str) -> Callable[[int], None]:
+    begun, done, said = time.monotonic(), 0, 0
+
+    def advance(steps: int) -> None:
+        nonlocal done, said
+        done += steps
+        if done * 10 // total > said:
+            said = done * 10 // total
+            seconds = time.monotonic() - begun
+            left = seconds / done * (total - done)
+            print(f"{label}: {done:,} of {total:,}, {left:,.0f} s left", file=sys.stderr, flush=True)
+
+    return advance
 
 
 @contextmanager

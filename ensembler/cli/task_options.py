@@ -15,6 +15,7 @@ from ensembler.errors import ConfigError
 if TYPE_CHECKING:
     from ensembler.evaluation.tasks import EvalTask
 
+_MOST_TOKENS = 256  # as in lm-eval
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -38,10 +39,13 @@ class TaskOptions:
         """The metric asked for of the tasks; that of a data file is its only one, and said to its making."""
         return self.metric if self.data is None else None
 
-    def load(self, default: Path | None = None) -> list[EvalTask]:
-        """Return the tasks; without any given, the one at `default`. Raises ConfigError or PromptError."""
+    def load(self, default: Path | None = None, context: int | None = None) -> list[EvalTask]:
+        """Return the tasks; without any given, the one at `default`. Raises ConfigError or PromptError.
+
+        `context`: the shortest of the members, in tokens; generated answers to a data file take half of it at most.
+        """
         if self.data is not None:
-            return [self._from_file(self.data)]
+            return [self._from_file(self.data, context)]
         given = {"--prompt": self.prompt, "--choices": self.choices, "--answer": self.answer}
         beside = next((option for option, value in given.items() if value is not None), None)
         if beside is not None:
@@ -59,9 +63,10 @@ class TaskOptions:
             allow_code_execution=self.allow_code_execution,
         )
 
-    def _from_file(self, data: Path) -> EvalTask:
-        if self.task:
-            raise ConfigError("--task and --data were both given; give one of them")
+    def _from_file(self, data: Path, context: int | None) -> EvalTask:
+        beside = "--task" if self.task else "--include-path" if self.include_path is not None else None
+        if beside is not None:
+            raise ConfigError(f"{beside} and --data were both given; give one of them")
         if self.prompt is None or self.answer is None:
             missing = "--prompt" if self.prompt is None else "--answer"
             raise ConfigError(f"--data was given without {missing}; give it with fields of the rows, as '{{question}}'")
@@ -75,6 +80,7 @@ class TaskOptions:
             metric=self.metric,
             num_fewshot=self.num_fewshot,
             limit=self.limit,
+            max_new_tokens=_MOST_TOKENS if context is None else min(_MOST_TOKENS, context // 2),
         )
 
 

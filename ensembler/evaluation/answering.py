@@ -39,6 +39,9 @@ class Chunk(Protocol):
     def num_truncated(self) -> int:
         """How many of their requests lost tokens on the left to fit into the context."""
 
+    def ids(self) -> dict[str, object]:
+        """Return the tokens of each example's requests, by its id."""
+
     def answer(
         self, model: EnsembleForCausalLM, tokenizer: Any, grid: Sequence[GridPoint], *, seed: int = 0
     ) -> list[Answered]:
@@ -61,6 +64,13 @@ class ScoringChunk:
     def num_truncated(self) -> int:
         """How many of their requests lost tokens on the left to fit into the context."""
         return sum(one.num_truncated for one in self.encoded)
+
+    def ids(self) -> dict[str, object]:
+        """Return the tokens of each example's requests, by its id."""
+        return {
+            one.example.id: [(request.context, request.continuations) for request in one.requests]
+            for one in self.encoded
+        }
 
     def answer(
         self, model: EnsembleForCausalLM, tokenizer: Any, grid: Sequence[GridPoint], *, seed: int = 0
@@ -85,6 +95,10 @@ class GenerationChunk:
     prompts: tuple[EncodedPrompt, ...]
     num_truncated: int
     request: Generation
+
+    def ids(self) -> dict[str, object]:
+        """Return the tokens of each example's prompt, by its id."""
+        return {example.id: prompt.ids for example, prompt in zip(self.examples, self.prompts, strict=True)}
 
     def answer(
         self, model: EnsembleForCausalLM, tokenizer: Any, grid: Sequence[GridPoint], *, seed: int = 0
@@ -112,7 +126,8 @@ def make_chunks(
 
     `max_length`: of the shortest context of the members, in tokens. `share_contexts`: as in `make_batches`. All
     examples are encoded here, so that what cannot be asked is said before a model is loaded: raises PromptError, or
-    ConfigError for settings of generation that this package does not have.
+    ConfigError for settings of generation that this package does not have. Examples are of one split of a task: the
+    noise of sampled texts belongs to a document's place there.
     """
     generated = [example for example in examples if any(isinstance(one, Generation) for one in example.requests)]
     scored = [example for example in examples if not any(isinstance(one, Generation) for one in example.requests)]
@@ -137,14 +152,14 @@ def _generation_chunks(
     examples: Sequence[Example], tokenizer: Any, max_length: int, batch_size: int
 ) -> Iterator[GenerationChunk]:
     alike: dict[str, list[tuple[Example, EncodedPrompt, int, Generation]]] = {}
-    for number, example in enumerate(examples):
+    for example in examples:
         (request,) = example.requests
         if not isinstance(request, Generation):
             raise TypeError(f"{example.id} is to be scored and generated at once")
         ids, num_lost = encode_generation(request, tokenizer, max_length, example.id)
         settings = (request.max_new_tokens, request.until, request.do_sample, request.temperature, request.repeats)
         key = repr((settings, sorted(request.settings.items())))
-        alike.setdefault(key, []).append((example, EncodedPrompt(number, ids), int(num_lost > 0), request))
+        alike.setdefault(key, []).append((example, EncodedPrompt(example.index, ids), int(num_lost > 0), request))
     for same in alike.values():
         _options(same[0][3], stop_strings(same[0][3], tokenizer), 0)
         same.sort(key=lambda one: (-len(one[1].ids), one[1].number))

@@ -58,6 +58,11 @@ class Example:
     gold: str | None = None
     source: tuple[Any, ...] = field(default=(), repr=False, compare=False)
 
+    @property
+    def index(self) -> int:
+        """The document's place in its split."""
+        return int(self.id.rpartition("/")[2])
+
 
 @dataclass(frozen=True)
 class Metric:

@@ -7,35 +7,32 @@ import math
 from ensembler.evaluation.statistics import Comparison, Interval
 
 
-def show_interval(interval: Interval) -> str:
-    """Return an estimate with its interval: accuracies in percent, other metrics as they are."""
-    low, high = show_number(interval.low, interval), show_number(interval.high, interval)
-    return f"{show_number(interval.estimate, interval)} ({low} to {high})"
-
-
-def show_metric(name: str, like: Interval) -> str:
+def show_metric(name: str, *, percent: bool) -> str:
     """Return a metric's name with its unit."""
-    return f"{name}, %" if _is_percent(like) else name
+    return f"{name}, %" if percent else name
 
 
-def _is_percent(interval: Interval) -> bool:
-    return interval.method in ("Wilson", "Newcombe")
+def show_interval(interval: Interval, *, percent: bool) -> str:
+    """Return an estimate with its interval, where it has one."""
+    estimate = show_number(interval.estimate, percent=percent)
+    if math.isnan(interval.low):
+        return estimate
+    low, high = (show_number(edge, percent=percent) for edge in (interval.low, interval.high))
+    return f"{estimate} ({low} to {high})"
 
 
-def show_number(number: float, like: Interval) -> str:
-    """Return one number in the unit of an interval: tenths of a percent where it counts right and wrong."""
+def show_number(number: float, *, percent: bool) -> str:
+    """Return one number: tenths of a percent, or four digits."""
     if not math.isfinite(number):
         return "?" if math.isnan(number) else str(number)
-    if _is_percent(like):
-        return f"{100 * number:.1f}"
-    return f"{number:.4g}"
+    return f"{100 * number:.1f}" if percent else f"{number:.4g}"
 
 
-def show_difference(comparison: Comparison) -> str:
+def show_difference(comparison: Comparison, *, percent: bool) -> str:
     """Return a difference with its sign and its interval."""
     interval = comparison.difference
     sign = "+" if interval.estimate > 0 else ""
-    return sign + show_interval(interval)
+    return sign + show_interval(interval, percent=percent)
 
 
 def show_p(p_value: float) -> str:

@@ -13,11 +13,11 @@ from ensembler.evaluation.tasks import EvalTask
 
 @dataclass(frozen=True)
 class Parts:
-    """The examples of a task. `num_repeated`: examples that were left out of validation, since test has them too."""
+    """The examples of a task. `repeated` would be validation, but test has their documents too."""
 
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
-    num_repeated: int = 0
+    repeated: tuple[Example, ...] = ()
 
 
 def split_examples(task: EvalTask, validation: str | None, *, seed: int = 0) -> Parts:
@@ -36,7 +36,7 @@ def split_examples(task: EvalTask, validation: str | None, *, seed: int = 0) -> 
             f"the {validation} split of task {task.name} is the one that is reported, so it cannot choose alpha too; "
             f"give --validation a number of its rows, or another split of {', '.join(task.splits)}"
         )
-    return _without_repeats(task.examples(validation), test)
+    return _without_repeats(task, task.examples(validation), test)
 
 
 def _draw(task: EvalTask, examples: Sequence[Example], num: int, seed: int) -> Parts:
@@ -47,13 +47,21 @@ def _draw(task: EvalTask, examples: Sequence[Example], num: int, seed: int) -> P
         )
     drawn = set(random.Random(seed).sample(range(len(examples)), num))
     return _without_repeats(
+        task,
         [example for index, example in enumerate(examples) if index in drawn],
         [example for index, example in enumerate(examples) if index not in drawn],
     )
 
 
-def _without_repeats(validation: Sequence[Example], test: Sequence[Example]) -> Parts:
-    """Data sets hold some documents twice; test keeps all of its own."""
-    reported = {(repr(example.requests), example.gold) for example in test}
-    kept = [example for example in validation if (repr(example.requests), example.gold) not in reported]
-    return Parts(tuple(kept), tuple(test), len(validation) - len(kept))
+def _without_repeats(task: EvalTask, validation: Sequence[Example], test: Sequence[Example]) -> Parts:
+    """Data sets hold some documents twice; test keeps all of its own. Whatever else a prompt shows does not count."""
+    reported = {repr(task.bare_requests(example)) for example in test}
+    is_repeated = [repr(task.bare_requests(example)) in reported for example in validation]
+    kept = tuple(example for example, repeated in zip(validation, is_repeated, strict=True) if not repeated)
+    if not kept:
+        raise ConfigError(
+            f"all {len(validation)} validation examples of task {task.name} are among those that are reported; give "
+            "--validation another split, or more examples"
+        )
+    left_out = tuple(example for example, repeated in zip(validation, is_repeated, strict=True) if repeated)
+    return Parts(kept, tuple(test), left_out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ensembler.sources import is_local
 
 _NUMBERS = ("rule", "constant", "slope", "anchor", "cutoff", "outside")
 _PLACES = ("offload_folder", "max_memory", "device_map")
+_NAMES = ("_name_or_path", "transformers_version")  # in a config, no part of what it computes
 _HASH = 16  # hexadecimal digits
 _PACKAGES = ("torch", "transformers", "peft", "lm_eval", "bitsandbytes")
 
@@ -34,9 +36,9 @@ def versions() -> dict[str, str]:
 def describe_ensemble(checked: CheckedEnsemble) -> dict[str, Any]:
     """Return what an ensemble computes but for its α, as JSON: the rule's numbers and each member with its hash.
 
-    A folder goes by its name and the fingerprint of its weights, as on the cards of `patch apply` (headers and the
-    first 4 KiB of every tensor), wherever it lies; a model on the hub by its commit; an adapter by the SHA-256 of its
-    files.
+    A folder goes by its name, the hash of its config and the fingerprint of its weights, as on the cards of
+    `patch apply` (headers and the first 4 KiB of every tensor), wherever it lies; a model on the hub by its commit; an
+    adapter by the SHA-256 of its files.
     """
     config = checked.config.to_dict()
     described = {key: config[key] for key in _NUMBERS if key in config}
@@ -46,6 +48,8 @@ def describe_ensemble(checked: CheckedEnsemble) -> dict[str, Any]:
 def _describe(files: MemberFiles) -> dict[str, Any]:
     config = files.config
     described = {key: value for key, value in config.to_dict().items() if key not in _PLACES}
+    settings = {key: value for key, value in files.model_config.to_dict().items() if key not in _NAMES}
+    described["config"] = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:_HASH]
     if is_local(config.model):
         described["model"] = Path(config.model).name
         described["fingerprint"] = fingerprint(model_tensors(Path(config.model)).values())[:_HASH]

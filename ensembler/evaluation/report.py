@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ensembler.decoding.points import GridPoint
-from ensembler.evaluation.formats import show_difference, show_interval, show_metric, show_number, show_p
 from ensembler.evaluation.metric_values import from_json
 from ensembler.evaluation.pictures import draw_sweep
 from ensembler.evaluation.rows_folder import Row, RowsFolder, read_examples, write_whole
-from ensembler.evaluation.summary import BY_PERPLEXITY, Choice, Figure, TaskSummary, label, to_json
-from ensembler.evaluation.sweep import TEST, Sweep
+from ensembler.evaluation.summary import Choice, TaskSummary, label, to_json
+from ensembler.evaluation.sweep import Sweep
+from ensembler.evaluation.sweep_tasks import TEST
+from ensembler.evaluation.sweep_texts import choice_lines, columns, curve_rows, difference_rows, heading, method_rows
 from ensembler.extras import require
 
 _NUM_EXAMPLES = 10
@@ -51,87 +52,25 @@ def render(template: str, **values: Any) -> str:
     return str(jinja2.Environment(loader=folder, autoescape=True).get_template(template).render(**values))
 
 
-def heading(summary: TaskSummary) -> str:
-    """Return in words how many examples there were, and what was left out or cut."""
-    said = [f"{summary.num_test:,} test examples"]
-    if summary.num_validation:
-        said.append(f"{summary.num_validation:,} validation examples")
-    if summary.num_repeated:
-        said.append(f"{summary.num_repeated:,} left out of validation since test has them too")
-    said.append(f"{summary.num_fewshot} examples in each prompt")
-    if summary.num_truncated:
-        said.append(f"{summary.num_truncated:,} prompts cut on the left to fit into the shortest context")
-    return "; ".join(said) + f". Version {summary.version} of the task, metric {summary.metric}."
-
-
-def choice_lines(summary: TaskSummary) -> list[str]:
-    """Return one sentence for each rule: its α and how it was chosen."""
-    rules = dict.fromkeys(figure.rule for figure in summary.curve)
-    return [_choice_line(summary, rule, summary.choice(rule)) for rule in rules]
-
-
-def _choice_line(summary: TaskSummary, rule: str, choice: Choice | None) -> str:
-    if choice is None:
-        return (
-            f"{summary.task}, {rule}: no alpha was chosen, since the examples that choose it cannot report it too; "
-            "give --validation N or a split, or --select perplexity"
-        )
-    if choice.selection is None:
-        return f"{summary.task}, {rule}: alpha {choice.alpha:g} was the only one given, so there was nothing to choose"
-    if choice.by == BY_PERPLEXITY:
-        return (
-            f"{summary.task}, {rule}: alpha {choice.alpha:g} was chosen without labels: it gives the prompts the "
-            f"highest likelihood (perplexity {choice.selection.metric:.4g})"
-        )
-    num = f"{summary.num_validation:,} validation examples"
-    line = f"{summary.task}, {rule}: alpha {choice.alpha:g} was chosen on {num}"
-    if choice.selection.threshold != choice.selection.best_metric:
-        line += f", within one standard error of the best, alpha {choice.selection.best:g}"
-    return line
-
-
 def _task(summary: TaskSummary, rows: Mapping[str, Sequence[Row]], examples: Mapping[str, Row]) -> dict[str, Any]:
-    others = list(summary.methods[0].others)
     points = {_point(row) for row in next(iter(rows.values()))}
     return {
         "summary": summary,
         "heading": heading(summary),
-        "others": others,
-        "metric": show_metric(summary.metric, summary.methods[0].test),
-        "methods": [
-            {
-                "label": figure.label,
-                "figure": show_interval(figure.test),
-                "others": [f"{figure.others[key]:.4g}" for key in others],
-            }
-            for figure in summary.methods
-        ],
-        "differences": [
-            (
-                f"{each.method} − {each.against}",
-                show_difference(each.comparison),
-                show_p(each.comparison.p_value),
-                show_p(each.p_holm),
-                each.comparison.test,
-            )
-            for each in summary.differences
-        ],
+        "columns": columns(summary),
+        "methods": method_rows(summary),
+        "differences": difference_rows(summary),
         "changed": [
             _changed(summary, choice, rows, examples)
             for choice in summary.choices
             if choice.alpha != 0 and GridPoint(choice.rule, 0.0) in points
         ],
-        "curve": [_curve_row(figure) for figure in summary.curve],
+        "curve": curve_rows(summary),
     }
 
 
 def _point(row: Row) -> GridPoint:
     return GridPoint(row["rule"], row["alpha"])
-
-
-def _curve_row(figure: Figure) -> tuple[str, str, str, str]:
-    validation = "-" if figure.validation is None else show_number(figure.validation, figure.test)
-    return figure.rule, f"{figure.alpha:g}", show_interval(figure.test), validation
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ is made again. Any number of processes may run at the same time or one after ano
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,7 @@ RUN = "run.json"
 EXAMPLES = "examples.jsonl"
 ROWS = "rows.jsonl"
 _OTHER_ROWS = "rows.*.jsonl"
-_PARTIAL = ".partial"
+_PARTIAL, _LOCK, _CLAIM = ".partial", ".lock", ".claimed"
 
 Row = dict[str, Any]
 
@@ -44,16 +45,17 @@ class RowsFolder:
         self._check()
 
     def begin(self, command: str, examples: Iterable[Row]) -> None:
-        """Make the folder and say what it is for, where that has not been done yet."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.path / EXAMPLES).exists():
-            write_whole(self.path / EXAMPLES, map(_line, examples))
-        if not (self.path / RUN).exists():
-            write_whole(self.path / RUN, json.dumps({"command": command, "settings": self._settings}, indent=2) + "\n")
+        """Make the folder and say what it is for. Raises OutputError."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.path} cannot be made: {error.strerror}; give --output another folder") from error
+        write_whole(self.path / EXAMPLES, map(_line, examples))
+        write_whole(self.path / RUN, json.dumps({"command": command, "settings": self._settings}, indent=2) + "\n")
 
     @property
     def command(self) -> str:
-        """The command that began the run."""
+        """The last command that began the run or went on with it."""
         return str(_read_run(self.path)["command"])
 
     def rows(self) -> dict[str, list[Row]]:
@@ -77,14 +79,25 @@ class RowsFolder:
         found = self.rows()
         if any(name not in found for name in ids):
             return None
-        whole = {name: found[name] for name in ids}
-        write_whole(self.path / ROWS, (_line(row) for rows in whole.values() for row in rows))
+        wanted = {name: found[name] for name in ids}
+        write_whole(self.path / ROWS, (_line(row) for rows in {**wanted, **found}.values() for row in rows))
         for file in self.path.glob(_OTHER_ROWS):
             file.unlink(missing_ok=True)
-        return whole
+        return wanted
 
     def __enter__(self) -> Self:
-        """Open this process's file; what an interrupted run left half-done there is taken out."""
+        """Open this process's file; what an interrupted run left half-done there is taken out.
+
+        Raises OutputError where another process writes to it.
+        """
+        self._lock = (self.path / f".{self._own.name}{_LOCK}").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise OutputError(
+                f"{self.path} is being written to by another process; wait for it, or give --output another folder"
+            ) from error
         complete = self._complete(self._own)
         write_whole(self._own, (_line(row) for rows in complete.values() for row in rows))
         self._file = self._own.open("a", encoding="utf-8")
@@ -94,6 +107,19 @@ class RowsFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+        self._lock.close()  # and so unlocked
+
+    def claim(self) -> bool:
+        """Whether this process is to write the summary: of several that finish together the first that asks."""
+        try:
+            os.close(os.open(self.path / _CLAIM, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+    def release(self) -> None:
+        """Take back a claim, which may be of a process that was lost."""
+        (self.path / _CLAIM).unlink(missing_ok=True)
 
     def _complete(self, file: Path) -> dict[str, list[Row]]:
         found: dict[str, list[Row]] = {}
@@ -101,11 +127,17 @@ class RowsFolder:
             found.setdefault(row["id"], []).append(row)
         return {name: rows for name, rows in found.items() if len(rows) == self._rows_per_id}
 
+    def _has_rows(self) -> bool:
+        """Whether any row is there; without one, a folder may be begun anew."""
+        files = [self.path / ROWS, *self.path.glob(_OTHER_ROWS)]
+        return any(next(_read_rows(file), None) is not None for file in files)
+
     def _check(self) -> None:
         if self.path.exists() and not self.path.is_dir():
             raise OutputError(f"{self.path} is no folder; give --output the name of a new one")
         if not (self.path / RUN).is_file():
-            if self.path.is_dir() and any(map(_is_foreign, self.path.iterdir())):
+            foreign = self.path.is_dir() and any(map(_is_foreign, self.path.iterdir()))
+            if foreign and not (self.path / RUN).is_file():  # another process may have begun it just now
                 raise OutputError(f"{self.path} holds something else than results; give --output another folder")
             place = next(parent for parent in (self.path, *self.path.absolute().parents) if parent.exists())
             if not os.access(place, os.W_OK):
@@ -113,7 +145,7 @@ class RowsFolder:
             return
         there = _read_run(self.path)["settings"]
         different = list(_differences(there, self._settings))
-        if different:
+        if different and self._has_rows():
             more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
             raise OutputError(
                 f"{self.path} holds the results of another run: {'; '.join(different[:3])}{more}. Run the same command "
@@ -141,7 +173,7 @@ def read_examples(path: Path) -> dict[str, Row]:
 
 def _is_foreign(entry: Path) -> bool:
     """Whether a folder that holds this is not ours: a run that ended at its very begin leaves these alone."""
-    return entry.name != EXAMPLES and entry.suffix != _PARTIAL
+    return entry.name not in (EXAMPLES, RUN, _CLAIM) and entry.suffix not in (_PARTIAL, _LOCK)
 
 
 def _line(row: Row) -> str:

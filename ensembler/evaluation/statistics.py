@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ from ensembler.extras import require
 stats: Any = require("scipy.stats", "eval")
 
 LEVEL = 0.95
+WILSON, NEWCOMBE = "Wilson", "Newcombe"
+_FEW = 50  # rows, below which the percentile bootstrap of a mean is too sure of itself
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,8 @@ class Interval:
 class Comparison:
     """Two methods on the same rows: metric(a) − metric(b), and p of 'the two are alike', two-sided.
 
-    `test` is 'exact McNemar' or 'paired bootstrap'. Of McNemar's test, `only_a` and `only_b` count the rows that one
-    of the two alone has right.
+    `test` is 'exact McNemar', 'paired bootstrap' or 'paired t'. Of McNemar's test, `only_a` and `only_b` count the rows
+    that one of the two alone has right.
     """
 
     difference: Interval
@@ -107,7 +109,7 @@ def accuracy_interval(correct: ArrayLike) -> Interval:
     values = _numbers(correct)
     if not _is_binary(values):
         raise ConfigError("an accuracy was asked for of rows that are not all 0 or 1; use mean_interval")
-    return Interval(float(values.mean()), *_wilson(values), _standard_error(values), len(values), "Wilson")
+    return Interval(float(values.mean()), *_wilson(values), _standard_error(values), len(values), WILSON)
 
 
 def mean_interval(values: ArrayLike) -> Interval:
@@ -130,16 +132,19 @@ def bootstrap_interval(
     return _percentiles(float(estimate[0]), found[0], len(rows))
 
 
-def compare(a: Rows, b: Rows, aggregate: Aggregate | None = None, *, seed: int = 0) -> Comparison:
+def compare(
+    a: Rows, b: Rows, aggregate: Aggregate | None = None, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+) -> Comparison:
     """Return metric(a) − metric(b) with interval and p; row i of `a` and of `b` belongs to the same example.
 
-    Rows of 0 and 1: exact McNemar test, and Newcombe's interval. Other numbers, or an `aggregate`: paired bootstrap.
-    Raises ConfigError for no rows, unequal numbers of them, or rows that are no finite numbers.
+    Rows of 0 and 1: exact McNemar test, and Newcombe's interval. Other numbers: paired bootstrap, below 50 rows the
+    paired t test instead, since there the bootstrap finds too much. An `aggregate`: paired bootstrap of
+    `num_resamples`. Raises ConfigError for no rows, unequal numbers of them, or rows that are no finite numbers.
     """
     if len(a) != len(b):
         raise ConfigError(f"methods with {len(a)} and {len(b)} rows cannot be paired; give both on the same examples")
     if aggregate is not None:
-        (of_a, of_b), found = resampled_aggregates(aggregate, [a, b], seed)
+        (of_a, of_b), found = resampled_aggregates(aggregate, [a, b], seed, num_resamples)
         return _compared(float(of_a - of_b), found[0] - found[1], len(a))
     x, y = _numbers(a), _numbers(b)
     return _paired_binary(x, y) if _is_binary(x) and _is_binary(y) else _paired_means(x - y, seed)
@@ -174,8 +179,11 @@ def choose_alpha(
     """Return the best α; with `standard_errors`, by the one-standard-error rule (Breiman et al. 1984).
 
     That is the α nearest to 0, and so to the anchor, whose metric is within one standard error of the best. Of equal
-    metrics the α nearest to 0 is the best. Raises ConfigError for an empty grid or a metric that is NaN.
+    metrics the α nearest to 0 is the best. Raises ConfigError for an empty grid, or a metric or standard error that is
+    NaN: of one row there is none.
     """
+    if any(math.isnan(error) for error in standard_errors or ()):
+        raise ConfigError("the metric has no standard error on so few rows; choose without the one-standard-error rule")
     if not alphas or any(math.isnan(metric) for metric in metrics):
         raise ConfigError(f"no alpha can be chosen of {len(alphas)} with the metrics {list(metrics)}; expected numbers")
     sign = 1.0 if higher_is_better else -1.0
@@ -200,7 +208,7 @@ def _paired_binary(a: Numbers, b: Numbers) -> Comparison:
         return math.sqrt(max(down**2 - 2 * phi * down * up + up**2, 0.0))
 
     low, high = p - q - reach(p - low_a, high_b - q), p - q + reach(high_a - p, q - low_b)
-    difference = Interval(p - q, low, high, _standard_error(a - b), n, "Newcombe")
+    difference = Interval(p - q, low, high, _standard_error(a - b), n, NEWCOMBE)
     return Comparison(difference, mcnemar(only_a, only_b), "exact McNemar", only_a, only_b)
 
 
@@ -209,7 +217,20 @@ def _paired_means(differences: Numbers, seed: int) -> Comparison:
     ordered, mirrored = np.sort(differences), np.sort(-differences)
     sign = 1.0 if ordered.tolist() >= mirrored.tolist() else -1.0
     values = ordered if sign > 0 else mirrored
+    if len(values) < _FEW:
+        return _paired_t(values, sign)
     return _compared(sign * float(values.mean()), sign * resampled_means(values, seed), len(values))
+
+
+def _paired_t(values: Numbers, sign: float) -> Comparison:
+    """Of differences that are all alike t is undefined: then p is that of the sign test, and 1 where they are 0."""
+    interval = mean_interval(values)
+    if len(values) > 1 and interval.standard_error > 0:
+        p_value = float(stats.ttest_1samp(values, 0.0).pvalue)
+    else:
+        p_value = min(1.0, 2 * 0.5 ** len(values)) if values.any() else 1.0
+    low, high = sorted((sign * interval.low, sign * interval.high))
+    return Comparison(replace(interval, estimate=sign * interval.estimate, low=low, high=high), p_value, "paired t")
 
 
 def _compared(difference: float, found: Numbers, num_rows: int) -> Comparison:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ensembler.decoding.points import GridPoint
 from ensembler.evaluation.rows_folder import Row
 from ensembler.evaluation.statistics import (
+    WILSON,
     Comparison,
     Interval,
     Selection,
     holm,
 )
-from ensembler.evaluation.sweep import TEST, VALIDATION, Sweep, SweepTask
-from ensembler.evaluation.task_figures import CURVE_RESAMPLES, TaskFigures
+from ensembler.evaluation.sweep import Sweep
+from ensembler.evaluation.sweep_tasks import TEST, VALIDATION, SweepTask
+from ensembler.evaluation.task_figures import TaskFigures
 
 BY_METRIC, BY_PERPLEXITY, GIVEN = "validation", "prompt perplexity", "given"
 
@@ -26,7 +28,8 @@ BY_METRIC, BY_PERPLEXITY, GIVEN = "validation", "prompt perplexity", "given"
 class Figure:
     """The metric at one point: on the test examples with its interval, and on those that chose α where there are any.
 
-    `others`: the task's other metrics on the test examples, by key; of compared methods only.
+    Of compared methods only: `standard_error` by lm-eval's own formula or bootstrap, and `others`, the task's other
+    metrics on the test examples by key.
     """
 
     label: str
@@ -34,7 +37,8 @@ class Figure:
     alpha: float
     test: Interval
     validation: float | None
-    others: Mapping[str, float]
+    standard_error: float | None = None
+    others: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """The same for JSON."""
@@ -76,8 +80,8 @@ class Difference:
 class TaskSummary:
     """One task of a sweep. `methods`: the members that are points of the grid, and each rule at its α and at 1.
 
-    `num_repeated`: validation examples left out because test has them; `num_truncated`: requests that lost tokens on
-    the left.
+    `is_percent`: the metric is right or wrong per example, and told in percent; `num_repeated`: validation examples
+    left out because test has them; `num_truncated`: requests that lost tokens on the left.
     """
 
     task: str
@@ -85,6 +89,7 @@ class TaskSummary:
     num_fewshot: int
     metric: str
     higher_is_better: bool
+    is_percent: bool
     num_validation: int
     num_test: int
     num_repeated: int
@@ -139,12 +144,10 @@ def _summary(sweep: Sweep, task: SweepTask, rows: Mapping[str, Sequence[Row]]) -
     for one in ones:
         for point in filter(None, (chosen.get(one.rule), one)):
             methods.setdefault(point, label(point))
-    pairs = [
-        (point, other)
-        for one in ones
-        for point in [chosen.get(one.rule, one)]
-        for other in dict.fromkeys((*levels.values(), one))
-        if other != point
+    curve = tuple(_figure(figures, point, label(point)) for point in sweep.points)
+    compared = tuple(_compared_figure(figures, point, name) for point, name in methods.items())
+    wanted = [
+        (point, other) for one in ones for point in [chosen.get(one.rule, one)] for other in (*levels.values(), one)
     ]
     return TaskSummary(
         task=task.task.name,
@@ -154,12 +157,11 @@ def _summary(sweep: Sweep, task: SweepTask, rows: Mapping[str, Sequence[Row]]) -
         higher_is_better=task.metric.higher_is_better,
         num_validation=len(task.parts.validation),
         num_test=len(task.parts.test),
-        num_repeated=task.parts.num_repeated,
+        num_repeated=len(task.parts.repeated),
         num_truncated=sweep.num_truncated(task),
-        curve=tuple(_figure(figures, point, label(point)) for point in sweep.points),
-        methods=tuple(
-            replace(_figure(figures, point, name), others=figures.others(point)) for point, name in methods.items()
-        ),
+        is_percent=all(figure.test.method == WILSON for figure in (*curve, *compared)),
+        curve=curve,
+        methods=compared,
         levels=tuple(levels),
         choices=choices,
         differences=tuple(
@@ -169,9 +171,19 @@ def _summary(sweep: Sweep, task: SweepTask, rows: Mapping[str, Sequence[Row]]) -
                 figures.compare(figures.values(point, TEST), figures.values(other, TEST)),
                 math.nan,
             )
-            for point, other in pairs
+            for point, other in _different(sweep, wanted)
         ),
     )
+
+
+def _different(sweep: Sweep, pairs: Sequence[tuple[GridPoint, GridPoint]]) -> list[tuple[GridPoint, GridPoint]]:
+    """The pairs of different formulas, each once: base-change and EFT are the same at α = 1."""
+    found: dict[frozenset[object], tuple[GridPoint, GridPoint]] = {}
+    for pair in pairs:
+        formulas = frozenset(map(sweep.formula, pair))
+        if len(formulas) == 2:
+            found.setdefault(formulas, pair)
+    return list(found.values())
 
 
 def _choose(sweep: Sweep, figures: TaskFigures, rule: str) -> Choice | None:
@@ -189,13 +201,27 @@ def _choose(sweep: Sweep, figures: TaskFigures, rule: str) -> Choice | None:
 
 def _figure(figures: TaskFigures, point: GridPoint, name: str) -> Figure:
     validation = figures.estimate(point, VALIDATION) if figures.has_validation else None
-    return Figure(name, point.rule, point.alpha, figures.interval(point, TEST, CURVE_RESAMPLES), validation, {})
+    return Figure(name, point.rule, point.alpha, figures.quick_interval(point), validation)
+
+
+def _compared_figure(figures: TaskFigures, point: GridPoint, name: str) -> Figure:
+    return replace(
+        _figure(figures, point, name),
+        test=figures.interval(point),
+        standard_error=figures.standard_error(point, TEST),
+        others=figures.others(point),
+    )
 
 
 def to_json(summaries: Sequence[TaskSummary], sweep: Sweep, command: str) -> str:
     """Return summary.json: the figures of all tasks, and what they were made with."""
     content = {
         "command": command,
+        "selection": {
+            "validation": sweep.options.validation,
+            "select": sweep.options.select,
+            "one standard error": sweep.options.one_standard_error,
+        },
         "tasks": [finite(summary.to_dict()) for summary in summaries],
         "settings": sweep.settings,
         "task settings": {task.task.name: task.task.describe() for task in sweep.tasks},

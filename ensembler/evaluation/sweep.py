@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,19 +14,19 @@ from ensembler.decoding.points import GridPoint, make_grid, points_by_rule
 from ensembler.errors import ConfigError
 from ensembler.evaluation.answering import Answered, Chunk, ScoringChunk, make_chunks
 from ensembler.evaluation.batches import can_share_contexts
-from ensembler.evaluation.examples import Answer, Example, Measurement, Metric, Rolling
+from ensembler.evaluation.examples import Measurement, Rolling
 from ensembler.evaluation.metric_values import to_json
-from ensembler.evaluation.parts import Parts, split_examples
+from ensembler.evaluation.parts import split_examples
 from ensembler.evaluation.provenance import describe_ensemble, versions
 from ensembler.evaluation.rows_folder import Row, RowsFolder
+from ensembler.evaluation.sweep_tasks import SweepTask, ask, by_split, prompts_of
 from ensembler.evaluation.tasks import EvalTask
 from ensembler.modeling import EnsembleForCausalLM
 from ensembler.preflight import CheckedEnsemble
 from ensembler.rules import RULES, Rule
 
-VALIDATION, TEST, PROMPTS = "validation", "test", "prompts"
-LOG_PROB = "log_prob"  # the value of the rows of prompts
 _MAX_LENGTH = 2048  # where no member sets a limit: HFLM's default
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of functions, another in every process
 _FORMAT = 1  # of rows and summary; another number is another version's folder
 
 
@@ -65,26 +66,6 @@ class SweepOptions:
         return self.select == "perplexity"
 
 
-@dataclass(frozen=True)
-class SweepTask:
-    """A task of a sweep, its metric, and its examples by what they are for."""
-
-    task: EvalTask
-    metric: Metric
-    parts: Parts
-    prompts: tuple[Example, ...] = ()
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """An example, its part, and how its answers become values."""
-
-    example: Example
-    task: str
-    part: str
-    measure: Callable[[Sequence[Answer]], Measurement] = field(repr=False)
-
-
 class Sweep:
     """All work of a sweep, planned: every example encoded, nothing loaded.
 
@@ -102,10 +83,11 @@ class Sweep:
         points_by_rule(self.points, self.rule, checked.contract, checked.config.outside)  # raises for duplicates
         points_by_rule(self.grid, self.rule, checked.contract, checked.config.outside)
         self.tasks = [self._plan(task) for task in tasks]
-        self._asked = {asked.example.id: asked for task in self.tasks for asked in _ask(task)}
+        self._asked = {asked.example.id: asked for task in self.tasks for asked in ask(task)}
         self._checked = checked
         self._tokenizer = checked.require_tokenizer()
         self.chunks = [chunk for task in self.tasks for chunk in self._chunks(task)]
+        self._ids = {name: ids for chunk in self.chunks for name, ids in chunk.ids().items()}
 
     def _plan(self, task: EvalTask) -> SweepTask:
         metric = task.choose_metric(self.options.metric)
@@ -115,7 +97,7 @@ class Sweep:
 
     def _chunks(self, task: SweepTask) -> Iterator[Chunk]:
         shortest = self._checked.shortest_context
-        for examples in ((*task.parts.validation, *task.parts.test), task.prompts):
+        for examples in (*by_split(task), task.prompts):
             yield from make_chunks(
                 examples,
                 self._tokenizer,
@@ -129,9 +111,15 @@ class Sweep:
         """The ids of all examples, in the order of the rows of a finished run."""
         return list(self._asked)
 
+    def formula(self, point: GridPoint) -> tuple[object, ...]:
+        """Return what a point computes: two points with the same are one method."""
+        rule = self.rule if point.rule == self.rule.name else RULES[point.rule]
+        weights = {role: round(weight, 9) for role, weight in rule.weights(point.alpha).items() if weight}
+        return (rule.cutoff, *sorted(weights.items()))
+
     def num_truncated(self, task: SweepTask) -> int:
         """How many requests of a task lost tokens on the left to fit into the members' shortest context."""
-        own = {example.id for example in (*task.parts.validation, *task.parts.test)}
+        own = {example.id for examples in by_split(task) for example in examples}
         return sum(chunk.num_truncated for chunk in self.chunks if chunk.examples[0].id in own)
 
     def num_prompt_tokens(self, task: SweepTask) -> int:
@@ -152,24 +140,20 @@ class Sweep:
             "rules": list(options.rules),
             "alphas": list(options.alphas),
             "tasks": {task.task.name: self._task_settings(task) for task in self.tasks},
-            "validation": options.validation,
-            "select": options.select,
-            "one standard error": options.one_standard_error,
             "batch size": options.batch_size,
             "seed": options.seed,
         }
 
     def _task_settings(self, task: SweepTask) -> dict[str, Any]:
-        asked = [
-            [example.id, repr(example.requests), example.choices, example.gold]
-            for example in (*task.parts.validation, *task.parts.test)
-        ]
+        examples = [example for examples in by_split(task) for example in examples]
+        documents = [[example.id, example.doc, repr(example.requests)] for example in examples]
         return {
             "version": task.task.version,
             "fewshot": task.task.num_fewshot,
             "limit": task.task.limit,
-            "metric": task.metric.key,
-            "documents": hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:16],
+            "config": _hash(_ADDRESS.sub("", json.dumps(task.task.describe()["config"]))),
+            "documents": _hash(json.dumps(documents)),
+            "tokens": _hash(repr([self._ids[example.id] for example in examples])),
         }
 
     def example_rows(self) -> Iterator[Row]:
@@ -230,30 +214,5 @@ def levels(rule: Rule) -> dict[str, GridPoint]:
     return found
 
 
-def prompts_of(example: Example) -> Example:
-    """Return the example that asks how probable the prompts of `example` are, each different one once."""
-    contexts = []
-    for request in example.requests:
-        if isinstance(request, Rolling):
-            raise ConfigError(
-                f"{example.id} is measured by the likelihood of its text, which so cannot choose alpha without it; "
-                "give --validation in place of --select perplexity"
-            )
-        contexts.append(request.context)
-    return Example(f"{example.id}/{PROMPTS}", {}, tuple(Rolling(text) for text in dict.fromkeys(contexts) if text))
-
-
-def _ask(task: SweepTask) -> Iterator[_Asked]:
-    for part, examples in ((VALIDATION, task.parts.validation), (TEST, task.parts.test)):
-        for example in examples:
-            yield _Asked(example, task.task.name, part, _measure_by(task.task, example))
-    for example in task.prompts:
-        yield _Asked(example, task.task.name, PROMPTS, _measure_prompts)
-
-
-def _measure_by(task: EvalTask, example: Example) -> Callable[[Sequence[Answer]], Measurement]:
-    return lambda answers: task.measure(example, answers)
-
-
-def _measure_prompts(answers: Sequence[Answer]) -> Measurement:
-    return Measurement({LOG_PROB: sum(answers)}, {})
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ensembler.decoding.points import GridPoint
-from ensembler.evaluation.bootstrap import NUM_RESAMPLES
 from ensembler.evaluation.metric_values import from_json
 from ensembler.evaluation.rows_folder import Row
 from ensembler.evaluation.statistics import Comparison, Interval, Selection, choose_alpha, compare, metric_interval
-from ensembler.evaluation.sweep import LOG_PROB, PROMPTS, TEST, VALIDATION, SweepTask
+from ensembler.evaluation.sweep_tasks import LOG_PROB, PROMPTS, TEST, VALIDATION, SweepTask
 
-CURVE_RESAMPLES = 1000  # of a bootstrap at every point; what is compared gets the full number
+_RESAMPLES = 1000  # of a bootstrap of the task's aggregation, which may take many milliseconds a call
+_RESAMPLES_OF_ERROR = 100
 _INFINITE = "none: values are infinite"
 
 
@@ -49,18 +49,29 @@ class TaskFigures:
         keys = [metric.key for metric in self.task.task.metrics if metric.key != self.task.metric.key]
         return {key: self.estimate(point, TEST, key) for key in keys}
 
-    def interval(self, point: GridPoint, part: str = TEST, num_resamples: int = NUM_RESAMPLES) -> Interval:
-        """Return the metric with its interval; without edges where values are infinite."""
-        values = self.values(point, part)
+    def interval(self, point: GridPoint) -> Interval:
+        """Return the metric of the test examples with its interval; without edges where values are infinite."""
+        values = self.values(point, TEST)
         if self._aggregate is None and not all(map(math.isfinite, values)):
-            return _unbounded(_mean(values), len(values))
-        return metric_interval(values, self._aggregate, seed=self._seed, num_resamples=num_resamples)
+            return _unbounded(_mean(values), len(values), _INFINITE)
+        return metric_interval(values, self._aggregate, seed=self._seed, num_resamples=_RESAMPLES)
+
+    def quick_interval(self, point: GridPoint) -> Interval:
+        """Return the same for a point of a curve: without edges where these would take a bootstrap."""
+        if self._aggregate is None:
+            return self.interval(point)
+        return _unbounded(self.estimate(point, TEST), len(self._rows[TEST]), "none: not a mean")
+
+    def standard_error(self, point: GridPoint, part: str) -> float | None:
+        """Return lm-eval's standard error; None where it has none."""
+        key = self.task.metric.key
+        return self.task.task.standard_error(key, self.values(point, part), num_resamples=_RESAMPLES_OF_ERROR)
 
     def compare(self, a: Sequence[Any], b: Sequence[Any]) -> Comparison:
         """Compare two methods by their values on the same examples."""
         if self._aggregate is None and not all(map(math.isfinite, (*a, *b))):
-            return Comparison(_unbounded(_mean(a) - _mean(b), len(a)), math.nan, _INFINITE)
-        return compare(a, b, self._aggregate, seed=self._seed)
+            return Comparison(_unbounded(_mean(a) - _mean(b), len(a), _INFINITE), math.nan, _INFINITE)
+        return compare(a, b, self._aggregate, seed=self._seed, num_resamples=_RESAMPLES)
 
     def choose(self, rule: str, alphas: Sequence[float], *, one_standard_error: bool = False) -> Selection:
         """Return the α whose metric on the validation examples is best."""
@@ -68,7 +79,8 @@ class TaskFigures:
         metrics = [self.estimate(point, VALIDATION) for point in points]
         errors = None
         if one_standard_error:
-            errors = [self.interval(point, VALIDATION, CURVE_RESAMPLES).standard_error for point in points]
+            found = [self.standard_error(point, VALIDATION) for point in points]
+            errors = [math.nan if error is None else error for error in found]
         return choose_alpha(alphas, metrics, errors, higher_is_better=self.task.metric.higher_is_better)
 
     def choose_by_prompts(self, rule: str, alphas: Sequence[float], num_tokens: int) -> Selection:
@@ -91,8 +103,8 @@ class TaskFigures:
         return None if metric.is_mean else lambda values: self.task.task.aggregate(metric.key, values)
 
 
-def _unbounded(estimate: float, num_rows: int) -> Interval:
-    return Interval(estimate, math.nan, math.nan, math.nan, num_rows, _INFINITE)
+def _unbounded(estimate: float, num_rows: int, why: str) -> Interval:
+    return Interval(estimate, math.nan, math.nan, math.nan, num_rows, why)
 
 
 def _mean(values: Sequence[float]) -> float:

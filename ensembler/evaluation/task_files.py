@@ -79,6 +79,7 @@ def make_task_from_file(
     name: str | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
+    max_new_tokens: int = 256,
 ) -> EvalTask:
     """Return the rows of a JSON Lines file as a task with one split, test.
 
@@ -94,7 +95,8 @@ def make_task_from_file(
     - perplexity: of the answer after the prompt, per word and byte as lm-eval has it: word_perplexity, byte_perplexity,
       bits_per_byte
 
-    Few-shot examples are other rows of the file. Raises ConfigError, or PromptError with line and field.
+    Generated texts have at most `max_new_tokens`. Few-shot examples are other rows of the file. Raises ConfigError, or
+    PromptError with line and field.
     """
     check_counts(num_fewshot, limit)
     file = TaskFile(prompt, answer, choices, metric or ("exact_match" if choices is None else "acc"))
@@ -106,15 +108,17 @@ def make_task_from_file(
         )
     with quiet():
         task = require("lm_eval.api.task", "eval").ConfigurableTask(
-            config=_settings(file, documents, name or data.stem)
+            config=_settings(file, documents, name or data.stem, max_new_tokens)
         )
     set_fewshot(task, num_fewshot)
     return EvalTask(task, limit)
 
 
-def _settings(file: TaskFile, documents: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
+def _settings(file: TaskFile, documents: Sequence[Mapping[str, Any]], name: str, max_new_tokens: int) -> dict[str, Any]:
+    settings = _SETTINGS[file.metric](documents, _delimiter(file, documents))
+    if "generation_kwargs" in settings:
+        settings["generation_kwargs"]["max_gen_toks"] = max_new_tokens
     rows = require("datasets", "eval").Dataset.from_list(list(documents))
-    delimiter = _delimiter(file, documents)
     return {
         "task": name,
         "custom_dataset": lambda **_: {"test": rows},
@@ -122,9 +126,9 @@ def _settings(file: TaskFile, documents: Sequence[Mapping[str, Any]], name: str)
         "fewshot_split": "test",
         "doc_to_text": "prompt",
         "doc_to_target": "target",
-        "target_delimiter": delimiter,
+        "target_delimiter": _delimiter(file, documents),
         "metadata": {"version": 1},
-        **_SETTINGS[file.metric](documents, delimiter),
+        **settings,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ensembler.errors import ConfigError, RunError
-from ensembler.evaluation.examples import Answer, Example, Measurement, Metric
+from ensembler.evaluation.examples import Answer, Example, Measurement, Metric, Request
 from ensembler.evaluation.metric_values import from_json, to_json
 from ensembler.evaluation.quiet import quiet, unprinted
 from ensembler.evaluation.standard_errors import NUM_RESAMPLES, standard_error
@@ -128,6 +129,15 @@ class EvalTask:
             check_metrics(self.metrics, examples[0], self.measure)
         return examples
 
+    def bare_requests(self, example: Example) -> tuple[Request, ...]:
+        """Return what an example asks without few-shot examples: equal ones are of equal documents."""
+        if not self.num_fewshot:
+            return example.requests
+        split = example.id.split("/")[-2]
+        with quiet():
+            instances = self._instances(example.source[0].doc, split, example.index, num_fewshot=0)
+        return tuple(request_of(instance) for instance in instances)
+
     def measure(self, example: Example, answers: Sequence[Answer]) -> Measurement:
         """Return what one document's answers, one per request, come to by lm-eval's filters and metrics.
 
@@ -155,16 +165,15 @@ class EvalTask:
             {key: to_json(value, f"{key} of {example.id}") for key, value in values.items()}, predictions
         )
 
-    def is_binary(self, key: str, values: Sequence[Any]) -> bool:
-        """Whether a metric is right or wrong per document, as `values` from rows show: for McNemar's test."""
-        return self.metric(key).is_mean and all(value in (0, 1) for value in values)
-
     def aggregate(self, key: str, values: Sequence[Any]) -> float:
         """Return the figure of all documents from their `values` (as in rows), by lm-eval's own aggregation."""
         if not values:
             raise ValueError(f"{key} of no documents")
         with unprinted():
-            return float(self._aggregation(self.metric(key).name)(from_json(list(values))))
+            try:
+                return float(self._aggregation(self.metric(key).name)(from_json(list(values))))
+            except OverflowError:  # lm-eval's perplexities of what is all but impossible
+                return math.inf
 
     def standard_error(self, key: str, values: Sequence[Any], *, num_resamples: int = NUM_RESAMPLES) -> float | None:
         """Return lm-eval's standard error of `aggregate`, or None where it has none for this metric.
@@ -192,7 +201,7 @@ class EvalTask:
             tuple(instances),
         )
 
-    def _instances(self, doc: Any, split: str, index: int) -> list[Any]:
+    def _instances(self, doc: Any, split: str, index: int, num_fewshot: int | None = None) -> list[Any]:
         """The calls of `Task.build_all_requests`, which knows of one split only."""
         sampler = getattr(self.task, "sampler", None)
         if sampler is not None and split != self.default_split:
@@ -200,7 +209,7 @@ class EvalTask:
         try:
             context = self.task.fewshot_context(
                 doc,
-                num_fewshot=self.num_fewshot,
+                num_fewshot=self.num_fewshot if num_fewshot is None else num_fewshot,
                 system_instruction=None,
                 apply_chat_template=False,
                 fewshot_as_multiturn=False,
@@ -247,7 +256,7 @@ class EvalTask:
             self._key(name, filter_name),
             name,
             filter_name,
-            bool(self.task.higher_is_better().get(name, True)),
+            self.task.higher_is_better().get(name) is not False,  # None where a task does not say
             self._aggregation(name) is require("lm_eval.api.metrics", "eval").mean,
         )
 

@@ -13,9 +13,9 @@ from ensembler.evaluation.bench.bench import Bench, PlannedRun, cost_id
 from ensembler.evaluation.bench.methods import Method
 from ensembler.evaluation.bench.recipe import Experiment
 from ensembler.evaluation.rows_folder import Row
-from ensembler.evaluation.statistics import Interval, holm
+from ensembler.evaluation.statistics import WILSON, Interval, holm
 from ensembler.evaluation.summary import Difference
-from ensembler.evaluation.sweep import TEST, SweepTask
+from ensembler.evaluation.sweep_tasks import TEST, SweepTask
 from ensembler.evaluation.task_figures import TaskFigures
 
 # Which methods are compared besides each with the first (source FT, where there is one): the question of the benchmark.
@@ -71,6 +71,7 @@ class BenchTask:
     version: str
     metric: str
     higher_is_better: bool
+    is_percent: bool
     num_validation: int
     num_test: int
     source: str
@@ -174,6 +175,7 @@ def _task(
         task.task.version,
         task.metric.key,
         task.metric.higher_is_better,
+        all(one.test is None or one.test.method == WILSON for one in summaries.values()),
         len(task.parts.validation),
         len(task.parts.test),
         experiment.source,

@@ -33,8 +33,7 @@ def heading(task: BenchTask) -> str:
 
 def columns(task: BenchTask) -> list[str]:
     """Return the names of the columns that any method of a task fills."""
-    like = next((method.test for method in task.methods if method.test is not None), None)
-    metric = task.metric if like is None else show_metric(task.metric, like)
+    metric = show_metric(task.metric, percent=task.is_percent)
     published = ["published"] if any(method.published is not None for method in task.methods) else []
     return ["method", "α", f"{metric} (95 % interval)", *published, *(_COSTS[name] for name in _costs(task))]
 
@@ -49,7 +48,7 @@ def differences(task: BenchTask) -> list[list[str]]:
     return [
         [
             f"{NAMES[each.method]} − {NAMES[each.against]}",
-            show_difference(each.comparison),
+            show_difference(each.comparison, percent=task.is_percent),
             show_p(each.comparison.p_value),
             show_p(each.p_holm),
             each.comparison.test,
@@ -64,7 +63,7 @@ def _row(method: MethodSummary, task: BenchTask) -> list[str]:
         cells = [name, "", f"failed: {method.error}"]
     else:
         alpha = "" if method.alpha is None else f"{method.alpha:g}" + ("" if method.is_chosen else " (given)")
-        cells = [name, alpha, show_interval(method.test)]
+        cells = [name, alpha, show_interval(method.test, percent=task.is_percent)]
     if any(each.published is not None for each in task.methods):
         cells.append("" if method.published is None else f"{method.published:g}")
     return [*cells, *(_show(cost, method.cost.get(cost)) for cost in _costs(task))]

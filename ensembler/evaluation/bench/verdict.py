@@ -32,11 +32,11 @@ def _clear(each: Difference, task: BenchTask) -> str:
     interval = each.comparison.difference
     is_better = (interval.estimate > 0) == task.higher_is_better
     edges = sorted((abs(interval.low), abs(interval.high)))
-    unit = " points" if interval.method == "Newcombe" else ""
-    low, high = (show_number(edge, interval) for edge in edges)
+    unit = " points" if task.is_percent else ""
+    low, high = (show_number(edge, percent=task.is_percent) for edge in edges)
     return (
         f"{NAMES[each.method]} is {'better' if is_better else 'worse'} than {NAMES[each.against]} by "
-        f"{show_number(abs(interval.estimate), interval)}{unit} ({low} to {high})"
+        f"{show_number(abs(interval.estimate), percent=task.is_percent)}{unit} ({low} to {high})"
     )
 
 
