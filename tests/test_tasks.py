@@ -144,9 +144,6 @@ def test_what_a_task_tells_of_itself(folder: Path) -> None:
     assert (request.until, request.max_new_tokens, request.do_sample, request.repeats) == (("e", "#"), 9, False, 1)
     pairs = load(folder, "pairs")
     assert [metric.is_mean for metric in pairs.metrics] == [True, False]
-    assert pairs.is_binary("acc", [1.0, 0.0, 1])
-    assert not pairs.is_binary("acc", [0.5, 1.0])
-    assert not pairs.is_binary("f1", [[0, 1]])
     text = load(folder, "text")
     assert [metric.higher_is_better for metric in text.metrics] == [False] * 3
 
