@@ -10,7 +10,6 @@ import warnings
 import click
 
 from ensembler import __version__
-from ensembler.cli.bench import bench
 from ensembler.cli.chat import chat
 from ensembler.cli.create import create
 from ensembler.cli.generate import generate
@@ -23,7 +22,7 @@ from ensembler.errors import ConfigError, EnsemblerError, RankError
 from ensembler.launch import num_ranks, this_rank
 
 INTERRUPTED = 130
-SEVERAL_PROCESSES = ("generate", "sweep", "bench")
+SEVERAL_PROCESSES = ("generate", "sweep")
 
 
 @click.group(
@@ -49,7 +48,7 @@ def cli(context: click.Context, debug: bool) -> None:
         )
 
 
-for command in (create, inspect, plan, generate, score, sweep, bench, chat, patch):
+for command in (create, inspect, plan, generate, score, sweep, chat, patch):
     cli.add_command(command)
 
 
