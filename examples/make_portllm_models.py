@@ -4,24 +4,27 @@
 
 BASE is the folder of a model θ, DATA one with {sst2,mrpc,wnli,boolq}/*.jsonl and text/*.txt, OUT the cache to fill:
 
+    OUT/theta             a link to BASE
+    OUT/data/TASK         train.jsonl, choose.jsonl (the rows of the train set that choose α, never trained on) and
+                          test.jsonl, for the tasks in examples/recipes/smollm2
     OUT/update_1 .. 3     LoRA r = 64, α = 128, lr 1e-4 of continued pre-training, each of the model before it, each on
                           another text: WikiText-2 validation, Tiny Shakespeare, WikiText-2 test
-    OUT/theta_1 .. 3      θ after one, two, three updates (θ′ is theta_1)
+    OUT/theta_1 .. 3      θ′: θ after one, two, three updates (θ′ is theta_1)
     OUT/phi               φ: θ after an update of all weights on WikiText-2 validation
     OUT/patch_TASK        Δθ_i: LoRA r = 8, lr 4e-4 of θ, of attention and MLP matrices, on the task in lm-eval's format
     OUT/patch_sst2_rN     the same of rank N = 2, 4, 16, 32
     OUT/direct_TASK       Δθ′_i: the same LoRA r = 8 of θ′, for the directly tuned target
 
 The learning rates, ranks and matrices are the paper's (section 4); its 3 to 5 epochs over whole data sets are not: see
-STEPS, which make it about an hour on two CPU cores. A finished part is not made again.
+STEPS, which make it half an hour on two CPU cores that multiply in bfloat16. A finished part is not made again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,15 +42,23 @@ from ensembler.patch.apply import apply_patches
 from ensembler.patch.plan import Part
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TASKS = Path(__file__).parent / "tasks"
+TASKS = Path(__file__).parent / "recipes" / "smollm2"
 # Steps and rows of a step. BoolQ's passages are long.
-STEPS = {"sst2": (80, 12), "mrpc": (100, 8), "wnli": (60, 8), "boolq": (80, 4), "text": (60, 4)}
+STEPS = {"sst2": (100, 12), "mrpc": (120, 8), "wnli": (80, 8), "boolq": (100, 4), "text": (80, 4)}
+# The train and the test set of each task, and how many rows of the train set choose α.
+DATA = {
+    "sst2": ("train_3000", "dev", 300),
+    "mrpc": ("train", "dev", 300),
+    "wnli": ("train", "dev", 150),
+    "boolq": ("tune_1000", "val_1000", 200),
+}
 TEXTS = ("wikitext2_raw_valid.txt", "tinyshakespeare.txt", "wikitext2_raw_test.txt")
 RANKS = (2, 4, 16, 32)
 PIECE = 128  # tokens
 LONGEST = 256  # tokens of an example; longer ones are not trained on
 
 Batch = dict[str, Tensor]
+Pair = tuple[tuple[int, ...], tuple[int, ...]]  # ids of a prompt and of its answer
 
 
 def main() -> None:
@@ -56,31 +67,49 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
-    out: Path = args.out
+    base, data, out = args.base.resolve(), args.data.resolve(), args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(args.base)
-    before = args.base
+    if not (out / "theta").exists():
+        (out / "theta").symlink_to(base)
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for task in DATA:
+        split(task, data, out / "data" / task)
+    before = out / "theta"
     for number, name in enumerate(TEXTS, start=1):
         update, after = out / f"update_{number}", out / f"theta_{number}"
-        text = args.data / "text" / name
+        text = data / "text" / name
         tune(before, update, tokenizer, lambda text=text: pieces(text, tokenizer), rank=64, learning_rate=1e-4)
         if not after.exists():
             apply_patches([Part(update)], before, after)
         before = after
-    train_whole(args.base, out / "phi", tokenizer, args.data / "text" / TEXTS[0])
-    for task in ("sst2", "mrpc", "wnli", "boolq"):
-        examples = rows_of(task, args.data, tokenizer)
-        for base, name in ((args.base, f"patch_{task}"), (out / "theta_1", f"direct_{task}")):
-            tune(base, out / name, tokenizer, lambda task=task, rows=examples: batches(rows, task, tokenizer))
+    for task in DATA:
+        rows = rows_of(task, out, tokenizer)
+
+        def make(task: str = task, rows: list[Pair] = rows) -> Iterator[Batch]:
+            return batches(rows, task, tokenizer)
+
+        tune(out / "theta", out / f"patch_{task}", tokenizer, make)
+        tune(out / "theta_1", out / f"direct_{task}", tokenizer, make)
         if task == "sst2":
             for rank in RANKS:
-                tune(
-                    args.base,
-                    out / f"patch_sst2_r{rank}",
-                    tokenizer,
-                    lambda rows=examples: batches(rows, "sst2", tokenizer),
-                    rank=rank,
-                )
+                tune(out / "theta", out / f"patch_sst2_r{rank}", tokenizer, make, rank=rank)
+    train_whole(out / "theta", out / "phi", tokenizer, data / "text" / TEXTS[0])
+
+
+def split(task: str, data: Path, out: Path) -> None:
+    """Part the train set at random: rows to train on, rows to choose α by; the test set stays as it is."""
+    if out.exists():
+        return
+    train_name, test_name, num_choosing = DATA[task]
+    lines = (data / task / f"{train_name}.jsonl").read_text("utf-8").splitlines()
+    random.Random(SEED).shuffle(lines)
+    parts = {"choose": lines[:num_choosing], "train": lines[num_choosing:]}
+    parts["test"] = (data / task / f"{test_name}.jsonl").read_text("utf-8").splitlines()
+    partial = out.with_name(f"{out.name}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    for name, kept in parts.items():
+        (partial / f"{name}.jsonl").write_text("\n".join(kept) + "\n", "utf-8")
+    partial.rename(out)
 
 
 def tune(
@@ -99,7 +128,7 @@ def tune(
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
     model.peft_config["default"].base_model_name_or_path = os.path.relpath(base, out)
     found = list(make_batches())
-    train(model, iter(found), len(found), learning_rate, out.name)
+    train(model, iter(found), len(found), learning_rate, out.name, mixed=True)
     save(model, tokenizer, out)
 
 
@@ -110,7 +139,7 @@ def train_whole(base: Path, out: Path, tokenizer: PreTrainedTokenizerBase, text:
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     found = list(pieces(text, tokenizer))
-    train(model, iter(found), len(found), 3e-5, out.name)
+    train(model, iter(found), len(found), 3e-5, out.name, mixed=True)
     save(model, tokenizer, out)
 
 
@@ -125,13 +154,10 @@ def pieces(text: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
         yield {"input_ids": batch, "labels": batch}
 
 
-def rows_of(task: str, data: Path, tokenizer: PreTrainedTokenizerBase) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The train split in lm-eval's format: the ids of every prompt and of its right answer."""
-    with tempfile.TemporaryDirectory() as folder:  # relative data files of a task lie beside its YAML file
-        path = Path(folder) / f"{task}.yaml"
-        path.write_text((TASKS / path.name).read_text("utf-8"), "utf-8")
-        (Path(folder) / "data").symlink_to(data.resolve())
-        (loaded,) = load_tasks([str(path)])
+def rows_of(task: str, out: Path, tokenizer: PreTrainedTokenizerBase) -> list[Pair]:
+    """The rows to train on in lm-eval's format: the ids of every prompt and of its right answer."""
+    with contextlib.chdir(out):  # the task looks for data/ here
+        (loaded,) = load_tasks([str(TASKS / f"{task}.yaml")])
         pairs = [encode_pair(*right_answer(example), tokenizer) for example in loaded.examples("train")]
     return [pair for pair in pairs if sum(map(len, pair)) <= LONGEST]
 
@@ -143,9 +169,7 @@ def right_answer(example: Example) -> tuple[str, str]:
     return request.context, request.text
 
 
-def batches(
-    rows: list[tuple[tuple[int, ...], tuple[int, ...]]], task: str, tokenizer: PreTrainedTokenizerBase
-) -> Iterator[Batch]:
+def batches(rows: list[Pair], task: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
     """Ids, mask and labels (rows, longest), padded on the right; only the answer is learned."""
     num, size = STEPS[task]
     rng = random.Random(SEED)

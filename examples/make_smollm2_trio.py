@@ -102,16 +102,23 @@ def text_batches(texts: list[Tensor], num: int, length: int, rows: int = 4) -> I
 
 
 def train(
-    model: torch.nn.Module, batches: Iterator[dict[str, Tensor]], num: int, learning_rate: float, name: str
+    model: torch.nn.Module,
+    batches: Iterator[dict[str, Tensor]],
+    num: int,
+    learning_rate: float,
+    name: str,
+    *,
+    mixed: bool = False,
 ) -> None:
-    """One pass with AdamW and a linear decay; a line of progress every ten steps."""
+    """One pass with AdamW and a linear decay, in bfloat16 where `mixed`; a line of progress every ten steps."""
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / num)
     model.train()
     start, recent = time.monotonic(), []
     for step, batch in enumerate(batches, 1):
-        loss = model(**batch, use_cache=False).loss
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+            loss = model(**batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
