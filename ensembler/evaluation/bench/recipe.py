@@ -56,7 +56,7 @@ class Experiment:
 
     `models`: members by role, `patch` a path. `alphas`: the grid that validation chooses from; `alpha` fixes it for a
     method. `validation`: a number of examples or a split. `published`: figures in the metric's unit of a paper by task
-    and method, printed beside what was measured; its source is `source`.
+    and method, printed beside what was measured; its source is `source`. `speed`: how it is measured; None: not at all.
     """
 
     name: str
@@ -74,16 +74,16 @@ class Experiment:
     seed: int = 0
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     source: str = ""
+    speed: Speed | None = None
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A benchmark: its experiments, and how speed is measured (None: not at all)."""
+    """A benchmark: its experiments."""
 
     name: str
     description: str
     experiments: tuple[Experiment, ...]
-    speed: Speed | None
 
 
 _EXPERIMENT_KEYS = (
@@ -101,8 +101,9 @@ _EXPERIMENT_KEYS = (
     "seed",
     "published",
     "source",
+    "speed",
 )
-_KEYS = ("description", "experiments", "speed", *_EXPERIMENT_KEYS)
+_KEYS = ("description", "experiments", *_EXPERIMENT_KEYS)
 _DEFAULT_ALPHAS = "0.1:1.5:0.1"  # base-change at prediction, appendix B
 
 
@@ -128,15 +129,7 @@ def read_recipe(path: Path) -> Recipe:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"{path}: two experiments are called {twice!r}; give each a name of its own")
-    speed = content.get("speed", {})
-    if speed is not False:
-        _check_keys(speed, [each.name for each in fields(Speed)], f"{path}: speed")
-    return Recipe(
-        str(content.get("name", path.stem)),
-        str(content.get("description", "")),
-        experiments,
-        None if speed is False else Speed(**speed),
-    )
+    return Recipe(str(content.get("name", path.stem)), str(content.get("description", "")), experiments)
 
 
 def _experiment(shared: Mapping[str, Any], given: Any, path: Path, number: int) -> Experiment:
@@ -174,6 +167,7 @@ def _experiment(shared: Mapping[str, Any], given: Any, path: Path, number: int) 
         seed=_count(content.get("seed", 0), f"{where}: seed", least=0) or 0,
         published=content["published"],
         source=str(content.get("source", "")),
+        speed=_speed(content.get("speed", {}), f"{where}: speed"),
     )
     _check_choice(experiment, where)
     return experiment
@@ -187,6 +181,13 @@ def _check_choice(experiment: Experiment, where: str) -> None:
             f"{where}: nothing chooses the alpha of {free[0]}; give validation (a number of examples or a split), or "
             f"alpha: {{{free[0]}: NUMBER}}"
         )
+
+
+def _speed(given: Any, where: str) -> Speed | None:
+    if given is False:
+        return None
+    _check_keys(given, [each.name for each in fields(Speed)], where)
+    return Speed(**given)
 
 
 def _methods(given: Any, models: Mapping[str, Any], where: str) -> tuple[str, ...]:
