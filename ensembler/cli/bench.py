@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,20 @@ from ensembler.launch import num_ranks, this_rank
 
 if TYPE_CHECKING:
     from ensembler.evaluation.bench.bench import Bench
+
+
+class _SayOnce(logging.Filter):
+    """Runs that share members are checked one after another: what is noticed of them is said once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self._said
+        self._said.add(message)
+        return is_new
 
 
 class _RunByDefault(click.Group):
@@ -62,6 +77,7 @@ def run(recipe: Path, output: Path, dry_run: bool, allow_code_execution: bool, a
     from ensembler.evaluation.bench.bench import Bench
     from ensembler.evaluation.bench.recipe import read_recipe
 
+    logging.getLogger("ensembler.adapters").addFilter(_SayOnce())
     planned = Bench(read_recipe(recipe), allow_code_execution=allow_code_execution)
     if dry_run:
         from ensembler.cli.bench_tables import print_plan

@@ -46,6 +46,8 @@ def print_bench(tasks: Sequence[BenchTask]) -> None:
     for task in tasks:
         out.print(f"\n{task.name}: {tables.heading(task)}", markup=False)
         out.print(plain_table(tables.columns(task), tables.rows(task)))
+        for note in tables.notes(task):
+            out.print(note, markup=False)
         if task.differences:
             out.print(plain_table(COMPARED, tables.differences(task)))
         for line in verdict(task):

@@ -53,7 +53,7 @@ class BenchRunner:
 
         Raises InputError for what no run can do anything about.
         """
-        self._top.begin(self.command, [])
+        self._top.begin(self.command)
         if self.rank == 0:
             self._top.release()
         failed: set[str] = set()
@@ -114,6 +114,7 @@ class BenchRunner:
                 return None
         if self.num_ranks > 1 and not self._top.claim():
             return None
+        self._top.finish([])  # what several processes wrote becomes one file
         return summarise_bench(self.bench, rows, {name: row for name, (row,) in self._top.rows().items()}, errors)
 
     def _measurements(self) -> Iterator[tuple[int, PlannedRun, Method]]:

@@ -60,6 +60,12 @@ def differences(task: BenchTask) -> list[list[str]]:
     ]
 
 
+def notes(task: BenchTask) -> list[str]:
+    """Return why the cost of a method, or some of its measurements, is missing."""
+    failed = [method for method in task.methods if method.test is not None and method.error is not None]
+    return [f"{NAMES[method.method]} could not be measured: {method.error}" for method in failed]
+
+
 def _row(method: MethodSummary, task: BenchTask) -> list[str]:
     name = NAMES[method.method]
     if method.test is None:
