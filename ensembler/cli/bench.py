@@ -60,7 +60,7 @@ def run(recipe: Path, output: Path, dry_run: bool, allow_code_execution: bool, a
     ensembler bench examples/recipes/demo.yaml --output demo-results
     """
     from ensembler.evaluation.bench.bench import Bench
-    from ensembler.evaluation.bench.recipe import read_recipe
+    from ensembler.evaluation.bench.recipe_file import read_recipe
 
     planned = Bench(read_recipe(recipe), allow_code_execution=allow_code_execution)
     if dry_run:

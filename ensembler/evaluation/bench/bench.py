@@ -7,16 +7,17 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ensembler.errors import ConfigError, EnsemblerError
+from ensembler.errors import ConfigError, InputError, MissingExtraError
 from ensembler.evaluation.bench.measure import Load
 from ensembler.evaluation.bench.methods import Method, Run, plan_runs
+from ensembler.evaluation.bench.published import check_tasks
 from ensembler.evaluation.bench.recipe import Experiment, Recipe, Speed
 from ensembler.evaluation.encoding import encode_examples, encode_generation
 from ensembler.evaluation.examples import Generation, Rolling
@@ -53,19 +54,26 @@ class Bench:
         self.recipe = recipe
         self._tasks: dict[str, list[EvalTask]] = {}
         self._allow_code_execution = allow_code_execution
-        self.runs = [planned for experiment in recipe.experiments for planned in self._plan(experiment)]
+        self.runs: list[PlannedRun] = []
+        faults: dict[str, InputError] = {}
+        for experiment in recipe.experiments:
+            try:
+                self.runs += self._plan(experiment)
+            except MissingExtraError:
+                raise
+            except InputError as error:
+                faults[experiment.name] = error
+        if faults:
+            raise _told(faults)
 
     def _plan(self, experiment: Experiment) -> Iterator[PlannedRun]:
         if not _NAME.fullmatch(experiment.name):
             raise ConfigError(f"experiment {experiment.name!r} cannot be a folder's name; use letters, digits, + - _ .")
         tasks = self._load(experiment)
+        check_tasks(experiment, tasks)
         for run in plan_runs(experiment):
-            try:
-                checked = check_ensemble(run.config)
-                sweep = Sweep(checked, tasks, _options(experiment, run))
-            except EnsemblerError as error:
-                raise type(error)(f"experiment {experiment.name}, {run.name}: {error}") from error
-            yield PlannedRun(experiment, run, checked, sweep)
+            checked = check_ensemble(run.config)
+            yield PlannedRun(experiment, run, checked, Sweep(checked, tasks, _options(experiment, run)))
 
     def _load(self, experiment: Experiment) -> list[EvalTask]:
         """Experiments differ in their models more than in their tasks."""
@@ -95,6 +103,15 @@ class Bench:
         """Return the folder of a run's rows."""
         sweep = planned.sweep
         return RowsFolder(out / "runs" / planned.name, sweep.settings, rows_per_id=len(sweep.grid), rank=rank)
+
+
+def _told(faults: Mapping[str, InputError]) -> InputError:
+    """The first experiment's fault in full, the others by name: one line."""
+    (first, error), *others = faults.items()
+    more = f"; others cannot run either: {', '.join(name for name, _ in others)}" if others else ""
+    told = type(error)(f"experiment {first}: {error}{more}")
+    told.__cause__ = error
+    return told
 
 
 def _options(experiment: Experiment, run: Run) -> SweepOptions:
