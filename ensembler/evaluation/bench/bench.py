@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ensembler.errors import ConfigError, InputError, MissingExtraError
+from ensembler.errors import ConfigError, HubError, InputError, MissingExtraError
 from ensembler.evaluation.bench.measure import Load
 from ensembler.evaluation.bench.methods import Method, Run, plan_runs
 from ensembler.evaluation.bench.published import check_tasks
@@ -30,6 +30,7 @@ from ensembler.preflight import CheckedEnsemble, check_ensemble
 
 _NAME = re.compile(r"[\w+.-]+")
 _MAX_LENGTH = 2048
+_MOST_NAMES = 5  # in a line
 
 
 @dataclass(frozen=True)
@@ -63,17 +64,19 @@ class Bench:
                 raise
             except InputError as error:
                 faults[experiment.name] = error
+                if isinstance(error, HubError):
+                    break  # each of the others would wait for it again
         if faults:
             raise _told(faults)
 
     def _plan(self, experiment: Experiment) -> Iterator[PlannedRun]:
         if not _NAME.fullmatch(experiment.name):
             raise ConfigError(f"experiment {experiment.name!r} cannot be a folder's name; use letters, digits, + - _ .")
-        tasks = self._load(experiment)
+        checked = [(run, check_ensemble(run.config)) for run in plan_runs(experiment)]
+        tasks = self._load(experiment)  # after the members, since their data may have to be fetched
         check_tasks(experiment, tasks)
-        for run in plan_runs(experiment):
-            checked = check_ensemble(run.config)
-            yield PlannedRun(experiment, run, checked, Sweep(checked, tasks, _options(experiment, run)))
+        for run, ensemble in checked:
+            yield PlannedRun(experiment, run, ensemble, Sweep(ensemble, tasks, _options(experiment, run)))
 
     def _load(self, experiment: Experiment) -> list[EvalTask]:
         """Experiments differ in their models more than in their tasks."""
@@ -106,9 +109,13 @@ class Bench:
 
 
 def _told(faults: Mapping[str, InputError]) -> InputError:
-    """The first experiment's fault in full, the others by name: one line."""
+    """The first experiment's fault in full, and which others have faults: one line."""
     (first, error), *others = faults.items()
-    more = f"; others cannot run either: {', '.join(name for name, _ in others)}" if others else ""
+    names = [name for name, _ in others]
+    more = ""
+    if names:
+        shown = ", ".join(names[:_MOST_NAMES]) + (" ..." if len(names) > _MOST_NAMES else "")
+        more = f"; {len(names)} other experiments cannot run either: {shown}"
     told = type(error)(f"experiment {first}: {error}{more}")
     told.__cause__ = error
     return told
