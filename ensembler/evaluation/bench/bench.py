@@ -71,7 +71,7 @@ class Bench:
 
     def _plan(self, experiment: Experiment) -> Iterator[PlannedRun]:
         if not _NAME.fullmatch(experiment.name):
-            raise ConfigError(f"experiment {experiment.name!r} cannot be a folder's name; use letters, digits, + - _ .")
+            raise ConfigError("its name cannot be a folder's; use letters, digits, + - _ .")
         checked = [(run, check_ensemble(run.config)) for run in plan_runs(experiment)]
         tasks = self._load(experiment)  # after the members, since their data may have to be fetched
         check_tasks(experiment, tasks)

@@ -33,7 +33,7 @@ def read_costs(published: Any, methods: Sequence[str], where: str) -> dict[str, 
     _check_methods(published, methods, f"{where}: published_costs")
     found = {}
     for method, costs in published.items():
-        check_keys(costs, _COSTS, f"{where}: published_costs of {method}")
+        check_keys(costs, _COSTS, f"{where}: published_costs of {method}", "cost")
         found[method] = {
             name: read_number(value, f"{where}: published {name} of {method}") for name, value in costs.items()
         }

@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from ensembler.config import MemberConfig
-from ensembler.decoding.points import parse_alphas
 from ensembler.errors import ConfigError
 from ensembler.evaluation.bench.published import read_costs, read_figures
 from ensembler.evaluation.bench.recipe import METHODS, ROLES, TUNED, Experiment, Recipe, Speed
@@ -18,9 +17,11 @@ from ensembler.evaluation.bench.values import (
     check_keys,
     check_mapping,
     nearest,
+    read_alphas,
     read_count,
     read_number,
     read_text,
+    read_validation,
 )
 
 _EXPERIMENT_KEYS = tuple(each.name for each in fields(Experiment) if each.name != "patch")  # that is among the models
@@ -90,14 +91,14 @@ def _experiment(shared: Mapping[str, Any], given: Any, path: Path, number: int) 
         content[key] = {**_mapping(shared, key, str(path)), **_mapping(given, key, where)}
     models, patch = _models(content["models"], path.parent, where)
     methods = _methods(content.get("methods"), content["models"], where)
-    check_keys(content["alpha"], TUNED, f"{where}: alpha")
+    check_keys(content["alpha"], TUNED, f"{where}: alpha", "method")
     experiment = Experiment(
         name=name,
         models=models,
         patch=patch,
         tasks=_tasks(content.get("tasks"), path.parent, where),
         methods=methods,
-        alphas=_alphas(content.get("alphas", _DEFAULT_ALPHAS), where),
+        alphas=read_alphas(content.get("alphas", _DEFAULT_ALPHAS), where),
         alpha={method: read_number(value, f"{where}: alpha of {method}") for method, value in content["alpha"].items()},
         published=read_figures(content["published"], methods, where),
         published_costs=read_costs(content["published_costs"], methods, where),
@@ -114,7 +115,7 @@ def _mapping(content: Mapping[str, Any], key: str, where: str) -> Mapping[str, A
 
 
 def _models(given: Mapping[str, Any], folder: Path, where: str) -> tuple[dict[str, MemberConfig], str | None]:
-    check_keys(given, ROLES, f"{where}: models")
+    check_keys(given, ROLES, f"{where}: models", "role")
     if not given:
         raise ConfigError(f"{where} has no models; give them by role: {', '.join(ROLES)}")
     patch = given.get("patch")
@@ -166,15 +167,6 @@ def _tasks(given: Any, folder: Path, where: str) -> tuple[str, ...]:
     return tuple(_find(task, folder) for task in given)
 
 
-def _alphas(given: Any, where: str) -> tuple[float, ...]:
-    if isinstance(given, list):
-        return tuple(read_number(alpha, f"{where}: one of alphas") for alpha in given)
-    try:
-        return parse_alphas(str(given))
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
-
-
 def _settings(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     """What an experiment may leave out; an empty value is one that is left out."""
     given = {key: value for key, value in content.items() if value is not None}
@@ -185,14 +177,8 @@ def _settings(content: Mapping[str, Any], where: str) -> dict[str, Any]:
         if key in given:
             found[key] = read_count(given[key], f"{where}: {key}", least=least)
     if "validation" in given:
-        found["validation"] = _validation(given["validation"], f"{where}: validation")
+        found["validation"] = read_validation(given["validation"], f"{where}: validation")
     return found
-
-
-def _validation(given: Any, where: str) -> str:
-    if isinstance(given, bool) or not isinstance(given, int | str) or not str(given).strip():
-        raise ConfigError(f"{where} is {given!r}; expected a number of examples, or the name of a split")
-    return str(read_count(given, where)) if isinstance(given, int) else given
 
 
 def _check_choice(experiment: Experiment, where: str) -> None:

@@ -7,15 +7,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ensembler.decoding.points import parse_alphas
 from ensembler.errors import ConfigError
 
 
-def check_keys(content: Any, known: Sequence[str], where: str) -> None:
-    """Raise ConfigError unless `content` is a mapping with no other keys than the `known`."""
+def check_keys(content: Any, known: Sequence[str], where: str, kind: str = "key") -> None:
+    """Raise ConfigError unless `content` is a mapping with no other keys, called `kind`, than the `known`."""
     check_mapping(content, where)
     for key in content:
         if key not in known:
-            raise ConfigError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
+            raise ConfigError(f"{where}: unknown {kind} {key!r}{nearest(str(key), known)}")
 
 
 def check_mapping(content: Any, where: str) -> None:
@@ -49,3 +50,25 @@ def read_number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ConfigError(f"{where} is {value!r}; expected a number")
     return float(value)
+
+
+def read_alphas(given: Any, where: str) -> tuple[float, ...]:
+    """Return a grid: FIRST:LAST:STEP, numbers with commas, or a list."""
+    if isinstance(given, list):
+        alphas = tuple(read_number(alpha, f"{where}: one of alphas") for alpha in given)
+    else:
+        try:
+            alphas = parse_alphas(str(given))
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from error
+    twice = next((alpha for alpha in alphas if alphas.count(alpha) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{where}: {twice:g} is among the alphas twice; leave one out")
+    return alphas
+
+
+def read_validation(given: Any, where: str) -> str:
+    """Return a number of examples, or the name of a split."""
+    if isinstance(given, bool) or not isinstance(given, int | str) or not str(given).strip():
+        raise ConfigError(f"{where} is {given!r}; expected a number of examples, or the name of a split")
+    return str(read_count(given, where)) if isinstance(given, int) else given
