@@ -48,8 +48,9 @@ def _nothing_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_recipe_of_all_methods_is_planned_without_weights(roles: Path, tmp_path: Path) -> None:
     planned = plan(write_recipe(tmp_path / "all.yaml", good(roles)))
-    assert [run.name for run in planned.runs] == ["all.ensemble", "all.patched", "all.source_pt", "all.direct"]
-    found = {method.name: run for run in planned.runs for method in run.run.methods}
+    needed = [run for run in planned.runs if run.run.instead_of is None]
+    assert [run.name for run in needed] == ["all.ensemble", "all.patched", "all.source_pt", "all.direct"]
+    found = {method.name: run for run in needed for method in run.run.methods}
     assert found.keys() == METHODS.keys()
     (task,) = found["base-change"].sweep.tasks
     assert (task.task.name, len(task.parts.test), len(task.parts.validation)) == ("tiny_pairs", 4, 2)
@@ -61,7 +62,7 @@ def test_what_is_left_out_has_its_default(roles: Path, tmp_path: Path) -> None:
     content = {"models": {"source_ft": str(roles / "source_ft")}, "tasks": ["hellaswag"]}
     recipe = read_recipe(write_recipe(tmp_path / "short.yaml", content))
     (experiment,) = recipe.experiments
-    assert (recipe.name, recipe.description, recipe.speed) == ("short", "", Speed())
+    assert (recipe.name, recipe.description, experiment.speed) == ("short", "", Speed())
     assert (experiment.name, experiment.methods, experiment.source) == ("short", ("source_ft",), "")
     assert experiment.alphas == tuple(round(0.1 * i, 1) for i in range(1, 16))
     assert (experiment.validation, experiment.metric, experiment.num_fewshot, experiment.limit) == (None,) * 4
@@ -74,7 +75,14 @@ def test_experiments_take_from_the_top_what_they_do_not_say(roles: Path, tmp_pat
         content["alpha"] = {"eft": 1.0}
         content["experiments"] = [
             {"name": "a", "alpha": {"base-change": 0.3}, "methods": ["base-change", "eft"]},
-            {"name": "b", "models": {"target_pt": "other"}, "batch_size": 2, "validation": 3, "alphas": [0.2, 1]},
+            {
+                "name": "b",
+                "models": {"target_pt": "other"},
+                "batch_size": 2,
+                "validation": 3,
+                "alphas": [0.2, 1],
+                "speed": False,
+            },
         ]
 
     a, b = read_recipe(write_recipe(tmp_path / "two.yaml", spoilt(good(roles), change))).experiments
@@ -85,6 +93,7 @@ def test_experiments_take_from_the_top_what_they_do_not_say(roles: Path, tmp_pat
     assert (a.batch_size, b.batch_size, a.validation, b.validation) == (8, 2, "train", "3")
     assert (a.methods, b.methods) == (("base-change", "eft"), tuple(METHODS))
     assert b.alphas == (0.2, 1.0)
+    assert (a.speed, b.speed) == (Speed(rounds=2), None)
 
 
 def test_paths_are_looked_for_beside_the_recipe(roles: Path, tmp_path: Path) -> None:
@@ -109,8 +118,9 @@ def test_the_demo_on_the_command_line() -> None:
     result = CliRunner().invoke(bench, [str(RECIPES / "demo.yaml"), "--dry-run"], catch_exceptions=False)
     assert result.exit_code == 0
     printed = " ".join(result.output.split())
-    assert "demo.ensemble: source_ft, target_pt, base-change, eft" in printed
-    assert "demo_sums (exact_match): 1,000 test and 400 validation examples at 32 points" in printed
+    assert "updated.patched: patch, patch+base-change" in printed
+    assert "larger.ensemble: source_ft, target_pt, base-change, eft" in printed
+    assert "demo_sums (exact_match): 1,000 test examples, alpha chosen of 15 on 400 others" in printed
     assert [path.name for path in Path().iterdir()] == ["cache"]
 
 

@@ -81,18 +81,21 @@ def _run(planned: Bench, output: Path, *, as_json: bool) -> None:
     use_own_gpu()
     runner = BenchRunner(planned, output, this_command(), this_rank(), num_ranks())
     with progress(runner.num_examples, shown=this_rank() == 0, label="examples", lines=True) as advance:
-        runner.answer(advance)
-    for name, error in runner.errors.items():
-        click.echo(f"{name} failed and is left out: {error}", err=True)
-    if num_ranks() == 1:  # speed is no speed while other processes are at work
+        runner.answer(advance, lambda name, reason: click.echo(f"{name} failed, the others go on: {reason}", err=True))
+    has_speed = any(experiment.speed is not None for experiment in planned.recipe.experiments)
+    if has_speed and num_ranks() == 1:
         with progress(runner.num_measurements, shown=True, label="measurements", lines=True) as advance:
             runner.costs(advance)
-    elif this_rank() == 0 and planned.recipe.speed is not None:
+    elif has_speed and this_rank() == 0:  # speed is no speed while other processes are at work
         click.echo("run the same command once without a launcher to measure speed and memory", err=True)
     tasks = runner.summarise()
     if tasks is None:
         if this_rank() == 0:
-            click.echo("this process is done, others are not: the last one writes the summary", err=True)
+            click.echo(
+                "this process is done, others are not: the last one writes the summary; if one was lost, run the same "
+                "command again",
+                err=True,
+            )
         return
     files = write_bench(output, planned.recipe, tasks, command=runner.command, settings=planned.settings)
     if as_json:

@@ -98,7 +98,10 @@ class Bench:
     def settings(self) -> dict[str, Any]:
         """All that results depend on, as JSON."""
         return {
-            "speed": None if self.recipe.speed is None else asdict(self.recipe.speed),
+            "speed": {
+                experiment.name: None if experiment.speed is None else asdict(experiment.speed)
+                for experiment in self.recipe.experiments
+            },
             "runs": {planned.name: planned.sweep.settings for planned in self.runs},
         }
 
@@ -125,11 +128,16 @@ def _options(experiment: Experiment, run: Run) -> SweepOptions:
     return SweepOptions(
         rules=run.rules,
         alphas=run.alphas,
-        validation=experiment.validation,
+        validation=experiment.validation if run.chooses or _is_drawn(experiment.validation) else None,
         metric=experiment.metric,
         batch_size=experiment.batch_size,
         seed=experiment.seed,
     )
+
+
+def _is_drawn(validation: str | None) -> bool:
+    """Whether the validation examples are taken out of those that would be reported: then out of all runs' alike."""
+    return validation is not None and validation.isdecimal()
 
 
 def answer(
@@ -139,6 +147,7 @@ def answer(
     sweep = planned.sweep
     folder.begin(command, sweep.example_rows())
     done = frozenset(folder.rows())
+    advance(sum(1 for name in sweep.ids if name in done))
     chunks = sweep.unfinished(done, rank=rank, num_ranks=num_ranks)
     if not chunks:
         return

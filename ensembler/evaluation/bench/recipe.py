@@ -54,7 +54,7 @@ class Experiment:
     method. `validation`: a number of examples or a split. `published`: figures of a paper by task and method, in the
     unit of the report's table (per cent for shares of right answers); of one metric a number, of several a mapping by
     metric. `published_costs`: its costs by method and name (`measure.Cost`). Both are printed beside what was
-    measured; their source is `source`.
+    measured; their source is `source`. `speed`: how it is measured; None: not at all.
     """
 
     name: str
@@ -73,6 +73,7 @@ class Experiment:
     published: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)
     published_costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     source: str = ""
+    speed: Speed | None = None
 
     def published_figures(self, task: str, method: str, metric: str) -> dict[str, float]:
         """Return a paper's figures by metric; one that names none is of `metric`, the one that the table shows."""
@@ -82,9 +83,8 @@ class Experiment:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A benchmark: its experiments, and how speed is measured (None: not at all)."""
+    """A benchmark: its experiments."""
 
     name: str
     description: str
     experiments: tuple[Experiment, ...]
-    speed: Speed | None

@@ -25,7 +25,7 @@ from ensembler.evaluation.bench.values import (
 )
 
 _EXPERIMENT_KEYS = tuple(each.name for each in fields(Experiment) if each.name != "patch")  # that is among the models
-_KEYS = ("description", "experiments", "speed", *_EXPERIMENT_KEYS)
+_KEYS = ("description", "experiments", *_EXPERIMENT_KEYS)
 _MAPPINGS = ("models", "alpha", "published", "published_costs")  # an experiment adds to those at the top
 _DEFAULT_ALPHAS = "0.1:1.5:0.1"  # base-change at prediction, appendix B
 
@@ -68,7 +68,6 @@ def read_recipe(path: Path) -> Recipe:
         read_text(content.get("name", path.stem), f"{path}: name"),
         str(content.get("description", "")),
         experiments,
-        _speed(content.get("speed", {}), str(path)),
     )
 
 
@@ -102,6 +101,7 @@ def _experiment(shared: Mapping[str, Any], given: Any, path: Path, number: int) 
         alpha={method: read_number(value, f"{where}: alpha of {method}") for method, value in content["alpha"].items()},
         published=read_figures(content["published"], methods, where),
         published_costs=read_costs(content["published_costs"], methods, where),
+        speed=_speed(content.get("speed", {}), where),
         **_settings(content, where),
     )
     _check_choice(experiment, where)

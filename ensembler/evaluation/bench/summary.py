@@ -19,7 +19,16 @@ from ensembler.evaluation.sweep_tasks import TEST, SweepTask
 from ensembler.evaluation.task_figures import TaskFigures
 
 # Which methods are compared besides each with the first (source FT, where there is one): the question of the benchmark.
-_PAIRS = (("base-change", "eft"), ("base-change", "patch"), ("patch", "direct"), ("base-change", "direct"))
+_PAIRS = (
+    ("base-change", "eft"),
+    ("base-change", "patch"),
+    ("patch", "target_pt"),
+    ("patch", "direct"),
+    ("base-change", "direct"),
+)
+RowsByRun = Mapping[
+    str, Mapping[str, Sequence[Row]] | None
+]  # of each run by example; None of one without all of its rows
 COSTS = (
     "setup_seconds",
     "weight_bytes",
@@ -33,11 +42,12 @@ COSTS = (
 
 @dataclass(frozen=True)
 class Spread:
-    """A quantity over the rounds: median, smallest and largest."""
+    """A quantity over the rounds: median, smallest and largest of how many."""
 
     median: float
     low: float
     high: float
+    num_rounds: int
 
 
 @dataclass(frozen=True)
@@ -105,13 +115,13 @@ class _Answers:
 
 def summarise_bench(
     bench: Bench,
-    rows: Mapping[str, Mapping[str, Sequence[Row]] | None],
+    rows: RowsByRun,
     costs: Mapping[str, Row],
     errors: Mapping[str, str],
 ) -> list[BenchTask]:
     """Return the figures of every task of every experiment.
 
-    `rows` by run and example, None of a run that failed; `costs`: the rows of measurements by id; `errors` by run.
+    `costs`: the rows of measurements by id; `errors` by run.
     """
     found = [
         _task(bench, experiment, index, rows, costs, errors)
@@ -137,7 +147,7 @@ def _task(
     bench: Bench,
     experiment: Experiment,
     index: int,
-    rows: Mapping[str, Mapping[str, Sequence[Row]] | None],
+    rows: RowsByRun,
     costs: Mapping[str, Row],
     errors: Mapping[str, str],
 ) -> BenchTask:
@@ -149,9 +159,11 @@ def _task(
         for method in planned.run.methods:
             figures = experiment.published_figures(task.task.name, method.name, task.metric.key)
             published = figures.get(task.metric.key)
+            if method.name in answers:  # by the run that this one would be in place of
+                continue
             if of_run is None:
                 error = errors.get(planned.name, "it was not run")
-                summaries[method.name] = MethodSummary(method.name, published=published, error=error)
+                summaries.setdefault(method.name, MethodSummary(method.name, published=published, error=error))
                 continue
             alpha = chosen_alpha(planned, method, task, of_run)
             one = _Answers(
@@ -206,5 +218,5 @@ def _cost(planned: PlannedRun, method: Method, costs: Mapping[str, Row]) -> tupl
     for name in COSTS:
         values = [row[name] for row in whole if row.get(name) is not None]
         if values:
-            found[name] = Spread(statistics.median(values), min(values), max(values))
+            found[name] = Spread(statistics.median(values), min(values), max(values), len(values))
     return found, errors[0] if errors else None

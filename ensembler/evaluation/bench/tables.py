@@ -35,7 +35,10 @@ def columns(task: BenchTask) -> list[str]:
     """Return the names of the columns that any method of a task fills."""
     metric = show_metric(task.metric, percent=task.is_percent)
     published = ["published"] if any(method.published is not None for method in task.methods) else []
-    return ["method", "α", f"{metric} (95 % interval)", *published, *(_COSTS[name] for name in _costs(task))]
+    against = task.differences[0].against if task.differences else None
+    compared = [] if against is None else [f"− {NAMES[against]}", "p (Holm)"]
+    costs = (_COSTS[name] for name in _costs(task))
+    return ["method", "α", f"{metric} (95 % interval)", *published, *compared, *costs]
 
 
 def rows(task: BenchTask) -> list[list[str]]:
@@ -66,6 +69,14 @@ def _row(method: MethodSummary, task: BenchTask) -> list[str]:
         cells = [name, alpha, show_interval(method.test, percent=task.is_percent)]
     if any(each.published is not None for each in task.methods):
         cells.append("" if method.published is None else f"{method.published:g}")
+    if task.differences:
+        against = task.differences[0].against
+        found = [each for each in task.differences if (each.method, each.against) == (method.method, against)]
+        cells += (
+            [show_difference(found[0].comparison, percent=task.is_percent), show_p(found[0].p_holm)]
+            if found
+            else ["", ""]
+        )
     return [*cells, *(_show(cost, method.cost.get(cost)) for cost in _costs(task))]
 
 
