@@ -14,7 +14,7 @@ from scoring_cases import save_models
 from transformers import AutoModelForCausalLM
 
 from ensembler.evaluation.bench.bench import Bench
-from ensembler.evaluation.bench.recipe import read_recipe
+from ensembler.evaluation.bench.recipe_file import read_recipe
 from ensembler.evaluation.bench.running import BenchRunner
 from ensembler.evaluation.bench.summary import BenchTask, MethodSummary
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ensembler import EnsembleForCausalLM
 from ensembler.evaluation.bench.methods import plan_runs
-from ensembler.evaluation.bench.recipe import read_recipe
+from ensembler.evaluation.bench.recipe_file import read_recipe
 from ensembler.evaluation.statistics import holm
 
 

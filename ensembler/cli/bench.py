@@ -75,7 +75,7 @@ def run(recipe: Path, output: Path, dry_run: bool, allow_code_execution: bool, a
     ensembler bench examples/recipes/demo.yaml --output demo-results
     """
     from ensembler.evaluation.bench.bench import Bench
-    from ensembler.evaluation.bench.recipe import read_recipe
+    from ensembler.evaluation.bench.recipe_file import read_recipe
 
     logging.getLogger("ensembler.adapters").addFilter(_SayOnce())
     planned = Bench(read_recipe(recipe), allow_code_execution=allow_code_execution)

@@ -7,16 +7,17 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ensembler.errors import ConfigError, EnsemblerError
+from ensembler.errors import ConfigError, HubError, InputError, MissingExtraError
 from ensembler.evaluation.bench.measure import Load
 from ensembler.evaluation.bench.methods import Method, Run, plan_runs
+from ensembler.evaluation.bench.published import check_tasks
 from ensembler.evaluation.bench.recipe import Experiment, Recipe, Speed
 from ensembler.evaluation.encoding import encode_examples, encode_generation
 from ensembler.evaluation.examples import Generation, Rolling
@@ -29,6 +30,7 @@ from ensembler.preflight import CheckedEnsemble, check_ensemble
 
 _NAME = re.compile(r"[\w+.-]+")
 _MAX_LENGTH = 2048
+_MOST_NAMES = 5  # in a line
 
 
 @dataclass(frozen=True)
@@ -53,19 +55,28 @@ class Bench:
         self.recipe = recipe
         self._tasks: dict[str, list[EvalTask]] = {}
         self._allow_code_execution = allow_code_execution
-        self.runs = [planned for experiment in recipe.experiments for planned in self._plan(experiment)]
+        self.runs: list[PlannedRun] = []
+        faults: dict[str, InputError] = {}
+        for experiment in recipe.experiments:
+            try:
+                self.runs += self._plan(experiment)
+            except MissingExtraError:
+                raise
+            except InputError as error:
+                faults[experiment.name] = error
+                if isinstance(error, HubError):
+                    break  # each of the others would wait for it again
+        if faults:
+            raise _told(faults)
 
     def _plan(self, experiment: Experiment) -> Iterator[PlannedRun]:
         if not _NAME.fullmatch(experiment.name):
-            raise ConfigError(f"experiment {experiment.name!r} cannot be a folder's name; use letters, digits, + - _ .")
-        tasks = self._load(experiment)
-        for run in plan_runs(experiment):
-            try:
-                checked = check_ensemble(run.config)
-                sweep = Sweep(checked, tasks, _options(experiment, run))
-            except EnsemblerError as error:
-                raise type(error)(f"experiment {experiment.name}, {run.name}: {error}") from error
-            yield PlannedRun(experiment, run, checked, sweep)
+            raise ConfigError("its name cannot be a folder's; use letters, digits, + - _ .")
+        checked = [(run, check_ensemble(run.config)) for run in plan_runs(experiment)]
+        tasks = self._load(experiment)  # after the members, since their data may have to be fetched
+        check_tasks(experiment, tasks)
+        for run, ensemble in checked:
+            yield PlannedRun(experiment, run, ensemble, Sweep(ensemble, tasks, _options(experiment, run)))
 
     def _load(self, experiment: Experiment) -> list[EvalTask]:
         """Experiments differ in their models more than in their tasks."""
@@ -98,6 +109,19 @@ class Bench:
         """Return the folder of a run's rows."""
         sweep = planned.sweep
         return RowsFolder(out / "runs" / planned.name, sweep.settings, rows_per_id=len(sweep.grid), rank=rank)
+
+
+def _told(faults: Mapping[str, InputError]) -> InputError:
+    """The first experiment's fault in full, and which others have faults: one line."""
+    (first, error), *others = faults.items()
+    names = [name for name, _ in others]
+    more = ""
+    if names:
+        shown = ", ".join(names[:_MOST_NAMES]) + (" ..." if len(names) > _MOST_NAMES else "")
+        more = f"; {len(names)} other experiments cannot run either: {shown}"
+    told = type(error)(f"experiment {first}: {error}{more}")
+    told.__cause__ = error
+    return told
 
 
 def _options(experiment: Experiment, run: Run) -> SweepOptions:

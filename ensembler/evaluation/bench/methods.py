@@ -122,7 +122,7 @@ def _patched(experiment: Experiment) -> MemberConfig:
     target = experiment.models["target_pt"]
     if target.adapter is not None:
         raise ConfigError(
-            f"experiment {experiment.name}: target_pt has an adapter already ({target.adapter}), so the patch cannot "
-            "be one too; add one of them to its files first: ensembler patch apply"
+            f"target_pt has an adapter already ({target.adapter}), so the patch cannot be one too; add one of them to "
+            "its files first: ensembler patch apply"
         )
     return replace(target, adapter=experiment.patch)

@@ -157,7 +157,8 @@ def _task(
     for planned in runs:
         task, of_run = planned.sweep.tasks[index], rows[planned.name]
         for method in planned.run.methods:
-            published = experiment.published.get(task.task.name, {}).get(method.name)
+            figures = experiment.published_figures(task.task.name, method.name, task.metric.key)
+            published = figures.get(task.metric.key)
             if method.name in answers:  # by the run that this one would be in place of
                 continue
             if of_run is None:
