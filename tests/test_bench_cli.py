@@ -86,14 +86,19 @@ def test_everything_is_written_and_the_same_again(models: dict[str, Any], task: 
 
 
 def test_published_figures_stand_beside_the_measured(models: dict[str, Any], task: Path) -> None:
+    figures = {"published": {"tiny_choice": {"patch": 61.5, "direct": {"acc": 62.5, "acc_norm": 0.4375}}}}
+    costs = {"published_costs": {"patch": {"weight_bytes": 3 * 2**30, "first_token_seconds": 0.125}}}
     write_recipe(
-        Path("r.yaml"),
-        recipe(models, task, published={"tiny_choice": {"patch": 61.5}}, source="A paper, table 1", methods=["patch"]),
+        Path("r.yaml"), recipe(models, task, **figures, **costs, source="A paper, table 1", methods=["patch", "direct"])
     )
     printed = run("r.yaml")
     assert "A paper, table 1" in printed
     assert re.search(r"the patch .*61\.5", printed)
-    assert "61.5" in Path("bench/report.html").read_text()
+    assert re.search(r"the directly .*62\.5.*0\.4375", printed)
+    assert "acc_norm" in printed
+    page = Path("bench/report.html").read_text()
+    for shown in ("61.5", "62.5", "0.4375", "published 125", "published 3.00 GiB"):
+        assert shown in page
 
 
 def test_costs_are_measured_by_turns_and_kept(models: dict[str, Any], task: Path) -> None:
@@ -121,7 +126,7 @@ def test_costs_are_measured_by_turns_and_kept(models: dict[str, Any], task: Path
 
 
 def test_a_method_that_cannot_be_measured_says_why(models: dict[str, Any], task: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("ensembler.evaluation.bench.bench.sys.executable", "/bin/false")
+    monkeypatch.setattr("ensembler.evaluation.bench.costs.sys.executable", "/bin/false")
     write_recipe(Path("r.yaml"), recipe(models, task, methods=["patch", "direct"], speed={**SPEED, "rounds": 1}))
     printed = run("r.yaml")
     summary = json.loads(Path("bench/summary.json").read_text())

@@ -1,12 +1,9 @@
-"""A benchmark planned and run: the sweeps behind its methods, and what each method costs."""
+"""A benchmark planned: the sweeps behind its methods; and one of them run."""
 
 from __future__ import annotations
 
 import gc
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +12,9 @@ from typing import Any
 import torch
 
 from ensembler.errors import ConfigError, HubError, InputError, MissingExtraError
-from ensembler.evaluation.bench.measure import Load
-from ensembler.evaluation.bench.methods import Method, Run, plan_runs
+from ensembler.evaluation.bench.methods import Run, plan_runs
 from ensembler.evaluation.bench.published import check_tasks
-from ensembler.evaluation.bench.recipe import Experiment, Recipe, Speed
-from ensembler.evaluation.encoding import encode_examples, encode_generation
-from ensembler.evaluation.examples import Generation, Rolling
+from ensembler.evaluation.bench.recipe import Experiment, Recipe
 from ensembler.evaluation.rows_folder import RowsFolder
 from ensembler.evaluation.sweep import Sweep, SweepOptions
 from ensembler.evaluation.task_loading import load_tasks
@@ -29,7 +23,6 @@ from ensembler.modeling import EnsembleForCausalLM
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 
 _NAME = re.compile(r"[\w+.-]+")
-_MAX_LENGTH = 2048
 _MOST_NAMES = 5  # in a line
 
 
@@ -161,58 +154,3 @@ def answer(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-# -- cost --------------------------------------------------------------------------------------------------------------
-
-
-def cost_id(planned: PlannedRun, method: Method, number: int) -> str:
-    """The id of the row of one measurement of a method."""
-    return f"cost/{planned.experiment.name}/{method.name}/{number}"
-
-
-def make_load(planned: PlannedRun, method: Method, alpha: float, speed: Speed) -> Load:
-    """Return what is measured of a method: the first test examples of its experiment's first task."""
-    task = planned.sweep.tasks[0]
-    examples = task.parts.test[: max(speed.num_examples, speed.num_prompts)]
-    tokenizer = planned.checked.require_tokenizer()
-    shortest = planned.checked.shortest_context
-    max_length = _MAX_LENGTH if shortest is None else shortest[1]
-    scored = [one for one in examples if not any(isinstance(request, Generation) for request in one.requests)]
-    requests = [
-        {"context": request.context, "continuations": request.continuations, "window": request.window}
-        for encoded in encode_examples(scored[: speed.num_examples], tokenizer, max_length)
-        for request in encoded.requests
-    ]
-    prompts = []
-    for example in examples[: speed.num_prompts]:
-        request = example.requests[0]
-        text = request.text if isinstance(request, Rolling) else request.context
-        ids, _ = encode_generation(Generation(text, speed.new_tokens, ()), tokenizer, max_length, example.id)
-        prompts.append(ids)
-    members = {role: member.to_dict() for role, member in planned.checked.config.members.items()}
-    config: dict[str, Any] = {"rule": method.rule, "members": members}
-    if method.alone is not None:  # as its user would load it: without the others
-        config = {"rule": "linear", "constant": {method.alone: 1.0}, "members": {method.alone: members[method.alone]}}
-    return Load(
-        config=config,
-        rule=config["rule"],
-        alpha=alpha,
-        alone=method.alone is not None,
-        prompts=prompts,
-        requests=requests,
-        new_tokens=speed.new_tokens,
-        batch_size=planned.experiment.batch_size,
-    )
-
-
-def measure_apart(load: Load) -> dict[str, Any]:
-    """Return the cost of a method from a process of its own, or {"error": ...}."""
-    command = [sys.executable, "-m", "ensembler.evaluation.bench.measure"]
-    done = subprocess.run(command, input=json.dumps(asdict(load)), capture_output=True, text=True, check=False)
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        return {"error": f"the process ended with {done.returncode}: {last[:300]}"}
-    found: dict[str, Any] = json.loads(lines[-1])
-    return found

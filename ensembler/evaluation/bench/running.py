@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ensembler.errors import EnsemblerError, InputError
-from ensembler.evaluation.bench.bench import Bench, PlannedRun, answer, cost_id, make_load, measure_apart
+from ensembler.evaluation.bench.bench import Bench, PlannedRun, answer
+from ensembler.evaluation.bench.costs import cost_id, make_load, measure_apart
 from ensembler.evaluation.bench.methods import Method
 from ensembler.evaluation.bench.summary import BenchTask, RowsByRun, chosen_alpha, summarise_bench
 from ensembler.evaluation.rows_folder import RowsFolder
