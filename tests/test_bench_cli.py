@@ -157,6 +157,7 @@ def test_a_dry_run_says_what_would_run_and_reads_no_weights(
     monkeypatch.setattr("ensembler.modeling.load_group", lambda *a, **k: pytest.fail("weights were read"))
     write_recipe(Path("r.yaml"), recipe(models, task))
     printed = run("r.yaml", "--dry-run")
+    assert run("--dry-run", "r.yaml") == printed
     assert "r.ensemble: source_ft, target_pt, base-change, eft" in printed
     assert "vocabulary identical" in printed
     assert "alpha chosen of 3 on" in printed

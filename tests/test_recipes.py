@@ -115,7 +115,7 @@ def test_published_figures_by_metric_and_costs(roles: Path, tmp_path: Path) -> N
 
 
 def test_the_demo_on_the_command_line() -> None:
-    result = CliRunner().invoke(bench, [str(RECIPES / "demo.yaml"), "--dry-run"], catch_exceptions=False)
+    result = CliRunner().invoke(bench, ["demo", "--dry-run"], catch_exceptions=False)
     assert result.exit_code == 0
     printed = " ".join(result.output.split())
     assert "updated.patched: patch, patch+base-change" in printed

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ensembler.cli.options import DEMO
 from ensembler.cli.ranks import naming_rank, this_command, use_own_gpu
 from ensembler.launch import num_ranks, this_rank
 
@@ -33,12 +34,10 @@ class _SayOnce(logging.Filter):
 class _RunByDefault(click.Group):
     """A group whose first word may be left out: `bench RECIPE` is `bench run RECIPE`."""
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in self.commands:
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
             args = ["run", *args]
-        return super().resolve_command(ctx, args)
+        return super().parse_args(ctx, args)
 
 
 @click.group(cls=_RunByDefault)
@@ -67,18 +66,22 @@ def bench() -> None:
 def run(recipe: Path, output: Path, dry_run: bool, allow_code_execution: bool, as_json: bool) -> None:
     """Run all methods of RECIPE on the same examples and measure what each costs.
 
-    DIR gets the rows, summary.json, pictures and report.html. An interrupted benchmark goes on when the same command is
-    run again.
+    RECIPE is a YAML file, or `demo` for that of the embedded family. DIR gets the rows, summary.json, pictures and
+    report.html. An interrupted benchmark goes on when the same command is run again. Started by accelerate launch or
+    torchrun, each process takes some of the examples.
 
     \b
-    ensembler bench examples/recipes/demo.yaml --dry-run
-    ensembler bench examples/recipes/demo.yaml --output demo-results
+    ensembler bench demo --dry-run
+    ensembler bench my-recipe.yaml --output my-results
     """
+    from ensembler.demo import demo_recipe
     from ensembler.evaluation.bench.bench import Bench
     from ensembler.evaluation.bench.recipe_file import read_recipe
 
     logging.getLogger("ensembler.adapters").addFilter(_SayOnce())
-    planned = Bench(read_recipe(recipe), allow_code_execution=allow_code_execution)
+    planned = Bench(
+        read_recipe(demo_recipe() if str(recipe) == DEMO else recipe), allow_code_execution=allow_code_execution
+    )
     if dry_run:
         from ensembler.cli.bench_tables import print_plan
 

@@ -71,6 +71,9 @@ def main(args: list[str] | None = None) -> None:
     except EnsemblerError as error:
         reporter = error.reporter if isinstance(error, RankError) else 0
         code = _fail(str(error), error.exit_code, reporter)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        code = 2
     except click.ClickException as error:
         code = _fail(f"{error.format_message()}{_help_hint(error)}", 2)
     except BrokenPipeError:  # the reader of our output, head for one, has left
