@@ -2,8 +2,10 @@
 
     python benchmarks/portllm_tables.py [FOLDER]
 
-FOLDER has summary.json, which `ensembler bench examples/recipes/smollm2.yaml` wrote, and inspect_TASK.json for each task:
-of what `ensembler patch inspect patch_TASK --to theta_1 --base theta --other direct_TASK --json` printed, the overall part.
+FOLDER has summary.json, which `ensembler bench examples/recipes/smollm2.yaml` wrote, and for each task
+inspect_TASK.json: the overall part of what this prints, in the folder of the models:
+
+    ensembler patch inspect patch_TASK --to theta_1 --base theta --other direct_TASK --json
 """
 
 from __future__ import annotations
