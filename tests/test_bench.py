@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from task_cases import run_lm_eval, write_tasks
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ensembler import EnsembleForCausalLM
+from ensembler.errors import MemberError
+from ensembler.evaluation.bench.bench import Bench
 from ensembler.evaluation.bench.methods import plan_runs
 from ensembler.evaluation.bench.recipe_file import read_recipe
+from ensembler.evaluation.bench.running import BenchRunner
 from ensembler.evaluation.statistics import holm
 
 
@@ -180,10 +184,99 @@ def test_members_alone_stand_in_for_an_ensemble_that_fails(
         assert ran.method(name).error == ("RuntimeError: out of memory" if failed else None)
         assert ran.method(name).test == (None if failed else whole.method(name).test)
     rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
-    assert {row["run"]: row["error"] for row in rows} == ran.reported
+    assert {row["run"]: row["error"] for row in rows if "error" in row} == ran.reported
     monkeypatch.undo()
     mended = run_bench(path, tmp_path / "out")  # the same command goes on, and what failed is tried again
     assert mended.tasks == whole.tasks
+
+
+def test_any_error_of_a_model_is_its_row(
+    models: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = EnsembleForCausalLM.from_checked
+
+    def broken(checked: Any, **options: Any) -> EnsembleForCausalLM:
+        if "direct" in checked.config.members:
+            raise MemberError("direct: a tensor is missing")
+        return load(checked, **options)
+
+    monkeypatch.setattr(EnsembleForCausalLM, "from_checked", broken)
+    ran = run_bench(write_recipe(tmp_path / "r.yaml", recipe(models, folder / "choice.yaml")), tmp_path / "out")
+    assert ran.method("direct").error == "MemberError: direct: a tensor is missing"
+    assert all(ran.method(name).test is not None for name in ALL if name != "direct")
+
+
+def test_a_run_in_which_the_process_is_lost_twice_gives_way_to_its_members(
+    models: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system ends a process without memory, which then says nothing."""
+    path, out = write_recipe(tmp_path / "r.yaml", recipe(models, folder / "choice.yaml")), tmp_path / "out"
+    whole = run_bench(path, tmp_path / "whole")
+    for _ in range(2):
+        bench = Bench(read_recipe(path))
+        runner = BenchRunner(bench, out, "ensembler bench")
+        runner._top.begin("ensembler bench")
+        runner._begin("r.ensemble", 0)
+    ran = run_bench(path, out)
+    assert list(ran.reported) == ["r.ensemble"]
+    assert "lost in it 2 times" in ran.reported["r.ensemble"]
+    assert ran.method("source_ft").test == whole.method("source_ft").test
+    assert ran.method("eft").test is None
+
+
+@pytest.mark.parametrize("failing", [(1,), (0, 1)])
+def test_processes_whose_ensemble_failed_leave_no_method_out(
+    failing: tuple[int, ...], models: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two processes fails, or both; the other one cannot know of it while it runs."""
+    load = EnsembleForCausalLM.from_checked
+    path, out = (
+        write_recipe(tmp_path / "r.yaml", recipe(models, folder / "choice.yaml", batch_size=1)),
+        tmp_path / "out",
+    )
+    whole = run_bench(path, tmp_path / "whole")
+    found = []
+    for rank in (0, 1):
+
+        def sometimes(checked: Any, rank: int = rank, **options: Any) -> EnsembleForCausalLM:
+            if len(checked.config.members) > 2 and rank in failing:
+                raise RuntimeError("out of memory")
+            return load(checked, **options)
+
+        monkeypatch.setattr(EnsembleForCausalLM, "from_checked", sometimes)
+        runner = BenchRunner(Bench(read_recipe(path)), out, "ensembler bench", rank, 2)
+        runner.answer(lambda num: None, lambda name, reason: None)
+        found.append(runner.summarise())
+    summaries = [tasks for tasks in found if tasks is not None]
+    assert len(summaries) == 1
+    methods = {method.method: method for method in summaries[0][0].methods}
+    for name in ("source_ft", "target_pt", "patch", "source_pt", "direct"):
+        assert methods[name].test == whole.method(name).test
+    for name in ("base-change", "eft", "patch+base-change"):
+        assert methods[name].error == "RuntimeError: out of memory"
+
+
+def test_members_that_an_ensemble_would_change_run_alone(models: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    """A member with a short context would cut the prompts of all of them."""
+    short = copy_model(Path(models["source_pt"]), tmp_path / "short", max_position_embeddings=24)
+    content = recipe({**models, "source_pt": str(short)}, folder / "choice.yaml", num_fewshot=2)
+    ran = run_bench(write_recipe(tmp_path / "r.yaml", content), tmp_path / "out")
+    names = [planned.run.name for planned in ran.bench.runs]
+    assert names == ["ensemble", "patched", "source_ft", "source_pt", "target_pt", "patch", "direct"]
+    task = load_task(folder, "choice", num_fewshot=2)
+    tokenizer = AutoTokenizer.from_pretrained(models["source_pt"])
+    for name in ("target_pt", "patch"):
+        expected = run_lm_eval(task, plain(models, name, None), tokenizer)["results"][task.name]
+        assert ran.method(name).test.estimate == pytest.approx(expected["acc,none"])
+        assert ran.method(name).others["acc_norm"] == pytest.approx(expected["acc_norm,none"])
+
+
+def copy_model(source: Path, out: Path, **changes: Any) -> Path:
+    """A model's folder with other settings."""
+    shutil.copytree(source, out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**config, **changes}))
+    return out
 
 
 def test_what_is_planned_in_place_of_a_run_says_so(models: dict[str, Any], folder: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("lm_eval")
 
@@ -19,7 +20,7 @@ from sweep_cases import start
 from task_cases import write_tasks
 
 from ensembler.cli.main import cli
-from ensembler.errors import EnsemblerError
+from ensembler.errors import EnsemblerError, RunError
 
 SPEED = {"rounds": 2, "num_prompts": 1, "new_tokens": 3, "num_examples": 2}
 FILES = {"run.json", "rows.jsonl", "runs", "summary.json", "metrics.png", "report.html"}
@@ -106,6 +107,7 @@ def test_costs_are_measured_by_turns_and_kept(models: dict[str, Any], task: Path
     write_recipe(Path("r.yaml"), recipe(models, task, methods=methods, speed=SPEED))
     printed = run("r.yaml")
     rows = [json.loads(line) for line in Path("bench/rows.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["id"].startswith("cost/")]
     assert [row["id"].split("/")[2:] for row in rows] == [[m, str(n)] for n in range(2) for m in methods]
     for row in rows:
         assert "error" not in row
@@ -121,19 +123,45 @@ def test_costs_are_measured_by_turns_and_kept(models: dict[str, Any], task: Path
     Path("bench/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
     run("r.yaml")
     again = [json.loads(line) for line in Path("bench/rows.jsonl").read_text().splitlines()]
+    again = [row for row in again if row["id"].startswith("cost/")]
     assert again[:3] == rows[:3]
     assert [row["id"] for row in again] == [row["id"] for row in rows]
 
 
 def test_a_method_that_cannot_be_measured_says_why(models: dict[str, Any], task: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr("ensembler.evaluation.bench.costs.sys.executable", "/bin/false")
     write_recipe(Path("r.yaml"), recipe(models, task, methods=["patch", "direct"], speed={**SPEED, "rounds": 1}))
-    printed = run("r.yaml")
+    with monkeypatch.context() as broken:
+        broken.setattr("ensembler.evaluation.bench.costs.sys.executable", "/bin/false")
+        printed = run("r.yaml")
     summary = json.loads(Path("bench/summary.json").read_text())
     for method in summary["tasks"][0]["methods"]:
         assert "ended with 1" in method["error"]
         assert method["test"] is not None
     assert printed.count("ended with 1") >= 2
+    run("r.yaml")  # what could not be measured is tried again
+    summary = json.loads(Path("bench/summary.json").read_text())
+    assert all(method["error"] is None and method["cost"] for method in summary["tasks"][0]["methods"])
+
+
+def test_the_peak_is_not_that_of_the_process_that_asks(models: dict[str, Any], task: Path) -> None:
+    held = torch.ones(300_000_000, dtype=torch.uint8)
+    del held
+    content = recipe(models, task, methods=["patch"], speed={**SPEED, "rounds": 1})
+    write_recipe(Path("r.yaml"), content)
+    run("r.yaml")
+    summary = json.loads(Path("bench/summary.json").read_text())
+    assert 0 < summary["tasks"][0]["methods"][0]["cost"]["peak_host_bytes"]["median"] < 250_000_000
+
+
+def test_all_methods_failing_is_a_failure(models: dict[str, Any], task: Path, monkeypatch: Any) -> None:
+    def broken(checked: Any, **options: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr("ensembler.modeling.EnsembleForCausalLM.from_checked", broken)
+    write_recipe(Path("r.yaml"), recipe(models, task, methods=["patch"]))
+    with pytest.raises(RunError, match="every method failed, the first with RuntimeError: no"):
+        CliRunner().invoke(cli, ["bench", "r.yaml"], catch_exceptions=False, standalone_mode=False)
+    assert Path("bench/report.html").exists()
 
 
 def test_another_recipe_on_the_folder_is_refused_by_its_difference(models: dict[str, Any], task: Path) -> None:

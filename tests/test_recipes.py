@@ -201,8 +201,8 @@ READING = {
     "a batch that is a text": (put("batch_size", value="8"), r"batch_size is '8'; expected a whole number from 1"),
     "a negative seed": (put("seed", value=-1), r"seed is -1; expected a whole number from 0"),
     "a metric that is a list": (put("metric", value=["acc"]), r"metric is \['acc'\]; expected a text"),
-    "rounds that are true": (put("speed", "rounds", value=True), r"speed: rounds is True; expected a count"),
-    "no prompts": (put("speed", "num_prompts", value=0), r"speed: num_prompts is 0; expected a count"),
+    "rounds that are true": (put("speed", "rounds", value=True), r"speed: rounds is True; expected a whole number"),
+    "no prompts": (put("speed", "num_prompts", value=0), r"speed: num_prompts is 0; expected a whole number"),
     "speed that is true": (put("speed", value=True), r"speed is True; expected a mapping"),
     "no experiment": (put("experiments", value=[]), r"experiments is \[\]; expected a list of one or more"),
     "an experiment that is a text": (put("experiments", value=["a"]), r"experiment 1 is 'a'; expected a mapping"),
@@ -243,7 +243,7 @@ READING = {
         r"published_costs: unknown method 'lora'",
     ),
     "a cost that is a text": (
-        put("published_costs", "patch", "weight_bytes", value="28.7e9"),
+        put("published_costs", "patch", "weight_bytes", value="28.7 GB"),
         r"weight_bytes of patch is '28",
     ),
 }
@@ -381,3 +381,14 @@ def test_the_first_test_of_this_file_can_fail(roles: Path) -> None:
 
     with pytest.raises(AssertionError, match="weights were loaded"):
         AutoModelForCausalLM.from_pretrained(roles / "direct")
+
+
+@pytest.mark.parametrize("grid", ["0:1:0.1", "0.1:1.5:0.1", "0:2:0.5"])
+def test_a_grid_needs_no_quotes(grid: str, tmp_path: Path) -> None:
+    """To YAML 1.1, 0:1:0.1 is a number to the base of 60."""
+    path = tmp_path / "r.yaml"
+    models = "{source_ft: a, source_pt: b, target_pt: c}"
+    path.write_text(f"models: {models}\ntasks: [t]\nvalidation: 5\nalphas: {grid}\n")
+    (experiment,) = read_recipe(path).experiments
+    first, last, step = map(float, grid.split(":"))
+    assert experiment.alphas == pytest.approx([first + step * i for i in range(round((last - first) / step) + 1)])

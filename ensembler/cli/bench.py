@@ -11,6 +11,7 @@ import click
 
 from ensembler.cli.options import DEMO
 from ensembler.cli.ranks import naming_rank, this_command, use_own_gpu
+from ensembler.errors import RunError
 from ensembler.launch import num_ranks, this_rank
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ def _run(planned: Bench, output: Path, *, as_json: bool) -> None:
     else:
         print_bench(tasks)
     click.echo(f"{output}: runs/, rows.jsonl, {', '.join(files)}", err=True)
+    if all(method.test is None for task in tasks for method in task.methods):
+        raise RunError(f"every method failed, the first with {tasks[0].methods[0].error}")
 
 
 @bench.command()
@@ -144,4 +147,4 @@ def compare(a: Path, b: Path, as_json: bool) -> None:
         for pair in pairs:
             click.echo(json.dumps(asdict(pair), ensure_ascii=False))
     else:
-        print_pairs(pairs, a.name, b.name)
+        print_pairs(pairs, str(a), str(b))

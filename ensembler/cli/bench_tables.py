@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def print_plan(bench: Bench) -> None:
     """Print what would run: members with their bytes, vocabulary contracts, tasks with their examples, the grid."""
     out = console()
-    for planned in (planned for planned in bench.runs if planned.run.instead_of is None):
+    for planned in (planned for planned in bench.runs if planned.instead_of is None):
         summary = summarise(planned.checked)
         out.print(f"\n{planned.name}: {', '.join(method.name for method in planned.run.methods)}", markup=False)
         out.print(f"  vocabulary {summary.vocabulary}, {summary.shared:,} shared ids", markup=False)
@@ -26,6 +26,9 @@ def print_plan(bench: Bench) -> None:
             size = "?" if member.num_bytes is None else show_size(member.num_bytes)
             adapter = "" if member.adapter is None else f" + {member.adapter}"
             out.print(f"  {member.role}: {member.model}{adapter}, {size}, {member.dtype}", markup=False)
+        given = [f"{method.name} at alpha {method.alpha:g}" for method in planned.run.methods if method.is_given]
+        if given:
+            out.print(f"  {', '.join(given)}", markup=False)
         for task in planned.sweep.tasks:
             parts = task.parts
             chosen = f", alpha chosen of {len(planned.run.alphas)} on {len(parts.validation):,} others"

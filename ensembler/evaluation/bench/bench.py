@@ -14,7 +14,7 @@ import torch
 from ensembler.errors import ConfigError, HubError, InputError, MissingExtraError
 from ensembler.evaluation.bench.methods import Run, plan_runs
 from ensembler.evaluation.bench.published import check_tasks
-from ensembler.evaluation.bench.recipe import Experiment, Recipe
+from ensembler.evaluation.bench.recipe import Experiment, Recipe, Speed
 from ensembler.evaluation.rows_folder import RowsFolder
 from ensembler.evaluation.sweep import Sweep, SweepOptions
 from ensembler.evaluation.task_loading import load_tasks
@@ -39,6 +39,11 @@ class PlannedRun:
     def name(self) -> str:
         """The name of its folder."""
         return f"{self.experiment.name}.{self.run.name}"
+
+    @property
+    def instead_of(self) -> str | None:
+        """The name of the run in whose place it is, should that fail; None where it runs in any case."""
+        return None if self.run.instead_of is None else f"{self.experiment.name}.{self.run.instead_of}"
 
 
 class Bench:
@@ -66,6 +71,8 @@ class Bench:
         if not _NAME.fullmatch(experiment.name):
             raise ConfigError("its name cannot be a folder's; use letters, digits, + - _ .")
         checked = [(run, check_ensemble(run.config)) for run in plan_runs(experiment)]
+        if not all(are_alike(ensemble) for _, ensemble in checked):
+            checked = [(run, check_ensemble(run.config)) for run in plan_runs(experiment, members_apart=True)]
         tasks = self._load(experiment)  # after the members, since their data may have to be fetched
         check_tasks(experiment, tasks)
         for run, ensemble in checked:
@@ -91,10 +98,7 @@ class Bench:
     def settings(self) -> dict[str, Any]:
         """All that results depend on, as JSON."""
         return {
-            "speed": {
-                experiment.name: None if experiment.speed is None else asdict(experiment.speed)
-                for experiment in self.recipe.experiments
-            },
+            "speed": {experiment.name: _speed(experiment) for experiment in self.recipe.experiments},
             "runs": {planned.name: planned.sweep.settings for planned in self.runs},
         }
 
@@ -128,6 +132,21 @@ def _options(experiment: Experiment, run: Run) -> SweepOptions:
     )
 
 
+def are_alike(ensemble: CheckedEnsemble) -> bool:
+    """Whether each member in the ensemble is what it is alone: the same tokens, context, beginning and end of texts."""
+    names = ("max_position_embeddings", "bos_token_id", "eos_token_id")
+    found = [[repr(getattr(config, name, None)) for name in names] for config in ensemble.model_configs.values()]
+    widths = set(ensemble.contract.widths.values())
+    return ensemble.contract.kind == "identical" and len(widths) == 1 and all(one == found[0] for one in found)
+
+
+def _speed(experiment: Experiment) -> dict[str, int]:
+    """What a measurement depends on; more of them may be made later, or the first."""
+    settings = asdict(experiment.speed or Speed())
+    del settings["rounds"]
+    return settings
+
+
 def _is_drawn(validation: str | None) -> bool:
     """Whether the validation examples are taken out of those that would be reported: then out of all runs' alike."""
     return validation is not None and validation.isdecimal()
@@ -144,8 +163,9 @@ def answer(
     chunks = sweep.unfinished(done, rank=rank, num_ranks=num_ranks)
     if not chunks:
         return
-    model = EnsembleForCausalLM.from_checked(planned.checked)
+    model = None
     try:
+        model = EnsembleForCausalLM.from_checked(planned.checked)
         with folder:
             for num in sweep.run(model, folder, chunks, done):
                 advance(num)

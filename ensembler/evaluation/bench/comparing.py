@@ -43,7 +43,7 @@ def compare_folders(a: Path, b: Path) -> list[Pair]:
     for key in dict.fromkeys((*one, *other)):
         left, right = one.get(key), other.get(key)
         like: Mapping[str, Any] = left or right or {}
-        same = left is not None and right is not None and left["documents"] == right["documents"]
+        same = left is not None and right is not None and left["tests"] == right["tests"]
         found.append(Pair(*key[:2], like["metric"], key[2], _side(left), _side(right), same))
     return found
 
@@ -52,14 +52,11 @@ def _read(folder: Path) -> dict[tuple[str, str, str], dict[str, Any]]:
     path = folder / SUMMARY
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
-        settings = summary["settings"]["runs"]
         found = {}
         for task in summary["tasks"]:
-            runs = [run for name, run in settings.items() if name.startswith(f"{task['experiment']}.")]
-            documents = runs[0]["tasks"][task["task"]]["documents"], task["num_test"]
             for method in task["methods"]:
                 key = (task["experiment"], task["task"], method["method"])
-                found[key] = {"metric": task["metric"], "documents": documents, "method": method}
+                found[key] = {"metric": task["metric"], "tests": task["tests"], "method": method}
         return found
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise OutputError(f"{path} is no summary of a benchmark; give two folders of `ensembler bench`") from error

@@ -16,10 +16,12 @@ from ensembler.evaluation.encoding import encode_examples, encode_generation
 from ensembler.evaluation.examples import Generation, Rolling
 
 _MAX_LENGTH = 2048  # where no member sets a limit
+FAILED = "/failed/"  # in the ids of rows of failed attempts
+_LONGEST = 3600  # seconds of a measurement
 
 
 def cost_id(planned: PlannedRun, method: Method, number: int) -> str:
-    """The id of the row of one measurement of a method."""
+    """The id of the row of one measurement of a method; rows of failed attempts add to it."""
     return f"cost/{planned.experiment.name}/{method.name}/{number}"
 
 
@@ -48,11 +50,11 @@ def make_load(planned: PlannedRun, method: Method, alpha: float, speed: Speed) -
         config = {"rule": "linear", "constant": {method.alone: 1.0}, "members": {method.alone: members[method.alone]}}
     return Load(
         config=config,
-        rule=config["rule"],
         alpha=alpha,
         alone=method.alone is not None,
         prompts=prompts,
         requests=requests,
+        num_examples=len(scored[: speed.num_examples]),
         new_tokens=speed.new_tokens,
         batch_size=planned.experiment.batch_size,
     )
@@ -61,7 +63,12 @@ def make_load(planned: PlannedRun, method: Method, alpha: float, speed: Speed) -
 def measure_apart(load: Load) -> dict[str, Any]:
     """Return the cost of a method from a process of its own, or {"error": ...}."""
     command = [sys.executable, "-m", "ensembler.evaluation.bench.measure"]
-    done = subprocess.run(command, input=json.dumps(asdict(load)), capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(asdict(load)), capture_output=True, text=True, check=False, timeout=_LONGEST
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"it took longer than {_LONGEST} seconds"}
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]

@@ -7,14 +7,16 @@ user would: nothing of another method is in its memory.
 from __future__ import annotations
 
 import json
-import resource
+import platform
 import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401  (a patch would load it while the clock runs)
 import psutil
 import torch
 from torch import Tensor
@@ -24,7 +26,6 @@ from transformers.generation.streamers import BaseStreamer
 from ensembler.config import EnsembleConfig
 from ensembler.decoding.batches import pad_id
 from ensembler.decoding.points import GridPoint
-from ensembler.errors import EnsemblerError
 from ensembler.evaluation.batches import can_share_contexts, make_batches
 from ensembler.evaluation.requests import ScoringRequest
 from ensembler.evaluation.scoring import score_together
@@ -35,14 +36,17 @@ from ensembler.preflight import check_ensemble
 
 @dataclass(frozen=True)
 class Load:
-    """What is measured: an ensemble at a point, or its one member `alone`, on prompts and continuations as ids."""
+    """What is measured: an ensemble at α, or its one member `alone`, on prompts and continuations as ids.
+
+    `requests` are those of `num_examples` examples.
+    """
 
     config: Mapping[str, Any]
-    rule: str
     alpha: float
     alone: bool
     prompts: Sequence[Sequence[int]]
     requests: Sequence[Mapping[str, Any]]
+    num_examples: int
     new_tokens: int
     batch_size: int
 
@@ -51,7 +55,8 @@ class Load:
 class Cost:
     """What it came to. Medians over the prompts; sizes in bytes; peaks less what the process had before loading.
 
-    `examples_per_second` is None where nothing is scored, `peak_device_bytes` without a GPU.
+    `examples_per_second` is None where nothing is scored, `peak_device_bytes` without a GPU, `peak_host_bytes` where
+    the system does not tell it (other than Linux).
     """
 
     setup_seconds: float
@@ -59,7 +64,7 @@ class Cost:
     first_token_seconds: float
     tokens_per_second: float
     examples_per_second: float | None
-    peak_host_bytes: int
+    peak_host_bytes: int | None
     peak_device_bytes: int | None
 
 
@@ -80,11 +85,13 @@ class _Clock(BaseStreamer):  # type: ignore[misc,unused-ignore]
 
 def measure(load: Load) -> Cost:
     """Load a method, warm it up, and measure it. Raises EnsemblerError."""
-    before = psutil.Process().memory_info().rss
-    start = time.perf_counter()
     config = EnsembleConfig(**{**load.config, "alpha": load.alpha})
     checked = check_ensemble(config)
+    before = psutil.Process().memory_info().rss
+    _forget_host_peak()
+    start = time.perf_counter()
     model = EnsembleForCausalLM.from_checked(checked)
+    _read_weights(model)
     setup = time.perf_counter() - start
     decoder = model.anchor if load.alone else model
     requests = [_request(number, given) for number, given in enumerate(load.requests)]
@@ -97,10 +104,16 @@ def measure(load: Load) -> Cost:
         weight_bytes=loaded_bytes([model]),
         first_token_seconds=statistics.median(first for first, _ in times),
         tokens_per_second=statistics.median(rate for _, rate in times),
-        examples_per_second=_score(model, checked.model_configs, requests, load) if requests else None,
-        peak_host_bytes=_host_peak() - before,
+        examples_per_second=_score(model, checked.model_configs, requests, load),
+        peak_host_bytes=_host_peak(before),
         peak_device_bytes=_device_peak(),
     )
+
+
+def _read_weights(model: EnsembleForCausalLM) -> None:
+    """Weights that keep the dtype of their file are only mapped when they are loaded: read every page of them."""
+    for weight in (weight for weight in model.parameters() if weight.device.type == "cpu"):
+        weight.detach().flatten()[:: max(1, 4096 // weight.element_size())].sum()
 
 
 def _request(number: int, given: Mapping[str, Any]) -> ScoringRequest:
@@ -124,18 +137,30 @@ def _decode(decoder: Any, pad: int, prompt: Sequence[int], num: int) -> tuple[fl
 def _score(
     model: EnsembleForCausalLM, model_configs: Mapping[str, Any], requests: Sequence[ScoringRequest], load: Load
 ) -> float | None:
-    """Examples per second."""
+    """Examples per second; None where there are none."""
     share = can_share_contexts(model_configs.values())
     batches = make_batches(requests, load.batch_size, share_contexts=share)
     start = time.perf_counter()
-    for _ in score_together(model, batches, [GridPoint(load.rule, load.alpha)]):
+    for _ in score_together(model, batches, [GridPoint(load.config["rule"], load.alpha)]):
         pass
-    return len(requests) / (time.perf_counter() - start) if requests else None
+    return load.num_examples / (time.perf_counter() - start) if requests else None
 
 
-def _host_peak() -> int:
-    """The largest resident size so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+_STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def _forget_host_peak() -> None:
+    """Begin anew with the largest resident size. `ru_maxrss` would not do: a process has it from its parent."""
+    if _REFERENCES.exists():
+        _REFERENCES.write_text("5")
+
+
+def _host_peak(before: int) -> int | None:
+    """The largest resident size since it was forgotten, over `before`, in bytes."""
+    if not _STATUS.exists():
+        return None
+    lines = (line.split() for line in _STATUS.read_text().splitlines())
+    return next(int(line[1]) * 1024 for line in lines if line[0] == "VmHWM:") - before
 
 
 def _device_peak() -> int | None:
@@ -148,10 +173,17 @@ def main() -> None:
     """Print the cost, or {"error": ...}."""
     load = Load(**json.load(sys.stdin))
     try:
-        found: dict[str, Any] = asdict(measure(load))
-    except (EnsemblerError, RuntimeError, MemoryError) as error:
+        found: dict[str, Any] = {**asdict(measure(load)), **_machine()}
+    except Exception as error:  # a model may raise anything; it is the row of this measurement
         found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     print(json.dumps(found))
+
+
+def _machine() -> dict[str, Any]:
+    """On what it was measured."""
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    device = ", ".join(names) or platform.processor() or platform.machine()
+    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 if __name__ == "__main__":

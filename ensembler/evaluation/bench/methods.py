@@ -28,9 +28,9 @@ class Method:
     alone: str | None = None
 
     @property
-    def point(self) -> GridPoint | None:
-        """The point where α is known."""
-        return None if self.alpha is None else GridPoint(self.rule, self.alpha)
+    def is_given(self) -> bool:
+        """Whether it is a rule whose α the recipe gives."""
+        return self.alone is None and self.alpha is not None
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,13 @@ class Run:
         return any(method.alpha is None for method in self.methods)
 
 
-def plan_runs(experiment: Experiment) -> list[Run]:
+def plan_runs(experiment: Experiment, *, members_apart: bool = False) -> list[Run]:
     """Return the runs of an experiment, every method in one of them.
 
     The members are the levels of their ensemble (base-change at α = 0 is source FT, EFT at α = 0 target PT), so they
     cost nothing beside it; with the patched target in place of target PT, EFT at α = 0 is the ported patch. Where the
-    ensemble fails, they may not: three models may be too many for a device that holds one.
+    ensemble fails, they may not: three models may be too many for a device that holds one. `members_apart`: they run by
+    themselves in any case, as those must that an ensemble would not leave as they are.
     """
     runs: list[Run] = []
     for name, rules, levels, patched in (
@@ -67,7 +68,8 @@ def plan_runs(experiment: Experiment) -> list[Run]:
     ):
         tuned = [method for method in rules if method in experiment.methods]
         if tuned:
-            runs.append(_together(experiment, name, tuned, levels, patched=patched))
+            shared = {} if members_apart else levels
+            runs.append(_together(experiment, name, tuned, shared, patched=patched))
     together = {method.name: run.name for run in runs for method in run.methods}
     alone = [_alone(experiment, method) for method in experiment.methods if method not in together]
     members = [method.name for run in runs for method in run.methods if method.alone is not None]
@@ -111,11 +113,8 @@ def _alone(experiment: Experiment, method: str) -> Run:
     role = "target_pt" if method == "patch" else method
     member = _patched(experiment) if method == "patch" else experiment.models[role]
     config = EnsembleConfig(rule="linear", members={role: member}, constant={role: 1.0})
-    return Run(method, config, (_ALONE.rule,), (_ALONE.alpha,), (Method(method, *_values(_ALONE), alone=role),))
-
-
-def _values(point: GridPoint) -> tuple[str, float]:
-    return point.rule, point.alpha
+    known = Method(method, _ALONE.rule, _ALONE.alpha, alone=role)
+    return Run(method, config, (_ALONE.rule,), (_ALONE.alpha,), (known,))
 
 
 def _patched(experiment: Experiment) -> MemberConfig:

@@ -28,10 +28,13 @@ def draw_metrics(tasks: Sequence[BenchTask]) -> bytes:
     return _draw(tasks, _draw_metrics)
 
 
-def draw_against(tasks: Sequence[BenchTask], cost: str, name: str) -> bytes | None:
-    """Return a PNG with one panel per task: the metric against a cost (`COSTS`), called `name`; None if unmeasured."""
+def draw_against(tasks: Sequence[BenchTask], cost: str, name: str, scale: float = 1.0) -> bytes | None:
+    """Return a PNG with one panel per task: the metric against a cost (`COSTS`); None if unmeasured.
+
+    `name` is that of the axis, `scale` what one unit of it is.
+    """
     measured = [task for task in tasks if any(cost in method.cost for method in task.methods)]
-    return _draw(measured, lambda axes, task: _draw_against(axes, task, cost, name)) if measured else None
+    return _draw(measured, lambda axes, task: _draw_against(axes, task, cost, name, scale)) if measured else None
 
 
 def _draw(tasks: Sequence[BenchTask], draw: Any) -> bytes:
@@ -56,10 +59,10 @@ def _draw_metrics(axes: Any, task: BenchTask) -> None:
     axes.set_xlabel(task.metric)
 
 
-def _draw_against(axes: Any, task: BenchTask, cost: str, name: str) -> None:
+def _draw_against(axes: Any, task: BenchTask, cost: str, name: str, scale: float) -> None:
     for method in task.methods:
         if method.test is not None and cost in method.cost:
-            _point(axes, method, (method.cost[cost].median, _estimate(method)), across=False)
+            _point(axes, method, (method.cost[cost].median / scale, _estimate(method)), across=False)
     axes.set_xlim(left=0)
     axes.set_xlabel(name)
     axes.set_ylabel(task.metric)

@@ -34,7 +34,7 @@ class Speed:
     In each, `num_prompts` prompts are decoded one by one for `new_tokens` tokens, and `num_examples` are scored.
     """
 
-    rounds: int = 3
+    rounds: int = 4
     num_prompts: int = 4
     new_tokens: int = 32
     num_examples: int = 16
@@ -42,8 +42,9 @@ class Speed:
     def __post_init__(self) -> None:
         for each in fields(self):
             value = getattr(self, each.name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < (0 if each.name == "rounds" else 1):
-                raise ConfigError(f"speed: {each.name} is {value!r}; expected a count")
+            least = {"rounds": 0, "new_tokens": 2}.get(each.name, 1)  # a speed is that behind the first token
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ConfigError(f"speed: {each.name} is {value!r}; expected a whole number from {least}")
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -27,11 +28,26 @@ from ensembler.evaluation.bench.values import (
 _EXPERIMENT_KEYS = tuple(each.name for each in fields(Experiment) if each.name != "patch")  # that is among the models
 _KEYS = ("description", "experiments", *_EXPERIMENT_KEYS)
 _MAPPINGS = ("models", "alpha", "published", "published_costs")  # an experiment adds to those at the top
+_DECIMAL = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?[0-9]+$"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?$|[-+]?\.inf$|\.nan$"
+    ),
+}
 _DEFAULT_ALPHAS = "0.1:1.5:0.1"  # base-change at prediction, appendix B
 
 
 class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
-    """YAML lets a later key take the place of an earlier one in silence: a figure, or a model, would be lost."""
+    """YAML without two of its surprises.
+
+    A later key takes the place of an earlier one in silence: a figure, or a model, would be lost. And 0:1:0.1, a grid
+    to us, is a number to the base of 60.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, _DECIMAL.get(tag, pattern)) for tag, pattern in resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -51,7 +67,8 @@ def read_recipe(path: Path) -> Recipe:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read as a recipe: {' '.join(str(error).split())[:200]}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{path} cannot be read as a recipe: {reason}; give a YAML file, or `demo`") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path} is no recipe; expected a mapping with models and tasks")
     check_keys(content, _KEYS, str(path))

@@ -54,8 +54,8 @@ def write_bench(
 
 def _draw_memory(tasks: Sequence[BenchTask]) -> bytes | None:
     """Of the devices where there are any, else of the host."""
-    on_device = draw_against(tasks, "peak_device_bytes", "peak memory of the devices, bytes")
-    return on_device or draw_against(tasks, "peak_host_bytes", "peak memory of the host, bytes")
+    on_device = draw_against(tasks, "peak_device_bytes", "peak memory of the devices, MB", 1e6)
+    return on_device or draw_against(tasks, "peak_host_bytes", "peak memory of the host, MB", 1e6)
 
 
 def _task(task: BenchTask) -> dict[str, Any]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ensembler.errors import EnsemblerError, InputError
+from ensembler.errors import MissingExtraError, OutputError
 from ensembler.evaluation.bench.bench import Bench, PlannedRun, answer
-from ensembler.evaluation.bench.costs import cost_id, make_load, measure_apart
+from ensembler.evaluation.bench.costs import FAILED, cost_id, make_load, measure_apart
 from ensembler.evaluation.bench.methods import Method
 from ensembler.evaluation.bench.summary import BenchTask, RowsByRun, chosen_alpha, summarise_bench
-from ensembler.evaluation.rows_folder import RowsFolder
+from ensembler.evaluation.rows_folder import ROWS, Row, RowsFolder
+from ensembler.members import check_places
 
 Advance = Callable[[int], None]
-_ERROR = "error/"
+_ERROR, _BEGUN = "error/", "begun/"
+_MOST_LOSSES = 2  # without a new row in between
 
 
 @dataclass
@@ -40,7 +43,7 @@ class BenchRunner:
     @property
     def num_examples(self) -> int:
         """How many examples all runs have that are not in place of others."""
-        return sum(len(planned.sweep.ids) for planned in self.bench.runs if planned.run.instead_of is None)
+        return sum(len(planned.sweep.ids) for planned in self.bench.runs if planned.instead_of is None)
 
     @property
     def errors(self) -> dict[str, str]:
@@ -52,38 +55,66 @@ class BenchRunner:
     def answer(self, advance: Advance, report: Callable[[str, str], None]) -> None:
         """Make the rows of all runs. What fails is reported, by name and reason, and the others go on.
 
-        Raises InputError for what no run can do anything about.
+        Of several processes, one whose ensemble failed does all of what is in its place: the others may not know of it.
+        Raises ConfigError for a device that is not there, OutputError for a folder that cannot be written to.
         """
+        check_places(files for planned in self.bench.runs for files in planned.checked.files.values())
         self._top.begin(self.command)
         if self.rank == 0:
             self._top.release()
         failed: set[str] = set()
         for planned in self.bench.runs:
-            if (
-                planned.run.instead_of is not None
-                and f"{planned.experiment.name}.{planned.run.instead_of}" not in failed
-            ):
+            if planned.instead_of is not None and planned.instead_of not in failed:
                 continue
-            try:
-                self._answer(planned, advance)
-            except InputError:
-                raise
-            except (EnsemblerError, RuntimeError, MemoryError) as error:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            reason = self._try(planned, advance)
+            if reason is not None:
                 failed.add(planned.name)
-                self._note_error(planned.name, reason)
                 report(planned.name, reason)
+
+    def _try(self, planned: PlannedRun, advance: Advance) -> str | None:
+        """Make the rows of a run that are missing, and return why that failed, if it did."""
+        num_done = len(self._folders[planned.name].rows())
+        if num_done == len(planned.sweep.ids):
+            self._answer(planned, advance)
+            return None
+        try:
+            if self.num_ranks == 1:
+                self._begin(planned.name, num_done)
+            self._answer(planned, advance)
+        except (OutputError, MissingExtraError):
+            raise
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self._note(f"{_ERROR}{planned.name}/{self.rank}/", run=planned.name, done=num_done, error=reason)
+            if not isinstance(error, Exception):  # Ctrl-C, which ends everything
+                raise
+            return reason  # a model may raise anything; it is the row of this run
+        return None
+
+    def _begin(self, name: str, num_done: int) -> None:
+        """Note that a run is begun, or raise MemoryError where the process was lost in it again and again.
+
+        A process that the system ends for lack of memory says nothing, and the same command would end there for ever.
+        """
+        rows = [row for (row,) in self._top.rows().values() if row.get("run") == name and row["done"] == num_done]
+        num_lost = sum(-1 if "error" in row else 1 for row in rows)
+        if num_lost >= _MOST_LOSSES:
+            raise MemoryError(
+                f"the process was lost in it {num_lost} times without a new row, as where the system lacks memory; "
+                f"to have it tried again take the lines {_BEGUN}{name} out of {self.out / ROWS}"
+            )
+        self._note(f"{_BEGUN}{name}/", run=name, done=num_done)
 
     def _answer(self, planned: PlannedRun, advance: Advance) -> None:
         folder = self._folders[planned.name]
-        answer(planned, folder, self.command, rank=self.rank, num_ranks=self.num_ranks, advance=advance)
+        rank, num_ranks = (self.rank, self.num_ranks) if planned.instead_of is None else (0, 1)
+        answer(planned, folder, self.command, rank=rank, num_ranks=num_ranks, advance=advance)
 
-    def _note_error(self, name: str, reason: str) -> None:
-        """A row for this process's failure, after those of earlier attempts."""
-        prefix = f"{_ERROR}{name}/{self.rank}/"
+    def _note(self, prefix: str, **content: Any) -> None:
+        """A row of this process, numbered after those of earlier attempts."""
         attempt = sum(1 for known in self._top.rows() if known.startswith(prefix))
         with self._top:
-            self._top.append([{"id": f"{prefix}{attempt}", "run": name, "error": reason}])
+            self._top.append([{"id": f"{prefix}{attempt}", **content}])
 
     def costs(self, advance: Advance) -> None:
         """Measure every method in a process of its own, round after round of all methods, and append the rows."""
@@ -95,7 +126,9 @@ class BenchRunner:
                 if speed is not None and name not in known and of_run is not None:
                     alpha = chosen_alpha(planned, method, planned.sweep.tasks[0], of_run)
                     found = measure_apart(make_load(planned, method, alpha, speed))
-                    self._top.append([{"id": name, "alpha": alpha, **found}])
+                    attempts = sum(1 for other in known if other.startswith(f"{name}{FAILED}"))
+                    row = f"{name}{FAILED}{attempts}" if "error" in found else name
+                    self._top.append([{"id": row, "alpha": alpha, **found}])
                 advance(1)
 
     @property
@@ -110,12 +143,15 @@ class BenchRunner:
         """
         rows, errors = self._rows(), self.errors
         for planned in self.bench.runs:
-            expected = planned.run.instead_of is None
+            expected = planned.instead_of is None or planned.instead_of in errors
             if expected and rows[planned.name] is None and planned.name not in errors:
                 return None
         if self.num_ranks > 1 and not self._top.claim():
             return None
-        self._top.finish([])  # what several processes wrote becomes one file
+        self._top.finish([])  # what several processes wrote becomes one file, in order
+        for planned in self.bench.runs:
+            if rows[planned.name] is not None:
+                self._folders[planned.name].finish(planned.sweep.ids)
         return summarise_bench(self.bench, rows, {name: row for name, (row,) in self._top.rows().items()}, errors)
 
     def _measurements(self) -> Iterator[tuple[int, PlannedRun, Method]]:
@@ -138,4 +174,9 @@ class BenchRunner:
         return {name for name, rows in self._rows().items() if rows is not None}
 
     def _rows(self) -> RowsByRun:
-        return {planned.name: self._folders[planned.name].finish(planned.sweep.ids) for planned in self.bench.runs}
+        return {planned.name: self._rows_of(planned) for planned in self.bench.runs}
+
+    def _rows_of(self, planned: PlannedRun) -> dict[str, list[Row]] | None:
+        found = self._folders[planned.name].rows()
+        ids = planned.sweep.ids
+        return {name: found[name] for name in ids} if all(name in found for name in ids) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,10 +11,11 @@ from typing import Any
 
 from ensembler.decoding.points import GridPoint
 from ensembler.evaluation.bench.bench import Bench, PlannedRun
-from ensembler.evaluation.bench.costs import cost_id
+from ensembler.evaluation.bench.costs import FAILED, cost_id
 from ensembler.evaluation.bench.measure import Cost
 from ensembler.evaluation.bench.methods import Method
 from ensembler.evaluation.bench.recipe import Experiment
+from ensembler.evaluation.examples import Example
 from ensembler.evaluation.rows_folder import Row
 from ensembler.evaluation.statistics import WILSON, Interval, holm
 from ensembler.evaluation.summary import Difference
@@ -24,6 +26,9 @@ from ensembler.evaluation.task_figures import TaskFigures
 _PAIRS = (
     ("base-change", "eft"),
     ("base-change", "patch"),
+    ("eft", "patch"),
+    ("patch+base-change", "patch"),
+    ("patch+base-change", "base-change"),
     ("patch", "target_pt"),
     ("patch", "direct"),
     ("base-change", "direct"),
@@ -68,7 +73,7 @@ class MethodSummary:
 
 @dataclass(frozen=True)
 class BenchTask:
-    """One task of one experiment."""
+    """One task of one experiment. `num_validation` examples chose an α; `tests`: a hash of those that are reported."""
 
     experiment: str
     task: str
@@ -78,6 +83,7 @@ class BenchTask:
     is_percent: bool
     num_validation: int
     num_test: int
+    tests: str
     source: str
     methods: tuple[MethodSummary, ...]
     differences: tuple[Difference, ...]
@@ -165,6 +171,8 @@ def _task(
             figures = TaskFigures(task, planned.sweep.grid, of_run, seed=experiment.seed)
             answers[method.name] = one = _Answers(figures, GridPoint(method.rule, alpha))
             cost, error = _cost(planned, method, costs)
+            if index > 0:  # examples of the first task are scored
+                cost.pop("examples_per_second", None)
             summaries[method.name] = replace(
                 summary,
                 alpha=None if method.alone else alpha,
@@ -175,6 +183,7 @@ def _task(
                 error=error,
             )
     task = runs[0].sweep.tasks[index]
+    choosing = [planned.sweep.tasks[index].parts.validation for planned in runs if planned.run.chooses]
     return BenchTask(
         experiment.name,
         task.task.name,
@@ -182,8 +191,9 @@ def _task(
         task.metric.key,
         task.metric.higher_is_better,
         all(one.test is None or one.test.method == WILSON for one in summaries.values()),
-        len(task.parts.validation),
+        len(choosing[0]) if choosing else 0,
         len(task.parts.test),
+        _hash(task.parts.test),
         experiment.source,
         tuple(summaries[name] for name in experiment.methods),
         tuple(_differences(answers, experiment.methods)),
@@ -203,13 +213,19 @@ def _differences(answers: Mapping[str, _Answers], methods: Sequence[str]) -> lis
 
 
 def _cost(planned: PlannedRun, method: Method, costs: Mapping[str, Row]) -> tuple[dict[str, Spread], str | None]:
-    prefix = cost_id(planned, method, 0).removesuffix("0")
-    rows = [row for name, row in costs.items() if name.startswith(prefix)]
-    errors = [row["error"] for row in rows if "error" in row]
-    whole = [row for row in rows if "error" not in row]
+    rounds = range(0 if planned.experiment.speed is None else planned.experiment.speed.rounds)
+    names = [cost_id(planned, method, number) for number in rounds]
+    whole = [costs[name] for name in names if name in costs]
+    lost = [name for name in names if name not in costs]
+    errors = [row["error"] for name, row in costs.items() if any(name.startswith(f"{one}{FAILED}") for one in lost)]
     found = {}
     for name in COSTS:
         values = [row[name] for row in whole if row.get(name) is not None]
         if values:
             found[name] = Spread(statistics.median(values), min(values), max(values), len(values))
-    return found, errors[0] if errors else None
+    return found, errors[-1] if errors else None
+
+
+def _hash(examples: Sequence[Example]) -> str:
+    asked = repr([(example.id, example.requests) for example in examples])
+    return hashlib.sha256(asked.encode()).hexdigest()[:16]

@@ -64,7 +64,7 @@ def differences(task: BenchTask) -> list[list[str]]:
 def notes(task: BenchTask) -> list[str]:
     """Return why the cost of a method, or some of its measurements, is missing."""
     failed = [method for method in task.methods if method.test is not None and method.error is not None]
-    return [f"{NAMES[method.method]} could not be measured: {method.error}" for method in failed]
+    return [f"{NAMES[method.method]} could not be measured in every round: {method.error}" for method in failed]
 
 
 def _row(method: MethodSummary, task: BenchTask) -> list[str]:
