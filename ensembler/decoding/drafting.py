@@ -123,5 +123,5 @@ def look_up(text: Tensor, num: int) -> Tensor:
         places = (text[:-1].unfold(0, size, 1) == text[-size:]).all(-1).nonzero()
         if places.numel():
             start = int(places[-1]) + size
-            return text[start : start + num]
+            return text[start : start + num].clone()
     return text[:0]

@@ -2,8 +2,8 @@
 
 A `SpeculativeDecoder` plugs into `generate(custom_generate=...)`. A round reads k tokens: the drafting forward one
 after another, which gives its members' logits at k positions and the tokens to go on with; then every other member all
-k in one forward. So each member computes each position once, and the ensemble's distribution is known at all k. Tokens are
-settled from left to right, up to the first that is not the drafted one; what the members read behind it is taken
+k in one forward. So each member computes each position once, and the ensemble's distribution is known at all k. Tokens
+are settled from left to right, up to the first that is not the drafted one; what the members read behind it is taken
 back. The next round begins there: a round of one is a plain step. It does not know texts, files or tasks.
 """
 
@@ -36,9 +36,10 @@ class SpeculativeDecoder:
 
     `draft`: a role, 'ngram' (the text's own repetitions), 'auto' (the lightest forward, where one is light enough) or
     'none'. At most `num_positions` are read in a round, as many as pay; `is_fixed`: always so many. `seed`: of
-    sampling; `numbers`: the prompts' numbers, on which their noise depends (default: their places in the batch). `streamer` gets
-    accepted tokens: `generate` hands its own to no decoding method, but puts the prompt into it. `stats` counts what
-    happens, `meter` times it. Used again, it goes on with the costs and the acceptance that it has measured.
+    sampling; `numbers`: the prompts' numbers, on which their noise depends (default: their places in the batch).
+    `streamer` gets accepted tokens: `generate` hands its own to no decoding method, but puts the prompt into it.
+    `stats` counts what happens, `meter` times it. Used again, it goes on with the costs and the acceptance that it has
+    measured.
     """
 
     def __init__(
