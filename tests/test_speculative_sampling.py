@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from adapter_cases import make_pair, save_adapter, save_base
 from speculative_cases import ROLES, assert_same, drafted, make_tables, make_trio, prompts_of, similar_tables
+from tiny import make_model
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedTokenizerFast
 from transformers.generation.logits_process import (
@@ -92,8 +95,8 @@ def test_the_joint_distribution_of_two_tokens(name: str, draft: str) -> None:
     assert p_value(counts, exact(model, prompt, 3, [TemperatureLogitsWarper(1.7)]).sum(0) + 1e-12) < 1e-6
 
 
-def test_two_drafting_members_and_eft() -> None:
-    """The draft is the combination of its own: three tables under one rule, two of them in the draft's numbers."""
+def test_eft_drafted_by_the_denominator() -> None:
+    """A draft far from the ensemble, at an α above 1."""
     model = make_tables("eft", 1.4, vocab_size=VOCAB)
     prompt = torch.tensor([5, 2])
     decoder = SpeculativeDecoder("source_pt", num_positions=4, is_fixed=True, seed=3)
@@ -128,6 +131,19 @@ def test_a_text_depends_on_its_seed_alone(tokenizer: PreTrainedTokenizerFast, dr
     other = DecodingOptions(max_new_tokens=14, **{**settings, "seed": 8})
     assert drafted(model, tokenizer, prompts, other, draft, 3, batch_size=6)[0] != expected
     assert len({tuple(sample.ids) for samples in expected.values() for sample in samples}) == 12
+
+
+@pytest.mark.parametrize("rule", ["base-change", "eft"])
+def test_a_text_of_members_on_one_backbone_depends_on_its_seed_alone(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, rule: str
+) -> None:
+    base = save_base(tmp_path / "base")
+    model = make_pair(base, save_adapter(base, tmp_path / "adapter"), make_model("gpt2", 3), rule=rule, alpha=0.3)
+    prompts, options = prompts_of(5), DecodingOptions(max_new_tokens=12, temperature=0.8, top_p=0.95, seed=4)
+    expected, _ = drafted(model.copies, tokenizer, prompts, options, "source_ft", 1, batch_size=5)
+    texts = [drafted(model.shared, tokenizer, prompts, options, "source_ft", num, batch_size=5)[0] for num in (1, 3, 8)]
+    assert texts[0] == texts[1] == texts[2]
+    assert texts[0] == expected or rule == "eft"  # two members draft another proposal than one of them
 
 
 def test_a_processor_that_forbids_all_but_one_token() -> None:

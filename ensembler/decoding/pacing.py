@@ -89,8 +89,9 @@ class Pace:
         costs.add(done.num_positions, done.seconds)
         self._elapsed += done.seconds
         if done.num_positions > 1:
-            plain = done.num_tokens / done.num_rows * costs.of(1)
-            self._lost = max(0.0, self._lost + done.seconds - plain)
+            # By the median: a round that something else held up says nothing about drafting.
+            lost = costs.of(done.num_positions) - done.num_tokens / done.num_rows * costs.of(1)
+            self._lost = max(0.0, self._lost + lost)
 
     def _rate(self, costs: _Costs, num: int) -> float:
         return expected_tokens(num, self.acceptance) / costs.of(num)
