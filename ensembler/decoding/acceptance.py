@@ -16,48 +16,44 @@ import torch
 from ensembler_kernels import torch_gumbel
 from torch import Tensor
 
-from ensembler.decoding.choosing import draw
-
-_DRAFT, _ACCEPT, _REPLACE = range(3)  # draws at one position
+_DRAFT, _ACCEPT, _REPLACE = range(3)  # what a position has a number for
+_AHEAD = 64  # positions whose numbers are made at once: one is hardly cheaper
 
 
 class Chooser(Protocol):
     """How tokens are chosen. `rows` are the numbers of the texts, `positions` those of their new tokens."""
 
-    def draft(self, scores: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
-        """Return a token (n,) from the draft's scores (n, V)."""
+    def weigh(self, scores: Tensor) -> Tensor:
+        """Return from processed scores (n, V) what the other methods take for them."""
+
+    def draft(self, q: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Return a token (n,) of the draft."""
 
     def settle(
-        self,
-        scores: Tensor,
-        draft_scores: Tensor | None,
-        drafted: Tensor,
-        rows: Sequence[int],
-        positions: Sequence[int],
+        self, p: Tensor, q: Tensor | None, drafted: Tensor, rows: Sequence[int], positions: Sequence[int]
     ) -> Tensor:
-        """Return the token (n,) of the ensemble's scores (n, V); where it is the `drafted` one that is accepted.
+        """Return the token (n,) of the ensemble; where it is the `drafted` one that is accepted.
 
-        `draft_scores` (n, V): from which `drafted` was chosen by `draft`; None for a draft without distribution.
+        `drafted` was chosen from `q` by `draft`; None for a draft that has no distribution.
         """
 
 
 class Greedy:
     """The most probable token of the ensemble."""
 
-    def draft(self, scores: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def weigh(self, scores: Tensor) -> Tensor:
+        """Scores will do."""
+        return scores
+
+    def draft(self, q: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Return the most probable token of the draft."""
-        return scores.argmax(-1)
+        return q.argmax(-1)
 
     def settle(
-        self,
-        scores: Tensor,
-        draft_scores: Tensor | None,
-        drafted: Tensor,
-        rows: Sequence[int],
-        positions: Sequence[int],
+        self, p: Tensor, q: Tensor | None, drafted: Tensor, rows: Sequence[int], positions: Sequence[int]
     ) -> Tensor:
         """Return the most probable token, drafted or not."""
-        return scores.argmax(-1)
+        return p.argmax(-1)
 
 
 class Sampling:
@@ -66,46 +62,54 @@ class Sampling:
     def __init__(self, seed: int, prompts: Tensor, samples: Tensor) -> None:
         self._seed = seed
         self._streams = torch.stack([samples, prompts], dim=-1) & 0xFFFFFFFF  # a counter has words of 32 bits
+        self._numbers = torch.empty(prompts.shape[0], 0, 3, dtype=torch.float64)
 
-    def draft(self, scores: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def weigh(self, scores: Tensor) -> Tensor:
+        """Return softmax(scores) (n, V); zeros where everything is forbidden."""
+        return scores.softmax(-1).nan_to_num_(0.0)
+
+    def draft(self, q: Tensor, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Return a draw from the draft."""
-        return draw(scores, self._seed, self._counters(_DRAFT, rows, positions))
+        return _draw(q, self._uniform(_DRAFT, rows, positions))
 
     def settle(
-        self,
-        scores: Tensor,
-        draft_scores: Tensor | None,
-        drafted: Tensor,
-        rows: Sequence[int],
-        positions: Sequence[int],
+        self, p: Tensor, q: Tensor | None, drafted: Tensor, rows: Sequence[int], positions: Sequence[int]
     ) -> Tensor:
         """Return a draw from the ensemble. Without distribution q, the draw has to hit the drafted token by itself."""
-        if draft_scores is None:
-            return self.draft(scores, rows, positions)
-        drafted = drafted.to(scores.device)
-        p, q = _probabilities(scores), _probabilities(draft_scores.to(scores.device))
-        chance = (_at(p, drafted) / _at(q, drafted)).nan_to_num(0.0)
-        counters = self._counters(_ACCEPT, rows, positions).to(scores.device)
-        gumbel = torch_gumbel.noise_at(self._seed, counters, torch.zeros_like(drafted))
-        is_kept = gumbel.neg().exp().neg().exp() < chance  # its distribution function makes it uniform
+        if q is None:
+            return self.draft(p, rows, positions)
+        drafted = drafted.to(p.device)
+        chance = (_at(p, drafted).double() / _at(q, drafted)).nan_to_num_(0.0)
+        is_kept = self._uniform(_ACCEPT, rows, positions).to(p.device) < chance
         if is_kept.all():
             return drafted
-        left = ~is_kept
-        residual = (p[left] - q[left]).clamp(min=0.0)
-        residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p[left])  # p = q up to rounding
-        where = left.nonzero().flatten().cpu()
-        tokens = drafted.clone()
-        tokens[left] = draw(residual.log(), self._seed, self._counters(_REPLACE, rows, positions)[where])
-        return tokens
+        residual = (p - q).clamp_(min=0.0)
+        residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)  # p = q up to rounding
+        replaced = _draw(residual, self._uniform(_REPLACE, rows, positions))
+        return torch.where(is_kept, drafted, replaced)
 
-    def _counters(self, purpose: int, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
-        places = torch.tensor([3 * position + purpose for position in positions])
-        return torch.cat([places[:, None], self._streams[torch.tensor(rows)]], dim=-1)
+    def _uniform(self, purpose: int, rows: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """The numbers of a purpose (n,) fp64, each of its own row and position."""
+        while max(positions) >= self._numbers.shape[1]:
+            self._numbers = torch.cat([self._numbers, self._more()], dim=1)
+        return self._numbers[rows, positions, purpose]
+
+    def _more(self) -> Tensor:
+        """The numbers of the next positions, (rows, _AHEAD, 3)."""
+        num_rows, first = self._numbers.shape[:2]
+        shape = (num_rows, _AHEAD, 3)
+        places = torch.arange(first, first + _AHEAD)[None, :, None].expand(shape)
+        purposes = torch.arange(3)[None, None].expand(shape)
+        streams = self._streams[:, None, None].expand(*shape, 2)
+        counters = torch.cat([torch.stack([purposes, places], dim=-1), streams], dim=-1)
+        return torch_gumbel.uniform(self._seed, counters.reshape(-1, 4)).view(shape)
 
 
-def _probabilities(scores: Tensor) -> Tensor:
-    """softmax(scores) (n, V); zeros where everything is forbidden."""
-    return scores.softmax(-1).nan_to_num(0.0)
+def _draw(weights: Tensor, uniform: Tensor) -> Tensor:
+    """The first token (n,) at which the sum of weights (n, V) passes its share `uniform` (n,): one with a weight."""
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    share = uniform.to(weights.device) * sums[:, -1]
+    return torch.searchsorted(sums, share[:, None], right=True).squeeze(-1).clamp_(max=weights.shape[-1] - 1)
 
 
 def _at(values: Tensor, tokens: Tensor) -> Tensor:

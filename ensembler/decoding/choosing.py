@@ -30,34 +30,6 @@ NOT_BY_ROW = (
 )
 
 
-def draw(scores: Tensor, seed: int, counters: Tensor) -> Tensor:
-    """Return a draw from softmax(scores) of each row (n, V), as argmax(scores + noise), (n,) int64.
-
-    `counters` (n, 3) int64 are the noise's, after that of tokens.
-    """
-    may = _may_be_drawn(scores)
-    if _are_many(may):
-        return (scores + torch_gumbel.noise(seed, counters.to(scores.device), scores.shape[-1])).argmax(-1)
-    return _draw_among(may, scores, seed, counters)
-
-
-def _may_be_drawn(scores: Tensor) -> Tensor:
-    """Which tokens (n, V) the noise can lift above the best."""
-    return scores >= scores.amax(-1, keepdim=True) - torch_gumbel.SPREAD
-
-
-def _are_many(may: Tensor) -> bool:
-    """Whether the noise of all tokens is cheaper: four of them share a block of the generator."""
-    return int(may.sum()) * 4 > may.numel()
-
-
-def _draw_among(may: Tensor, scores: Tensor, seed: int, counters: Tensor) -> Tensor:
-    row, token = may.nonzero(as_tuple=True)
-    drawn = torch.full_like(scores, -torch.inf)
-    drawn[row, token] = scores[row, token] + torch_gumbel.noise_at(seed, counters.to(scores.device)[row], token)
-    return drawn.argmax(-1)
-
-
 class Noise:
     """The noise of each stream: `prompts` and `samples` (streams,) int64 say which prompt and which sample of it."""
 
@@ -74,10 +46,14 @@ class Noise:
 
     def choose(self, scores: Tensor, streams: Tensor) -> Tensor:
         """Return argmax(scores + noise) (n,) of scores (n, V), each by the noise of a stream (n,)."""
-        may = _may_be_drawn(scores)
-        if _are_many(may):
+        may = scores >= scores.amax(-1, keepdim=True) - torch_gumbel.SPREAD
+        if int(may.sum()) * 4 > may.numel():  # four tokens share a block of the generator
             return (scores + self._all(streams, scores)).argmax(-1)
-        return _draw_among(may, scores, self._seed, self._counters(streams))
+        row, token = may.nonzero(as_tuple=True)
+        counters = self._counters(streams).to(scores.device)
+        drawn = torch.full_like(scores, -torch.inf)
+        drawn[row, token] = scores[row, token] + torch_gumbel.noise_at(self._seed, counters[row], token)
+        return drawn.argmax(-1)
 
     def _all(self, streams: Tensor, like: Tensor) -> Tensor:
         """The noise of all tokens, made once for all points: stream by stream, which stays in a core's cache."""

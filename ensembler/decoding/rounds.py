@@ -53,7 +53,7 @@ class Rounds:
         self._meter = meter
         one = SerialRunner()  # one forward needs no threads
         self._runner: Runner = one if meter is None else TimedRunner(one, meter)
-        self._draft_scores: list[Tensor] = []
+        self._q: list[Tensor] = []
         self._num_looked_up = [0] * len(texts.running)
         self._width = 0
         alpha = model.alpha
@@ -122,9 +122,9 @@ class Rounds:
             last = {role: logits[role][:, -1] for role in drafting.roles}
             scores = drafting.combine(last, self._alphas(), self._model.device, self._width)
         with timed(self._meter, "sample"):
-            scores = texts.process(self._processors, scores, rows, offset)
-            self._draft_scores.append(scores)
-            texts.write(rows, offset, self._chooser.draft(scores, rows, texts.positions(rows, offset)))
+            q = self._chooser.weigh(texts.process(self._processors, scores, rows, offset))
+            self._q.append(q)
+            texts.write(rows, offset, self._chooser.draft(q, rows, texts.positions(rows, offset)))
 
     def _look_up(self, num: int) -> int:
         """Put up to `num` tokens behind each text's end that it goes on with elsewhere; return the most of them."""
@@ -164,7 +164,7 @@ class Rounds:
                 going = [place for place, hit, end in fates if hit and not end]
                 if not going:
                     break
-            self._draft_scores.clear()
+            self._q.clear()
         goes_on = [place for place in range(num_rows) if is_open[place]]
         self._slots.keep(num_fed, gained if num_fed else [0] * num_rows, goes_on)
         self.texts.grow(gained, goes_on)
@@ -176,10 +176,10 @@ class Rounds:
         texts, chooser = self.texts, self._chooser
         rows = [texts.running[place] for place in going]
         here = slice(None) if len(going) == combined.shape[0] else torch.tensor(going, device=combined.device)
-        scores = texts.process(self._processors, combined[here], rows, offset)
+        p = chooser.weigh(texts.process(self._processors, combined[here], rows, offset))
+        q = None if self._drafting is None else self._q[offset][here]
         drafted = texts.drafted(rows, offset)
-        draft_scores = None if self._drafting is None else self._draft_scores[offset][here]
-        tokens = chooser.settle(scores, draft_scores, drafted, rows, texts.positions(rows, offset))
+        tokens = chooser.settle(p, q, drafted, rows, texts.positions(rows, offset))
         texts.write(rows, offset, tokens)
         return (tokens == drafted.to(tokens.device)).tolist(), texts.ended(self._criteria, rows, offset).tolist()
 
