@@ -21,7 +21,12 @@ _AHEAD = 64  # positions whose numbers are made at once: one is hardly cheaper
 
 
 class Chooser(Protocol):
-    """How tokens are chosen. `rows` are the numbers of the texts, `positions` those of their new tokens."""
+    """How tokens are chosen. `rows` are the numbers of the texts, `positions` those of their new tokens.
+
+    `needs_draft`: whether a token depends on the draft also where nothing is drafted ahead.
+    """
+
+    needs_draft: bool
 
     def weigh(self, scores: Tensor) -> Tensor:
         """Return from processed scores (n, V) what the other methods take for them."""
@@ -41,6 +46,8 @@ class Chooser(Protocol):
 class Greedy:
     """The most probable token of the ensemble."""
 
+    needs_draft = False
+
     def weigh(self, scores: Tensor) -> Tensor:
         """Scores will do."""
         return scores
@@ -58,6 +65,8 @@ class Greedy:
 
 class Sampling:
     """Draws from the ensemble; `prompts` and `samples` (rows,) int64 say whose noise a row has."""
+
+    needs_draft = True
 
     def __init__(self, seed: int, prompts: Tensor, samples: Tensor) -> None:
         self._seed = seed

@@ -15,6 +15,7 @@ _SEEDS = (1.5, 2.0)  # accepted and drafted tokens that are taken for granted at
 _RECENT = 5  # rounds whose median a cost is
 _WARM_UP = 2  # plain steps at the start
 _PLAIN_EVERY = 48  # rounds between two plain steps, so that their cost stays known
+_PLAIN_EARLY = 6  # the same as long as few were measured: the first steps of a process are slow
 _FORGET_AFTER = 256  # rounds after which the cost of a number that is not drafted is doubted
 _MARGIN = 1.03  # by how much drafting has to promise more than a plain step
 _MAY_LOSE = 0.02  # share of the time that rounds may lose against plain steps
@@ -113,7 +114,8 @@ class _Costs:
     @property
     def wants_plain(self) -> bool:
         """Whether the cost of a plain step is not known, or not any more."""
-        return self._num_plain < _WARM_UP or self._num_rounds - self._seen_at[1] >= _PLAIN_EVERY
+        every = _PLAIN_EARLY if self._num_plain < _RECENT else _PLAIN_EVERY
+        return self._num_plain < _WARM_UP or self._num_rounds - self._seen_at[1] >= every
 
     def add(self, num: int, seconds: float) -> None:
         self._num_rounds += 1

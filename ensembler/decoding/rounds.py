@@ -24,6 +24,7 @@ from ensembler.modeling import EnsembleForCausalLM
 from ensembler.runners import Runner, SerialRunner, Step, check_nan
 
 Logits = dict[str, Tensor]
+_LOOK_EVERY = 4  # plain greedy steps that ask the draft once, to learn whether it would be right
 
 
 class Rounds:
@@ -56,6 +57,7 @@ class Rounds:
         self._q: list[Tensor] = []
         self._num_looked_up = [0] * len(texts.running)
         self._width = 0
+        self._num_plain = 0
         alpha = model.alpha
         if isinstance(alpha, Tensor):
             alpha = alpha.repeat_interleave(len(texts.running) // alpha.shape[0])
@@ -86,7 +88,7 @@ class Rounds:
                 num = min(num, 1 + self._look_up(num))
             logits = self._read(num) if self._drafting is None or num == 1 else self._draft_and_verify(num)
         combined = self._combine(logits)
-        if self._drafting is not None and num == 1:
+        if self._drafting is not None and num == 1 and self._looks_at_draft():
             self._draft(logits, 0)
         return self._settle(combined, num, start)
 
@@ -125,6 +127,11 @@ class Rounds:
             q = self._chooser.weigh(texts.process(self._processors, scores, rows, offset))
             self._q.append(q)
             texts.write(rows, offset, self._chooser.draft(q, rows, texts.positions(rows, offset)))
+
+    def _looks_at_draft(self) -> bool:
+        """Whether a plain step asks what the draft would have been: if the token depends on it, else for its pace."""
+        self._num_plain += 1
+        return self._chooser.needs_draft or self._num_plain % _LOOK_EVERY == 1
 
     def _look_up(self, num: int) -> int:
         """Put up to `num` tokens behind each text's end that it goes on with elsewhere; return the most of them."""
@@ -177,14 +184,14 @@ class Rounds:
         rows = [texts.running[place] for place in going]
         here = slice(None) if len(going) == combined.shape[0] else torch.tensor(going, device=combined.device)
         p = chooser.weigh(texts.process(self._processors, combined[here], rows, offset))
-        q = None if self._drafting is None else self._q[offset][here]
+        q = self._q[offset][here] if self._q else None
         drafted = texts.drafted(rows, offset)
         tokens = chooser.settle(p, q, drafted, rows, texts.positions(rows, offset))
         texts.write(rows, offset, tokens)
         return (tokens == drafted.to(tokens.device)).tolist(), texts.ended(self._criteria, rows, offset).tolist()
 
     def _was_drafted(self, place: int, offset: int) -> bool:
-        return self._drafting is not None or offset < self._num_looked_up[place]
+        return bool(self._q) if self._drafting is not None else offset < self._num_looked_up[place]
 
     @contextmanager
     def _undone_if_it_fails(self) -> Iterator[None]:
