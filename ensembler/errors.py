@@ -4,6 +4,7 @@
     ├── InputError              what was given cannot be run; exit code 2, nothing was written
     │   ├── ConfigError         a rule, role, key or number
     │   ├── MemberError         a model, an adapter or their files
+    │   │   └── HubError        a hub that cannot be reached: no other of its models can be found either
     │   ├── PatchError          a patch, or a model that it does not fit
     │   ├── VocabularyError     members that do not share a vocabulary
     │   ├── PromptError         a prompt or a file of prompts
@@ -37,6 +38,10 @@ class ConfigError(InputError):
 
 class MemberError(InputError):
     """A member's model, adapter or weights file is missing, damaged or does not fit."""
+
+
+class HubError(MemberError):
+    """A model is not on this machine, and the hub cannot be reached."""
 
 
 class PatchError(InputError):

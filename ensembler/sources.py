@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers.utils import cached_file
 
-from ensembler.errors import MemberError
+from ensembler.errors import HubError, MemberError
 
 
 def is_local(name: str) -> bool:
@@ -37,7 +37,7 @@ def not_found(role: str, name: str, error: Exception) -> MemberError:
         return MemberError(f"{role}: {name} cannot be read: {text}")
     offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("0", "") or "connect" in text or "offline" in text.lower()
     if offline:
-        return MemberError(
+        return HubError(
             f"{role}: {name!r} is no folder here, is not in the local cache, and the hub cannot be reached (offline); "
             "give a folder or fetch the model first"
         )

@@ -9,6 +9,7 @@
 | `source_ft/` | `source_pt` with `patch` merged into the weights |
 | `target_pt/` | the new pre-trained model: larger, more reading, many sums in it, none in the task's format |
 | `config.json` ... | the ensemble of the three, base-change at the alpha that validation chose |
+| `updated_pt/`, `direct_updated/`, `direct_target/` | see make_demo_update.py |
 | `data/` | `validation.jsonl`, `test.jsonl`, `examples.jsonl`, and `task.json` that says how an answer is read |
 
 The source side and the target side are made by two processes of one thread each. Text, tokenizer and data are
@@ -107,13 +108,13 @@ def save_member(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, fol
     config.save_pretrained(folder)
 
 
-def save_patch(patched: PeftModel, folder: Path) -> None:
+def save_patch(patched: PeftModel, folder: Path, base: str = "source_pt") -> None:
     """Write the LoRA folder without what PEFT adds from this machine: a path, a set's order, an empty model card."""
     patched.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink()
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
-    config["base_model_name_or_path"] = "../source_pt"
+    config["base_model_name_or_path"] = f"../{base}"
     config["target_modules"].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
@@ -164,11 +165,14 @@ def write_ensemble(folder: Path) -> None:
 
 
 def make_family(folder: Path, seed: int) -> None:
+    from make_demo_update import make_update  # it builds on this module
+
     save_data(make_task_data(seed, FINE_TUNING), folder / "data", seed)
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
         for side in [processes.submit(make, folder, seed) for make in (make_source, make_target)]:
             side.result()
     write_ensemble(folder)
+    make_update(folder, seed)
 
 
 def main() -> None:

@@ -32,7 +32,6 @@ from typing import Any
 import torch
 from make_smollm2_trio import SEED, save, train
 from peft import LoraConfig, get_peft_model
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ensembler.evaluation.encoding import encode_pair
@@ -57,7 +56,7 @@ RANKS = (2, 4, 16, 32)
 PIECE = 128  # tokens
 LONGEST = 256  # tokens of an example; longer ones are not trained on
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
 Pair = tuple[tuple[int, ...], tuple[int, ...]]  # ids of a prompt and of its answer
 
 
@@ -170,22 +169,26 @@ def right_answer(example: Example) -> tuple[str, str]:
 
 
 def batches(rows: list[Pair], task: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:
-    """Ids, mask and labels (rows, longest), padded on the right; only the answer is learned."""
+    """Ids and mask (rows, longest), padded on the left; labels (rows, longest answer + 1): the answer alone is learned.
+
+    So only the last positions go through the head, which for a small model with a large vocabulary is half of a step.
+    """
     num, size = STEPS[task]
     rng = random.Random(SEED)
-    order: list[Any] = []
+    order: list[Pair] = []
     for _ in range(num):
         if len(order) < size:
             order = rng.sample(rows, len(rows))
         chosen, order = order[:size], order[size:]
         longest = max(sum(map(len, pair)) for pair in chosen)
+        kept = 1 + max(len(answer) for _, answer in chosen)
         batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
         for prompt, answer in chosen:
             gap = longest - len(prompt) - len(answer)
-            batch["input_ids"].append([*prompt, *answer, *[tokenizer.eos_token_id] * gap])
-            batch["attention_mask"].append([1] * (longest - gap) + [0] * gap)
-            batch["labels"].append([-100] * len(prompt) + [*answer] + [-100] * gap)
-        yield {name: torch.tensor(values) for name, values in batch.items()}
+            batch["input_ids"].append([tokenizer.eos_token_id] * gap + [*prompt, *answer])
+            batch["attention_mask"].append([0] * gap + [1] * (longest - gap))
+            batch["labels"].append([-100] * (kept - len(answer)) + [*answer])
+        yield {**{name: torch.tensor(values) for name, values in batch.items()}, "logits_to_keep": kept}
 
 
 if __name__ == "__main__":

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from ensembler.cli.options import DEMO
 from ensembler.cli.ranks import naming_rank, this_command, use_own_gpu
 from ensembler.launch import num_ranks, this_rank
 
@@ -15,15 +17,27 @@ if TYPE_CHECKING:
     from ensembler.evaluation.bench.bench import Bench
 
 
+class _SayOnce(logging.Filter):
+    """Runs that share members are checked one after another: what is noticed of them is said once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        is_new = message not in self._said
+        self._said.add(message)
+        return is_new
+
+
 class _RunByDefault(click.Group):
     """A group whose first word may be left out: `bench RECIPE` is `bench run RECIPE`."""
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args and args[0] not in self.commands:
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, *ctx.help_option_names):
             args = ["run", *args]
-        return super().resolve_command(ctx, args)
+        return super().parse_args(ctx, args)
 
 
 @click.group(cls=_RunByDefault)
@@ -52,17 +66,22 @@ def bench() -> None:
 def run(recipe: Path, output: Path, dry_run: bool, allow_code_execution: bool, as_json: bool) -> None:
     """Run all methods of RECIPE on the same examples and measure what each costs.
 
-    DIR gets the rows, summary.json, pictures and report.html. An interrupted benchmark goes on when the same command is
-    run again.
+    RECIPE is a YAML file, or `demo` for that of the embedded family. DIR gets the rows, summary.json, pictures and
+    report.html. An interrupted benchmark goes on when the same command is run again. Started by accelerate launch or
+    torchrun, each process takes some of the examples.
 
     \b
-    ensembler bench examples/recipes/demo.yaml --dry-run
-    ensembler bench examples/recipes/demo.yaml --output demo-results
+    ensembler bench demo --dry-run
+    ensembler bench my-recipe.yaml --output my-results
     """
+    from ensembler.demo import demo_recipe
     from ensembler.evaluation.bench.bench import Bench
-    from ensembler.evaluation.bench.recipe import read_recipe
+    from ensembler.evaluation.bench.recipe_file import read_recipe
 
-    planned = Bench(read_recipe(recipe), allow_code_execution=allow_code_execution)
+    logging.getLogger("ensembler.adapters").addFilter(_SayOnce())
+    planned = Bench(
+        read_recipe(demo_recipe() if str(recipe) == DEMO else recipe), allow_code_execution=allow_code_execution
+    )
     if dry_run:
         from ensembler.cli.bench_tables import print_plan
 
@@ -81,18 +100,21 @@ def _run(planned: Bench, output: Path, *, as_json: bool) -> None:
     use_own_gpu()
     runner = BenchRunner(planned, output, this_command(), this_rank(), num_ranks())
     with progress(runner.num_examples, shown=this_rank() == 0, label="examples", lines=True) as advance:
-        runner.answer(advance)
-    for name, error in runner.errors.items():
-        click.echo(f"{name} failed and is left out: {error}", err=True)
-    if num_ranks() == 1:  # speed is no speed while other processes are at work
+        runner.answer(advance, lambda name, reason: click.echo(f"{name} failed, the others go on: {reason}", err=True))
+    has_speed = any(experiment.speed is not None for experiment in planned.recipe.experiments)
+    if has_speed and num_ranks() == 1:
         with progress(runner.num_measurements, shown=True, label="measurements", lines=True) as advance:
             runner.costs(advance)
-    elif this_rank() == 0 and planned.recipe.speed is not None:
+    elif has_speed and this_rank() == 0:  # speed is no speed while other processes are at work
         click.echo("run the same command once without a launcher to measure speed and memory", err=True)
     tasks = runner.summarise()
     if tasks is None:
         if this_rank() == 0:
-            click.echo("this process is done, others are not: the last one writes the summary", err=True)
+            click.echo(
+                "this process is done, others are not: the last one writes the summary; if one was lost, run the same "
+                "command again",
+                err=True,
+            )
         return
     files = write_bench(output, planned.recipe, tasks, command=runner.command, settings=planned.settings)
     if as_json:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def print_plan(bench: Bench) -> None:
     """Print what would run: members with their bytes, vocabulary contracts, tasks with their examples, the grid."""
     out = console()
-    for planned in bench.runs:
+    for planned in (planned for planned in bench.runs if planned.run.instead_of is None):
         summary = summarise(planned.checked)
         out.print(f"\n{planned.name}: {', '.join(method.name for method in planned.run.methods)}", markup=False)
         out.print(f"  vocabulary {summary.vocabulary}, {summary.shared:,} shared ids", markup=False)
@@ -28,9 +28,10 @@ def print_plan(bench: Bench) -> None:
             out.print(f"  {member.role}: {member.model}{adapter}, {size}, {member.dtype}", markup=False)
         for task in planned.sweep.tasks:
             parts = task.parts
+            chosen = f", alpha chosen of {len(planned.run.alphas)} on {len(parts.validation):,} others"
             out.print(
-                f"  {task.task.name} ({task.metric.key}): {len(parts.test):,} test and {len(parts.validation):,} "
-                f"validation examples at {len(planned.sweep.grid)} points",
+                f"  {task.task.name} ({task.metric.key}): {len(parts.test):,} test examples"
+                f"{chosen if planned.run.chooses else ''}",
                 markup=False,
             )
 
@@ -45,6 +46,8 @@ def print_bench(tasks: Sequence[BenchTask]) -> None:
     for task in tasks:
         out.print(f"\n{task.name}: {tables.heading(task)}", markup=False)
         out.print(plain_table(tables.columns(task), tables.rows(task)))
+        for note in tables.notes(task):
+            out.print(note, markup=False)
         if task.differences:
             out.print(plain_table(COMPARED, tables.differences(task)))
         for line in verdict(task):

@@ -10,6 +10,7 @@ import warnings
 import click
 
 from ensembler import __version__
+from ensembler.cli.bench import bench
 from ensembler.cli.chat import chat
 from ensembler.cli.create import create
 from ensembler.cli.generate import generate
@@ -22,7 +23,7 @@ from ensembler.errors import ConfigError, EnsemblerError, RankError
 from ensembler.launch import num_ranks, this_rank
 
 INTERRUPTED = 130
-SEVERAL_PROCESSES = ("generate", "sweep")
+SEVERAL_PROCESSES = ("bench", "generate", "sweep")
 
 
 @click.group(
@@ -48,7 +49,7 @@ def cli(context: click.Context, debug: bool) -> None:
         )
 
 
-for command in (create, inspect, plan, generate, score, sweep, chat, patch):
+for command in (create, inspect, plan, generate, score, sweep, bench, chat, patch):
     cli.add_command(command)
 
 
@@ -63,13 +64,16 @@ def main(args: list[str] | None = None) -> None:
         code = cli.main(arguments, prog_name="ensembler", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
         kept = (
-            "finished rows of an --output are kept, go on with --resume (sweep: with the same command); nothing "
-            "half-written is left"
+            "finished rows of an --output are kept, go on with --resume (sweep and bench: with the same command); "
+            "nothing half-written is left"
         )
         code = _fail(f"interrupted; {kept}", INTERRUPTED)
     except EnsemblerError as error:
         reporter = error.reporter if isinstance(error, RankError) else 0
         code = _fail(str(error), error.exit_code, reporter)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        code = 2
     except click.ClickException as error:
         code = _fail(f"{error.format_message()}{_help_hint(error)}", 2)
     except BrokenPipeError:  # the reader of our output, head for one, has left

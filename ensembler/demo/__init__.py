@@ -11,3 +11,8 @@ def demo_folder() -> Path:
 def demo_task() -> Path:
     """Return the YAML file of the family's task, sums in words, as lm-evaluation-harness reads it."""
     return demo_folder() / "data" / "sums.yaml"
+
+
+def demo_recipe() -> Path:
+    """Return the recipe of the family's benchmark, for `ensembler bench`."""
+    return demo_folder() / "bench.yaml"

@@ -34,7 +34,7 @@ def split_examples(task: EvalTask, validation: str | None, *, seed: int = 0) -> 
     if validation == task.default_split:
         raise ConfigError(
             f"the {validation} split of task {task.name} is the one that is reported, so it cannot choose alpha too; "
-            f"give --validation a number of its rows, or another split of {', '.join(task.splits)}"
+            f"give as validation a number of its rows, or another split of {', '.join(task.splits)}"
         )
     return _without_repeats(task, task.examples(validation), test)
 
@@ -42,7 +42,7 @@ def split_examples(task: EvalTask, validation: str | None, *, seed: int = 0) -> 
 def _draw(task: EvalTask, examples: Sequence[Example], num: int, seed: int) -> Parts:
     if not 0 < num < len(examples):
         raise ConfigError(
-            f"--validation {num} of the {len(examples)} examples of task {task.name} leaves none to choose from or to "
+            f"validation on {num} of the {len(examples)} examples of task {task.name} leaves none to choose from or to "
             f"report; give a number from 1 to {len(examples) - 1}"
         )
     drawn = set(random.Random(seed).sample(range(len(examples)), num))
@@ -60,8 +60,8 @@ def _without_repeats(task: EvalTask, validation: Sequence[Example], test: Sequen
     kept = tuple(example for example, repeated in zip(validation, is_repeated, strict=True) if not repeated)
     if not kept:
         raise ConfigError(
-            f"all {len(validation)} validation examples of task {task.name} are among those that are reported; give "
-            "--validation another split, or more examples"
+            f"all {len(validation)} validation examples of task {task.name} are among those that are reported; give as "
+            "validation another split, or more examples"
         )
     left_out = tuple(example for example, repeated in zip(validation, is_repeated, strict=True) if repeated)
     return Parts(kept, tuple(test), left_out)

@@ -44,13 +44,14 @@ class RowsFolder:
         self._own = path / (ROWS if rank == 0 else f"rows.{rank}.jsonl")
         self._check()
 
-    def begin(self, command: str, examples: Iterable[Row]) -> None:
-        """Make the folder and say what it is for. Raises OutputError."""
+    def begin(self, command: str, examples: Iterable[Row] | None = None) -> None:
+        """Make the folder and say what it is for, and what is asked where `examples` are. Raises OutputError."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"{self.path} cannot be made: {error.strerror}; give --output another folder") from error
-        write_whole(self.path / EXAMPLES, map(_line, examples))
+        if examples is not None:
+            write_whole(self.path / EXAMPLES, map(_line, examples))
         write_whole(self.path / RUN, json.dumps({"command": command, "settings": self._settings}, indent=2) + "\n")
 
     @property
@@ -128,8 +129,8 @@ class RowsFolder:
         return {name: rows for name, rows in found.items() if len(rows) == self._rows_per_id}
 
     def _has_rows(self) -> bool:
-        """Whether any row is there; without one, a folder may be begun anew."""
-        files = [self.path / ROWS, *self.path.glob(_OTHER_ROWS)]
+        """Whether any row is there, of runs within this one too; without one, a folder may be begun anew."""
+        files = [*self.path.rglob(ROWS), *self.path.rglob(_OTHER_ROWS)]
         return any(next(_read_rows(file), None) is not None for file in files)
 
     def _check(self) -> None:

@@ -1,25 +1,20 @@
-"""A benchmark planned and run: the sweeps behind its methods, and what each method costs."""
+"""A benchmark planned: the sweeps behind its methods; and one of them run."""
 
 from __future__ import annotations
 
 import gc
-import json
 import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ensembler.errors import ConfigError, EnsemblerError
-from ensembler.evaluation.bench.measure import Load
-from ensembler.evaluation.bench.methods import Method, Run, plan_runs
-from ensembler.evaluation.bench.recipe import Experiment, Recipe, Speed
-from ensembler.evaluation.encoding import encode_examples, encode_generation
-from ensembler.evaluation.examples import Generation, Rolling
+from ensembler.errors import ConfigError, HubError, InputError, MissingExtraError
+from ensembler.evaluation.bench.methods import Run, plan_runs
+from ensembler.evaluation.bench.published import check_tasks
+from ensembler.evaluation.bench.recipe import Experiment, Recipe
 from ensembler.evaluation.rows_folder import RowsFolder
 from ensembler.evaluation.sweep import Sweep, SweepOptions
 from ensembler.evaluation.task_loading import load_tasks
@@ -28,7 +23,7 @@ from ensembler.modeling import EnsembleForCausalLM
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 
 _NAME = re.compile(r"[\w+.-]+")
-_MAX_LENGTH = 2048
+_MOST_NAMES = 5  # in a line
 
 
 @dataclass(frozen=True)
@@ -53,19 +48,28 @@ class Bench:
         self.recipe = recipe
         self._tasks: dict[str, list[EvalTask]] = {}
         self._allow_code_execution = allow_code_execution
-        self.runs = [planned for experiment in recipe.experiments for planned in self._plan(experiment)]
+        self.runs: list[PlannedRun] = []
+        faults: dict[str, InputError] = {}
+        for experiment in recipe.experiments:
+            try:
+                self.runs += self._plan(experiment)
+            except MissingExtraError:
+                raise
+            except InputError as error:
+                faults[experiment.name] = error
+                if isinstance(error, HubError):
+                    break  # each of the others would wait for it again
+        if faults:
+            raise _told(faults)
 
     def _plan(self, experiment: Experiment) -> Iterator[PlannedRun]:
         if not _NAME.fullmatch(experiment.name):
-            raise ConfigError(f"experiment {experiment.name!r} cannot be a folder's name; use letters, digits, + - _ .")
-        tasks = self._load(experiment)
-        for run in plan_runs(experiment):
-            try:
-                checked = check_ensemble(run.config)
-                sweep = Sweep(checked, tasks, _options(experiment, run))
-            except EnsemblerError as error:
-                raise type(error)(f"experiment {experiment.name}, {run.name}: {error}") from error
-            yield PlannedRun(experiment, run, checked, sweep)
+            raise ConfigError("its name cannot be a folder's; use letters, digits, + - _ .")
+        checked = [(run, check_ensemble(run.config)) for run in plan_runs(experiment)]
+        tasks = self._load(experiment)  # after the members, since their data may have to be fetched
+        check_tasks(experiment, tasks)
+        for run, ensemble in checked:
+            yield PlannedRun(experiment, run, ensemble, Sweep(ensemble, tasks, _options(experiment, run)))
 
     def _load(self, experiment: Experiment) -> list[EvalTask]:
         """Experiments differ in their models more than in their tasks."""
@@ -87,7 +91,10 @@ class Bench:
     def settings(self) -> dict[str, Any]:
         """All that results depend on, as JSON."""
         return {
-            "speed": None if self.recipe.speed is None else asdict(self.recipe.speed),
+            "speed": {
+                experiment.name: None if experiment.speed is None else asdict(experiment.speed)
+                for experiment in self.recipe.experiments
+            },
             "runs": {planned.name: planned.sweep.settings for planned in self.runs},
         }
 
@@ -97,15 +104,33 @@ class Bench:
         return RowsFolder(out / "runs" / planned.name, sweep.settings, rows_per_id=len(sweep.grid), rank=rank)
 
 
+def _told(faults: Mapping[str, InputError]) -> InputError:
+    """The first experiment's fault in full, and which others have faults: one line."""
+    (first, error), *others = faults.items()
+    names = [name for name, _ in others]
+    more = ""
+    if names:
+        shown = ", ".join(names[:_MOST_NAMES]) + (" ..." if len(names) > _MOST_NAMES else "")
+        more = f"; {len(names)} other experiments cannot run either: {shown}"
+    told = type(error)(f"experiment {first}: {error}{more}")
+    told.__cause__ = error
+    return told
+
+
 def _options(experiment: Experiment, run: Run) -> SweepOptions:
     return SweepOptions(
         rules=run.rules,
         alphas=run.alphas,
-        validation=experiment.validation,
+        validation=experiment.validation if run.chooses or _is_drawn(experiment.validation) else None,
         metric=experiment.metric,
         batch_size=experiment.batch_size,
         seed=experiment.seed,
     )
+
+
+def _is_drawn(validation: str | None) -> bool:
+    """Whether the validation examples are taken out of those that would be reported: then out of all runs' alike."""
+    return validation is not None and validation.isdecimal()
 
 
 def answer(
@@ -115,6 +140,7 @@ def answer(
     sweep = planned.sweep
     folder.begin(command, sweep.example_rows())
     done = frozenset(folder.rows())
+    advance(sum(1 for name in sweep.ids if name in done))
     chunks = sweep.unfinished(done, rank=rank, num_ranks=num_ranks)
     if not chunks:
         return
@@ -128,58 +154,3 @@ def answer(
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-# -- cost --------------------------------------------------------------------------------------------------------------
-
-
-def cost_id(planned: PlannedRun, method: Method, number: int) -> str:
-    """The id of the row of one measurement of a method."""
-    return f"cost/{planned.experiment.name}/{method.name}/{number}"
-
-
-def make_load(planned: PlannedRun, method: Method, alpha: float, speed: Speed) -> Load:
-    """Return what is measured of a method: the first test examples of its experiment's first task."""
-    task = planned.sweep.tasks[0]
-    examples = task.parts.test[: max(speed.num_examples, speed.num_prompts)]
-    tokenizer = planned.checked.require_tokenizer()
-    shortest = planned.checked.shortest_context
-    max_length = _MAX_LENGTH if shortest is None else shortest[1]
-    scored = [one for one in examples if not any(isinstance(request, Generation) for request in one.requests)]
-    requests = [
-        {"context": request.context, "continuations": request.continuations, "window": request.window}
-        for encoded in encode_examples(scored[: speed.num_examples], tokenizer, max_length)
-        for request in encoded.requests
-    ]
-    prompts = []
-    for example in examples[: speed.num_prompts]:
-        request = example.requests[0]
-        text = request.text if isinstance(request, Rolling) else request.context
-        ids, _ = encode_generation(Generation(text, speed.new_tokens, ()), tokenizer, max_length, example.id)
-        prompts.append(ids)
-    members = {role: member.to_dict() for role, member in planned.checked.config.members.items()}
-    config: dict[str, Any] = {"rule": method.rule, "members": members}
-    if method.alone is not None:  # as its user would load it: without the others
-        config = {"rule": "linear", "constant": {method.alone: 1.0}, "members": {method.alone: members[method.alone]}}
-    return Load(
-        config=config,
-        rule=config["rule"],
-        alpha=alpha,
-        alone=method.alone is not None,
-        prompts=prompts,
-        requests=requests,
-        new_tokens=speed.new_tokens,
-        batch_size=planned.experiment.batch_size,
-    )
-
-
-def measure_apart(load: Load) -> dict[str, Any]:
-    """Return the cost of a method from a process of its own, or {"error": ...}."""
-    command = [sys.executable, "-m", "ensembler.evaluation.bench.measure"]
-    done = subprocess.run(command, input=json.dumps(asdict(load)), capture_output=True, text=True, check=False)
-    lines = done.stdout.splitlines()
-    if done.returncode or not lines:
-        last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        return {"error": f"the process ended with {done.returncode}: {last[:300]}"}
-    found: dict[str, Any] = json.loads(lines[-1])
-    return found

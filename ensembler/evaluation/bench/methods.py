@@ -35,20 +35,30 @@ class Method:
 
 @dataclass(frozen=True)
 class Run:
-    """Members that are loaded together, the grid that they run, and the methods that are points of it."""
+    """Members that are loaded together, the grid that they run, and the methods that are points of it.
+
+    `instead_of`: the run that has these methods too, and whose failure alone makes this one necessary.
+    """
 
     name: str
     config: EnsembleConfig
     rules: tuple[str, ...]
     alphas: tuple[float, ...]
     methods: tuple[Method, ...]
+    instead_of: str | None = None
+
+    @property
+    def chooses(self) -> bool:
+        """Whether it has a method whose α is still to be chosen."""
+        return any(method.alpha is None for method in self.methods)
 
 
 def plan_runs(experiment: Experiment) -> list[Run]:
     """Return the runs of an experiment, every method in one of them.
 
     The members are the levels of their ensemble (base-change at α = 0 is source FT, EFT at α = 0 target PT), so they
-    cost nothing beside it; with the patched target in place of target PT, EFT at α = 0 is the ported patch.
+    cost nothing beside it; with the patched target in place of target PT, EFT at α = 0 is the ported patch. Where the
+    ensemble fails, they may not: three models may be too many for a device that holds one.
     """
     runs: list[Run] = []
     for name, rules, levels, patched in (
@@ -58,8 +68,11 @@ def plan_runs(experiment: Experiment) -> list[Run]:
         tuned = [method for method in rules if method in experiment.methods]
         if tuned:
             runs.append(_together(experiment, name, tuned, levels, patched=patched))
-    placed = {method.name for run in runs for method in run.methods}
-    return [*runs, *(_alone(experiment, method) for method in experiment.methods if method not in placed)]
+    together = {method.name: run.name for run in runs for method in run.methods}
+    alone = [_alone(experiment, method) for method in experiment.methods if method not in together]
+    members = [method.name for run in runs for method in run.methods if method.alone is not None]
+    spare = [replace(_alone(experiment, name), instead_of=together[name]) for name in members]
+    return [*runs, *alone, *spare]
 
 
 def _together(experiment: Experiment, name: str, tuned: list[str], levels: Mapping[str, str], *, patched: bool) -> Run:
@@ -109,7 +122,7 @@ def _patched(experiment: Experiment) -> MemberConfig:
     target = experiment.models["target_pt"]
     if target.adapter is not None:
         raise ConfigError(
-            f"experiment {experiment.name}: target_pt has an adapter already ({target.adapter}), so the patch cannot "
-            "be one too; add one of them to its files first: ensembler patch apply"
+            f"target_pt has an adapter already ({target.adapter}), so the patch cannot be one too; add one of them to "
+            "its files first: ensembler patch apply"
         )
     return replace(target, adapter=experiment.patch)

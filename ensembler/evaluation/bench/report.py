@@ -65,5 +65,6 @@ def _task(task: BenchTask) -> dict[str, Any]:
         "verdict": verdict(task),
         "columns": tables.columns(task),
         "rows": tables.rows(task),
+        "notes": tables.notes(task),
         "differences": tables.differences(task),
     }

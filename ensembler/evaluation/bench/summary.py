@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from ensembler.decoding.points import GridPoint
-from ensembler.evaluation.bench.bench import Bench, PlannedRun, cost_id
+from ensembler.evaluation.bench.bench import Bench, PlannedRun
+from ensembler.evaluation.bench.costs import cost_id
+from ensembler.evaluation.bench.measure import Cost
 from ensembler.evaluation.bench.methods import Method
 from ensembler.evaluation.bench.recipe import Experiment
 from ensembler.evaluation.rows_folder import Row
@@ -19,33 +21,34 @@ from ensembler.evaluation.sweep_tasks import TEST, SweepTask
 from ensembler.evaluation.task_figures import TaskFigures
 
 # Which methods are compared besides each with the first (source FT, where there is one): the question of the benchmark.
-_PAIRS = (("base-change", "eft"), ("base-change", "patch"), ("patch", "direct"), ("base-change", "direct"))
-COSTS = (
-    "setup_seconds",
-    "weight_bytes",
-    "first_token_seconds",
-    "tokens_per_second",
-    "examples_per_second",
-    "peak_host_bytes",
-    "peak_device_bytes",
+_PAIRS = (
+    ("base-change", "eft"),
+    ("base-change", "patch"),
+    ("patch", "target_pt"),
+    ("patch", "direct"),
+    ("base-change", "direct"),
 )
+# Of each run by example; None of a run without all of its rows.
+RowsByRun = Mapping[str, Mapping[str, Sequence[Row]] | None]
+COSTS = tuple(each.name for each in fields(Cost))
 
 
 @dataclass(frozen=True)
 class Spread:
-    """A quantity over the rounds: median, smallest and largest."""
+    """A quantity over the rounds: median, smallest and largest of how many."""
 
     median: float
     low: float
     high: float
+    num_rounds: int
 
 
 @dataclass(frozen=True)
 class MethodSummary:
     """One method on one task.
 
-    `test`: the metric on the test examples; `published`: a paper's figure in the unit of the table; `cost` by name
-    (`Cost`). `error`: why there is no figure, or no cost.
+    `test`: the metric on the test examples; `others`: other metrics; `published`: a paper's figures by metric in the
+    unit of the table; `cost` and `published_cost` by name (`Cost`). `error`: why there is no figure, or no cost.
     """
 
     method: str
@@ -53,8 +56,9 @@ class MethodSummary:
     is_chosen: bool = False
     test: Interval | None = None
     others: Mapping[str, float] = field(default_factory=dict)
-    published: float | None = None
+    published: Mapping[str, float] = field(default_factory=dict)
     cost: Mapping[str, Spread] = field(default_factory=dict)
+    published_cost: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,13 +109,13 @@ class _Answers:
 
 def summarise_bench(
     bench: Bench,
-    rows: Mapping[str, Mapping[str, Sequence[Row]] | None],
+    rows: RowsByRun,
     costs: Mapping[str, Row],
     errors: Mapping[str, str],
 ) -> list[BenchTask]:
     """Return the figures of every task of every experiment.
 
-    `rows` by run and example, None of a run that failed; `costs`: the rows of measurements by id; `errors` by run.
+    `costs`: the rows of measurements by id; `errors` by run.
     """
     found = [
         _task(bench, experiment, index, rows, costs, errors)
@@ -137,7 +141,7 @@ def _task(
     bench: Bench,
     experiment: Experiment,
     index: int,
-    rows: Mapping[str, Mapping[str, Sequence[Row]] | None],
+    rows: RowsByRun,
     costs: Mapping[str, Row],
     errors: Mapping[str, str],
 ) -> BenchTask:
@@ -147,26 +151,28 @@ def _task(
     for planned in runs:
         task, of_run = planned.sweep.tasks[index], rows[planned.name]
         for method in planned.run.methods:
-            published = experiment.published.get(task.task.name, {}).get(method.name)
+            if method.name in answers:  # by the run that this one would be in place of
+                continue
+            summary = MethodSummary(
+                method.name,
+                published=experiment.published_figures(task.task.name, method.name, task.metric.key),
+                published_cost=experiment.published_costs.get(method.name, {}),
+            )
             if of_run is None:
-                error = errors.get(planned.name, "it was not run")
-                summaries[method.name] = MethodSummary(method.name, published=published, error=error)
+                summaries.setdefault(method.name, replace(summary, error=errors.get(planned.name, "it was not run")))
                 continue
             alpha = chosen_alpha(planned, method, task, of_run)
-            one = _Answers(
-                TaskFigures(task, planned.sweep.grid, of_run, seed=experiment.seed), GridPoint(method.rule, alpha)
-            )
-            answers[method.name] = one
-            cost, error_of_cost = _cost(planned, method, costs)
-            summaries[method.name] = MethodSummary(
-                method.name,
-                None if method.alone else alpha,
-                method.alpha is None,
-                one.figures.interval(one.point),
-                one.figures.others(one.point),
-                published,
-                cost,
-                error_of_cost,
+            figures = TaskFigures(task, planned.sweep.grid, of_run, seed=experiment.seed)
+            answers[method.name] = one = _Answers(figures, GridPoint(method.rule, alpha))
+            cost, error = _cost(planned, method, costs)
+            summaries[method.name] = replace(
+                summary,
+                alpha=None if method.alone else alpha,
+                is_chosen=method.alpha is None,
+                test=figures.interval(one.point),
+                others=figures.others(one.point),
+                cost=cost,
+                error=error,
             )
     task = runs[0].sweep.tasks[index]
     return BenchTask(
@@ -205,5 +211,5 @@ def _cost(planned: PlannedRun, method: Method, costs: Mapping[str, Row]) -> tupl
     for name in COSTS:
         values = [row[name] for row in whole if row.get(name) is not None]
         if values:
-            found[name] = Spread(statistics.median(values), min(values), max(values))
+            found[name] = Spread(statistics.median(values), min(values), max(values), len(values))
     return found, errors[0] if errors else None

@@ -18,7 +18,7 @@ _COSTS = {
     "weight_bytes": "weights",
     "setup_seconds": "set-up, s",
 }
-_ONCE = ("peak_device_bytes", "peak_host_bytes", "weight_bytes")  # sizes vary little: the median alone
+_SIZES = ("peak_device_bytes", "peak_host_bytes", "weight_bytes")
 
 
 def heading(task: BenchTask) -> str:
@@ -34,8 +34,12 @@ def heading(task: BenchTask) -> str:
 def columns(task: BenchTask) -> list[str]:
     """Return the names of the columns that any method of a task fills."""
     metric = show_metric(task.metric, percent=task.is_percent)
-    published = ["published"] if any(method.published is not None for method in task.methods) else []
-    return ["method", "α", f"{metric} (95 % interval)", *published, *(_COSTS[name] for name in _costs(task))]
+    published = ["published"] if _is_published(task, task.metric) else []
+    against = _against(task)
+    compared = [] if against is None else [f"− {NAMES[against]}", "p (Holm)"]
+    others = [name for key in _others(task) for name in (key, "published")]
+    costs = (_COSTS[name] for name in _costs(task))
+    return ["method", "α", f"{metric} (95 % interval)", *published, *compared, *others, *costs]
 
 
 def rows(task: BenchTask) -> list[list[str]]:
@@ -57,6 +61,12 @@ def differences(task: BenchTask) -> list[list[str]]:
     ]
 
 
+def notes(task: BenchTask) -> list[str]:
+    """Return why the cost of a method, or some of its measurements, is missing."""
+    failed = [method for method in task.methods if method.test is not None and method.error is not None]
+    return [f"{NAMES[method.method]} could not be measured: {method.error}" for method in failed]
+
+
 def _row(method: MethodSummary, task: BenchTask) -> list[str]:
     name = NAMES[method.method]
     if method.test is None:
@@ -64,20 +74,63 @@ def _row(method: MethodSummary, task: BenchTask) -> list[str]:
     else:
         alpha = "" if method.alpha is None else f"{method.alpha:g}" + ("" if method.is_chosen else " (given)")
         cells = [name, alpha, show_interval(method.test, percent=task.is_percent)]
-    if any(each.published is not None for each in task.methods):
-        cells.append("" if method.published is None else f"{method.published:g}")
-    return [*cells, *(_show(cost, method.cost.get(cost)) for cost in _costs(task))]
+    if _is_published(task, task.metric):
+        cells.append(_number(method.published.get(task.metric)))
+    if _against(task) is not None:
+        cells += _compared(method, task)
+    for key in _others(task):
+        cells += [_number(method.others.get(key)), _number(method.published.get(key))]
+    return [*cells, *(_show(cost, method) for cost in _costs(task))]
+
+
+def _compared(method: MethodSummary, task: BenchTask) -> list[str]:
+    pair = (method.method, _against(task))
+    for each in task.differences:
+        if (each.method, each.against) == pair:
+            return [show_difference(each.comparison, percent=task.is_percent), show_p(each.p_holm)]
+    return ["", ""]
+
+
+def _against(task: BenchTask) -> str | None:
+    """The method that all are compared with."""
+    return task.differences[0].against if task.differences else None
+
+
+def _is_published(task: BenchTask, metric: str) -> bool:
+    return any(metric in method.published for method in task.methods)
+
+
+def _others(task: BenchTask) -> list[str]:
+    """The other metrics that a paper has."""
+    keys = dict.fromkeys(key for method in task.methods for key in method.published)
+    return [key for key in keys if key != task.metric]
 
 
 def _costs(task: BenchTask) -> Sequence[str]:
-    return [name for name in _COSTS if any(name in method.cost for method in task.methods)]
+    methods = task.methods
+    return [name for name in _COSTS if any(name in method.cost or name in method.published_cost for method in methods)]
 
 
-def _show(name: str, spread: Spread | None) -> str:
-    if spread is None:
-        return ""
-    if name in _ONCE:
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _show(name: str, method: MethodSummary) -> str:
+    """A cost: sizes, which vary little, by their median; others with their range; and the published one behind it."""
+    spread, published = method.cost.get(name), method.published_cost.get(name)
+    measured = "" if spread is None else _spread(name, spread)
+    if published is None:
+        return measured
+    told = f"published {show_size(int(published)) if name in _SIZES else _scaled(name, published)}"
+    return f"{measured}; {told}" if measured else told
+
+
+def _spread(name: str, spread: Spread) -> str:
+    if name in _SIZES:
         return show_size(int(spread.median))
-    scale = 1000.0 if name == "first_token_seconds" else 1.0
-    median, low, high = (f"{scale * value:.3g}" for value in (spread.median, spread.low, spread.high))
+    median, low, high = (_scaled(name, value) for value in (spread.median, spread.low, spread.high))
     return f"{median} ({low} to {high})"
+
+
+def _scaled(name: str, value: float) -> str:
+    return f"{1000.0 * value if name == 'first_token_seconds' else value:.3g}"

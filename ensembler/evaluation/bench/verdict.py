@@ -9,6 +9,8 @@ from ensembler.evaluation.formats import show_number
 from ensembler.evaluation.statistics import LEVEL
 from ensembler.evaluation.summary import Difference
 
+ROUNDS_FOR_A_CLAIM = 3  # of fewer the range says nothing
+
 NAMES = {
     "source_ft": "source FT",
     "source_pt": "source PT",
@@ -48,7 +50,7 @@ def _unclear(differences: Sequence[Difference]) -> list[str]:
 
 
 def _speeds(methods: Sequence[MethodSummary]) -> Iterator[str]:
-    """How fast the other ways are, over base-change; no ratio of speeds whose ranges overlap."""
+    """How fast the other ways are, over base-change; no ratio of speeds whose ranges over the rounds overlap."""
     by_name = {method.method: method for method in methods}
     base = by_name.get("base-change") or by_name.get("eft")
     if base is None:
@@ -58,6 +60,8 @@ def _speeds(methods: Sequence[MethodSummary]) -> Iterator[str]:
         if other is None or "tokens_per_second" not in other.cost.keys() & base.cost.keys():
             continue
         fast, slow = other.cost["tokens_per_second"], base.cost["tokens_per_second"]
+        if min(fast.num_rounds, slow.num_rounds) < ROUNDS_FOR_A_CLAIM:
+            continue
         if fast.low <= slow.high and slow.low <= fast.high:
             yield f"no difference in speed seen between {NAMES[name]} and {NAMES[base.method]}"
             continue
