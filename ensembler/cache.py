@@ -67,6 +67,20 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
         chosen.batch_select_indices(indices)
         return chosen
 
+    def align(self, ends: Tensor, length: int) -> None:
+        """Keep of every row the `length` slots before `ends` (rows,) int64, so that all rows end together.
+
+        A row with fewer repeats its first slot on the left, where a mask has to hide it. For layers that keep every
+        slot: growing ones, and sliding ones within their window.
+        """
+        index = (ends[:, None] - length + torch.arange(length)).clamp(min=0)
+        for roles, cache in self.parts.items():
+            of_blocks = index.repeat(len(roles), 1)
+            for layer in (layer for layer in cache.layers if layer.is_initialized):
+                layer.keys, layer.values = (_picked(states, of_blocks) for states in (layer.keys, layer.values))
+                if hasattr(layer, "cumulative_length"):
+                    layer.cumulative_length = length
+
     def lengths(self) -> dict[Roles, int]:
         """Return the number of tokens that each part has seen; raises RunError for a broken cache."""
         if self._broken:
@@ -97,6 +111,12 @@ def _in_every_block(indices: Tensor, num_blocks: int, cache: Cache) -> Tensor:
         return indices
     rows = torch.arange(num_rows, device=indices.device)[indices]
     return torch.cat([rows + block * num_rows for block in range(num_blocks)])
+
+
+def _picked(states: Tensor, index: Tensor) -> Tensor:
+    """The slots `index` (rows, n) of states (rows, heads, slots, width), each row its own."""
+    chosen = index.to(states.device)[:, None, :, None].expand(-1, states.shape[1], -1, states.shape[3])
+    return states.gather(2, chosen)
 
 
 def _cropped(layer: Any, length: int) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ensembler.cli.printing import Printer
     from ensembler.decoding.prompts import EncodedPrompt, Prompt
     from ensembler.decoding.results import ResultsFile
+    from ensembler.decoding.speculative import SpeculativeDecoder
     from ensembler.decoding.texts import DecodingOptions
     from ensembler.modeling import EnsembleForCausalLM
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Go on with an --output file that was interrupted.")
 @click.option("--overwrite", is_flag=True, help="Replace the --output file if it exists.")
 @click.option("--explain", is_flag=True, help="Mark the tokens that are not the anchor's own choice.")
+@click.option("--stats", is_flag=True, help="Say on standard error where the time went; one JSON line with --json.")
 @click.option(
     "--rank-timeout",
     type=click.FloatRange(1),
@@ -63,6 +65,7 @@ def generate(
     resume: bool,
     overwrite: bool,
     explain: bool,
+    stats: bool,
     rank_timeout: float,
 ) -> None:
     """Decode texts with ENSEMBLE.
@@ -79,8 +82,11 @@ def generate(
     if output is None and (resume or overwrite):
         raise ConfigError(f"--{'resume' if resume else 'overwrite'} was given without --output; name the file")
     from ensembler.cli.printing import Printer
+    from ensembler.cli.stats import print_stats, say_why_plain
+    from ensembler.decoding.drafting import check_draft
     from ensembler.decoding.prompts import encode_prompts
     from ensembler.decoding.results import ResultsFile, check_output
+    from ensembler.decoding.stats import DecodingStats, Meter
     from ensembler.decoding.texts import fingerprint
     from ensembler.modeling import EnsembleForCausalLM
     from ensembler.preflight import check_ensemble
@@ -98,6 +104,7 @@ def generate(
     with launched(rank_timeout) as world:
         asked = on_first(world, read)
         checked = on_each(world, lambda: check_ensemble(given.load_config()))
+        check_draft(checked.config.get_rule(), decoding.draft)
         tokenizer = checked.require_tokenizer()
         encoded = encode_prompts(
             asked, tokenizer, chat=chat, system=system, context=checked.shortest_context, skip=skip
@@ -120,10 +127,14 @@ def generate(
             return results.done
 
         done = on_first(world, open_results)
+        decoder = decoding.decoder(streamer=streamer, meter=Meter(DecodingStats()) if stats else None)
         printer = Printer(model, tokenizer, as_json=as_json, explain=explain, quiet=quiet, many=len(asked) > 1)
         with results or nullcontext(), printer:
             shown = prompts is not None
-            _decode(model, tokenizer, encoded, decoding, batch_size, streamer, done, results, printer, shown=shown)
+            _decode(model, tokenizer, encoded, decoding, decoder, batch_size, done, results, printer, shown=shown)
+        say_why_plain(decoding.draft, decoder.stats)
+        if stats:
+            print_stats(decoder.stats, as_json=as_json)
 
 
 def _decode(
@@ -131,8 +142,8 @@ def _decode(
     tokenizer: Any,
     prompts: list[EncodedPrompt],
     decoding: DecodingOptions,
+    decoder: SpeculativeDecoder,
     batch_size: int,
-    streamer: Any | None,
     done: frozenset[int],
     results: ResultsFile | None,
     printer: Printer,
@@ -147,7 +158,7 @@ def _decode(
     with progress(len(prompts), shown=shown) as advance:
         advance(len(done))
         for batch in complete_batches(
-            model, tokenizer, prompts, decoding, batch_size=batch_size, done=done, streamer=streamer
+            model, tokenizer, prompts, decoding, batch_size=batch_size, done=done, decoder=decoder
         ):
             for completion in batch:
                 row = printer.add(completion)

@@ -227,6 +227,17 @@ _DECODING_OPTIONS = (
     click.option("--num-return-sequences", type=click.IntRange(1), default=1, show_default=True, help="Texts each."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End a text here and cut it off; repeat it."),
     click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable."),
+    click.option(
+        "--draft",
+        metavar="auto|none|ROLE|ngram",
+        default="auto",
+        show_default=True,
+        help="Who drafts tokens that the others verify: the lightest member where that is light enough, nobody, a "
+        "member, the text's own repetitions.",
+    ),
+    click.option(
+        "--draft-tokens", type=click.IntRange(1), default=8, show_default=True, help="Most tokens drafted in a round."
+    ),
 )
 
 _PLAN_OPTIONS = (

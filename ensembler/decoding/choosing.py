@@ -16,9 +16,18 @@ import torch
 from ensembler_kernels import combine, torch_gumbel
 from torch import Tensor
 from transformers import LogitsProcessorList
+from transformers.generation import logits_process
 
 from ensembler.decoding.points import RulePoints
 from ensembler.decoding.tracks import ENDED, Tracks
+
+# These know a row by its number, or run the model themselves.
+NOT_BY_ROW = (
+    logits_process.EncoderNoRepeatNGramLogitsProcessor,
+    logits_process.EncoderRepetitionPenaltyLogitsProcessor,
+    logits_process.PrefixConstrainedLogitsProcessor,
+    logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 
 class Noise:

@@ -13,22 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import logits_process
 
-from ensembler.decoding.choosing import Chooser, Noise, Processors
+from ensembler.decoding.choosing import NOT_BY_ROW, Chooser, Noise, Processors
 from ensembler.decoding.points import GridPoint, points_by_rule
 from ensembler.decoding.rows import Rows
 from ensembler.decoding.tracks import Tracks
 from ensembler.errors import ConfigError
 from ensembler.modeling import EnsembleForCausalLM
-
-# These know a row by its number, or run the model themselves.
-_NOT_BY_ROW = (
-    logits_process.EncoderNoRepeatNGramLogitsProcessor,
-    logits_process.EncoderRepetitionPenaltyLogitsProcessor,
-    logits_process.PrefixConstrainedLogitsProcessor,
-    logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
 
 
 @dataclass(frozen=True)
@@ -109,7 +100,7 @@ def _check(config: GenerationConfig, processors: LogitsProcessorList) -> None:
         raise ConfigError(f"num_beams is {config.num_beams}; a grid is decoded greedily or by sampling: leave it at 1")
     if config.return_dict_in_generate:
         raise ConfigError("return_dict_in_generate is set; a grid returns a GridOutput: leave it out")
-    wrong = next((one for one in processors if isinstance(one, _NOT_BY_ROW)), None)
+    wrong = next((one for one in processors if isinstance(one, NOT_BY_ROW)), None)
     if wrong is not None:
         raise ConfigError(
             f"{type(wrong).__name__} tells prompts by their place in the batch, which rows of a grid do not keep; "

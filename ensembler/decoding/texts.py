@@ -14,8 +14,11 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from ensembler.decoding.batches import end_ids, ends_only, make_batches, pad_id, pad_left, room_for
+from ensembler.decoding.drafting import AUTO, NONE
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import Sample, make_sample, stopping_criteria
+from ensembler.decoding.speculative import SpeculativeDecoder
+from ensembler.decoding.stats import Meter
 from ensembler.errors import ConfigError
 from ensembler.modeling import EnsembleForCausalLM
 
@@ -33,6 +36,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "num_beams": (1, _INF),
     "num_return_sequences": (1, _INF),
     "seed": (0, 2**63 - 1),
+    "draft_tokens": (1, _INF),
 }
 
 
@@ -41,7 +45,7 @@ class DecodingOptions:
     """How to decode. Temperature 0 is greedy; what is not set leaves the ensemble's distribution as it is.
 
     `max_new_tokens` in tokens; `stop`: texts that end a completion and are cut off; `seed`: makes sampling repeatable
-    for the same prompts and batch size.
+    for the same prompts and batch size. `draft`: who drafts, as in `SpeculativeDecoder`, up to `draft_tokens` a round.
     """
 
     max_new_tokens: int = 128
@@ -54,6 +58,8 @@ class DecodingOptions:
     num_return_sequences: int = 1
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    draft: str = AUTO
+    draft_tokens: int = 8
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
@@ -69,11 +75,23 @@ class DecodingOptions:
                 f"{self.num_return_sequences} sequences from greedy decoding would be the same; "
                 "give a temperature above 0 or as many beams"
             )
+        if self.num_beams > 1 and self.draft not in (AUTO, NONE):
+            raise ConfigError(
+                f"draft is {self.draft!r} and num_beams {self.num_beams}; a draft works with greedy decoding and with "
+                "sampling: leave one of them out"
+            )
         if "" in self.stop:
             raise ConfigError("a stop text is empty; give it some text or leave it out")
         sampling = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) is not None]
         if sampling and self.temperature == 0:
             raise ConfigError(f"{sampling[0]} needs sampling, and temperature 0 is greedy; give a temperature above 0")
+
+    def decoder(self, *, streamer: BaseStreamer | None = None, meter: Meter | None = None) -> SpeculativeDecoder:
+        """Return what drafts, for batches that it is to learn its pace from."""
+        seed = int(torch.randint(2**63 - 1, ())) if self.seed is None and self.temperature > 0 else self.seed or 0
+        return SpeculativeDecoder(
+            self.draft, num_positions=self.draft_tokens, seed=seed, streamer=streamer, meter=meter
+        )
 
     def generation_config(self, max_new_tokens: int) -> GenerationConfig:
         """Return all of it for `generate` but the stop texts, which need a tokenizer (`stopping_criteria`)."""
@@ -133,12 +151,15 @@ def complete_batches(
     batch_size: int = 1,
     done: frozenset[int] = frozenset(),
     streamer: BaseStreamer | None = None,
+    decoder: SpeculativeDecoder | None = None,
 ) -> Iterator[list[Completion]]:
     """Yield the completions of one batch after another.
 
     Batches and their seeds depend on `prompts`, `batch_size` and the seed alone: leaving out the numbers in `done`
-    (when a run is resumed) gives the others the texts they would have had.
+    (when a run is resumed) gives the others the texts they would have had. `decoder`: of the options, with the streamer
+    (default: a new one).
     """
+    decoder = options.decoder(streamer=streamer) if decoder is None else decoder
     for index, batch in enumerate(make_batches(model, prompts, batch_size, options.max_new_tokens)):
         wanted = [prompt for prompt in batch if prompt.number not in done]
         if not wanted:
@@ -146,7 +167,7 @@ def complete_batches(
         if options.seed is not None:
             torch.manual_seed((options.seed + index * _SEED_STEP) % 2**63)
         with ends_only(model):
-            completions = _complete(model, tokenizer, batch, options, streamer)
+            completions = _complete(model, tokenizer, batch, options, decoder)
         yield [completion for completion in completions if completion.number not in done]
 
 
@@ -155,24 +176,27 @@ def _complete(
     tokenizer: Any,
     batch: Sequence[EncodedPrompt],
     options: DecodingOptions,
-    streamer: BaseStreamer | None,
+    decoder: SpeculativeDecoder,
 ) -> list[Completion]:
     start = time.perf_counter()
     input_ids, attention_mask = pad_left([prompt.ids for prompt in batch], pad_id(model, tokenizer))
     length = input_ids.shape[1]
     room = room_for(model, length, options.max_new_tokens)
-    sequences = model.generate(
-        input_ids.to(model.device),
-        attention_mask=attention_mask.to(model.device),
-        generation_config=options.generation_config(room),
-        stopping_criteria=stopping_criteria(tokenizer, options.stop, length),
-        streamer=streamer,
-    )
+    decoder.numbers = [prompt.number for prompt in batch]
+    with decoder.watching(model):
+        sequences = model.generate(
+            input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            generation_config=options.generation_config(room),
+            stopping_criteria=stopping_criteria(tokenizer, options.stop, length),
+            streamer=decoder.streamer,
+            custom_generate=decoder if options.num_beams == 1 and options.draft != NONE else None,
+        )
     new = sequences[:, length:].tolist()
     seconds = time.perf_counter() - start
     num = options.num_return_sequences
     ends = end_ids(model)
-    return [
+    completions = [
         Completion(
             number=prompt.number,
             prompt_ids=prompt.ids,
@@ -181,3 +205,5 @@ def _complete(
         )
         for row, prompt in enumerate(batch)
     ]
+    decoder.stats.num_tokens += sum(sample.num_tokens for one in completions for sample in one.samples)
+    return completions

@@ -38,6 +38,12 @@ def noise_at(seed: int, counters: Tensor, tokens: Tensor) -> Tensor:
     return _to_gumbel(torch.stack(words).gather(0, (tokens & 3).unsqueeze(0)).squeeze(0))
 
 
+def uniform(seed: int, counters: Tensor) -> Tensor:
+    """Return numbers above 0 and below 1, (n,) fp64 with 52 bits; `counters` (n, 4) int64 are Philox's."""
+    words = _philox(counters[:, 0], counters[:, 1:], seed)
+    return ((words[0] >> 6) * 2.0**26 + (words[1] >> 6)).double().add_(0.5).mul_(2.0**-52)
+
+
 def _to_gumbel(bits: Tensor) -> Tensor:
     uniform = (bits >> 9).float().add_(0.5).mul_(2.0**-23)
     return uniform.log_().neg_().log_().neg_()

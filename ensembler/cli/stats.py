@@ -1,0 +1,52 @@
+"""What `generate --stats` prints, on standard error: a small table, or one JSON line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+
+import click
+
+from ensembler.cli.tables import console, plain_table
+from ensembler.decoding.drafting import AUTO, NONE
+from ensembler.decoding.stats import DecodingStats
+
+
+def say_why_plain(draft: str, stats: DecodingStats) -> None:
+    """Say in one line why a draft that was asked for did not come about, or was given up."""
+    if draft not in (AUTO, NONE) and stats.plain_reason is not None:
+        what = "draft given up" if stats.num_rounds else "decoded plainly"
+        click.echo(f"{what}: {stats.plain_reason}", err=True)
+
+
+def print_stats(stats: DecodingStats, *, as_json: bool) -> None:
+    """Print seconds by phase and member, and what came of drafting."""
+    row = stats.to_row()
+    if as_json:
+        click.echo(json.dumps({"stats": row}), err=True)
+        return
+    lines = [*_seconds("phase", row["phases"], stats.seconds), *_seconds("member", row["members"], stats.seconds)]
+    console(stderr=True).print(plain_table(("", "", "seconds", "share"), lines))
+    for line in _counts(row):
+        click.echo(line, err=True)
+
+
+def _seconds(kind: str, parts: Mapping[str, float], total: float) -> Iterator[tuple[str, str, str, str]]:
+    for name, seconds in parts.items():
+        yield kind, name, f"{seconds:.3f}", f"{seconds / total:.1%}" if total else ""
+        kind = ""
+
+
+def _counts(row: Mapping[str, object]) -> Iterator[str]:
+    yield f"tokens/s: {_number(row['tokens_per_second'])}, plain steps: {row['num_plain_steps']}"
+    if row["draft"] is not None:
+        yield (
+            f"draft: {row['draft']}, rounds: {row['num_rounds']}, "
+            f"tokens per round: {_number(row['tokens_per_round'])}, acceptance: {_number(row['acceptance'])}"
+        )
+    if row["plain_reason"] is not None:
+        yield f"plain: {row['plain_reason']}"
+
+
+def _number(value: object) -> str:
+    return "-" if value is None else f"{value:.2f}"
