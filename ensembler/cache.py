@@ -73,6 +73,13 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
             raise RunError("this cache was left uneven by a failed step and cannot be used; start from a new one")
         return {roles: int(cache.get_seq_length()) for roles, cache in self.parts.items()}
 
+    def crop_to(self, length: int) -> bool:
+        """Forget what is behind the first `length` tokens; False where a layer cannot, and the cache is of no use."""
+        ahead = {roles: seen - length for roles, seen in self.lengths().items()}
+        if not any(ahead.values()):
+            return True
+        return not any(self.is_linear) and all(_cropped(layer, length) for layer in self.layers)
+
     def restore(self, lengths: Mapping[Roles, int]) -> None:
         """Undo a step that failed half-way: crop the layers that are ahead, so that all members agree again.
 

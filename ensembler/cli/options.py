@@ -227,6 +227,7 @@ _DECODING_OPTIONS = (
     click.option("--num-return-sequences", type=click.IntRange(1), default=1, show_default=True, help="Texts each."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End a text here and cut it off; repeat it."),
     click.option("--seed", type=click.IntRange(0), help="Makes sampling repeatable."),
+    click.option("--prefill-chunk", type=click.IntRange(1), metavar="N", help="Read long prompts N tokens at a time."),
 )
 
 _PLAN_OPTIONS = (
