@@ -129,7 +129,7 @@ def test_each_member_reads_the_header_once_and_the_rests(tmp_path: Path, ensembl
         headers = Headers(model, [prompts[i : i + batch_size] for i in range(0, 6, batch_size)])
         for index in range(6 // batch_size):
             batch = prompts[index * batch_size : (index + 1) * batch_size]
-            cache = headers.cache(index, 1)
+            cache = headers.cache(index, 1, 1)
             assert cache is not None
             model.generate(
                 torch.tensor([prompt.ids for prompt in batch]),
@@ -215,7 +215,7 @@ def test_a_header_is_not_read_again_behind_a_batch_without_one(base_change: Ense
     ]
     headers = Headers(base_change, batches)
     with positions_read(base_change) as seen:
-        made = [headers.cache(index, 1) for index in range(3)]
+        made = [headers.cache(index, 1, 1) for index in range(3)]
     assert [cache is not None for cache in made] == [True, False, True]
     assert all(shapes == [(1, 40)] for shapes in seen.values())
 

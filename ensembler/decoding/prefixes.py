@@ -106,15 +106,18 @@ class Headers:
         self._last: Header | None = None
 
     @torch.no_grad()
-    def cache(self, index: int, num_rows: int) -> EnsembleCache | None:
-        """Return a cache with the header of batch number `index`, `num_rows` for each prompt; None without one."""
+    def cache(self, index: int, num_rows: int, room: int) -> EnsembleCache | None:
+        """Return a cache with the header of batch number `index`, `num_rows` for each prompt; None without one.
+
+        `room`: how many tokens may follow.
+        """
         if not self._planned or not self._planned[index]:
             return None
         if self._last is None or self._last.ids != self._planned[index]:
             self._last = None  # before the next is read: not both in memory
             self._last = Header(self._model, self._planned[index], self._chunk)
         lengths = torch.tensor([len(prompt.ids) for prompt in self._batches[index]]).repeat_interleave(num_rows)
-        cache = self._model.new_cache()
+        cache = self._model.decoding_cache(len(lengths), int(lengths.max()) + room)
         self._last.fill(cache, lengths.max() - lengths)
         return cache
 

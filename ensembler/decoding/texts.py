@@ -158,7 +158,7 @@ def complete_batches(
         if not wanted:
             continue
         start = time.perf_counter()
-        cache = headers.cache(index, options.num_rows)
+        cache = headers.cache(index, options.num_rows, options.max_new_tokens)
         seed_batch(options, index)
         completions = complete(model, tokenizer, batch, options, start=start, cache=cache, streamer=streamer)
         yield [completion for completion in completions if completion.number not in done]
