@@ -7,6 +7,7 @@ mask and positions, is made outside of its graph, as `generate` of transformers 
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -41,14 +42,16 @@ class CompiledStep:
     def __init__(self, model: PreTrainedModel, backend: Backend) -> None:
         self._model: Any = model
         with_cuda_graphs = backend == "inductor" and model.device.type == "cuda"
-        compile_with: Any = torch.compile  # its type knows nothing of the last two
+        # Models of one family run the same code, and would share its limit of graphs. Older torch knows neither option.
+        limits = {"isolate_recompiles": True, "recompile_limit": _NUM_GRAPHS}
+        known = inspect.signature(torch.compile).parameters
+        compile_with: Any = torch.compile
         self._graph: Any = compile_with(
             model.__call__,
             backend=backend,
             mode="reduce-overhead" if with_cuda_graphs else None,
             dynamic=False,
-            isolate_recompiles=True,  # models of one family run the same code, and would share its limit
-            recompile_limit=_NUM_GRAPHS,
+            **{name: value for name, value in limits.items() if name in known},
         )
 
     def takes(self, cache: Cache | None) -> bool:

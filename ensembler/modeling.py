@@ -18,12 +18,12 @@ import torch
 from ensembler_kernels import Combination, combine
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.generation import GenerationMode
+from transformers.generation import GenerationMode, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensembler import folder as folders
 from ensembler.backbones import Backbone
-from ensembler.cache import EnsembleCache
+from ensembler.cache import EnsembleCache, Roles
 from ensembler.compiling import Backend, CompiledMembers
 from ensembler.config import EnsembleConfig, MemberConfig, check_known, check_roles
 from ensembler.distributed import World, combine_over_ranks, gather_over_ranks
@@ -33,6 +33,7 @@ from ensembler.preflight import CheckedEnsemble, check_ensemble
 from ensembler.rules import Rule
 from ensembler.runners import Group, Runner, SerialRunner, Step, check_nan, choose_runner, plan_forwards
 from ensembler.vocab import VocabularyContract
+from ensembler.watching import NanWatch
 
 
 class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc,unused-ignore]
@@ -73,6 +74,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         self.tokenizer: Any | None = None
         self._files: dict[str, MemberFiles] = {}
         self._backbones = tuple(backbones)
+        self._watch: NanWatch | None = None
         self._compiled: CompiledMembers | None = None
         self._planned: tuple[list[PreTrainedModel], list[Group]] = ([], [])
         self.runner: Runner = choose_runner(self.groups)
@@ -320,9 +322,12 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         if past_key_values is None and use_cache:
             past_key_values = self.new_cache()
         step = Step(input_ids, attention_mask, position_ids, logits_to_keep if labels is None else 0)
-        with self._advancing(past_key_values):
+        with self._advancing(past_key_values) as marks:
             if self.world is None:
-                combined = self.combine(self._own_logits(step, past_key_values))
+                logits = self._own_logits(step, past_key_values)
+                combined = self.combine(logits)
+                if self._watch is not None:
+                    self._watch.note(logits, combined, past_key_values, marks)
             else:
                 run = partial(self._own_logits, step, past_key_values)
                 combined = combine_over_ranks(
@@ -344,24 +349,42 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             return gather_over_ranks(self.world, partial(self._own_logits, step, cache), step, self.contract)
 
     @contextmanager
-    def _advancing(self, cache: EnsembleCache | None) -> Iterator[None]:
-        """All caches advance inside, or none: where it fails they are as they were before."""
+    def _advancing(self, cache: EnsembleCache | None) -> Iterator[dict[Roles, int | Tensor] | None]:
+        """All caches advance inside, or none: where it fails they are as they were before, at the marks yielded."""
         if cache is None:
-            yield
+            yield None
             return
         self._check_cache(cache)
-        lengths = cache.lengths()
+        marks = cache.marks()
         try:
-            yield
+            yield marks
         except BaseException:
-            cache.restore(lengths)
+            cache.restore(marks)
             raise
 
     def _own_logits(self, step: Step, cache: EnsembleCache | None) -> dict[str, Tensor]:
         """The logits of this process's members."""
         logits = self.runner.run(self.groups, step, None if cache is None else cache.parts)
-        check_nan(logits)
+        if self._watch is None:
+            check_nan(logits)
         return logits
+
+    def _sample(self, input_ids: Tensor, *, stopping_criteria: StoppingCriteriaList, **others: Any) -> Any:
+        """Decode greedily or by sampling, as `transformers` does; NaN of members is looked at with the tokens.
+
+        Ranks tell each other about failures at every step, and `mps` goes on for a step behind the end: both look at
+        once.
+        """
+        if self.world is not None or self.device.type == "mps":
+            return super()._sample(input_ids, stopping_criteria=stopping_criteria, **others)
+        before, self._watch = self._watch, NanWatch()
+        try:
+            watched = StoppingCriteriaList([*stopping_criteria, self._watch])
+            output = super()._sample(input_ids, stopping_criteria=watched, **others)
+            self._watch.check()
+        finally:
+            self._watch = before
+        return output
 
     def combine(self, logits: Mapping[str, Tensor], alpha: float | Tensor | None = None) -> Tensor:
         """Return the combination of member logits (rows, positions, V_member) by the rule, (rows, positions, V) fp32.

@@ -232,11 +232,20 @@ def choose_runner(groups: Sequence[Group]) -> Runner:
 
 def check_nan(logits: Mapping[str, Tensor]) -> None:
     """Raise LogitsError naming the member that computed NaN; `logits` by role, on any devices."""
+    refuse_nan(found_nan(logits), {role: values.dtype for role, values in logits.items()})
+
+
+def found_nan(logits: Mapping[str, Tensor]) -> Tensor:
+    """Return which members computed NaN, (members,) bool on the device of the first; the host does not wait."""
     device = next(iter(logits.values())).device
-    found = torch.stack([values.isnan().any().to(device) for values in logits.values()])
-    for (role, values), is_nan in zip(logits.items(), found.tolist(), strict=True):
+    return torch.stack([values.isnan().any().to(device) for values in logits.values()])
+
+
+def refuse_nan(found: Tensor, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raise LogitsError naming the first member of `found`; `dtypes` of their logits by role, in its order."""
+    for (role, dtype), is_nan in zip(dtypes.items(), found.tolist(), strict=True):
         if is_nan:
-            raise LogitsError(f"{role} computed NaN logits in {values.dtype}; try another dtype for it")
+            raise LogitsError(f"{role} computed NaN logits in {dtype}; try another dtype for it")
 
 
 def _run_group(

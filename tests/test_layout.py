@@ -23,7 +23,7 @@ LAYERS = (
     {"backbones"},
     {"members"},
     {"runners", "cache", "preflight", "folder"},
-    {"distributed", "planning", "compiling"},
+    {"distributed", "planning", "compiling", "watching"},
     {"inspection"},
     {"modeling"},
     {"decoding"},
