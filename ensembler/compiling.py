@@ -93,6 +93,12 @@ class CompiledMembers:
             return forward
         return replace(forward, decode=CompiledStep(forward.model, self._backend))
 
+    @staticmethod
+    def begin_step() -> None:
+        """Say that a step begins: the logits that CUDA graphs made stay whole until the next, whoever runs after."""
+        if torch.cuda.is_available():
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
     def cache(self, groups: Sequence[Group], num_rows: int, num_positions: int) -> EnsembleCache:
         """Return an empty cache for `num_rows` texts of at most `num_positions`, growing for members not compiled.
 

@@ -364,6 +364,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
     def _own_logits(self, step: Step, cache: EnsembleCache | None) -> dict[str, Tensor]:
         """The logits of this process's members."""
+        if self._compiled is not None:
+            self._compiled.begin_step()
         logits = self.runner.run(self.groups, step, None if cache is None else cache.parts)
         if self._watch is None:
             check_nan(logits)

@@ -91,7 +91,7 @@ def on_a_backbone(tmp_path: Path) -> EnsembleForCausalLM:
     adapter = save_adapter(base, tmp_path / "adapter")
     members = {"source_ft": MemberConfig(str(base), adapter=str(adapter)), "source_pt": str(base)}
     return EnsembleForCausalLM.from_members(
-        alpha=0.7, members={**members, "target_pt": make_model("opt", 3, num_layers=1)}
+        alpha=0.7, members={**members, "target_pt": make_model("qwen2", 3, num_layers=1)}
     )
 
 
@@ -220,11 +220,11 @@ def test_no_head_over_prompt_positions(family: str, options: dict[str, Any]) -> 
 
 
 def test_a_shared_backbone_has_one_head_and_one_mask_for_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers.models.opt import modeling_opt
     from transformers.models.llama import modeling_llama
+    from transformers.models.qwen2 import modeling_qwen2
 
     made: list[str] = []
-    for module in (modeling_opt, modeling_llama):
+    for module in (modeling_qwen2, modeling_llama):
         name, make = module.__name__.rpartition(".")[2], module.create_causal_mask
         counted = lambda *args, name=name, make=make, **kwargs: (made.append(name), make(*args, **kwargs))[1]  # noqa: E731
         monkeypatch.setattr(module, "create_causal_mask", counted)
@@ -232,7 +232,7 @@ def test_a_shared_backbone_has_one_head_and_one_mask_for_both(tmp_path: Path, mo
     seen = head_rows(model.members["source_pt"])
     model.generate(IDS, max_new_tokens=4, attention_mask=PADDED, **OPTIONS)
     assert seen == [(4, 1)] * 4
-    assert Counter(made) == {"modeling_llama": 4, "modeling_opt": 4}
+    assert Counter(made) == {"modeling_llama": 4, "modeling_qwen2": 4}
 
 
 class Counting(LogitsProcessor):  # type: ignore[misc]
