@@ -83,11 +83,30 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
 
     def lengths(self) -> dict[Roles, int]:
         """Return the number of tokens that each part has seen; raises RunError for a broken cache."""
-        if self._broken:
-            raise RunError("this cache was left uneven by a failed step and cannot be used; start from a new one")
+        self._check_whole()
         return {roles: int(cache.get_seq_length()) for roles, cache in self.parts.items()}
 
-    def restore(self, lengths: Mapping[Roles, int]) -> None:
+    def marks(self) -> dict[Roles, int | Tensor]:
+        """Return what `restore` takes: lengths, those of static caches as copies on their devices.
+
+        To read those would make the host wait for the device at every token.
+        """
+        self._check_whole()
+        lengths = {roles: cache.get_seq_length() for roles, cache in self.parts.items()}
+        return {roles: length.clone() if isinstance(length, Tensor) else length for roles, length in lengths.items()}
+
+    def _check_whole(self) -> None:
+        if self._broken:
+            raise RunError("this cache was left uneven by a failed step and cannot be used; start from a new one")
+
+    def crop_to(self, length: int) -> bool:
+        """Forget what is behind the first `length` tokens; False where a layer cannot, and the cache is of no use."""
+        ahead = {roles: seen - length for roles, seen in self.lengths().items()}
+        if not any(ahead.values()):
+            return True
+        return not any(self.is_linear) and all(_cropped(layer, length) for layer in self.layers)
+
+    def restore(self, marks: Mapping[Roles, int | Tensor]) -> None:
         """Undo a step that failed half-way: crop the layers that are ahead, so that all members agree again.
 
         Layers that keep no past (a full sliding window, a recurrent state) cannot go back; the cache is then marked as
@@ -95,7 +114,7 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
         """
         for roles, cache in self.parts.items():
             for layer in cache.layers:
-                self._broken = not _cropped(layer, lengths[roles]) or self._broken
+                self._broken = not _cropped(layer, int(marks[roles])) or self._broken
         self._broken = self._broken or any(self.is_linear)
 
     def reset(self) -> None:

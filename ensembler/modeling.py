@@ -18,19 +18,22 @@ import torch
 from ensembler_kernels import Combination, combine
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation import GenerationMode, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ensembler import folder as folders
 from ensembler.backbones import Backbone
-from ensembler.cache import EnsembleCache
+from ensembler.cache import EnsembleCache, Roles
+from ensembler.compiling import Backend, CompiledMembers
 from ensembler.config import EnsembleConfig, MemberConfig, check_known, check_roles
 from ensembler.distributed import World, combine_over_ranks, gather_over_ranks
 from ensembler.errors import ConfigError, InputError
 from ensembler.members import LoadedGroup, MemberFiles, check_places, group_members, load_group, shortest_context
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 from ensembler.rules import Rule
-from ensembler.runners import Group, Runner, Step, check_nan, choose_runner, plan_forwards
+from ensembler.runners import Group, Runner, SerialRunner, Step, check_nan, choose_runner, plan_forwards
 from ensembler.vocab import VocabularyContract
+from ensembler.watching import NanWatch
 
 
 class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc,unused-ignore]
@@ -71,6 +74,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         self.tokenizer: Any | None = None
         self._files: dict[str, MemberFiles] = {}
         self._backbones = tuple(backbones)
+        self._watch: NanWatch | None = None
+        self._compiled: CompiledMembers | None = None
         self._planned: tuple[list[PreTrainedModel], list[Group]] = ([], [])
         self.runner: Runner = choose_runner(self.groups)
         self._row_alpha: Tensor | None = None
@@ -317,9 +322,12 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         if past_key_values is None and use_cache:
             past_key_values = self.new_cache()
         step = Step(input_ids, attention_mask, position_ids, logits_to_keep if labels is None else 0)
-        with self._advancing(past_key_values):
+        with self._advancing(past_key_values) as marks:
             if self.world is None:
-                combined = self.combine(self._own_logits(step, past_key_values))
+                logits = self._own_logits(step, past_key_values)
+                combined = self.combine(logits)
+                if self._watch is not None:
+                    self._watch.note(logits, combined, past_key_values, marks)
             else:
                 run = partial(self._own_logits, step, past_key_values)
                 combined = combine_over_ranks(
@@ -341,24 +349,44 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             return gather_over_ranks(self.world, partial(self._own_logits, step, cache), step, self.contract)
 
     @contextmanager
-    def _advancing(self, cache: EnsembleCache | None) -> Iterator[None]:
-        """All caches advance inside, or none: where it fails they are as they were before."""
+    def _advancing(self, cache: EnsembleCache | None) -> Iterator[dict[Roles, int | Tensor] | None]:
+        """All caches advance inside, or none: where it fails they are as they were before, at the marks yielded."""
         if cache is None:
-            yield
+            yield None
             return
         self._check_cache(cache)
-        lengths = cache.lengths()
+        marks = cache.marks()
         try:
-            yield
+            yield marks
         except BaseException:
-            cache.restore(lengths)
+            cache.restore(marks)
             raise
 
     def _own_logits(self, step: Step, cache: EnsembleCache | None) -> dict[str, Tensor]:
         """The logits of this process's members."""
+        if self._compiled is not None:
+            self._compiled.begin_step()
         logits = self.runner.run(self.groups, step, None if cache is None else cache.parts)
-        check_nan(logits)
+        if self._watch is None:
+            check_nan(logits)
         return logits
+
+    def _sample(self, input_ids: Tensor, *, stopping_criteria: StoppingCriteriaList, **others: Any) -> Any:
+        """Decode greedily or by sampling, as `transformers` does; NaN of members is looked at with the tokens.
+
+        Ranks tell each other about failures at every step, and `mps` goes on for a step behind the end: both look at
+        once.
+        """
+        if self.world is not None or self.device.type == "mps":
+            return super()._sample(input_ids, stopping_criteria=stopping_criteria, **others)
+        before, self._watch = self._watch, NanWatch()
+        try:
+            watched = StoppingCriteriaList([*stopping_criteria, self._watch])
+            output = super()._sample(input_ids, stopping_criteria=watched, **others)
+            self._watch.check()
+        finally:
+            self._watch = before
+        return output
 
     def combine(self, logits: Mapping[str, Tensor], alpha: float | Tensor | None = None) -> Tensor:
         """Return the combination of member logits (rows, positions, V_member) by the rule, (rows, positions, V) fp32.
@@ -379,12 +407,31 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         models = list(self.members.values())
         known = self._planned[0]
         if len(known) != len(models) or any(one is not other for one, other in zip(known, models, strict=True)):
-            self._planned = models, plan_forwards(dict(self.members.items()), self._backbones, self.contract)
+            planned = plan_forwards(dict(self.members.items()), self._backbones, self.contract)
+            compiled = self._compiled
+            self._planned = models, planned if compiled is None else compiled.plan(planned, self._backbones)
         return self._planned[1]
+
+    def compile_members(self, backend: Backend = "inductor") -> None:
+        """Let greedy decoding and sampling run each member's steps as a graph of its own, on a static cache.
+
+        Compiling happens at the second token of a text, once for each number of rows and each power of two of its
+        length. `backend`: of torch.compile. What a call returns under `past_key_values` the next one overwrites.
+        Raises ConfigError where there is no C++ compiler.
+        """
+        self._compiled = CompiledMembers(backend)
+        self._planned = ([], [])
+        self.runner = SerialRunner()  # CUDA graphs belong to a thread; launching one takes next to no time
 
     def new_cache(self) -> EnsembleCache:
         """Return an empty growing cache for the members."""
         return EnsembleCache.dynamic({forward.roles: forward.model for group in self.groups for forward in group})
+
+    def decoding_cache(self, num_rows: int, num_positions: int) -> EnsembleCache:
+        """Return an empty cache for texts of at most `num_positions`: static where members are compiled."""
+        if self._compiled is None:
+            return self.new_cache()
+        return self._compiled.cache(self.groups, num_rows, num_positions)
 
     def _check_cache(self, cache: object) -> None:
         if not isinstance(cache, EnsembleCache):
@@ -411,6 +458,11 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             )
             return
         if generation_config.use_cache is False:
+            return
+        one_by_one = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        if self._compiled is not None and generation_config.cache_implementation is None and one_by_one:
+            num_rows = batch_size * generation_config.num_return_sequences
+            model_kwargs["past_key_values"] = self.decoding_cache(num_rows, max_cache_length)
             return
         caches: dict[tuple[str, ...], Cache] = {}
         for forward in (forward for group in self.groups for forward in group):

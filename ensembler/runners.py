@@ -54,17 +54,26 @@ class Reader:
         return ids if self.substitute is None else torch.where(ids < self.num_held, ids, self.substitute)
 
 
+class DecodeStep(Protocol):
+    """What runs a model on those caches that it `takes`, called as the model is."""
+
+    def takes(self, cache: Cache | None) -> bool: ...
+
+    def __call__(self, **inputs: Any) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Forward:
     """One forward of one model: for one member, or for several on a shared backbone, a block of rows for each.
 
-    `accepts` names the arguments of the model's forward.
+    `accepts` names the arguments of the model's forward; `decode`, where it is compiled, runs it on static caches.
     """
 
     readers: tuple[Reader, ...]
     model: PreTrainedModel
     accepts: frozenset[str]
     backbone: Backbone | None = None
+    decode: DecodeStep | None = None
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -97,7 +106,8 @@ class Forward:
                     f"{roles} ran out of memory on {self.device} for {step.input_ids.shape[0]} rows; use a smaller "
                     "batch or another device (ensembler plan says what fits where)"
                 ) from error
-            raise RunError(f"{roles} failed: {type(error).__name__}: {one_line(error)}") from error
+            cause = getattr(error, "inner_exception", error)  # torch.compile's own says only that a backend failed
+            raise RunError(f"{roles} failed: {type(cause).__name__}: {one_line(cause)}") from error
 
     def _run(self, step: Step, cache: Cache | None) -> dict[str, Tensor]:
         num = len(self.readers)
@@ -110,8 +120,9 @@ class Forward:
         }
         accepted = {name: value for name, value in optional.items() if name in self.accepts}
         ids = torch.cat([reader.read(step.input_ids) for reader in self.readers])
+        decode = self.decode if self.decode is not None and self.decode.takes(cache) else self.model
         with nullcontext() if self.backbone is None else self.backbone.through(self.roles, num * rows):
-            output = self.model(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **accepted)
+            output = decode(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **accepted)
         logits: Tensor = output.logits
         if "logits_to_keep" not in accepted:
             logits = logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
@@ -221,11 +232,20 @@ def choose_runner(groups: Sequence[Group]) -> Runner:
 
 def check_nan(logits: Mapping[str, Tensor]) -> None:
     """Raise LogitsError naming the member that computed NaN; `logits` by role, on any devices."""
+    refuse_nan(found_nan(logits), {role: values.dtype for role, values in logits.items()})
+
+
+def found_nan(logits: Mapping[str, Tensor]) -> Tensor:
+    """Return which members computed NaN, (members,) bool on the device of the first; the host does not wait."""
     device = next(iter(logits.values())).device
-    found = torch.stack([values.isnan().any().to(device) for values in logits.values()])
-    for (role, values), is_nan in zip(logits.items(), found.tolist(), strict=True):
+    return torch.stack([values.isnan().any().to(device) for values in logits.values()])
+
+
+def refuse_nan(found: Tensor, dtypes: Mapping[str, torch.dtype]) -> None:
+    """Raise LogitsError naming the first member of `found`; `dtypes` of their logits by role, in its order."""
+    for (role, dtype), is_nan in zip(dtypes.items(), found.tolist(), strict=True):
         if is_nan:
-            raise LogitsError(f"{role} computed NaN logits in {values.dtype}; try another dtype for it")
+            raise LogitsError(f"{role} computed NaN logits in {dtype}; try another dtype for it")
 
 
 def _run_group(

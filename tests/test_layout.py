@@ -23,7 +23,7 @@ LAYERS = (
     {"backbones"},
     {"members"},
     {"runners", "cache", "preflight", "folder"},
-    {"distributed", "planning"},
+    {"distributed", "planning", "compiling", "watching"},
     {"inspection"},
     {"modeling"},
     {"decoding"},

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 @click.option("--output", type=click.Path(path_type=Path), help="Write the JSON lines to a file, in input order.")
 @click.option("--resume", is_flag=True, help="Go on with an --output file that was interrupted.")
 @click.option("--overwrite", is_flag=True, help="Replace the --output file if it exists.")
+@click.option("--compile", "compiled", is_flag=True, help="Compile decode steps: slow to start.")
 @click.option("--explain", is_flag=True, help="Mark the tokens that are not the anchor's own choice.")
 @click.option("--stats", is_flag=True, help="Say on standard error where the time went; one JSON line with --json.")
 @click.option(
@@ -64,6 +65,7 @@ def generate(
     output: Path | None,
     resume: bool,
     overwrite: bool,
+    compiled: bool,
     explain: bool,
     stats: bool,
     rank_timeout: float,
@@ -81,8 +83,11 @@ def generate(
         raise ConfigError("--system was given without --chat; add --chat")
     if output is None and (resume or overwrite):
         raise ConfigError(f"--{'resume' if resume else 'overwrite'} was given without --output; name the file")
+    if compiled and decoding.num_beams > 1:
+        raise ConfigError("--compile is for greedy decoding and sampling: beams move caches; leave one of them out")
     from ensembler.cli.printing import Printer
     from ensembler.cli.stats import print_stats, say_why_plain
+    from ensembler.compiling import check_compiler
     from ensembler.decoding.drafting import check_draft
     from ensembler.decoding.prompts import encode_prompts
     from ensembler.decoding.results import ResultsFile, check_output
@@ -101,6 +106,8 @@ def generate(
                 raise ConfigError(f"--output is the file of the prompts, {prompts}; choose another name")
         return asked
 
+    if compiled:
+        check_compiler()
     with launched(rank_timeout) as world:
         asked = on_first(world, read)
         checked = on_each(world, lambda: check_ensemble(given.load_config()))
@@ -115,6 +122,8 @@ def generate(
         streamer = _streamer(stream, plain and len(encoded) == 1, decoding, tokenizer)
         quiet = output is not None or streamer is not None
         model = EnsembleForCausalLM.from_checked(checked, world=world)
+        if compiled:
+            model.compile_members()
 
         results: ResultsFile | None = None
 

@@ -238,6 +238,7 @@ _DECODING_OPTIONS = (
     click.option(
         "--draft-tokens", type=click.IntRange(1), default=8, show_default=True, help="Most tokens drafted in a round."
     ),
+    click.option("--prefill-chunk", type=click.IntRange(1), metavar="N", help="Read long prompts N tokens at a time."),
 )
 
 _PLAN_OPTIONS = (

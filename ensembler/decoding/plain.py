@@ -15,9 +15,12 @@ _GROWING = (DynamicLayer, DynamicSlidingWindowLayer)  # not what is derived from
 
 
 def why_plain(
-    model: EnsembleForCausalLM, processors: LogitsProcessorList, cache: Any, num_rows: int, max_length: int
+    model: EnsembleForCausalLM, processors: LogitsProcessorList, cache: Any, num_kept: int, max_length: int
 ) -> str | None:
-    """Return the reason why these texts of up to `max_length` positions cannot be drafted; None where they can."""
+    """Return the reason why these texts of up to `max_length` positions cannot be drafted; None where they can.
+
+    `num_kept`: the rows that somebody who gave the cache wants to go on with.
+    """
     if model.world is not None:
         return "several processes share the members"
     if sum(map(len, model.groups)) == 1:
@@ -27,10 +30,10 @@ def why_plain(
         return f"{type(by_number).__name__} knows texts by their place in the batch"
     if cache is None:
         return "there is no cache to go on with"
-    return _why_not_taken_back(cache, num_rows, max_length)
+    return _why_not_taken_back(cache, num_kept, max_length)
 
 
-def _why_not_taken_back(cache: EnsembleCache, num_rows: int, max_length: int) -> str | None:
+def _why_not_taken_back(cache: EnsembleCache, num_kept: int, max_length: int) -> str | None:
     for roles, part in cache.parts.items():
         names = " and ".join(roles)
         if any(part.is_linear):
@@ -41,6 +44,6 @@ def _why_not_taken_back(cache: EnsembleCache, num_rows: int, max_length: int) ->
             window = getattr(layer, "sliding_window", None)
             if window is not None and max_length > window:
                 return f"{names} keeps a window of {window} tokens and a text may have {max_length}"
-    if num_rows > 1 and getattr(cache, "_is_user_defined", False):
+    if num_kept > 1 and getattr(cache, "_is_user_defined", False):
         return "a cache that was given is gone on with, and rows would be shifted in it"
     return None

@@ -38,8 +38,8 @@ class SpeculativeDecoder:
     'none'. At most `num_positions` are read in a round, as many as pay; `is_fixed`: always so many. `seed`: of
     sampling; `numbers`: the prompts' numbers, on which their noise depends (default: their places in the batch).
     `streamer` gets accepted tokens: `generate` hands its own to no decoding method, but puts the prompt into it.
-    `stats` counts what happens, `meter` times it. Used again, it goes on with the costs and the acceptance that it has
-    measured.
+    `stats` counts what happens, `meter` times it. `owns_cache`: a cache of several rows that `generate` was given may
+    be left in disorder. Used again, it goes on with the costs and the acceptance that it has measured.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class SpeculativeDecoder:
         numbers: Sequence[int] | None = None,
         streamer: BaseStreamer | None = None,
         meter: Meter | None = None,
+        owns_cache: bool = False,
     ) -> None:
         if num_positions < 1:
             raise ConfigError(f"num_positions is {num_positions}; a round has at least 1, which is a plain step")
@@ -62,6 +63,7 @@ class SpeculativeDecoder:
         self.numbers = numbers
         self.streamer = streamer
         self.meter = meter
+        self.owns_cache = owns_cache
         self.stats = DecodingStats() if meter is None else meter.stats
         self._pace: Pace | None = None
 
@@ -83,12 +85,18 @@ class SpeculativeDecoder:
         drafting = find_draft(model, self.draft)
         cache: Any = model_kwargs.get("past_key_values")
         max_length = generation_config.max_length
-        reason = why_plain(model, logits_processor, cache, input_ids.shape[0], max_length) or self._why_plain(drafting)
+        num_kept = 1 if self.owns_cache else input_ids.shape[0]
+        reason = why_plain(model, logits_processor, cache, num_kept, max_length) or self._why_plain(drafting)
         if reason is not None:
             self.stats.plain_reason = reason
             streamer = {} if self.streamer is None else {"streamer": self.streamer}
             sequences: Tensor = model._sample(
-                input_ids, logits_processor, stopping_criteria, generation_config, **streamer, **model_kwargs
+                input_ids,
+                logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria,
+                generation_config=generation_config,
+                **streamer,
+                **model_kwargs,
             )
             return sequences
         self.stats.draft = NGRAM if drafting is None else "+".join(drafting.forward.roles)

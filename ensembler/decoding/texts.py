@@ -13,8 +13,10 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from ensembler.cache import EnsembleCache
 from ensembler.decoding.batches import end_ids, ends_only, make_batches, pad_id, pad_left, room_for
 from ensembler.decoding.drafting import AUTO, NONE
+from ensembler.decoding.prefixes import Headers
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import Sample, make_sample, stopping_criteria
 from ensembler.decoding.speculative import SpeculativeDecoder
@@ -37,6 +39,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "num_return_sequences": (1, _INF),
     "seed": (0, 2**63 - 1),
     "draft_tokens": (1, _INF),
+    "prefill_chunk": (1, _INF),
 }
 
 
@@ -45,7 +48,8 @@ class DecodingOptions:
     """How to decode. Temperature 0 is greedy; what is not set leaves the ensemble's distribution as it is.
 
     `max_new_tokens` in tokens; `stop`: texts that end a completion and are cut off; `seed`: makes sampling repeatable
-    for the same prompts and batch size. `draft`: who drafts, as in `SpeculativeDecoder`, up to `draft_tokens` a round.
+    for the same prompts and batch size. `draft`: who drafts, as in `SpeculativeDecoder`, up to `draft_tokens` a round;
+    `prefill_chunk`: read prompts in pieces of so many tokens, for less memory.
     """
 
     max_new_tokens: int = 128
@@ -60,6 +64,7 @@ class DecodingOptions:
     seed: int | None = None
     draft: str = AUTO
     draft_tokens: int = 8
+    prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
@@ -86,11 +91,16 @@ class DecodingOptions:
         if sampling and self.temperature == 0:
             raise ConfigError(f"{sampling[0]} needs sampling, and temperature 0 is greedy; give a temperature above 0")
 
+    @property
+    def num_rows(self) -> int:
+        """The rows of a batch for each of its prompts."""
+        return max(self.num_beams, self.num_return_sequences)
+
     def decoder(self, *, streamer: BaseStreamer | None = None, meter: Meter | None = None) -> SpeculativeDecoder:
-        """Return what drafts, for batches that it is to learn its pace from."""
+        """Return what drafts, for batches that it is to learn its pace from; a cache that it is given is its own."""
         seed = int(torch.randint(2**63 - 1, ())) if self.seed is None and self.temperature > 0 else self.seed or 0
         return SpeculativeDecoder(
-            self.draft, num_positions=self.draft_tokens, seed=seed, streamer=streamer, meter=meter
+            self.draft, num_positions=self.draft_tokens, seed=seed, streamer=streamer, meter=meter, owns_cache=True
         )
 
     def generation_config(self, max_new_tokens: int) -> GenerationConfig:
@@ -106,6 +116,7 @@ class DecodingOptions:
             repetition_penalty=self.repetition_penalty if self.repetition_penalty is not None else 1.0,
             num_beams=self.num_beams,
             num_return_sequences=self.num_return_sequences,
+            prefill_chunk_size=self.prefill_chunk,
         )
 
 
@@ -117,7 +128,7 @@ def fingerprint(
         "prompts": [[prompt.number, prompt.ids] for prompt in prompts],
         "ensemble": {key: value for key, value in model.config.to_dict().items() if key != "transformers_version"},
         "ends": sorted(end_ids(model)),
-        "options": asdict(options),
+        "options": {name: value for name, value in asdict(options).items() if name != "prefill_chunk"},
         "batch_size": batch_size,
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
@@ -152,41 +163,58 @@ def complete_batches(
     done: frozenset[int] = frozenset(),
     streamer: BaseStreamer | None = None,
     decoder: SpeculativeDecoder | None = None,
+    share_headers: bool = True,
 ) -> Iterator[list[Completion]]:
     """Yield the completions of one batch after another.
 
     Batches and their seeds depend on `prompts`, `batch_size` and the seed alone: leaving out the numbers in `done`
     (when a run is resumed) gives the others the texts they would have had. `decoder`: of the options, with the streamer
-    (default: a new one).
+    (default: a new one). With `share_headers`, what prompts begin with in common is read once (`prefixes`); the texts
+    are the same.
     """
     decoder = options.decoder(streamer=streamer) if decoder is None else decoder
-    for index, batch in enumerate(make_batches(model, prompts, batch_size, options.max_new_tokens)):
+    batches = make_batches(model, prompts, batch_size, options.max_new_tokens)
+    headers = Headers(model, batches if share_headers else [], options.prefill_chunk)
+    for index, batch in enumerate(batches):
         wanted = [prompt for prompt in batch if prompt.number not in done]
         if not wanted:
             continue
-        if options.seed is not None:
-            torch.manual_seed((options.seed + index * _SEED_STEP) % 2**63)
-        with ends_only(model):
-            completions = _complete(model, tokenizer, batch, options, decoder)
+        start = time.perf_counter()
+        cache = headers.cache(index, options.num_rows, options.max_new_tokens)
+        seed_batch(options, index)
+        completions = complete(model, tokenizer, batch, options, decoder, start=start, cache=cache)
         yield [completion for completion in completions if completion.number not in done]
 
 
-def _complete(
+def seed_batch(options: DecodingOptions, index: int = 0) -> None:
+    """Make what is drawn in batch number `index` repeatable, where a seed was given."""
+    if options.seed is not None:
+        torch.manual_seed((options.seed + index * _SEED_STEP) % 2**63)
+
+
+def complete(
     model: EnsembleForCausalLM,
     tokenizer: Any,
     batch: Sequence[EncodedPrompt],
     options: DecodingOptions,
     decoder: SpeculativeDecoder,
+    *,
+    start: float,
+    cache: EnsembleCache | None = None,
 ) -> list[Completion]:
-    start = time.perf_counter()
+    """Return the completions of one batch, begun at `start` (as of perf_counter).
+
+    `cache` holds what all its rows begin with, and goes on to hold all but the last token of each.
+    """
     input_ids, attention_mask = pad_left([prompt.ids for prompt in batch], pad_id(model, tokenizer))
     length = input_ids.shape[1]
     room = room_for(model, length, options.max_new_tokens)
     decoder.numbers = [prompt.number for prompt in batch]
-    with decoder.watching(model):
+    with ends_only(model), decoder.watching(model):
         sequences = model.generate(
             input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
+            past_key_values=cache,
             generation_config=options.generation_config(room),
             stopping_criteria=stopping_criteria(tokenizer, options.stop, length),
             streamer=decoder.streamer,
