@@ -97,7 +97,7 @@ def test_a_turn_reads_only_what_is_new() -> None:
     model = ensemble("llama", "qwen2", "gpt2")
     model.generation_config.eos_token_id = None
     tokenizer = chat_tokenizer()
-    conversation = Conversation(model, tokenizer, DecodingOptions(max_new_tokens=5))
+    conversation = Conversation(model, tokenizer, DecodingOptions(max_new_tokens=5, draft="none"))
     read_before = 0
     for text in TEXTS:
         with widths(model) as seen:

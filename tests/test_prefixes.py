@@ -257,8 +257,9 @@ def test_nan_in_a_header_names_the_member() -> None:
 
 @pytest.mark.parametrize("draft", ["source_ft", "ngram"])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_drafts_behind_a_header(base_change: EnsembleForCausalLM, draft: str, temperature: float) -> None:
+def test_drafts_behind_a_header(draft: str, temperature: float) -> None:
     """Rows accept different numbers of tokens, and are shifted in the cache that came with the header."""
+    model = families("llama", "qwen2", "gpt2")
     header = random_ids(1, MIN_SHARED + 5, seed=3)[0].tolist()
     prompts = prompts_behind(header, 3, 9, 1, 6, seed=4)
     options = DecodingOptions(max_new_tokens=14, temperature=temperature, seed=7, draft=draft, draft_tokens=4)
@@ -267,8 +268,8 @@ def test_drafts_behind_a_header(base_change: EnsembleForCausalLM, draft: str, te
         decoder = options.decoder()
         decoder.is_fixed = True
         batches = complete_batches(
-            base_change,
-            make_tokenizer(),
+            model,
+            TOKENIZER,
             prompts,
             options,
             batch_size=4,
