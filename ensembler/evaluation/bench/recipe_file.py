@@ -154,8 +154,10 @@ def _member(role: str, value: Any, folder: Path, where: str) -> MemberConfig:
 
 
 def _find(name: Any, folder: Path) -> Any:
-    """The path beside the recipe if there is such a file or folder; else the name as it is."""
-    return str(folder / name) if isinstance(name, str) and (folder / name).exists() else name
+    """The path beside the recipe if there is such a file or folder; else the name as it is, ~ being one's home."""
+    if not isinstance(name, str):
+        return name
+    return str(folder / name) if (folder / name).exists() else str(Path(name).expanduser()) if name[:1] == "~" else name
 
 
 def _methods(given: Any, models: Mapping[str, Any], where: str) -> tuple[str, ...]:
