@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._inductor import config
 from adapter_cases import save_adapter, save_base
 from conftest import Run
 from tiny import make_model, make_tokenizer, random_ids, tables
@@ -213,10 +214,10 @@ def test_buckets(positions: int, room: int) -> None:
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch, run: Run, members: list[str]) -> None:
     check_compiler()
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/c++",))
-    with pytest.raises(ConfigError, match=r"--compile needs a C\+\+ compiler and there is none here; install"):
-        families("llama", "llama", "llama").compile_members()
-    result = run("generate", *members, "--prompt", "a", "--compile")
+    with config.patch({"cpp.cxx": ("/nowhere/c++",)}):  # whose attributes monkeypatch would not put back
+        with pytest.raises(ConfigError, match=r"--compile needs a C\+\+ compiler and there is none here; install"):
+            families("llama", "llama", "llama").compile_members()
+        result = run("generate", *members, "--prompt", "a", "--compile")
     assert "install g++ or name one in CXX" in result.error
     assert result.code == 2
 

@@ -360,11 +360,12 @@ def without_seconds(path: Path) -> list[dict[str, Any]]:
 
 
 def test_the_command_under_torchrun(tmp_path: Path) -> None:
-    """One set of rows and one line of statistics, whatever the number of processes."""
+    """One set of rows and one line of statistics, whatever the number of processes: none of which drafts."""
     from ensembler.cli.main import main
 
     prompts = write_prompts(tmp_path / "prompts.jsonl", 6)
     options = ["generate", "demo", "--prompts", prompts, "--batch-size", 4, "--temperature", 0.8, "--seed", 5]
+    options += ["--draft", "none"]  # several processes draw as plain decoding does
     run = torchrun(3, *options, "--output", tmp_path / "three.jsonl")
     errors = run.communicate(timeout=120)[1]
     assert run.returncode == 0, errors
