@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch._inductor import config
 from adapter_cases import save_adapter, save_base
 from conftest import Run
 from tiny import make_model, make_tokenizer, random_ids, tables
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor import config
 from transformers import StaticCache
 
 from ensembler import EnsembleForCausalLM, MemberConfig
