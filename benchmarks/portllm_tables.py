@@ -28,7 +28,9 @@ def main() -> None:
     found = {task["experiment"]: task for task in summary["tasks"]}
     methods = {name: {one["method"]: one for one in task["methods"]} for name, task in found.items()}
     inspected = {task: json.loads((folder / f"inspect_{task}.json").read_text("utf-8")) for task in TASKS}
+    family = json.loads((folder.parent / "demo" / "summary.json").read_text("utf-8"))["tasks"]
     for title, lines in (
+        *((f"The embedded family, {task['experiment']}", embedded(task)) for task in family),
         ("Base-change, table 1", base_change(methods)),
         ("PortLLM, table 2", portllm_2(methods)),
         ("Compared on the same examples", compared(found)),
@@ -40,6 +42,34 @@ def main() -> None:
     ):
         print(f"\n{title}\n")
         print("\n".join(lines))
+
+
+NAMES = {
+    "source_ft": "source FT",
+    "source_pt": "source PT",
+    "target_pt": "target PT",
+    "base-change": "base-change",
+    "eft": "EFT",
+    "patch": "the patch",
+    "patch+base-change": "base-change with the patched target",
+    "direct": "the directly tuned target",
+}
+
+
+def embedded(task: Mapping[str, Any]) -> Iterator[str]:
+    """A task of `ensembler bench demo`, whose summary stands beside FOLDER."""
+
+    def cells(method: Mapping[str, Any]) -> Iterator[str]:
+        test, speed = method["test"], method["cost"]["tokens_per_second"]
+        yield NAMES[method["method"]]
+        yield "" if method["alpha"] is None else f"{method['alpha']:g}"
+        yield f"{100 * test['estimate']:.1f} ({100 * test['low']:.1f} to {100 * test['high']:.1f})"
+        yield difference(task, method["method"], "source_ft")
+        yield f"{speed['median']:.3g} ({speed['low']:.3g} to {speed['high']:.3g})"
+        yield f"{method['cost']['weight_bytes']['median'] / 1e6:.1f}"
+
+    names = ["method", "α", "exact match, % (95 %)", "− source FT, points; p (Holm)", "tokens/s", "weights, MB"]
+    return table(names, ([*cells(method)] for method in task["methods"]))
 
 
 def base_change(methods: Mapping[str, Methods]) -> Iterator[str]:

@@ -52,7 +52,7 @@ class NanWatch(StoppingCriteria):  # type: ignore[misc,unused-ignore]
             return
         try:
             refuse_nan(self._found, self._dtypes)
-        except Exception:
+        except Exception:  # whatever it is, the cache goes back first
             if self._undo is not None:
                 cache, marks = self._undo
                 cache.restore(marks)

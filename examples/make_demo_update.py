@@ -8,7 +8,7 @@
 | `direct_updated/` | a LoRA of `updated_pt`, trained as `patch` was: what training again would give |
 | `direct_target/` | the same of `target_pt` |
 
-FOLDER has what make_demo_family.py makes, which calls this. About ten minutes on one core.
+FOLDER has what make_demo_family.py makes, which calls this.
 """
 
 from __future__ import annotations
