@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -67,22 +67,22 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (rows, ..., in), the rows of the blocks one behind the other, to (rows, ..., out)."""
-        y = _linear(self.base, x)
+        y: Tensor = self.base(x)
         blocks = self._routing.blocks
         if not any(name in self._scaling for name in blocks):
             return y
         if x.shape[0] % self._routing.num_rows:
             raise RunError(f"a layer was given {x.shape[0]} of {self._routing.num_rows} rows; adapters cannot be told")
-        rows = x.shape[0] // len(blocks)
         if y.requires_grad:  # autograd lets nobody write into what a function of bitsandbytes returned
             y = y.clone()
+        flat_x, flat_y = x.flatten(0, -2), y.flatten(0, -2)  # y is ours and contiguous: a view
+        rows = flat_x.shape[0] // len(blocks)
         for index, name in enumerate(blocks):
             if name in self._scaling:
                 own = slice(index * rows, (index + 1) * rows)
                 down, up = getattr(self, f"down_{name}"), getattr(self, f"up_{name}")
-                small = nn.functional.linear(x[own].to(down.dtype), down).flatten(0, -2)
-                update = torch.mm(small, up.t()).view(y[own].shape)
-                y[own].add_(update, alpha=self._scaling[name])
+                small = nn.functional.linear(flat_x[own].to(down.dtype), down)
+                flat_y[own].addmm_(small.to(y.dtype), up.t().to(y.dtype), alpha=self._scaling[name])
         return y
 
 
@@ -245,20 +245,3 @@ def _like(base: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     hook = getattr(base, "_hf_hook", None)  # accelerate's: the weights may be elsewhere between two forwards
     device = weight.device if hook is None or hook.execution_device is None else hook.execution_device
     return {"device": device, "dtype": weight.dtype if weight.dtype.is_floating_point else dtype}
-
-
-def _linear(base: Any, x: Tensor) -> Tensor:
-    """base(x); for two to four rows in fp32 on a CPU as W·xᵀ, for which the library below is up to six times faster."""
-    num_rows = x.numel() // x.shape[-1]
-    if (
-        2 <= num_rows <= 4
-        and x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and type(base) is nn.Linear
-        and base.weight.dtype == torch.float32
-        and not hasattr(base, "_hf_hook")
-    ):
-        flat = x.reshape(num_rows, -1).t()
-        y = torch.mm(base.weight, flat) if base.bias is None else torch.addmm(base.bias[:, None], base.weight, flat)
-        return y.t().contiguous().view(*x.shape[:-1], -1)
-    return cast(Tensor, base(x))
