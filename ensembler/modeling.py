@@ -393,7 +393,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
 
         `alpha` defaults to the ensemble's; one value per row is repeated for beams and for several returned sequences.
         """
-        ordered = [logits[role].to(self.device) for role in self.rule.roles]
+        device = self.device  # looked up once: it walks through the modules
+        ordered = [logits[role].to(device) for role in self.rule.roles]
         return combine(ordered, self.combination, self._alpha(ordered[0].shape[0], alpha))
 
     def _alpha(self, num_rows: int, alpha: float | Tensor | None = None) -> float | Tensor:

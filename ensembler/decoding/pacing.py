@@ -12,13 +12,14 @@ from dataclasses import dataclass
 
 _WINDOW = 64  # drafted tokens that the acceptance is measured on
 _SEEDS = (1.5, 2.0)  # accepted and drafted tokens that are taken for granted at the start
-_RECENT = 5  # rounds whose median a cost is
+_RECENT = 3  # rounds whose median a cost is
 _WARM_UP = 2  # plain steps at the start
-_PLAIN_EVERY = 48  # rounds between two plain steps, so that their cost stays known
+_PLAIN_EVERY = 24  # rounds between two plain steps, so that their cost stays known
 _PLAIN_EARLY = 6  # the same as long as few were measured: the first steps of a process are slow
 _FORGET_AFTER = 256  # rounds after which the cost of a number that is not drafted is doubted
 _MARGIN = 1.03  # by how much drafting has to promise more than a plain step
 _MAY_LOSE = 0.02  # share of the time that rounds may lose against plain steps
+_CREDIT = 8  # plain steps that rounds may have won and lose again: no streak of bad luck ends drafting that pays
 _EXTRA = 0.1  # a further position of a verification in steps, as long as none was measured
 
 
@@ -46,7 +47,8 @@ class Pace:
     """Chooses the positions of the next round, at most `most`. `share`: the draft's part of a plain step, guessed.
 
     Costs are known for each number of rows in powers of two. Rounds that lost against plain steps are made up for
-    before another one is risked: drafting that does not pay costs at most `_MAY_LOSE` of the time, and one round.
+    before another one is risked: drafting that does not pay costs at most `_MAY_LOSE` of the time, one round, and
+    `_CREDIT` plain steps that it won before.
     """
 
     def __init__(self, most: int, share: float) -> None:
@@ -92,7 +94,7 @@ class Pace:
         if done.num_positions > 1:
             # By the median: a round that something else held up says nothing about drafting.
             lost = costs.of(done.num_positions) - done.num_tokens / done.num_rows * costs.of(1)
-            self._lost = max(0.0, self._lost + lost)
+            self._lost = max(self._lost + lost, -_CREDIT * costs.of(1))
 
     def _rate(self, costs: _Costs, num: int) -> float:
         return expected_tokens(num, self.acceptance) / costs.of(num)
