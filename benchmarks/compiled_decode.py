@@ -12,29 +12,26 @@ imports. One JSON row is appended to benchmarks/results/compiled_decode.jsonl.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
-from decode_cost import ROLES, Clock, resident_mb, spread
+from decode_cost import ROLES, Clock
+from measuring import RESULTS, Measured, printed_by, resident_mb, spread
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ensembler import EnsembleForCausalLM, __version__
+from ensembler import EnsembleForCausalLM
 from ensembler.compiling import bucket
 
-RESULTS = Path(__file__).parent / "results" / "compiled_decode.jsonl"
+OUT = RESULTS / "compiled_decode.jsonl"
 KINDS = ("eager", "compiled")
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Row(Measured):
     """One run. Tokens per second are medians of the repeats; `faster` is compiled over eager, repeat by repeat."""
 
     model: str
@@ -50,10 +47,6 @@ class Row:
     compilations_last: int
     eager_mb: float
     compiled_mb: float
-    threads: int
-    machine: str
-    versions: dict[str, str]
-    date: str
 
 
 def load(folder: Path) -> EnsembleForCausalLM:
@@ -72,8 +65,7 @@ def decode(model: EnsembleForCausalLM, prompt_tokens: int, num_tokens: int) -> t
 
 def peak_memory(kind: str, folder: Path, num_tokens: int) -> float:
     """Return the peak resident size in MB of a fresh process that decodes so, or does nothing."""
-    command = [sys.executable, __file__, str(folder), "--tokens", str(num_tokens), "--memory-of", kind]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return printed_by(__file__, str(folder), "--tokens", str(num_tokens), "--memory-of", kind)
 
 
 def memory_of(kind: str, folder: Path, num_tokens: int) -> float:
@@ -90,7 +82,7 @@ def main() -> None:
     parser.add_argument("model", type=Path, nargs="?", default=Path("models/smollm2"))
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=OUT)
     parser.add_argument("--memory-of", choices=["nothing", *KINDS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not (args.model / "config.json").is_file():
@@ -132,13 +124,8 @@ def main() -> None:
         compilations_last=counter.frame_count,
         eager_mb=round(memory["eager"] - memory["nothing"], 1),
         compiled_mb=round(memory["compiled"] - memory["nothing"], 1),
-        threads=torch.get_num_threads(),
-        machine=f"{platform.machine()} CPU",
-        versions={"ensembler": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        date=time.strftime("%Y-%m-%d"),
     )
-    with args.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(row)) + "\n")
+    row.append(args.results)
     print(f"eager {row.eager_tokens_per_s}, compiled {row.compiled_tokens_per_s} tokens/s: {row.faster} times")
     print(f"  runs from {row.faster_spread}; the same text in {row.same_texts} of {row.repeats}")
     print(

@@ -12,29 +12,26 @@ a fresh process, less that of one that only imports. One JSON row is appended to
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
+from measuring import RESULTS, Measured, printed_by, resident_mb, spread
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from ensembler import EnsembleForCausalLM, __version__
+from ensembler import EnsembleForCausalLM
 
 ROLES = ("source_ft", "source_pt", "target_pt")
-RESULTS = Path(__file__).parent / "results" / "decode_cost.jsonl"
+OUT = RESULTS / "decode_cost.jsonl"
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Row(Measured):
     """One run. Ratios are over the sum of the members' steps: median, smallest and largest of the repeats."""
 
     model: str
@@ -49,10 +46,6 @@ class Row:
     memory_ratio: float
     memory_ensemble_mb: float
     memory_members_mb: float
-    threads: int
-    machine: str
-    versions: dict[str, str]
-    date: str
 
 
 class Clock(BaseStreamer):
@@ -112,8 +105,7 @@ def measure_time(folder: Path, num_tokens: int, repeats: int, prompt: Tensor) ->
 
 def peak_memory(kind: str, folder: Path, num_tokens: int) -> float:
     """Return the peak resident size in MB of a fresh process that decodes with an ensemble, one member, or nothing."""
-    command = [sys.executable, __file__, str(folder), "--tokens", str(num_tokens), "--memory-of", kind]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return printed_by(__file__, str(folder), "--tokens", str(num_tokens), "--memory-of", kind)
 
 
 def memory_of(kind: str, folder: Path, num_tokens: int, prompt: Tensor) -> float:
@@ -127,22 +119,12 @@ def memory_of(kind: str, folder: Path, num_tokens: int, prompt: Tensor) -> float
     return resident_mb()
 
 
-def resident_mb() -> float:
-    """The largest resident size of this process so far; getrusage would count that of the process which started it."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmHWM:")).split()[1]) * 1024 / 1e6
-
-
-def spread(values: list[float]) -> tuple[float, float]:
-    return round(min(values), 4), round(max(values), 4)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", default=Path("models/smollm2"))
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=OUT)
     parser.add_argument("--memory-of", choices=["nothing", "member", "ensemble"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not (args.model / "config.json").is_file():
@@ -172,13 +154,8 @@ def main() -> None:
         memory_ratio=round((ensemble - nothing) / (3 * (member - nothing)), 4),
         memory_ensemble_mb=round(ensemble - nothing, 1),
         memory_members_mb=round(3 * (member - nothing), 1),
-        threads=torch.get_num_threads(),
-        machine=f"{platform.machine()} CPU",
-        versions={"ensembler": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        date=time.strftime("%Y-%m-%d"),
     )
-    with args.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(row)) + "\n")
+    row.append(args.results)
     print(f"time per token over the sum of the members' {row.members_ms} ms (median, smallest and largest of the runs)")
     print(f"  greedy    {row.greedy_ratio:.3f}  ({row.greedy_spread[0]:.3f} to {row.greedy_spread[1]:.3f})")
     print(f"  sampling  {row.sampling_ratio:.3f}  ({row.sampling_spread[0]:.3f} to {row.sampling_spread[1]:.3f})")

@@ -13,29 +13,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import transformers
-from decode_cost import spread
+from measuring import RESULTS, Measured, spread
 
-from ensembler import EnsembleForCausalLM, __version__
+from ensembler import EnsembleForCausalLM
 from ensembler.adapters import ADAPTER_CONFIG
 from ensembler.decoding.grid_texts import GridBatch, complete_grid
 from ensembler.decoding.points import GridPoint
 from ensembler.decoding.prompts import EncodedPrompt, text_ids
 from ensembler.decoding.texts import DecodingOptions, complete_batches
 
-RESULTS = Path(__file__).parent / "results" / "grid_generate.jsonl"
+OUT = RESULTS / "grid_generate.jsonl"
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Row(Measured):
     """One run. Ratios are over one α: median, smallest and largest of the repeats; rows are different texts."""
 
     members: dict[str, str]
@@ -51,10 +48,6 @@ class Row:
     ratio_spread: tuple[float, float]
     mean_rows: float
     last_rows: int
-    threads: int
-    machine: str
-    versions: dict[str, str]
-    date: str
 
 
 def read_questions(data: Path, model: EnsembleForCausalLM, num_prompts: int) -> list[EncodedPrompt]:
@@ -95,7 +88,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=OUT)
     args = parser.parse_args()
     rules = args.rules.split(",")
     folders = {role: getattr(args, role) for role in ("source_ft", "source_pt", "target_pt")}
@@ -133,13 +126,8 @@ def main() -> None:
         ratio_spread=spread(ratios),
         mean_rows=round(batch.mean_rows, 2),
         last_rows=batch.rows_per_step[-1],
-        threads=torch.get_num_threads(),
-        machine=f"{platform.machine()} CPU",
-        versions={"ensembler": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        date=time.strftime("%Y-%m-%d"),
     )
-    with args.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(row)) + "\n")
+    row.append(args.results)
     low, high = row.ratio_spread
     print(f"{len(points)} points over one α ({row.one_seconds} s): {row.ratio:.2f} ({low:.2f} to {high:.2f})")
     print(f"mean number of different texts {row.mean_rows} of {len(points) * len(prompts)}, at the end {row.last_rows}")

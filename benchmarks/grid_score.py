@@ -13,31 +13,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import transformers
-from decode_cost import resident_mb, spread
+from measuring import RESULTS, Measured, printed_by, resident_mb, spread
 
-from ensembler import EnsembleForCausalLM, __version__
+from ensembler import EnsembleForCausalLM
 from ensembler.decoding.points import GridPoint, make_grid
 from ensembler.evaluation.batches import Batch, make_batches
 from ensembler.evaluation.requests import Question, encode_questions
 from ensembler.evaluation.scoring import score_together
 
-RESULTS = Path(__file__).parent / "results" / "grid_score.jsonl"
+OUT = RESULTS / "grid_score.jsonl"
 GRIDS = {"one": [1.0], "grid": [k / 10 for k in range(16)]}
 CHOICES = (" negative", " positive")
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Row(Measured):
     """One run. Ratios are of the grid over one α: of the repeats median, smallest and largest; of the peak memory."""
 
     model: str
@@ -52,10 +48,6 @@ class Row:
     memory_ratio: float
     one_mb: float
     grid_mb: float
-    threads: int
-    machine: str
-    versions: dict[str, str]
-    date: str
 
 
 def load(model: Path, trio: Path) -> EnsembleForCausalLM:
@@ -96,8 +88,7 @@ def one_repeat(model: EnsembleForCausalLM, batches: list[Batch]) -> dict[str, fl
 def peak_memory(kind: str, args: argparse.Namespace) -> float:
     """Return the peak resident size in MB of a fresh process that scores with a grid, or does nothing."""
     options = ["--rows", args.rows, "--batch-size", args.batch_size, "--memory-of", kind]
-    command = [sys.executable, __file__, args.model, args.trio, args.data, *options]
-    return float(subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True).stdout)
+    return printed_by(__file__, args.model, args.trio, args.data, *options)
 
 
 def main() -> None:
@@ -108,7 +99,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=OUT)
     parser.add_argument("--memory-of", choices=["nothing", *GRIDS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     for path in (args.model / "config.json", args.trio / "target_pt", args.data / "sst2" / "dev.jsonl"):
@@ -144,13 +135,8 @@ def main() -> None:
         memory_ratio=round((grid_mb - nothing) / (one - nothing), 4),
         one_mb=round(one - nothing, 1),
         grid_mb=round(grid_mb - nothing, 1),
-        threads=torch.get_num_threads(),
-        machine=f"{platform.machine()} CPU",
-        versions={"ensembler": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        date=time.strftime("%Y-%m-%d"),
     )
-    with args.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(row)) + "\n")
+    row.append(args.results)
     print(f"{row.num_alphas} alphas over one ({row.one_seconds} s and {row.one_mb:.0f} MB for {row.num_rows} reviews)")
     print(f"  time {row.time_ratio:.3f} ({row.time_spread[0]:.3f} to {row.time_spread[1]:.3f})")
     print(f"  memory {row.memory_ratio:.3f}")

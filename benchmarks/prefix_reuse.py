@@ -14,35 +14,32 @@ benchmarks/results/prefix_reuse.jsonl.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from decode_cost import ROLES, resident_mb, spread
+from decode_cost import ROLES
+from measuring import RESULTS, Measured, printed_by, resident_mb, spread
 from transformers import AutoTokenizer
 
-from ensembler import EnsembleForCausalLM, __version__
+from ensembler import EnsembleForCausalLM
 from ensembler.decoding.batches import pad_left
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.texts import DecodingOptions, complete_batches
 
-RESULTS = Path(__file__).parent / "results" / "prefix_reuse.jsonl"
+OUT = RESULTS / "prefix_reuse.jsonl"
 KINDS = ("shared", "whole", "loop")
 ALPHA = 0.5
 Prefill = Callable[[], list[int]]
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Row(Measured):
     """One run. Times of a prefill of all prompts; how many times faster `shared` is, and MB beside the members."""
 
     model: str
@@ -61,10 +58,6 @@ class Row:
     shared_mb: float
     whole_mb: float
     loop_mb: float
-    threads: int
-    machine: str
-    versions: dict[str, str]
-    date: str
 
 
 def make_prompts(num: int, header: int, rest: int) -> list[EncodedPrompt]:
@@ -108,8 +101,7 @@ def load(folder: Path) -> tuple[EnsembleForCausalLM, Any]:
 def peak_memory(kind: str, args: argparse.Namespace) -> float:
     """Return the peak resident size in MB of a fresh process that loads the members and prefills so, or not at all."""
     sizes = [f"--{name}={getattr(args, name)}" for name in ("prompts", "header", "rest")]
-    command = [sys.executable, __file__, str(args.model), *sizes, "--memory-of", kind]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return printed_by(__file__, str(args.model), *sizes, "--memory-of", kind)
 
 
 def main() -> None:
@@ -119,7 +111,7 @@ def main() -> None:
     parser.add_argument("--header", type=int, default=400)
     parser.add_argument("--rest", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=OUT)
     parser.add_argument("--memory-of", choices=["nothing", *KINDS], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not (args.model / "config.json").is_file():
@@ -160,13 +152,8 @@ def main() -> None:
         over_loop_spread=spread(faster["loop"]),
         same_tokens=sum(own == other for own, other in zip(tokens["shared"], tokens["whole"], strict=True)),
         **{f"{kind}_mb": round(memory[kind] - memory["nothing"], 1) for kind in KINDS},
-        threads=torch.get_num_threads(),
-        machine=f"{platform.machine()} CPU",
-        versions={"ensembler": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        date=time.strftime("%Y-%m-%d"),
     )
-    with args.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(row)) + "\n")
+    row.append(args.results)
     print(f"prefill of {row.num_prompts} prompts behind {row.header_tokens} shared tokens: {row.shared_ms} ms")
     print(f"  {row.over_whole:.2f} times faster than read whole (runs from {row.over_whole_spread})")
     print(f"  {row.over_loop:.2f} times faster than the plain loop (runs from {row.over_loop_spread})")

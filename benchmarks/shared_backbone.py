@@ -12,37 +12,33 @@ for each, less that of one that only imports. One JSON row is appended to benchm
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
-from decode_cost import resident_mb, spread
+from measuring import RESULTS, Measured, printed_by, resident_mb, spread
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from ensembler import MemberConfig, __version__
+from ensembler import MemberConfig
 from ensembler.members import MemberFiles, check_member, load_group
 from ensembler.runners import SerialRunner, Step, plan_forwards
 from ensembler.vocab import make_contract
 
-RESULTS = Path(__file__).parent / "results" / "shared_backbone.jsonl"
+OUT = RESULTS / "shared_backbone.jsonl"
 KINDS = ("alone", "shared", "copies")
 PROMPT = torch.arange(100, 132)[None]
 StepFunction = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Row(Measured):
     """One run. Ratios are over the base alone: median, smallest and largest of the repeats."""
 
     model: str
@@ -57,10 +53,6 @@ class Row:
     alone_mb: float
     shared_memory_ratio: float
     copies_memory_ratio: float
-    threads: int
-    machine: str
-    versions: dict[str, str]
-    date: str
 
 
 def make_adapter(model: Path, rank: int, folder: Path) -> None:
@@ -112,8 +104,7 @@ def median_step(start: Callable[[], StepFunction], num_tokens: int) -> float:
 
 def peak_memory(kind: str, model: Path, adapter: Path, num_tokens: int) -> float:
     """Return the peak resident size in MB of a fresh process that decodes so, or does nothing."""
-    command = [sys.executable, __file__, str(model), "--tokens", str(num_tokens), "--memory-of", kind, str(adapter)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return printed_by(__file__, str(model), "--tokens", str(num_tokens), "--memory-of", kind, str(adapter))
 
 
 def main() -> None:
@@ -122,7 +113,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=OUT)
     parser.add_argument("--memory-of", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if not (args.model / "config.json").is_file():
@@ -162,13 +153,8 @@ def main() -> None:
         alone_mb=round(size["alone"], 1),
         shared_memory_ratio=round(size["shared"] / size["alone"], 4),
         copies_memory_ratio=round(size["copies"] / size["alone"], 4),
-        threads=torch.get_num_threads(),
-        machine=f"{platform.machine()} CPU",
-        versions={"ensembler": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        date=time.strftime("%Y-%m-%d"),
     )
-    with args.results.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(row)) + "\n")
+    row.append(args.results)
     print(f"over the base alone ({row.alone_ms} ms a token, {row.alone_mb:.0f} MB); smallest and largest of the runs")
     for kind, (low, high), num_bytes in (
         ("shared", row.shared_spread, row.shared_memory_ratio),

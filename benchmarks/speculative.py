@@ -21,31 +21,28 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
-from decode_cost import resident_mb, spread
 from deepen import deepen
+from measuring import RESULTS, Measured, printed_by, resident_mb, spread
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
-from ensembler import EnsembleForCausalLM, MemberConfig, __version__
+from ensembler import EnsembleForCausalLM, MemberConfig
 from ensembler.decoding.speculative import SpeculativeDecoder
 from ensembler.demo import demo_folder
 from ensembler.rules import get_rule
 
-RESULTS = Path(__file__).parent / "results" / "speculative.jsonl"
+OUT = RESULTS / "speculative.jsonl"
 ROLES = ("source_ft", "source_pt", "target_pt")
 PROMPTS = (
     "The film opens with a long shot of the sea, and",
@@ -58,8 +55,8 @@ PROMPTS = (
 Way = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Row:
+@dataclass(frozen=True, kw_only=True)
+class Row(Measured):
     """One rule and one way of sampling. `ms` per token by way; `ratios` over drafted, with smallest and largest."""
 
     case: str
@@ -78,10 +75,6 @@ class Row:
     stats: dict[str, dict[str, Any]]
     identical: float | None
     memory_mb: dict[str, float]
-    threads: int
-    machine: str
-    versions: dict[str, str]
-    date: str
 
 
 @dataclass(frozen=True)
@@ -198,8 +191,7 @@ def read_prompts(path: Path | None, limit: int, case: str) -> list[str]:
 
 def peak_memory(name: str, arguments: Sequence[str]) -> float:
     """Peak resident MB of a fresh process that decodes one prompt so, or does nothing."""
-    command = [sys.executable, __file__, *arguments, "--memory-of", name]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return printed_by(__file__, *arguments, "--memory-of", name)
 
 
 def run_setting(args: argparse.Namespace, setting: Setting, prompts: Sequence[Tensor], arguments: list[str]) -> Row:
@@ -238,10 +230,6 @@ def run_setting(args: argparse.Namespace, setting: Setting, prompts: Sequence[Te
         stats={name: {key: decoder.stats.to_row()[key] for key in kept} for name, decoder in decoders.items()},
         identical=None if setting.temperature else round(identical, 4),
         memory_mb=memory,
-        threads=torch.get_num_threads(),
-        machine=f"{platform.machine()} CPU" if not torch.cuda.is_available() else torch.cuda.get_device_name(),
-        versions={"ensembler": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
-        date=time.strftime("%Y-%m-%d"),
     )
 
 
@@ -272,7 +260,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=OUT)
     parser.add_argument("--deep", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -298,8 +286,7 @@ def run(args: argparse.Namespace, deep: Path | None) -> None:
                 print(resident_mb())
                 return
             row = run_setting(args, setting, prompts, arguments)
-            with args.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(row)) + "\n")
+            row.append(args.results)
             what = f"{row.case}, {rule}, " + (f"temperature {temperature:g}" if temperature else "greedy")
             print(f"{what}: ms per token {row.ms}")
             for name, ratio in row.ratios.items():

@@ -1,0 +1,1 @@
+"""Ensembles on vLLM: the engine is vLLM's, the members, rules and weights are ours."""
