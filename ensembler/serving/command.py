@@ -1,0 +1,34 @@
+"""The command line of vLLM's server for an ensemble."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ensembler.config import EnsembleConfig
+
+LOAD_FORMAT = "ensembler"
+
+
+def model_name(name: str, config: EnsembleConfig) -> str:
+    """The name under which an ensemble is served: folder, rule and α, as in 'math:base-change@0.5'."""
+    return f"{name}:{config.rule}@{config.alpha:g}"
+
+
+def serve_command(
+    folder: Path, config: EnsembleConfig, *, name: str, alpha: float | None, flags: Sequence[str]
+) -> list[str]:
+    """Return the command for the server; `alpha` is one that differs from the folder's, `flags` are any of vLLM's."""
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--load-format", LOAD_FORMAT]
+    if not _has(flags, "--served-model-name"):
+        command += ["--served-model-name", model_name(name, config), name]
+    command += ["--middleware", "ensembler.serving.fixed_alpha.RefuseAlpha"]
+    if alpha is not None:
+        command += ["--hf-overrides", json.dumps({"alpha": alpha})]
+    return [*command, *flags]
+
+
+def _has(flags: Sequence[str], name: str) -> bool:
+    return any(flag.split("=")[0] == name for flag in flags)
