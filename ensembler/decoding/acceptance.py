@@ -101,6 +101,8 @@ class Sampling:
         """The numbers of a purpose (n,) fp64, each of its own row and position."""
         while max(positions) >= self._numbers.shape[1]:
             self._numbers = torch.cat([self._numbers, self._more()], dim=1)
+        if len(rows) == self._numbers.shape[0] and len(set(positions)) == 1:
+            return self._numbers[:, positions[0], purpose]  # a slice: no index has to be made
         return self._numbers[rows, positions, purpose]
 
     def _more(self) -> Tensor:

@@ -32,6 +32,7 @@ class DraftedTexts:
         self._streamer = streamer
         self._num_streamed = 0
         self.running = list(range(num_rows))
+        self._every_row = torch.arange(num_rows)
 
     @property
     def num_new(self) -> list[int]:
@@ -56,23 +57,28 @@ class DraftedTexts:
         return self._gather(self.running, -1, num)
 
     def drafted(self, rows: Sequence[int], offset: int) -> Tensor:
-        """The drafted token at `offset` of each row, (n,)."""
-        return self._gather(rows, offset, 1)[:, 0]
+        """The drafted token at `offset` of each row, (n,), a copy."""
+        return self._gather(rows, offset, 1)[:, 0].clone()
 
     def write(self, rows: Sequence[int], offset: int, tokens: Tensor) -> None:
         """Put a token (n,) at `offset` behind the end of each row."""
         device = self._ids.device
+        end = self._common_end(rows)
+        if end is not None:
+            self._ids[:, end + offset] = tokens.to(device)
+            return
         places = torch.tensor([self._lengths[row] + offset for row in rows], device=device)
         self._ids[torch.tensor(rows, device=device), places] = tokens.to(device)
 
     def process(self, processors: Processors, scores: Tensor, rows: Sequence[int], offset: int) -> Tensor:
         """Return the processed scores (n, V) of the tokens at `offset` behind the ends of `rows` (n,)."""
+        end = self._common_end(rows)
+        if end is not None:
+            return processors(self._ids[:, : end + offset], scores, self._every_row)
         parts = [
             (places, processors(self._ids_of(rows, places, length + offset), _of(scores, places, rows), numbers))
             for length, places, numbers in self._by_length(rows)
         ]
-        if len(parts) == 1:
-            return parts[0][1]
         processed = torch.empty_like(scores)
         for places, part in parts:
             processed[places.to(scores.device)] = part
@@ -80,6 +86,10 @@ class DraftedTexts:
 
     def ended(self, criteria: StoppingCriteriaList, rows: Sequence[int], offset: int) -> Tensor:
         """Whether each text (n,) ends with its token at `offset`, bool on the CPU."""
+        end = self._common_end(rows)
+        if end is not None:
+            ended: Tensor = criteria(self._ids[:, : end + offset + 1], None)
+            return ended.cpu()
         found = torch.empty(len(rows), dtype=torch.bool)
         for length, places, _ in self._by_length(rows):
             found[places] = criteria(self._ids_of(rows, places, length + offset + 1), None).cpu()
@@ -112,15 +122,21 @@ class DraftedTexts:
         if not self.running:
             self._streamer.end()
 
+    def _common_end(self, rows: Sequence[int]) -> int | None:
+        """Where all texts end, if `rows` are all and end together: then a slice does, and no index has to be made."""
+        end = self._lengths[0]
+        return end if len(rows) == len(self._lengths) and all(length == end for length in self._lengths) else None
+
     def _gather(self, rows: Sequence[int], offset: int, num: int) -> Tensor:
         device = self._ids.device
+        end = self._common_end(rows)
+        if end is not None:
+            return self._ids[:, end + offset : end + offset + num]
         starts = torch.tensor([self._lengths[row] + offset for row in rows], device=device)
         return self._ids[torch.tensor(rows, device=device)[:, None], starts[:, None] + torch.arange(num, device=device)]
 
     def _ids_of(self, rows: Sequence[int], places: Tensor, length: int) -> Tensor:
         numbers = [rows[place] for place in places.tolist()]
-        if numbers == list(range(self._ids.shape[0])):
-            return self._ids[:, :length]
         return self._ids[torch.tensor(numbers, device=self._ids.device), :length]
 
     def _by_length(self, rows: Sequence[int]) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 _WINDOW = 64  # drafted tokens that the acceptance is measured on
 _SEEDS = (1.5, 2.0)  # accepted and drafted tokens that are taken for granted at the start
-_RECENT = 3  # rounds whose median a cost is
+_RECENT = 5  # rounds whose median a cost is
+_RECENT_PLAIN = 15  # the same of plain steps: where nothing is drafted, five of them pass in no time
 _WARM_UP = 2  # plain steps at the start
 _PLAIN_EVERY = 24  # rounds between two plain steps, so that their cost stays known
 _PLAIN_EARLY = 6  # the same as long as few were measured: the first steps of a process are slow
@@ -123,7 +124,7 @@ class _Costs:
         self._num_rounds += 1
         self._num_plain += num == 1
         self._seen_at[num] = self._num_rounds
-        self._seconds.setdefault(num, deque(maxlen=_RECENT)).append(seconds)
+        self._seconds.setdefault(num, deque(maxlen=_RECENT if num > 1 else _RECENT_PLAIN)).append(seconds)
 
     def of(self, num: int) -> float:
         known = [one for one in self._seconds if one == 1 or self._num_rounds - self._seen_at[one] < _FORGET_AFTER]

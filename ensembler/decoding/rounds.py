@@ -24,7 +24,7 @@ from ensembler.modeling import EnsembleForCausalLM
 from ensembler.runners import Runner, SerialRunner, Step, check_nan
 
 Logits = dict[str, Tensor]
-_LOOK_EVERY = 4  # plain greedy steps that ask the draft once, to learn whether it would be right
+_LOOK_EVERY = 8  # plain greedy steps that ask the draft once, to learn whether it would be right
 
 
 class Rounds:
