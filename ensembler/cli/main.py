@@ -18,6 +18,7 @@ from ensembler.cli.inspect import inspect
 from ensembler.cli.patch import patch
 from ensembler.cli.plan import plan
 from ensembler.cli.score import score
+from ensembler.cli.serve import serve
 from ensembler.cli.sweep import sweep
 from ensembler.errors import ConfigError, EnsemblerError, RankError
 from ensembler.launch import num_ranks, this_rank
@@ -49,7 +50,7 @@ def cli(context: click.Context, debug: bool) -> None:
         )
 
 
-for command in (create, inspect, plan, generate, score, sweep, bench, chat, patch):
+for command in (create, inspect, plan, generate, score, sweep, bench, chat, serve, patch):
     cli.add_command(command)
 
 

@@ -19,13 +19,13 @@ def check_servable(checked: CheckedEnsemble) -> None:
     for role, member in checked.config.members.items():
         if member.quantization is not None:
             raise ConfigError(
-                f"{role} is quantised when loaded ({member.quantization}); vLLM's members are loaded as they are: serve "
-                "a folder without it (float32, bfloat16 or float16)"
+                f"{role} is quantised when loaded ({member.quantization}); vLLM's members are loaded as they are: "
+                "serve a folder without it (float32, bfloat16 or float16)"
             )
         if member.device_map is not None or member.device not in ("cpu", "cuda", "cuda:0"):
             raise ConfigError(
-                f"{role} has a place of its own ({member.device_map or member.device}); vLLM spreads all members alike: "
-                "leave it out, and give --tensor-parallel-size for several GPUs"
+                f"{role} has a place of its own ({member.device_map or member.device}); vLLM spreads all members "
+                "alike: leave it out, and give --tensor-parallel-size for several GPUs"
             )
     for role, config in checked.model_configs.items():
         if getattr(config, "quantization_config", None) is not None:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
+from ensembler.config import MemberConfig
 from ensembler.errors import MemberError, PatchError
 from ensembler.patch.changes import load_change, patch_in_place
+from ensembler.patch.places import local_folder
 from ensembler.patch.plan import Part, Plan, make_plan
 from ensembler.weights import naming
 
 
-def plan_member(role: str, model: Path, adapter: Path | None) -> Plan:
-    """Check from headers alone that the adapter fits the model's files; raise MemberError with the role where not."""
+def plan_member(role: str, member: MemberConfig) -> Plan:
+    """Find a member's files, and check from headers alone that its adapter fits them; raise MemberError where not."""
     try:
         with naming(role):
-            return make_plan([] if adapter is None else [Part(adapter)], model)
+            parts = [] if member.adapter is None else [Part(local_folder(member.adapter))]
+            return make_plan(parts, local_folder(member.model))
     except PatchError as error:
         raise MemberError(
-            f"{role}: {error}; vLLM loads what is a sum with the weights: merge it first with PEFT, or serve a merged copy"
+            f"{role}: {error}; vLLM loads what is a sum with the weights: merge it with PEFT first, and give that model"
         ) from error
 
 

@@ -1,0 +1,79 @@
+"""An ensemble as one model of vLLM: members are vLLM's own models, combined where logits are computed.
+
+Attention, paged caches, batching and parallel layers are the members' own. This class hands every member the same
+tokens and positions, keeps their hidden states side by side, and combines the logits of the positions that vLLM
+asks for, by the rule and with the operations of `ensembler_kernels`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from ensembler_kernels import combine
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
+
+from ensembler.modeling import make_combination
+from ensembler.patch.plan import Plan
+from ensembler.runners import make_reader
+from ensembler.serving.tensors import plan_member
+
+
+class EnsembleForCausalLM(nn.Module):
+    """Members by role, the anchor first; α is that of the configuration, for all requests.
+
+    Raises MemberError where an adapter is no sum with its base's weights.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        config: Any = vllm_config.model_config.hf_config
+        checked = config.checked
+        self.rule = config.get_rule()
+        self.alpha = float(config.alpha)
+        self.combination = make_combination(self.rule, checked.contract, config.outside)
+        self.readers = {role: make_reader(role, checked.contract) for role in self.rule.roles}
+        self.plans: dict[str, Plan] = {role: plan_member(role, files.config) for role, files in checked.files.items()}
+        self.members = nn.ModuleDict(
+            {
+                role: init_vllm_registered_model(
+                    vllm_config=vllm_config,
+                    hf_config=checked.model_configs[role],
+                    prefix=maybe_prefix(prefix, role),
+                )
+                for role in self.rule.roles
+            }
+        )
+        sizes = [checked.model_configs[role].get_text_config(decoder=True).hidden_size for role in self.rule.roles]
+        self._sizes: list[int] = sizes
+
+    def embed_input_ids(self, input_ids: Tensor) -> Tensor:
+        """Refused: each member embeds tokens by itself."""
+        raise NotImplementedError("an ensemble has no embeddings of its own; give it token ids")
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any | None = None,
+        inputs_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """Return the members' hidden states (tokens, Σ hidden sizes) side by side for `input_ids` (tokens,)."""
+        if input_ids is None or inputs_embeds is not None or intermediate_tensors is not None:
+            raise NotImplementedError("an ensemble takes token ids, on one pipeline stage")
+        hidden = [
+            member(input_ids=self.readers[role].read(input_ids), positions=positions)
+            for role, member in self.members.items()
+        ]
+        return torch.cat(hidden, dim=-1)
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        """Return combined logits (n, V) fp32 of hidden states (n, Σ hidden sizes); None on ranks that gather none."""
+        members: list[Any] = list(self.members.values())
+        parts = torch.split(hidden_states, self._sizes, dim=-1)
+        logits = [member.compute_logits(part.contiguous()) for member, part in zip(members, parts, strict=True)]
+        if any(one is None for one in logits):
+            return None
+        return combine(logits, self.combination, self.alpha)
