@@ -1,0 +1,163 @@
+"""What serving decides without vLLM: the command, what cannot be served, requests that ask for another α, weights."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from peft import LoraConfig, get_peft_model
+from tiny import make_model
+
+from ensembler.cli.main import cli
+from ensembler.config import EnsembleConfig, MemberConfig
+from ensembler.demo import demo_folder
+from ensembler.errors import ConfigError, MemberError, MissingExtraError
+from ensembler.folder import read
+from ensembler.members import check_member, load_group
+from ensembler.patch.apply import apply_patches
+from ensembler.patch.headers import model_tensors
+from ensembler.patch.plan import Part
+from ensembler.preflight import check_ensemble
+from ensembler.serving.checks import check_servable, require_vllm
+from ensembler.serving.command import serve_command
+from ensembler.serving.fixed_alpha import RefuseAlpha, asked_for
+from ensembler.serving.tensors import member_tensors, plan_member
+
+SaveMember = Callable[..., Path]
+
+
+def test_the_command_names_rule_and_alpha_and_hands_on_flags() -> None:
+    config = read(demo_folder()).replaced(alpha=0.5)
+    command = serve_command(Path("/x"), config, name="x", alpha=0.5, flags=("--port", "9"))
+    names = command.index("--served-model-name")
+    assert command[names + 1 : names + 3] == ["x:base-change@0.5", "x"]
+    assert json.loads(command[command.index("--hf-overrides") + 1]) == {"alpha": 0.5}
+    assert command[-2:] == ["--port", "9"]
+    own = serve_command(Path("/x"), config, name="x", alpha=None, flags=("--served-model-name=mine",))
+    assert "--hf-overrides" not in own
+    assert [flag for flag in own if flag.startswith("--served-model-name")] == ["--served-model-name=mine"]
+
+
+@pytest.mark.parametrize(
+    ("body", "key"),
+    [
+        ({"prompt": "x", "alpha": 0.3}, "alpha"),
+        ({"prompt": "x", "vllm_xargs": {"alpha": 0.3}}, "alpha"),
+        ({"prompt": "x", "rule": "eft"}, "rule"),
+        ({"prompt": "x", "cutoff": 0.1}, "cutoff"),
+        ({"prompt": 'say "alpha"'}, None),
+        ({"messages": [{"role": "user", "content": '"alpha": 1'}]}, None),
+        (["alpha"], None),
+    ],
+)
+def test_which_requests_ask_for_another_ensemble(body: Any, key: str | None) -> None:
+    assert asked_for(json.dumps(body).encode()) == key
+
+
+def test_a_body_that_is_no_json_is_left_to_the_server() -> None:
+    assert asked_for(b'{"alpha": ') is None
+
+
+def call(body: bytes, pieces: int, kind: str = "POST") -> tuple[list[bytes], list[dict[str, Any]]]:
+    """What a server behind the middleware was given, and what was sent to the client."""
+    step = max(1, len(body) // pieces)
+    parts = [body[start : start + step] for start in range(0, len(body), step)] or [b""]
+    waiting = [
+        {"type": "http.request", "body": part, "more_body": number < len(parts) - 1}
+        for number, part in enumerate(parts)
+    ]
+    seen: list[bytes] = []
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> Any:
+        return waiting.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(dict(message))
+
+    async def server(scope: Any, receive: Any, send: Any) -> None:
+        more = True
+        while more:
+            message = await receive()
+            seen.append(message["body"])
+            more = message["more_body"]
+        await send({"type": "http.response.start", "status": 200})
+
+    asyncio.run(RefuseAlpha(server)({"type": "http", "method": kind}, receive, send))
+    return seen, sent
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_the_middleware_hands_on_a_body_as_it_came(pieces: int) -> None:
+    body = json.dumps({"prompt": "x", "temperature": 0}).encode()
+    seen, sent = call(body, pieces)
+    assert b"".join(seen) == body
+    assert sent[0]["status"] == 200
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_the_middleware_answers_400_in_the_servers_place(pieces: int) -> None:
+    seen, sent = call(json.dumps({"prompt": "x", "alpha": 0.1}).encode(), pieces)
+    assert seen == []
+    assert sent[0]["status"] == 400
+    assert "ensembler serve FOLDER --alpha" in json.loads(sent[1]["body"])["error"]["message"]
+
+
+def test_a_get_is_not_read() -> None:
+    seen, _ = call(b'{"alpha": 1}', 1, kind="GET")
+    assert seen == [b'{"alpha": 1}']
+
+
+def demo_config(**changes: Any) -> EnsembleConfig:
+    config = read(demo_folder())
+    config.change_members(**changes)
+    return config
+
+
+def test_quantised_and_placed_members_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"source_ft is quantised when loaded"):
+        check_servable(check_ensemble(demo_config(quantization="8bit")))
+    with pytest.raises(ConfigError, match=r"has a place of its own .auto.*--tensor-parallel-size"):
+        check_servable(check_ensemble(demo_config(device_map="auto")))
+    check_servable(check_ensemble(demo_config()))
+
+
+def test_without_vllm_there_is_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ensembler.serving.checks.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"vllm is not installed; install it with: pip install .*\[vllm\]"):
+        require_vllm()
+    assert isinstance(CliRunner().invoke(cli, ["serve", "demo"]).exception, MissingExtraError)
+
+
+def lora_on(save_member: SaveMember, tmp_path: Path, **settings: Any) -> tuple[Path, Path]:
+    base = save_member("base", "llama", 3)
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **settings)
+    get_peft_model(make_model("llama", 3), config).save_pretrained(tmp_path / "lora")
+    return base, tmp_path / "lora"
+
+
+def test_tensors_are_those_that_patch_apply_writes(save_member: SaveMember, tmp_path: Path) -> None:
+    base, lora = lora_on(save_member, tmp_path)
+    member = MemberConfig(str(base), adapter=str(lora))
+    ours = dict(member_tensors(plan_member("source_ft", member)))
+    apply_patches([Part(lora)], base, tmp_path / "patched")
+    written = dict(member_tensors(plan_member("x", MemberConfig(str(tmp_path / "patched")))))
+    assert ours.keys() == written.keys() == model_tensors(base).keys()
+    plain = dict(member_tensors(plan_member("x", MemberConfig(str(base)))))
+    assert all(torch.equal(ours[name], written[name]) for name in ours)
+    assert 0 < sum(not torch.equal(ours[name], plain[name]) for name in ours) == 4
+    loaded = load_group([check_member("source_ft", member)]).models["source_ft"].state_dict()
+    assert all(torch.equal(ours[name], loaded[name]) for name in ours)
+
+
+def test_an_adapter_that_is_no_sum_is_refused_by_role(save_member: SaveMember, tmp_path: Path) -> None:
+    base, lora = lora_on(save_member, tmp_path, use_dora=True)
+    with pytest.raises(MemberError, match=r"^source_ft: .*merge it with PEFT first"):
+        plan_member("source_ft", MemberConfig(str(base), adapter=str(lora)))
