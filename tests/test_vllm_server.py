@@ -65,8 +65,11 @@ def free_port() -> int:
 
 def start(folder: Path, log: Path, *flags: str, port: int | None = None) -> Server:
     port = free_port() if port is None else port
+    template = log.with_suffix(".jinja")
+    template.write_text(TEMPLATE)
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     command = [sys.executable, "-m", "ensembler", "serve", str(folder), *flags, "--", *FLAGS, "--port", str(port)]
+    command += ["--chat-template", str(template)]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment)
     return Server(process, port, log)
@@ -115,7 +118,6 @@ def test_chat_goes_through_a_template(server: Server) -> None:
         messages=[{"role": "user", "content": PROMPT}],
         max_tokens=16,
         temperature=0,
-        extra_body={"chat_template": TEMPLATE},
     )
     assert "7" in answer.choices[0].message.content
 
@@ -150,7 +152,7 @@ def test_32_at_once_are_as_one_by_one_and_a_client_may_leave(server: Server) -> 
 def test_what_a_request_cannot_have_is_a_clear_400(server: Server) -> None:
     client = server.client
     with pytest.raises(openai.BadRequestError, match="96"):
-        client.completions.create(model="family", prompt=[5] * 90, max_tokens=64)
+        client.completions.create(model="family", prompt=[5] * 100, max_tokens=4)
     for body in ({"alpha": 0.3}, {"vllm_xargs": {"alpha": 0.3}}):
         with pytest.raises(openai.BadRequestError, match="alpha cannot be set by a request: it is fixed"):
             client.completions.create(model="family", prompt=PROMPT, max_tokens=4, extra_body=body)
@@ -194,6 +196,7 @@ def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
 
 def test_a_member_that_moved_is_named(tmp_path: Path) -> None:
     content = json.loads((demo_folder() / "config.json").read_text())
+    content["members"] = {role: {"model": str(demo_folder() / role)} for role in content["members"]}
     content["members"]["target_pt"]["model"] = "./gone"
     (tmp_path / "config.json").write_text(json.dumps(content))
     done = subprocess.run(

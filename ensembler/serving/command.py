@@ -10,6 +10,7 @@ from pathlib import Path
 from ensembler.config import EnsembleConfig
 
 LOAD_FORMAT = "ensembler"
+DRAIN_SECONDS = 30  # that running requests get to end in after SIGTERM
 
 
 def model_name(name: str, config: EnsembleConfig) -> str:
@@ -21,10 +22,12 @@ def serve_command(
     folder: Path, config: EnsembleConfig, *, name: str, alpha: float | None, flags: Sequence[str]
 ) -> list[str]:
     """Return the command for the server; `alpha` is one that differs from the folder's, `flags` are any of vLLM's."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder), "--load-format", LOAD_FORMAT]
+    command = [sys.executable, "-m", "ensembler.serving.vllm_serve", "serve", str(folder), "--load-format", LOAD_FORMAT]
     if not _has(flags, "--served-model-name"):
         command += ["--served-model-name", model_name(name, config), name]
     command += ["--middleware", "ensembler.serving.fixed_alpha.RefuseAlpha"]
+    if not _has(flags, "--shutdown-timeout"):  # vLLM's own is 0: open streams would wait for ever for a killed engine
+        command += ["--shutdown-timeout", str(DRAIN_SECONDS)]
     if alpha is not None:
         command += ["--hf-overrides", json.dumps({"alpha": alpha})]
     return [*command, *flags]
