@@ -23,6 +23,7 @@ COMMANDS = [
     for block in re.findall(r"```bash\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
     for line in block.replace("\\\n", " ").splitlines()
     if line.startswith("ensembler ") and " demo" in line
+    if not line.startswith("ensembler serve")  # test_vllm_server.py does, where vLLM is
 ]
 PYTHON = [
     (page.name, "\n".join(re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)))
