@@ -18,7 +18,7 @@ def say_why_plain(draft: str, stats: DecodingStats) -> None:
     if draft in (AUTO, NONE):
         return
     for reason, num_batches in stats.undrafted.items():
-        click.echo(f"decoded plainly: {reason} ({num_batches} {'batch' if num_batches == 1 else 'batches'})", err=True)
+        click.echo(f"decoded plainly: {reason}{_times(num_batches)}", err=True)
     if stats.plain_reason is not None and stats.plain_reason not in stats.undrafted:
         click.echo(f"draft {'given up' if stats.num_rounds else 'not tried'}: {stats.plain_reason}", err=True)
 
@@ -50,9 +50,13 @@ def _counts(row: Mapping[str, Any]) -> Iterator[str]:
         )
     reasons: dict[str, int] = row["undrafted"]
     for reason, num_batches in reasons.items():
-        yield f"plain: {reason} (batches: {num_batches})"
+        yield f"plain: {reason}{_times(num_batches)}"
     if row["plain_reason"] is not None and row["plain_reason"] not in reasons:
         yield f"plain: {row['plain_reason']}"
+
+
+def _times(num_batches: int) -> str:
+    return f" ({num_batches} batches)" if num_batches > 1 else ""
 
 
 def _number(value: object) -> str:
