@@ -331,7 +331,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
             else:
                 run = partial(self._own_logits, step, past_key_values)
                 combined = combine_over_ranks(
-                    self.world, run, step, self.combination, self.contract, self._alpha(input_ids.shape[0])
+                    self.world, run, step, self.combination, self.contract, self.alpha_of_rows(input_ids.shape[0])
                 )
         loss = None
         if labels is not None:
@@ -395,9 +395,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """
         device = self.device  # looked up once: it walks through the modules
         ordered = [logits[role].to(device) for role in self.rule.roles]
-        return combine(ordered, self.combination, self._alpha(ordered[0].shape[0], alpha))
+        return combine(ordered, self.combination, self.alpha_of_rows(ordered[0].shape[0], alpha))
 
-    def _alpha(self, num_rows: int, alpha: float | Tensor | None = None) -> float | Tensor:
+    def alpha_of_rows(self, num_rows: int, alpha: float | Tensor | None = None) -> float | Tensor:
         """`alpha`, or the ensemble's, as a number or one value for each of `num_rows` rows."""
         alpha = self.alpha if alpha is None else alpha
         return _spread(alpha, num_rows) if isinstance(alpha, Tensor) else alpha

@@ -27,12 +27,15 @@ def chat(given: EnsembleOptions, decoding: DecodingOptions, system: str | None) 
     """
     if decoding.num_return_sequences > 1 or decoding.num_beams > 1:
         raise ConfigError("chat gives one answer a turn; leave --num-return-sequences and --num-beams out")
+    from ensembler.cli.stats import say_why_plain
     from ensembler.decoding.conversation import Conversation
+    from ensembler.decoding.drafting import check_draft
     from ensembler.decoding.prompts import chat_ids
     from ensembler.modeling import EnsembleForCausalLM
     from ensembler.preflight import check_ensemble
 
     checked = check_ensemble(given.load_config())
+    check_draft(checked.config.get_rule(), decoding.draft)
     tokenizer = checked.require_tokenizer()
     chat_ids(tokenizer, [{"role": "user", "content": "?"}])  # refuses a missing template before weights are loaded
     model = EnsembleForCausalLM.from_checked(checked)
@@ -42,6 +45,7 @@ def chat(given: EnsembleOptions, decoding: DecodingOptions, system: str | None) 
         click.echo("> ", nl=False, err=True)
         line = sys.stdin.readline().strip()
         if line in ("", "/exit"):
+            say_why_plain(decoding.draft, conversation.decoder.stats)
             return
         if line == "/reset":
             conversation.reset()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import click
 
@@ -13,10 +14,13 @@ from ensembler.decoding.stats import DecodingStats
 
 
 def say_why_plain(draft: str, stats: DecodingStats) -> None:
-    """Say in one line why a draft that was asked for did not come about, or was given up."""
-    if draft not in (AUTO, NONE) and stats.plain_reason is not None:
-        what = "draft given up" if stats.num_rounds else "decoded plainly"
-        click.echo(f"{what}: {stats.plain_reason}", err=True)
+    """Say, a line for each reason, why a draft that was asked for did not come about, or was given up."""
+    if draft in (AUTO, NONE):
+        return
+    for reason, num_batches in stats.undrafted.items():
+        click.echo(f"decoded plainly: {reason}{_times(num_batches)}", err=True)
+    if stats.plain_reason is not None and stats.plain_reason not in stats.undrafted:
+        click.echo(f"draft {'given up' if stats.num_rounds else 'not tried'}: {stats.plain_reason}", err=True)
 
 
 def print_stats(stats: DecodingStats, *, as_json: bool) -> None:
@@ -37,15 +41,22 @@ def _seconds(kind: str, parts: Mapping[str, float], total: float) -> Iterator[tu
         kind = ""
 
 
-def _counts(row: Mapping[str, object]) -> Iterator[str]:
+def _counts(row: Mapping[str, Any]) -> Iterator[str]:
     yield f"tokens/s: {_number(row['tokens_per_second'])}, plain steps: {row['num_plain_steps']}"
     if row["draft"] is not None:
         yield (
             f"draft: {row['draft']}, rounds: {row['num_rounds']}, "
             f"tokens per round: {_number(row['tokens_per_round'])}, acceptance: {_number(row['acceptance'])}"
         )
-    if row["plain_reason"] is not None:
+    reasons: dict[str, int] = row["undrafted"]
+    for reason, num_batches in reasons.items():
+        yield f"plain: {reason}{_times(num_batches)}"
+    if row["plain_reason"] is not None and row["plain_reason"] not in reasons:
         yield f"plain: {row['plain_reason']}"
+
+
+def _times(num_batches: int) -> str:
+    return f" ({num_batches} batches)" if num_batches > 1 else ""
 
 
 def _number(value: object) -> str:

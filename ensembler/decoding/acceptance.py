@@ -88,9 +88,10 @@ class Sampling:
         if q is None:
             return self.draft(p, rows, positions)
         drafted = drafted.to(p.device)
-        chance = (_at(p, drafted).double() / _at(q, drafted)).nan_to_num_(0.0)
+        # q(y) is 0 where processors left the draft nothing: then y was no draw, and is never kept.
+        chance = (_at(p, drafted).double() / _at(q, drafted)).nan_to_num_(0.0, posinf=0.0)
         is_kept = self._uniform(_ACCEPT, rows, positions).to(p.device) < chance
-        if is_kept.all():
+        if p.device.type == "cpu" and is_kept.all():  # elsewhere the question would cost more than the answer
             return drafted
         residual = (p - q).clamp_(min=0.0)
         residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)  # p = q up to rounding

@@ -21,11 +21,12 @@ from transformers.generation import logits_process
 from ensembler.decoding.points import RulePoints
 from ensembler.decoding.tracks import ENDED, Tracks
 
-# These know a row by its number, or run the model themselves.
+# These know a row by its number, keep a state from call to call, or run the model themselves.
 NOT_BY_ROW = (
     logits_process.EncoderNoRepeatNGramLogitsProcessor,
     logits_process.EncoderRepetitionPenaltyLogitsProcessor,
     logits_process.PrefixConstrainedLogitsProcessor,
+    logits_process.SynthIDTextWatermarkLogitsProcessor,
     logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 

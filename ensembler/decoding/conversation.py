@@ -17,7 +17,8 @@ from ensembler.modeling import EnsembleForCausalLM
 class Conversation:
     """The messages so far. `reply` streams the answer to standard output and returns it.
 
-    A turn reads what is new: the members' cache is kept from turn to turn, and cut to what the texts share.
+    A turn reads what is new: the members' cache is kept from turn to turn, and cut to what the texts share. `decoder`
+    is kept too, with what it has measured.
     """
 
     def __init__(
@@ -26,6 +27,7 @@ class Conversation:
         self._model = model
         self._tokenizer = tokenizer
         self._options = options
+        self.decoder = options.decoder()
         self._cache: EnsembleCache | None = None
         self._held: list[int] = []  # the tokens that it has read
         self._start = [] if system is None else [{"role": "system", "content": system}]
@@ -40,7 +42,7 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = chat_ids(self._tokenizer, messages)
         check_length(len(ids), "the conversation", self._model.shortest_context)
-        streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.decoder.streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
         cache = self._cache = self._cache_for(ids)
         self._held = []  # a turn that fails leaves nothing to go on with
         seed_batch(self._options)
@@ -49,7 +51,7 @@ class Conversation:
             self._tokenizer,
             [EncodedPrompt(0, ids)],
             self._options,
-            self._options.decoder(streamer=streamer),
+            self.decoder,
             start=time.perf_counter(),
             cache=cache,
         )

@@ -85,14 +85,14 @@ class DraftedTexts:
         return processed
 
     def ended(self, criteria: StoppingCriteriaList, rows: Sequence[int], offset: int) -> Tensor:
-        """Whether each text (n,) ends with its token at `offset`, bool on the CPU."""
+        """Whether each text (n,) ends with its token at `offset`, bool."""
         end = self._common_end(rows)
         if end is not None:
             ended: Tensor = criteria(self._ids[:, : end + offset + 1], None)
-            return ended.cpu()
-        found = torch.empty(len(rows), dtype=torch.bool)
+            return ended
+        found = torch.empty(len(rows), dtype=torch.bool, device=self._ids.device)
         for length, places, _ in self._by_length(rows):
-            found[places] = criteria(self._ids_of(rows, places, length + offset + 1), None).cpu()
+            found[places.to(found.device)] = criteria(self._ids_of(rows, places, length + offset + 1), None)
         return found
 
     def grow(self, gained: Sequence[int], goes_on: Sequence[int]) -> None:

@@ -15,9 +15,14 @@ _GROWING = (DynamicLayer, DynamicSlidingWindowLayer)  # not what is derived from
 
 
 def why_plain(
-    model: EnsembleForCausalLM, processors: LogitsProcessorList, cache: Any, num_kept: int, max_length: int
+    model: EnsembleForCausalLM,
+    processors: LogitsProcessorList,
+    cache: Any,
+    num_kept: int,
+    prompt_length: int,
+    max_length: int,
 ) -> str | None:
-    """Return the reason why these texts of up to `max_length` positions cannot be drafted; None where they can.
+    """Return the reason why texts from `prompt_length` up to `max_length` positions cannot be drafted, if there is one.
 
     `num_kept`: the rows that somebody who gave the cache wants to go on with.
     """
@@ -27,9 +32,11 @@ def why_plain(
         return "all members run in one forward, so that there is none to verify"
     by_number = next((one for one in processors if isinstance(one, NOT_BY_ROW)), None)
     if by_number is not None:
-        return f"{type(by_number).__name__} knows texts by their place in the batch"
+        return f"{type(by_number).__name__} knows texts by their place in the batch, or keeps a state of its own"
     if cache is None:
         return "there is no cache to go on with"
+    if cache.get_seq_length() >= prompt_length:
+        return "the cache that was given holds the whole prompt already"
     return _why_not_taken_back(cache, num_kept, max_length)
 
 

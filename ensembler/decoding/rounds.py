@@ -58,10 +58,7 @@ class Rounds:
         self._num_looked_up = [0] * len(texts.running)
         self._width = 0
         self._num_plain = 0
-        alpha = model.alpha
-        if isinstance(alpha, Tensor):
-            alpha = alpha.repeat_interleave(len(texts.running) // alpha.shape[0])
-        self._alpha = alpha
+        self._alpha = model.alpha_of_rows(len(texts.running))
 
     def prefill(self, ids: Tensor, mask: Tensor | None, positions: Tensor, chunk: int | None) -> Round:
         """Read the prompts but for what the cache holds, `chunk` positions at a time, and give each its first token."""
@@ -188,7 +185,10 @@ class Rounds:
         drafted = texts.drafted(rows, offset)
         tokens = chooser.settle(p, q, drafted, rows, texts.positions(rows, offset))
         texts.write(rows, offset, tokens)
-        return (tokens == drafted.to(tokens.device)).tolist(), texts.ended(self._criteria, rows, offset).tolist()
+        is_hit = tokens == drafted.to(tokens.device)
+        found = torch.stack([is_hit, texts.ended(self._criteria, rows, offset).to(is_hit.device)])
+        hits, ends = found.tolist()  # the host waits for both at once
+        return hits, ends
 
     def _was_drafted(self, place: int, offset: int) -> bool:
         return bool(self._q) if self._drafting is not None else offset < self._num_looked_up[place]

@@ -42,12 +42,14 @@ class Slots:
             if len(kept) == 1:  # a cache that was given can be gone on with
                 self._crop(num_fed - kept[0])
             return
-        if len(goes_on) < len(kept):
+        some_ended = len(goes_on) < len(kept)
+        if some_ended:
             self._select(torch.tensor(goes_on))
         kept = [kept[row] for row in goes_on]
         self._firsts = [self._firsts[row] for row in goes_on]
         self._next += torch.tensor(kept, device=self._next.device)
-        if min(kept) == max(kept):
+        # Where the longest text has ended, what it needed on the left is cut: slots stay within the longest text.
+        if min(kept) == max(kept) and not (some_ended and min(self._firsts) > 0):
             self._crop(num_fed - kept[0])
             self._num += kept[0]
             if self._mask is not None:

@@ -36,10 +36,11 @@ class SpeculativeDecoder:
 
     `draft`: a role, 'ngram' (the text's own repetitions), 'auto' (the lightest forward, where one is light enough) or
     'none'. At most `num_positions` are read in a round, as many as pay; `is_fixed`: always so many. `seed`: of
-    sampling; `numbers`: the prompts' numbers, on which their noise depends (default: their places in the batch).
-    `streamer` gets accepted tokens: `generate` hands its own to no decoding method, but puts the prompt into it.
-    `stats` counts what happens, `meter` times it. `owns_cache`: a cache of several rows that `generate` was given may
-    be left in disorder. Used again, it goes on with the costs and the acceptance that it has measured.
+    sampling (None: drawn from torch's generator in each call); `numbers`: the prompts' numbers, on which their noise
+    depends (default: their places in the batch). `streamer` gets accepted tokens: `generate` hands its own to no
+    decoding method, but puts the prompt into it. `stats` counts what happens, `meter` times it. `owns_cache`: a cache
+    of several rows that `generate` was given may be left in disorder. Used again, it goes on with the costs and the
+    acceptance that it has measured.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class SpeculativeDecoder:
         *,
         num_positions: int = 8,
         is_fixed: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
         numbers: Sequence[int] | None = None,
         streamer: BaseStreamer | None = None,
         meter: Meter | None = None,
@@ -86,9 +87,10 @@ class SpeculativeDecoder:
         cache: Any = model_kwargs.get("past_key_values")
         max_length = generation_config.max_length
         num_kept = 1 if self.owns_cache else input_ids.shape[0]
-        reason = why_plain(model, logits_processor, cache, num_kept, max_length) or self._why_plain(drafting)
+        reason = why_plain(model, logits_processor, cache, num_kept, input_ids.shape[1], max_length)
+        reason = reason or self._why_plain(drafting)
         if reason is not None:
-            self.stats.plain_reason = reason
+            self.stats.add_undrafted(reason)
             streamer = {} if self.streamer is None else {"streamer": self.streamer}
             sequences: Tensor = model._sample(
                 input_ids,
@@ -149,7 +151,8 @@ class SpeculativeDecoder:
         if len(numbers) != num_prompts:
             raise ConfigError(f"{len(numbers)} numbers were given for {num_prompts} prompts; give one for each")
         prompts = torch.tensor(list(numbers)).repeat_interleave(num_samples)
-        return Sampling(self.seed, prompts, torch.arange(num_samples).repeat(num_prompts))
+        seed = int(torch.randint(2**63 - 1, ())) if self.seed is None else self.seed
+        return Sampling(seed, prompts, torch.arange(num_samples).repeat(num_prompts))
 
 
 def _check(config: GenerationConfig) -> None:

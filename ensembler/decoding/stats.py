@@ -23,11 +23,12 @@ class DecodingStats:
     """Counts of a run. `rounds` are those that drafted; a plain step is one token for each running text.
 
     `num_tokens` is left to who knows the texts. `draft`: who drafted, None for nobody; `plain_reason`: why nothing was
-    drafted, or nothing any more.
+    drafted, or nothing any more; `undrafted`: batches that were decoded without any drafting, by reason.
     """
 
     draft: str | None = None
     plain_reason: str | None = None
+    undrafted: dict[str, int] = field(default_factory=dict)
     num_tokens: int = 0
     num_rounds: int = 0
     num_round_tokens: int = 0
@@ -38,6 +39,11 @@ class DecodingStats:
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     members: dict[str, float] = field(default_factory=dict)
+
+    def add_undrafted(self, reason: str) -> None:
+        """Count a batch that `transformers` decodes."""
+        self.plain_reason = reason
+        self.undrafted[reason] = self.undrafted.get(reason, 0) + 1
 
     def add(self, done: Round) -> None:
         """Count a round, or a plain step."""

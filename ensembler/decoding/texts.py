@@ -98,9 +98,8 @@ class DecodingOptions:
 
     def decoder(self, *, streamer: BaseStreamer | None = None, meter: Meter | None = None) -> SpeculativeDecoder:
         """Return what drafts, for batches that it is to learn its pace from; a cache that it is given is its own."""
-        seed = int(torch.randint(2**63 - 1, ())) if self.seed is None and self.temperature > 0 else self.seed or 0
         return SpeculativeDecoder(
-            self.draft, num_positions=self.draft_tokens, seed=seed, streamer=streamer, meter=meter, owns_cache=True
+            self.draft, num_positions=self.draft_tokens, seed=self.seed, streamer=streamer, meter=meter, owns_cache=True
         )
 
     def generation_config(self, max_new_tokens: int) -> GenerationConfig:
@@ -180,7 +179,8 @@ def complete_batches(
         if not wanted:
             continue
         start = time.perf_counter()
-        cache = headers.cache(index, options.num_rows, options.max_new_tokens)
+        with decoder.watching(model):
+            cache = headers.cache(index, options.num_rows, options.max_new_tokens)
         seed_batch(options, index)
         completions = complete(model, tokenizer, batch, options, decoder, start=start, cache=cache)
         yield [completion for completion in completions if completion.number not in done]
