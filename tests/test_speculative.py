@@ -14,6 +14,7 @@ from tiny import make_model, random_ids
 from transformers import PreTrainedTokenizerFast
 
 from ensembler import EnsembleForCausalLM
+from ensembler.decoding.batches import make_batches
 from ensembler.decoding.prompts import EncodedPrompt, text_ids
 from ensembler.decoding.speculative import SpeculativeDecoder
 from ensembler.decoding.texts import DecodingOptions
@@ -65,6 +66,36 @@ def test_greedy_texts_of_random_members(
     for draft, num in [*ways, ("source_pt", 3), ("target_pt", 8), ("ngram", 3)]:
         found, _ = drafted(model, tokenizer, prompts, options, draft, num, batch_size=4)
         assert_same(found, expected)
+
+
+MEMBERS = {
+    ("base-change", 0.1): [("llama", 16, 72), ("qwen2", 24, 64), ("gpt2", 32, 70)],
+    ("base-change", 0.6): [("gpt_neox", 16, 64), ("bloom", 32, 80), ("opt", 16, 72)],
+    ("eft", 0.8): [("gemma", 24, 64), ("llama", 16, 64), ("gpt_neox", 32, 66)],
+    ("eft", 1.2): [("opt", 16, 70), ("gpt2", 24, 70), ("qwen2", 16, 64)],
+}  # family, hidden size and vocabulary of source FT, source PT, target PT
+
+
+@pytest.mark.parametrize(("rule", "alpha"), MEMBERS)
+def test_greedy_texts_of_random_members_of_many_families(
+    tokenizer: PreTrainedTokenizerFast, rule: str, alpha: float
+) -> None:
+    """200 prompts of 1 to 24 tokens, in batches whose rows are padded."""
+    made = (
+        make_model(family, seed, hidden_size=hidden, vocab_size=vocab, num_layers=1 + seed % 2)
+        for seed, (family, hidden, vocab) in enumerate(MEMBERS[rule, alpha], 11)
+    )
+    model = EnsembleForCausalLM.from_members(rule=rule, alpha=alpha, members=dict(zip(ROLES, made, strict=True)))
+    prompts, options = prompts_of(200, longest=24), DecodingOptions(max_new_tokens=20)
+    batches = make_batches(model, prompts, 25, 20)
+    assert all(len(batch) == 25 for batch in batches)
+    assert sum(len({len(prompt.ids) for prompt in batch}) > 1 for batch in batches) > 5  # rows are padded
+    expected = plain(model, tokenizer, prompts, options, batch_size=25)
+    assert len({tuple(sample.ids) for (sample,) in expected.values()}) > 150
+    for num in (1, 3, 8):
+        found, decoder = drafted(model, tokenizer, prompts, options, "source_ft", num, batch_size=25)
+        assert_same(found, expected)
+        assert num == 1 or 0 < decoder.stats.num_accepted < decoder.stats.num_drafted  # both sides are seen
 
 
 @pytest.mark.parametrize("family", ["bloom", "opt", "gpt_neox", "gemma", "mistral"])
