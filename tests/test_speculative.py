@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_cases import make_pair, save_adapter, save_base
-from speculative_cases import ROLES, assert_same, drafted, make_trio, plain, plain_ids, prompts_of
+from speculative_cases import ROLES, assert_same, counted, drafted, make_trio, plain, plain_ids, prompts_of
 from tiny import make_model, random_ids
 from transformers import PreTrainedTokenizerFast
 
@@ -63,9 +63,24 @@ def test_greedy_texts_of_random_members(
     options = DecodingOptions(max_new_tokens=14, repetition_penalty=1.1)
     expected = plain(model, tokenizer, prompts, options, batch_size=4)
     ways = [("source_ft", 1), ("source_ft", 3), ("source_ft", 8), ("source_ft", None)]
-    for draft, num in [*ways, ("source_pt", 3), ("target_pt", 8), ("ngram", 3)]:
+    for draft, num in [*ways, ("source_pt", 3), ("target_pt", 8)]:
         found, _ = drafted(model, tokenizer, prompts, options, draft, num, batch_size=4)
         assert_same(found, expected)
+
+
+@pytest.mark.parametrize("widths", WIDTHS)
+@pytest.mark.parametrize(("rule", "alpha"), [("base-change", 0.2), ("eft", 0.9)])
+def test_greedy_texts_that_repeat_themselves(
+    tokenizer: PreTrainedTokenizerFast, rule: str, alpha: float, widths: str
+) -> None:
+    model, prompts = make_trio(WIDTHS[widths], rule=rule, alpha=alpha), prompts_of(7)
+    model.generation_config.eos_token_id = None  # long texts go round in circles
+    options = DecodingOptions(max_new_tokens=60)
+    expected = plain(model, tokenizer, prompts, options, batch_size=4)
+    for num in (3, 8):
+        found, decoder = drafted(model, tokenizer, prompts, options, "ngram", num, batch_size=4)
+        assert_same(found, expected)
+        assert 0 < decoder.stats.num_accepted < decoder.stats.num_drafted  # both sides are seen
 
 
 MEMBERS = {
@@ -110,6 +125,20 @@ def test_families_whose_positions_differ(tokenizer: PreTrainedTokenizerFast, fam
     assert_same(found, expected)
     assert decoder.stats.num_accepted > 10
     assert decoder.stats.num_accepted < decoder.stats.num_drafted
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_prompts_behind_one_header(tokenizer: PreTrainedTokenizerFast, batch_size: int) -> None:
+    """What all rows begin with is read once; rounds go on in the cache that holds it."""
+    header = random_ids(1, 40, seed=1)[0].tolist()
+    model, options = make_trio(alpha=0.15), DecodingOptions(max_new_tokens=16)
+    prompts = [EncodedPrompt(prompt.number, header + prompt.ids) for prompt in prompts_of(15)]
+    expected = plain(model, tokenizer, prompts, options, batch_size=batch_size, share_headers=False)
+    with counted(model) as calls:
+        found, decoder = drafted(model, tokenizer, prompts, options, "source_ft", 4, batch_size=batch_size)
+    assert_same(found, expected)
+    assert sum(length > 9 for length in calls[("target_pt",)].lengths) == 1  # the header
+    assert 0 < decoder.stats.num_accepted < decoder.stats.num_drafted
 
 
 @pytest.mark.parametrize("rule", ["base-change", "eft"])

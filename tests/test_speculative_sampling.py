@@ -120,7 +120,7 @@ SAMPLING = {
 def test_a_text_depends_on_its_seed_alone(tokenizer: PreTrainedTokenizerFast, draft: str, name: str) -> None:
     """Neither on how many tokens are drafted, nor on timing, nor on what is decoded beside it."""
     model, prompts = make_trio(alpha=0.2), prompts_of(6)
-    settings = {"temperature": 1.0, "seed": 7, "num_return_sequences": 2, **SAMPLING[name]}
+    settings = {"temperature": 0.6, "seed": 7, "num_return_sequences": 2, **SAMPLING[name]}
     options = DecodingOptions(max_new_tokens=14, **settings)
     expected, _ = drafted(model, tokenizer, prompts, options, draft, 1, batch_size=6)
     for num in (3, 8, None):
