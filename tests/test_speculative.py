@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 import torch
 from adapter_cases import make_pair, save_adapter, save_base
-from speculative_cases import ROLES, assert_same, counted, drafted, make_trio, plain, plain_ids, prompts_of
+from speculative_cases import (
+    ROLES,
+    assert_drafted,
+    assert_same,
+    counted,
+    drafted,
+    make_trio,
+    plain,
+    plain_ids,
+    prompts_of,
+)
 from tiny import make_model, random_ids
 from transformers import PreTrainedTokenizerFast
 
@@ -161,4 +171,5 @@ def test_an_alpha_for_each_row(tokenizer: PreTrainedTokenizerFast) -> None:
     decoder = SpeculativeDecoder("source_ft", num_positions=4, is_fixed=True)
     options: dict[str, Any] = {"max_new_tokens": 16, "do_sample": False}
     found = model.generate(ids, **options, custom_generate=decoder)
+    assert_drafted(decoder)
     assert found.tolist() == model.generate(ids, **options).tolist()
