@@ -59,13 +59,24 @@ def drafted(
     num_positions: int | None,
     **more: Any,
 ) -> tuple[dict[int, list[Sample]], SpeculativeDecoder]:
-    """The samples of each prompt with rounds of so many positions (None: as many as pay), and what decoded them."""
-    num = num_positions or 8
-    decoder = SpeculativeDecoder(
-        draft, num_positions=num, is_fixed=num_positions is not None, seed=options.seed or 0, **more.pop("decoder", {})
-    )
+    """The samples of each prompt with rounds of so many positions (None: as many as pay), and what decoded them.
+
+    Fails where texts were decoded without the draft: they would be those of plain decoding for no reason of ours.
+    """
+    settings = {"num_positions": num_positions or 8, "is_fixed": num_positions is not None, "owns_cache": True}
+    decoder = SpeculativeDecoder(draft, seed=options.seed or 0, **{**settings, **more.pop("decoder", {})})
     batches = complete_batches(model, tokenizer, prompts, options, decoder=decoder, **more)
-    return {completion.number: completion.samples for batch in batches for completion in batch}, decoder
+    found = {completion.number: completion.samples for batch in batches for completion in batch}
+    assert_drafted(decoder, has_rounds=(num_positions or 1) > 1 and options.max_new_tokens > 2)
+    return found, decoder
+
+
+def assert_drafted(decoder: SpeculativeDecoder, *, has_rounds: bool = True) -> None:
+    """A draft was there for all texts; `has_rounds`: and rounds were run with it, else perhaps."""
+    stats = decoder.stats
+    assert stats.draft is not None, stats.plain_reason
+    assert not has_rounds or stats.num_rounds > 0
+    assert not decoder.is_fixed or stats.plain_reason is None
 
 
 def plain(

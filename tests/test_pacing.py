@@ -93,6 +93,85 @@ def test_one_slow_round_does_not_end_it() -> None:
     assert seconds < 3000 / 1.5
 
 
+# -- the guarantee ----------------------------------------------------------------------------------------------------
+
+
+def middling_draft(num: int) -> float:
+    """A draft of three tenths of the step: a round of two pays from an acceptance of 0.37 on."""
+    return 0.3 * num + 0.7 * (1 + 0.1 * (num - 1))
+
+
+def play_misled(pace: Pace, cost: Cost, honest: int, misled: int) -> float:
+    """Decode `honest` tokens that are all accepted, then `misled` ones; return the seconds that the latter took.
+
+    The latter are accepted where a plain step asks, and rejected where a round was drafted: the acceptance that is
+    measured promises what no round ever gets.
+    """
+    play(pace, cost, lambda _: 1.0, honest)
+    done, seconds = 0, 0.0
+    while done < misled:
+        num = pace.next_round(1, misled - done)
+        pace.saw(Round(num, 1, 1, 1, int(num == 1), cost(num)))
+        done, seconds = done + 1, seconds + cost(num)
+    return seconds
+
+
+@pytest.mark.parametrize("misled", [300, 4000])
+@pytest.mark.parametrize("cost", [cheap_draft, middling_draft])
+def test_what_is_lost_is_bounded_where_the_acceptance_misleads(cost: Cost, misled: int) -> None:
+    """At most 2 % of the time and one round: nothing was won before."""
+    pace = Pace(8, 0.3)
+    seconds = play_misled(pace, cost, 0, misled)
+    assert 1.01 * misled < seconds < 1.021 * misled + cost(8)  # and rounds are risked all the same
+
+
+@pytest.mark.parametrize("misled", [300, 4000])
+def test_no_more_than_eight_plain_steps_of_what_was_won_are_lost_again(misled: int) -> None:
+    pace, honest = Pace(8, 0.3), 3000
+    seconds = play_misled(pace, middling_draft, honest, misled)
+    most = misled + 0.02 * (honest / 2 + seconds) + middling_draft(8) + 8  # half: what the honest tokens took at most
+    assert misled < seconds < most
+
+
+def test_a_draft_that_was_dear_is_tried_again_where_it_became_cheap() -> None:
+    """Rounds are not run any more where they are dear, so that their cost has to be forgotten to be seen again."""
+    pace = Pace(8, 0.1)
+    _, rounds = play(pace, dear_draft, lambda _: 0.9, 1000)
+    assert set(rounds[-200:]) == {1}
+    seconds, rounds = play(pace, cheap_draft, lambda _: 0.9, 2000)
+    assert sum(num > 1 for num in rounds[-100:]) > 80
+    assert seconds < 0.6 * 2000
+    assert pace.reason is None
+
+
+def test_a_plain_step_that_becomes_cheap_for_good_is_noticed_between_rounds() -> None:
+    """Rounds cost what they did, a plain step a fifth: what paid does not pay any more."""
+    pace = Pace(8, 0.1)
+    _, rounds = play(pace, cheap_draft, lambda _: 0.7, 1500)
+    assert sum(num > 1 for num in rounds[-100:]) > 80
+    _, rounds = play(pace, lambda num: cheap_draft(num) if num > 1 else 0.2, lambda _: 0.7, 3000)
+    assert rounds[-500:].count(1) > 480
+    assert pace.reason is not None
+
+
+def test_a_plain_step_that_becomes_dear_for_good_is_noticed() -> None:
+    """A plain step costs twice as much, rounds what they did: what did not pay does now."""
+    pace = Pace(8, 0.3)
+    _, rounds = play(pace, middling_draft, lambda done: 0.9 if done < 100 else 0.3, 300)
+    assert rounds[-50:].count(1) > 45  # while what rounds cost is remembered still
+    seconds, rounds = play(pace, lambda num: middling_draft(num) * (1 if num > 1 else 2), lambda _: 0.3, 3000)
+    assert sum(num > 1 for num in rounds[-100:]) > 80
+    assert seconds < 0.8 * 2 * 3000
+
+
+def test_plain_steps_come_back_however_well_drafting_pays() -> None:
+    _, rounds = play(Pace(8, 0.1), cheap_draft, lambda _: 1.0, 8000)
+    places = [place for place, num in enumerate(rounds) if num == 1]
+    gaps = [later - place for place, later in zip(places, [*places[1:], len(rounds)], strict=True)]
+    assert max(gaps) <= 25
+    assert sum(gap > 12 for gap in gaps) > 20  # not more often than they have to
+
+
 def test_there_is_never_more_than_there_is_room_for() -> None:
     pace = Pace(8, 0.01)
     play(pace, cheap_draft, lambda _: 1.0, 100)

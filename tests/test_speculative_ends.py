@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from speculative_cases import assert_same, drafted, make_tables, make_trio, plain, plain_ids, prompts_of
+from speculative_cases import assert_drafted, assert_same, drafted, make_tables, make_trio, plain, plain_ids, prompts_of
 from tiny import random_ids
 from transformers import PreTrainedTokenizerFast, StoppingCriteriaList, TextStreamer
 from transformers.generation import StopStringCriteria
@@ -41,13 +41,15 @@ def test_a_stop_text_within_a_round(tokenizer: PreTrainedTokenizerFast, num: int
     assert_same(found, expected)
     assert any(sample.finish_reason == "stop" for (sample,) in found.values())
     ids = torch.tensor([prompts[2].ids])
+    decoder = SpeculativeDecoder("source_ft", num_positions=num, is_fixed=True)
     stopped = model.generate(
         ids,
         max_new_tokens=16,
         do_sample=False,
         stopping_criteria=StoppingCriteriaList([StopStringCriteria(tokenizer, list(options.stop))]),
-        custom_generate=SpeculativeDecoder("source_ft", num_positions=num, is_fixed=True),
+        custom_generate=decoder,
     )
+    assert_drafted(decoder)
     assert stopped.shape[1] == ids.shape[1] + found[2][0].num_tokens  # nothing behind the stop is there
 
 
@@ -96,6 +98,7 @@ def test_a_streamer_gets_every_token_once_and_in_order(rows: int) -> None:
     sequences = plain_ids(model, ids, streamer=expected)
     decoder = SpeculativeDecoder("source_ft", num_positions=4, is_fixed=True, streamer=found)
     assert plain_ids(model, ids, streamer=found, custom_generate=decoder).tolist() == sequences.tolist()
+    assert_drafted(decoder)
     assert found.values[1:] == sequences[:, 5:].t().tolist()
     assert (found.values[0], found.num_ends) == (expected.values[0], 1)
 
@@ -114,20 +117,13 @@ def test_a_cache_that_was_given_is_gone_on_with(num: int) -> None:
     model, ids = make_trio(alpha=0.1), random_ids(1, 5)
     model.generation_config.eos_token_id = int(plain_ids(model, ids)[0, 12])
     cache = model.new_cache()
-    first = plain_ids(
-        model,
-        ids,
-        past_key_values=cache,
-        custom_generate=SpeculativeDecoder("source_ft", num_positions=num, is_fixed=True),
-    )
+    decoders = [SpeculativeDecoder("source_ft", num_positions=num, is_fixed=True) for _ in range(2)]
+    first = plain_ids(model, ids, past_key_values=cache, custom_generate=decoders[0])
     assert set(cache.lengths().values()) == {first.shape[1] - 1}
     longer = torch.cat([first, random_ids(1, 3, seed=8)], dim=1)
-    second = plain_ids(
-        model,
-        longer,
-        past_key_values=cache,
-        custom_generate=SpeculativeDecoder("source_ft", num_positions=num, is_fixed=True),
-    )
+    second = plain_ids(model, longer, past_key_values=cache, custom_generate=decoders[1])
+    for decoder in decoders:
+        assert_drafted(decoder)
     assert second.tolist() == plain_ids(model, longer).tolist()
 
 
@@ -135,12 +131,13 @@ def test_a_prompt_can_be_read_in_chunks() -> None:
     model, ids = make_trio(alpha=0.1), random_ids(3, 11)
     decoder = SpeculativeDecoder("source_ft", num_positions=4, is_fixed=True)
     found = plain_ids(model, ids, custom_generate=decoder, prefill_chunk_size=4)
+    assert_drafted(decoder)
     assert found.tolist() == plain_ids(model, ids).tolist()
 
 
 def test_a_failed_round_leaves_all_members_where_they_were() -> None:
-    model, cache, ids = make_tables(vocab_size=16), None, random_ids(1, 4, vocab_size=16)
-    cache = model.new_cache()
+    model, ids = make_tables(vocab_size=16), random_ids(1, 4, vocab_size=16)
+    cache, decoder = model.new_cache(), SpeculativeDecoder("source_ft", num_positions=3, is_fixed=True)
     target: Any = model.members["target_pt"]
 
     def fail_later(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -149,11 +146,7 @@ def test_a_failed_round_leaves_all_members_where_they_were() -> None:
 
     hook = target.register_forward_pre_hook(fail_later, with_kwargs=True)
     with pytest.raises(Exception, match="target_pt failed: ValueError: out of luck"):
-        plain_ids(
-            model,
-            ids,
-            past_key_values=cache,
-            custom_generate=SpeculativeDecoder("source_ft", num_positions=3, is_fixed=True),
-        )
+        plain_ids(model, ids, past_key_values=cache, custom_generate=decoder)
     hook.remove()
-    assert len(set(cache.lengths().values())) == 1
+    assert decoder.stats.num_rounds > 0
+    assert set(cache.lengths().values()) == {4 + decoder.stats.num_round_tokens}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ensembler.decoding.slots import Slots
 from ensembler.decoding.speculative import SpeculativeDecoder
 from ensembler.decoding.texts import DecodingOptions
 from ensembler.distributed import World
-from ensembler.errors import ConfigError
+from ensembler.errors import ConfigError, LogitsError
 
 
 def fixed(draft: str, num: int = 3, **more: Any) -> SpeculativeDecoder:
@@ -106,6 +107,42 @@ def test_rows_that_have_ended_are_not_run(tokenizer: PreTrainedTokenizerFast) ->
     num_rows = [found.shape[0] for found in calls[("target_pt",)].ids]
     assert num_rows == sorted(num_rows, reverse=True)
     assert num_rows[-1] < num_rows[0] == 4
+
+
+# -- a round that fails -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+@pytest.mark.parametrize(
+    ("role", "forward"),
+    [("source_ft", 7), ("source_ft", 8), ("source_ft", 9), ("source_pt", 3), ("target_pt", 3)],
+)
+def test_nan_of_a_member_within_a_round_is_an_error(role: str, forward: int, sampling: bool) -> None:
+    """At each token that the third round drafts, and where it is verified; the caches are as before the round."""
+    model, ids = make_tables(vocab_size=16), random_ids(1, 4, vocab_size=16)
+    options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": sampling}
+    whole = plain_ids(model, ids, **options, custom_generate=fixed("source_ft"))
+    failing: Any = model.members[role]
+    first = failing.num_forwards
+
+    def fail(*_: Any) -> None:
+        failing.fault = math.nan if failing.num_forwards == first + forward else None
+
+    hook = failing.register_forward_pre_hook(fail)
+    cache, decoder = model.new_cache(), fixed("source_ft")
+    with pytest.raises(LogitsError, match=f"^{role} computed NaN logits in torch.float32"):
+        plain_ids(model, ids, past_key_values=cache, custom_generate=decoder, **options)
+    hook.remove()
+    failing.fault = None
+    stats = decoder.stats
+    assert (stats.num_rounds, stats.num_plain_steps) == (2, 0)
+    num_read = ids.shape[1] + stats.num_round_tokens
+    assert set(cache.lengths().values()) == {num_read}
+    with counted(model) as calls:
+        text = plain_ids(model, whole[:, : num_read + 1], past_key_values=cache, max_length=28, max_new_tokens=None)
+    assert all(set(one.lengths) == {1} for one in calls.values())  # nothing is read again
+    assert sampling or text.tolist() == whole.tolist()
+    assert text.tolist() == plain_ids(model, whole[:, : num_read + 1], max_length=28, max_new_tokens=None).tolist()
 
 
 # -- slots ------------------------------------------------------------------------------------------------------------
