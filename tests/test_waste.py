@@ -20,6 +20,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ensembler import EnsembleForCausalLM, MemberConfig
+from ensembler.decoding.speculative import SpeculativeDecoder
 from ensembler.errors import LogitsError
 
 ROLES = ("source_ft", "source_pt", "target_pt")
@@ -120,6 +121,36 @@ def test_the_host_waits_once_per_token(tmp_path: Path, kind: str, case: str) -> 
     reads, scalars = waits(lambda count: model.generate(IDS, max_new_tokens=count, **options))
     assert reads == {"__bool__": 3}
     assert scalars == 3
+
+
+@pytest.mark.parametrize(("options", "on_cpus"), [({}, 0), (SAMPLING, 1)])
+def test_a_plain_step_of_a_decoder_waits_for_nan_and_for_its_token(options: dict[str, Any], on_cpus: int) -> None:
+    model = trio("llama", "qwen2", "gpt2")
+
+    def run(count: int) -> None:
+        decoder = SpeculativeDecoder("source_ft", num_positions=1, is_fixed=True, seed=1)
+        model.generate(IDS, **{**OPTIONS, **options}, max_new_tokens=count, custom_generate=decoder)
+        assert decoder.stats.num_plain_steps == count - 1
+
+    reads, scalars = waits(run)
+    # One read is of NaN, one of hits and ends at once; on CPUs alone sampling asks whether all drafted tokens stay.
+    assert reads == Counter({"tolist": 2 * 3, "__bool__": 3 * on_cpus}) + Counter()
+    assert scalars <= sum(reads.values())  # those are the same
+
+
+def test_a_round_waits_once_for_nan_and_once_for_each_position_that_is_settled() -> None:
+    model = EnsembleForCausalLM.from_members(alpha=0.0, members=trio("llama", "qwen2", "gpt2").members)
+    rounds: list[int] = []
+
+    def run(count: int) -> None:
+        decoder = SpeculativeDecoder("source_ft", num_positions=4, is_fixed=True)
+        model.generate(IDS[:1], **OPTIONS, max_new_tokens=count, custom_generate=decoder)
+        rounds.append(decoder.stats.num_rounds)
+
+    reads, _ = waits(lambda count: run(1 + 4 * (count - 5)))  # the prompt's token, and rounds of four: all are accepted
+    assert rounds[:2] == [1, 1]
+    assert rounds[-1] == 4
+    assert reads == Counter({"tolist": 3 * (1 + 4)})
 
 
 def test_a_streamer_reads_the_tokens_too() -> None:
