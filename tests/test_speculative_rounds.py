@@ -282,7 +282,8 @@ def test_a_batch_in_a_cache_that_was_given() -> None:
 
 def test_a_processor_that_knows_rows_by_number() -> None:
     processors = LogitsProcessorList([PrefixConstrainedLogitsProcessor(lambda row, ids: [4 + row, 9, 10], 1)])
-    reason = "PrefixConstrainedLogitsProcessor knows texts by their place in the batch"
+    kind = "PrefixConstrainedLogitsProcessor"
+    reason = f"{kind} knows texts by their place in the batch, or keeps a state of its own"
     assert_plain(make_trio(), reason, logits_processor=processors)
 
 
