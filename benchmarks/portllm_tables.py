@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ensembler.evaluation.bench.verdict import NAMES
+
 FOLDER = Path(__file__).parent / "results" / "bench" / "smollm2"
 TASKS = {"sst2": "SST-2", "mrpc": "MRPC", "wnli": "WNLI", "boolq": "BoolQ"}
 RANKS = (2, 4, 8, 16, 32)
@@ -42,18 +44,6 @@ def main() -> None:
     ):
         print(f"\n{title}\n")
         print("\n".join(lines))
-
-
-NAMES = {
-    "source_ft": "source FT",
-    "source_pt": "source PT",
-    "target_pt": "target PT",
-    "base-change": "base-change",
-    "eft": "EFT",
-    "patch": "the patch",
-    "patch+base-change": "base-change with the patched target",
-    "direct": "the directly tuned target",
-}
 
 
 def embedded(task: Mapping[str, Any]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 
+from ensembler.errors import InputError
 from ensembler.modeling import make_combination
 from ensembler.patch.plan import Plan
 from ensembler.runners import make_reader
@@ -50,8 +51,8 @@ class EnsembleForCausalLM(nn.Module):
         self._sizes: list[int] = sizes
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """Refused: each member embeds tokens by itself."""
-        raise NotImplementedError("an ensemble has no embeddings of its own; give it token ids")
+        """Refused: each member embeds tokens by itself. vLLM takes no class without this method for a model."""
+        raise InputError("an ensemble has no embeddings of its own; give it token ids")
 
     def forward(
         self,
@@ -62,7 +63,9 @@ class EnsembleForCausalLM(nn.Module):
     ) -> Tensor:
         """Return the members' hidden states (tokens, Σ hidden sizes) side by side for `input_ids` (tokens,)."""
         if input_ids is None or inputs_embeds is not None or intermediate_tensors is not None:
-            raise NotImplementedError("an ensemble takes token ids, on one pipeline stage")
+            raise InputError(
+                "an ensemble takes token ids, on one pipeline stage; its members are not one stack of layers"
+            )
         hidden = [
             member(input_ids=self.readers[role].read(input_ids), positions=positions)
             for role, member in self.members.items()
