@@ -33,13 +33,16 @@ SaveMember = Callable[..., Path]
 
 
 def test_the_command_names_rule_and_alpha_and_hands_on_flags() -> None:
-    config = read(demo_folder()).replaced(alpha=0.5)
-    command = serve_command(Path("/x"), config, name="x", alpha=0.5, flags=("--port", "9"))
+    checked = check_ensemble(read(demo_folder()).replaced(alpha=0.5))
+    command = serve_command(Path("/x"), checked, name="x", alpha=0.5, flags=("--port", "9"))
     names = command.index("--served-model-name")
     assert command[names + 1 : names + 3] == ["x:base-change@0.5", "x"]
     assert json.loads(command[command.index("--hf-overrides") + 1]) == {"alpha": 0.5}
     assert command[-2:] == ["--port", "9"]
-    own = serve_command(Path("/x"), config, name="x", alpha=None, flags=("--served-model-name=mine",))
+    assert command[command.index("--dtype") + 1] == "float32"
+    flags = ("--served-model-name=mine", "--dtype=bfloat16")
+    own = serve_command(Path("/x"), checked, name="x", alpha=None, flags=flags)
+    assert "--dtype" not in own
     assert "--hf-overrides" not in own
     assert [flag for flag in own if flag.startswith("--served-model-name")] == ["--served-model-name=mine"]
 

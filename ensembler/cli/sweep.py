@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ensembler.cli.backend_options import backend_options
 from ensembler.cli.options import DEMO, EnsembleOptions, ensemble_options
 from ensembler.cli.ranks import naming_rank, this_command, use_own_gpu
 from ensembler.cli.task_options import TaskOptions, task_options
@@ -16,6 +17,7 @@ from ensembler.rules import RULE_NAMES
 
 if TYPE_CHECKING:
     from ensembler.evaluation.answering import Chunk
+    from ensembler.evaluation.backends import BackendChoice
     from ensembler.evaluation.rows_folder import RowsFolder
     from ensembler.evaluation.sweep import Sweep, SweepOptions
     from ensembler.preflight import CheckedEnsemble
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
     help="The folder of the results.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@backend_options
 def sweep(
     given: EnsembleOptions,
     rules: str | None,
@@ -62,12 +65,14 @@ def sweep(
     seed: int,
     output: Path,
     as_json: bool,
+    backend: BackendChoice,
 ) -> None:
     """Choose alpha for ENSEMBLE on validation examples, and report it on others.
 
     All alphas and rules share the forwards of the members: a grid costs little more than one alpha. DIR gets
     rows.jsonl, summary.json, sweep.png and report.html. An interrupted sweep goes on when the same command is run
-    again. Started by accelerate launch or torchrun, each process takes some of the examples.
+    again. Started by accelerate launch or torchrun, each process takes some of the examples. With --backend vllm, each
+    alpha is a pass of its own.
 
     \b
     ensembler sweep demo --validation validation --rules base-change,eft
@@ -91,12 +96,13 @@ def sweep(
         metric=tasks.metric_key,
         batch_size=batch_size,
         seed=seed,
+        backend=backend,
     )
     checked = check_ensemble(replace(given, rule=names[0] if names else None).load_config())
     if not names:
         options = replace(options, rules=(checked.config.get_rule().name,))
-    context = None if checked.shortest_context is None else checked.shortest_context[1]
-    loaded = tasks.load(demo_task() if given.ensemble == DEMO else None, context)
+    limit = backend.shortest_context(checked)
+    loaded = tasks.load(demo_task() if given.ensemble == DEMO else None, None if limit is None else limit[1])
     plan = Sweep(checked, loaded, options)
     folder = RowsFolder(output, plan.settings, rows_per_id=len(plan.grid), rank=this_rank())
     if this_rank() == 0:
@@ -115,15 +121,18 @@ def sweep(
 
 def _run(plan: Sweep, checked: CheckedEnsemble, folder: RowsFolder, chunks: list[Chunk], done: frozenset[str]) -> None:
     from ensembler.cli.tables import progress
-    from ensembler.modeling import EnsembleForCausalLM
 
     if this_rank() == 0:
         _say_begin(plan, chunks, done)
     use_own_gpu()
-    model = EnsembleForCausalLM.from_checked(checked)
     num_examples = sum(len(chunk.examples) for chunk in chunks)
-    with folder, progress(num_examples, shown=this_rank() == 0, label="examples", lines=True) as advance:
-        for num in plan.run(model, folder, chunks, done):
+    shown = this_rank() == 0
+    with (
+        plan.options.backend.open(checked) as backend,
+        folder,
+        progress(num_examples, shown=shown, label="examples", lines=True) as advance,
+    ):
+        for num in plan.run(backend, folder, chunks, done):
             advance(num)
 
 

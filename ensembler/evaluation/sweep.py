@@ -6,13 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from ensembler.decoding.points import GridPoint, make_grid, points_by_rule
 from ensembler.errors import ConfigError
 from ensembler.evaluation.answering import Answered, Chunk, ScoringChunk, make_chunks
+from ensembler.evaluation.backends import Backend, BackendChoice
 from ensembler.evaluation.batches import can_share_contexts
 from ensembler.evaluation.examples import Measurement, Rolling
 from ensembler.evaluation.metric_values import to_json
@@ -21,7 +22,6 @@ from ensembler.evaluation.provenance import describe_ensemble, versions
 from ensembler.evaluation.rows_folder import Row, RowsFolder
 from ensembler.evaluation.sweep_tasks import SweepTask, ask, by_split, prompts_of
 from ensembler.evaluation.tasks import EvalTask
-from ensembler.modeling import EnsembleForCausalLM
 from ensembler.preflight import CheckedEnsemble
 from ensembler.rules import RULES, Rule
 
@@ -38,7 +38,7 @@ class SweepOptions:
     `select` "metric", α is chosen by the metric of the validation examples, with `one_standard_error` by that rule; by
     "perplexity", by the likelihood of the reported examples' prompts, without labels. `metric`: a key of the tasks'
     metrics instead of their first. `seed`: of sampled texts, of the draw of validation examples and of the bootstrap.
-    Raises ConfigError.
+    `backend`: what runs the members. Raises ConfigError.
     """
 
     rules: tuple[str, ...]
@@ -49,6 +49,7 @@ class SweepOptions:
     metric: str | None = None
     batch_size: int = 8
     seed: int = 0
+    backend: BackendChoice = field(default_factory=BackendChoice)
 
     def __post_init__(self) -> None:
         if self.select not in ("metric", "perplexity"):
@@ -84,8 +85,9 @@ class Sweep:
         points_by_rule(self.grid, self.rule, checked.contract, checked.config.outside)
         self.tasks = [self._plan(task) for task in tasks]
         self._asked = {asked.example.id: asked for task in self.tasks for asked in ask(task)}
+        options.backend.check(checked)
         self._checked = checked
-        self._tokenizer = checked.require_tokenizer()
+        self.tokenizer = checked.require_tokenizer()
         self.chunks = [chunk for task in self.tasks for chunk in self._chunks(task)]
         self._ids = {name: ids for chunk in self.chunks for name, ids in chunk.ids().items()}
 
@@ -96,12 +98,12 @@ class Sweep:
         return SweepTask(task, metric, parts, prompts)
 
     def _chunks(self, task: SweepTask) -> Iterator[Chunk]:
-        shortest = self._checked.shortest_context
+        max_length = self.options.backend.max_length(self._checked)
         for examples in (*by_split(task), task.prompts):
             yield from make_chunks(
                 examples,
-                self._tokenizer,
-                max_length=_MAX_LENGTH if shortest is None else shortest[1],
+                self.tokenizer,
+                max_length=_MAX_LENGTH if max_length is None else max_length,
                 batch_size=self.options.batch_size,
                 share_contexts=can_share_contexts(self._checked.model_configs.values()),
             )
@@ -141,6 +143,7 @@ class Sweep:
             "alphas": list(options.alphas),
             "tasks": {task.task.name: self._task_settings(task) for task in self.tasks},
             "batch size": options.batch_size,
+            "backend": options.backend.name,
             "seed": options.seed,
         }
 
@@ -175,12 +178,10 @@ class Sweep:
         own = self.chunks[rank::num_ranks]
         return [chunk for chunk in own if any(example.id not in done for example in chunk.examples)]
 
-    def run(
-        self, model: EnsembleForCausalLM, folder: RowsFolder, chunks: Sequence[Chunk], done: frozenset[str]
-    ) -> Iterator[int]:
+    def run(self, backend: Backend, folder: RowsFolder, chunks: Sequence[Chunk], done: frozenset[str]) -> Iterator[int]:
         """Answer chunk after chunk and append the rows; yield how many examples each had. Raises RunError."""
         for chunk in chunks:
-            answered = chunk.answer(model, self._tokenizer, self.grid, seed=self.options.seed)
+            answered = chunk.answer(backend, self.tokenizer, self.grid, seed=self.options.seed)
             folder.append([row for one in answered if one.example.id not in done for row in self._rows(one)])
             yield len(chunk.examples)
 

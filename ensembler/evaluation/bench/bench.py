@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from ensembler.errors import ConfigError, HubError, InputError, MissingExtraError
+from ensembler.evaluation.answering import Chunk
+from ensembler.evaluation.backends import BackendChoice
 from ensembler.evaluation.bench.methods import Run, plan_runs
 from ensembler.evaluation.bench.published import check_tasks
 from ensembler.evaluation.bench.recipe import Experiment, Recipe, Speed
@@ -19,7 +21,6 @@ from ensembler.evaluation.rows_folder import RowsFolder
 from ensembler.evaluation.sweep import Sweep, SweepOptions
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.evaluation.tasks import EvalTask
-from ensembler.modeling import EnsembleForCausalLM
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 
 _NAME = re.compile(r"[\w+.-]+")
@@ -49,8 +50,11 @@ class PlannedRun:
 class Bench:
     """All runs of a recipe, planned. Raises ConfigError, MemberError, VocabularyError, PatchError or PromptError."""
 
-    def __init__(self, recipe: Recipe, *, allow_code_execution: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, *, allow_code_execution: bool = False, backend: BackendChoice | None = None
+    ) -> None:
         self.recipe = recipe
+        self.backend = backend or BackendChoice()
         self._tasks: dict[str, list[EvalTask]] = {}
         self._allow_code_execution = allow_code_execution
         self.runs: list[PlannedRun] = []
@@ -76,7 +80,7 @@ class Bench:
         tasks = self._load(experiment)  # after the members, since their data may have to be fetched
         check_tasks(experiment, tasks)
         for run, ensemble in checked:
-            yield PlannedRun(experiment, run, ensemble, Sweep(ensemble, tasks, _options(experiment, run)))
+            yield PlannedRun(experiment, run, ensemble, Sweep(ensemble, tasks, _options(experiment, run, self.backend)))
 
     def _load(self, experiment: Experiment) -> list[EvalTask]:
         """Experiments differ in their models more than in their tasks."""
@@ -121,7 +125,7 @@ def _told(faults: Mapping[str, InputError]) -> InputError:
     return told
 
 
-def _options(experiment: Experiment, run: Run) -> SweepOptions:
+def _options(experiment: Experiment, run: Run, backend: BackendChoice) -> SweepOptions:
     return SweepOptions(
         rules=run.rules,
         alphas=run.alphas,
@@ -129,6 +133,7 @@ def _options(experiment: Experiment, run: Run) -> SweepOptions:
         metric=experiment.metric,
         batch_size=experiment.batch_size,
         seed=experiment.seed,
+        backend=backend,
     )
 
 
@@ -163,14 +168,21 @@ def answer(
     chunks = sweep.unfinished(done, rank=rank, num_ranks=num_ranks)
     if not chunks:
         return
-    model = None
     try:
-        model = EnsembleForCausalLM.from_checked(planned.checked)
-        with folder:
-            for num in sweep.run(model, folder, chunks, done):
-                advance(num)
+        _run(planned, folder, chunks, done, advance)
     finally:
-        del model
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _run(
+    planned: PlannedRun,
+    folder: RowsFolder,
+    chunks: Sequence[Chunk],
+    done: frozenset[str],
+    advance: Callable[[int], None],
+) -> None:
+    with planned.sweep.options.backend.open(planned.checked) as backend, folder:
+        for num in planned.sweep.run(backend, folder, chunks, done):
+            advance(num)
