@@ -28,7 +28,7 @@ os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 WIDE: dict[str, Any] = {"hidden_size": 64}  # heads of 32: smaller ones have no paged attention on a CPU
-SAMPLED = "targets"
+SAMPLED = "tiny_targets/"
 
 
 def assert_near(ours: Any, theirs: Any) -> None:
