@@ -122,7 +122,7 @@ def measure(ways: dict[str, Run], repeats: int) -> dict[str, list[float]]:
             start = time.perf_counter()
             num_tokens = run(1000 * repeat + number)
             rate = num_tokens / (time.perf_counter() - start)
-            print(f"{'warm-up' if not repeat else repeat}: {name} {rate:.1f} tokens/s", file=sys.stderr, flush=True)
+            print(f"{repeat or 'warm-up'}: {name} {rate:.1f} tokens/s", file=sys.stderr, flush=True)
             if repeat:
                 rates[name].append(rate)
     return rates
