@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,16 @@ def test_the_command_writes_rows_and_goes_on_with_them(tmp_path: Path) -> None:
             cli, ["generate", "demo", *map(str, [*asked, tmp_path / "vllm.jsonl", "--resume"]), *backend]
         )
         assert "was begun with another ensemble" in str(other.exception)
+
+
+def test_standard_output_holds_results_alone() -> None:
+    command = [sys.executable, "-m", "ensembler", "generate", "demo", "--prompt", "9 - 2 =", "--json", "--backend=vllm"]
+    environment = {key: value for key, value in os.environ.items() if key != "VLLM_LOGGING_LEVEL"}
+    flags = [f"--engine-arg={name}={json.dumps(value)}" for name, value in ARGUMENTS.items()]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["finish_reason"] == "stop"
+    assert "EngineCore" in done.stderr  # its log is what shows that something goes on
 
 
 @pytest.mark.parametrize(

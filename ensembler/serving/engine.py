@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,7 @@ class Engine:
         self._checked = checked
 
     def __enter__(self) -> Self:
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for results
         from vllm import LLM
 
         self._folder = tempfile.TemporaryDirectory(prefix="ensembler-")
@@ -87,12 +89,13 @@ class Engine:
 
         `params`: vLLM's SamplingParams for each. What is left is aborted when the iterator is closed.
         """
+        from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         engine = self._llm.llm_engine
         for index, (ids, of_request) in enumerate(zip(prompts, params, strict=True)):
             of_request.output_kind = RequestOutputKind.FINAL_ONLY  # else of n samples only the last one to end
-            engine.add_request(str(index), {"prompt_token_ids": list(ids)}, of_request)
+            engine.add_request(str(index), tokens_input(list(ids)), of_request)
         waiting = {str(index) for index in range(len(prompts))}
         try:
             while waiting:
