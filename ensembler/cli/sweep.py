@@ -17,10 +17,10 @@ from ensembler.rules import RULE_NAMES
 
 if TYPE_CHECKING:
     from ensembler.evaluation.answering import Chunk
-    from ensembler.evaluation.backends import BackendChoice
     from ensembler.evaluation.rows_folder import RowsFolder
     from ensembler.evaluation.sweep import Sweep, SweepOptions
     from ensembler.preflight import CheckedEnsemble
+    from ensembler.serving.choice import BackendChoice
 
 
 @click.command()
@@ -121,6 +121,7 @@ def sweep(
 
 def _run(plan: Sweep, checked: CheckedEnsemble, folder: RowsFolder, chunks: list[Chunk], done: frozenset[str]) -> None:
     from ensembler.cli.tables import progress
+    from ensembler.evaluation.backends import open_backend
 
     if this_rank() == 0:
         _say_begin(plan, chunks, done)
@@ -128,7 +129,7 @@ def _run(plan: Sweep, checked: CheckedEnsemble, folder: RowsFolder, chunks: list
     num_examples = sum(len(chunk.examples) for chunk in chunks)
     shown = this_rank() == 0
     with (
-        plan.options.backend.open(checked) as backend,
+        open_backend(plan.options.backend, checked) as backend,
         folder,
         progress(num_examples, shown=shown, label="examples", lines=True) as advance,
     ):

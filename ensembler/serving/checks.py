@@ -12,7 +12,6 @@ from ensembler.planning.serving import can_part, heads_of
 from ensembler.preflight import CheckedEnsemble
 
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as model families call them
 
 
 def require_vllm() -> None:
@@ -21,11 +20,8 @@ def require_vllm() -> None:
         raise MissingExtraError("vllm", "vllm")
 
 
-def check_servable(checked: CheckedEnsemble, *, dtype: str | None = None, num_ranks: int = 1) -> None:
-    """Raise ConfigError or MemberError with what vLLM cannot run as members of one model.
-
-    `dtype`: that of all members, where it is given to vLLM; `num_ranks`: of tensor parallelism.
-    """
+def check_servable(checked: CheckedEnsemble, *, num_ranks: int = 1) -> None:
+    """Raise ConfigError or MemberError with what vLLM cannot run as members of one model, on so many parallel ranks."""
     for role, member in checked.config.members.items():
         if member.quantization is not None:
             raise ConfigError(
@@ -39,8 +35,6 @@ def check_servable(checked: CheckedEnsemble, *, dtype: str | None = None, num_ra
             )
     for role, config in checked.model_configs.items():
         _check_member(role, config, num_ranks)
-    if dtype in (None, "auto"):
-        common_dtype(checked)
 
 
 def _check_member(role: str, config: Any, num_ranks: int) -> None:
@@ -59,12 +53,12 @@ def _check_member(role: str, config: Any, num_ranks: int) -> None:
     family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if getattr(family, "_is_stateful", False) or not kinds <= _ATTENTION:
         raise MemberError(
-            f"{role} ({config.model_type}) keeps a state beside keys and values, which vLLM cannot do for one member of "
-            "several; the transformers backend runs it"
+            f"{role} ({config.model_type}) keeps a state beside keys and values, which vLLM cannot do for one member "
+            "of several; the transformers backend runs it"
         )
-    if any(getattr(text, name, None) for name in _EXPERTS):
+    if getattr(text, "kv_lora_rank", None):
         raise MemberError(
-            f"{role} ({config.model_type}) is a mixture of experts, which vLLM sets up for a whole model and not for a "
+            f"{role} ({config.model_type}) has latent attention, which vLLM sets up for a whole model, not for one "
             "member of several; the transformers backend runs it"
         )
     heads = heads_of(config)
@@ -75,11 +69,13 @@ def _check_member(role: str, config: Any, num_ranks: int) -> None:
         )
 
 
-def common_dtype(checked: CheckedEnsemble) -> str:
-    """Return the dtype that all members are to run in: what they ask for, or that of their files.
+def common_dtype(checked: CheckedEnsemble, given: str | None = None) -> str:
+    """Return the dtype that all members are to run in: the one `given` to vLLM, what they ask for, that of their files.
 
     vLLM by itself would take half precision for float32. Raises ConfigError where members differ.
     """
+    if given not in (None, "auto"):
+        return str(given)
     found = list(dict.fromkeys(own_dtypes(checked)))
     if len(found) > 1:
         raise ConfigError(

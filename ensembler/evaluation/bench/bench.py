@@ -13,7 +13,7 @@ import torch
 
 from ensembler.errors import ConfigError, HubError, InputError, MissingExtraError
 from ensembler.evaluation.answering import Chunk
-from ensembler.evaluation.backends import BackendChoice
+from ensembler.evaluation.backends import open_backend
 from ensembler.evaluation.bench.methods import Run, plan_runs
 from ensembler.evaluation.bench.published import check_tasks
 from ensembler.evaluation.bench.recipe import Experiment, Recipe, Speed
@@ -22,6 +22,7 @@ from ensembler.evaluation.sweep import Sweep, SweepOptions
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.evaluation.tasks import EvalTask
 from ensembler.preflight import CheckedEnsemble, check_ensemble
+from ensembler.serving.choice import BackendChoice
 
 _NAME = re.compile(r"[\w+.-]+")
 _MOST_NAMES = 5  # in a line
@@ -183,6 +184,6 @@ def _run(
     done: frozenset[str],
     advance: Callable[[int], None],
 ) -> None:
-    with planned.sweep.options.backend.open(planned.checked) as backend, folder:
+    with open_backend(planned.sweep.options.backend, planned.checked) as backend, folder:
         for num in planned.sweep.run(backend, folder, chunks, done):
             advance(num)
