@@ -35,8 +35,10 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $(VLLM_STAMP)
 
+# The second line: what the package is without vLLM has to work with vLLM's transformers too.
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm*.py
+	$(VLLM_VENV)/bin/python -m pytest $(addprefix tests/test_, modeling.py forward.py members.py folder.py texts.py serving.py sweep.py)
 
 lint: install
 	$(BIN)/ruff check .
