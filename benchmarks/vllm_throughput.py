@@ -115,16 +115,14 @@ def vllm_version() -> str:
 
 
 def measure(ways: dict[str, Run], repeats: int) -> dict[str, list[float]]:
-    """Tokens per second of every way, in each repeat; the first round warms up."""
+    """Tokens per second of every way, in each repeat."""
     rates: dict[str, list[float]] = {name: [] for name in ways}
-    for repeat in range(repeats + 1):
+    for repeat in range(1, repeats + 1):
         for number, (name, run) in enumerate(ways.items()):
             start = time.perf_counter()
             num_tokens = run(1000 * repeat + number)
-            rate = num_tokens / (time.perf_counter() - start)
-            print(f"{repeat or 'warm-up'}: {name} {rate:.1f} tokens/s", file=sys.stderr, flush=True)
-            if repeat:
-                rates[name].append(rate)
+            rates[name].append(num_tokens / (time.perf_counter() - start))
+            print(f"{repeat}: {name} {rates[name][-1]:.1f} tokens/s", file=sys.stderr, flush=True)
     return rates
 
 
@@ -161,6 +159,8 @@ def main() -> None:
             "vllm unequal": vllm_run(ensemble, unequal),
             "transformers unequal": transformers_run(model, unequal),
         }
+        for run in (*(vllm_run(llm, [4] * SIZES[-1]) for llm in (ensemble, target)), transformers_run(model, [4])):
+            run(0)  # warms up
         rates = measure(ways, args.repeats)
         for llm in (ensemble, target):
             llm.llm_engine.engine_core.shutdown()

@@ -18,7 +18,8 @@ from ensembler.demo import demo_folder
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
 pytestmark = pytest.mark.vllm
 
-RULES = {
+EXTENSION = "ensembler.serving.vllm_worker.PointSetter"
+RULES: dict[str, dict[str, Any]] = {
     "base-change": {"rule": "base-change", "alpha": 0.7},
     "eft": {"rule": "eft", "alpha": 1.1},
     "linear": {
@@ -30,27 +31,31 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_the_embedded_family_by_each_rule(rule: str, tmp_path: Path) -> None:
-    folder = changed(demo_folder(), tmp_path / "ensemble", **RULES[rule])
-    model = EnsembleForCausalLM.from_pretrained(folder)
-    prompts = prompts_for(model.config.vocab_size)
-    with engine(folder, load_format="ensembler") as llm:
-        assert_same(served(llm, prompts), expected(model, prompts))
+def assert_every_rule(folder: Path, vocab_size: int) -> None:
+    """The folder's own rule is linear; the others are set while the engine runs."""
+    own = EnsembleForCausalLM.from_pretrained(folder)
+    assert own.rule.name == "linear"
+    prompts = prompts_for(vocab_size)
+    with engine(folder, load_format="ensembler", worker_extension_cls=EXTENSION) as llm:
+        assert_same(served(llm, prompts), expected(own, prompts))
+        for rule in ("base-change", "eft"):
+            llm.collective_rpc("set_point", args=(rule, RULES[rule]["alpha"]))
+            config = own.config.replaced(**RULES[rule], constant=None, slope=None)
+            assert_same(served(llm, prompts), expected(EnsembleForCausalLM.from_config(config), prompts))
 
 
-@pytest.mark.parametrize("rule", RULES)
-def test_members_of_different_families_widths_and_depths(rule: str, tmp_path: Path) -> None:
+def test_the_embedded_family_by_each_rule(tmp_path: Path) -> None:
+    assert_every_rule(changed(demo_folder(), tmp_path / "ensemble", **RULES["linear"]), 134)
+
+
+def test_members_of_different_families_widths_and_depths_by_each_rule(tmp_path: Path) -> None:
     members = {
-        "source_ft": str(save(tmp_path / "ft", "llama", 1, **WIDE)),
-        "source_pt": str(save(tmp_path / "pt", "qwen2", 2, hidden_size=128, num_layers=1)),
-        "target_pt": str(save(tmp_path / "target", "gpt2", 3, hidden_size=64, num_layers=3)),
+        "source_ft": save(tmp_path / "ft", "llama", 1, **WIDE),
+        "source_pt": save(tmp_path / "pt", "qwen2", 2, hidden_size=128, num_layers=1),
+        "target_pt": save(tmp_path / "target", "gpt2", 3, hidden_size=64, num_layers=3),
     }
-    model = EnsembleForCausalLM.from_members(members=members, **RULES[rule])
-    model.save_pretrained(tmp_path / "ensemble")
-    prompts = prompts_for(64)
-    with engine(tmp_path / "ensemble", load_format="ensembler") as llm:
-        assert_same(served(llm, prompts), expected(model, prompts))
+    save_members(tmp_path / "ensemble", members=members, **RULES["linear"])
+    assert_every_rule(tmp_path / "ensemble", 64)
 
 
 @pytest.mark.parametrize(
