@@ -175,3 +175,25 @@ def test_what_cannot_be_served_is_said_before_the_engine_starts(tmp_path: Path) 
     (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(Exception, match="target_pt is quantised when loaded"), engine(folder, load_format="ensembler"):
         pass
+
+
+def test_a_tokenizer_that_asks_for_the_configuration_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those without a class of their own do; the members are checked once all the same."""
+    from vllm.transformers_utils.config import get_config
+
+    from ensembler.serving import vllm_config, vllm_plugin
+
+    folder = changed(demo_folder(), tmp_path / "ensemble")
+    path = folder / "tokenizer_config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in content.items() if key != "tokenizer_class"}))
+    calls = []
+    check = vllm_config.check_ensemble
+    monkeypatch.setattr(vllm_config, "check_ensemble", lambda config: calls.append(config) or check(config))
+    vllm_plugin.register()
+    config = get_config(str(folder), trust_remote_code=False)
+    assert config.checked is config.checked
+    assert len(calls) == 1
+    assert config.dtype == "float32"

@@ -6,7 +6,8 @@ so the hidden size is their sum; each attention layer tells vLLM its own heads w
 
 from __future__ import annotations
 
-from functools import cached_property
+import json
+from pathlib import Path
 from typing import Any, ClassVar
 
 from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
@@ -15,6 +16,9 @@ from ensembler import folder as folders
 from ensembler.config import EnsembleConfig
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 from ensembler.serving.checks import check_servable, own_dtypes
+
+_checked: dict[str, CheckedEnsemble] = {}  # not in a configuration: vLLM copies and sends those many times
+_under_way: set[Path] = set()  # a folder's tokenizer asks for its configuration, while that is being checked
 
 
 class ServedConfig(EnsembleConfig):  # type: ignore[misc,unused-ignore]
@@ -31,16 +35,26 @@ class ServedConfig(EnsembleConfig):  # type: ignore[misc,unused-ignore]
         """
         made = super().from_dict(content, **options)
         config = made[0] if isinstance(made, tuple) else made
-        folders.located(config, folders.find(config.name_or_path))
-        config.dtype = own_dtypes(config.checked)[0]  # vLLM's "auto" goes by it; the engine and the server give theirs
+        folder = folders.find(config.name_or_path)
+        folders.located(config, folder)
+        if folder in _under_way:
+            return made
+        _under_way.add(folder)
+        try:
+            config.dtype = own_dtypes(config.checked)[0]  # of vLLM's "auto"; the engine and the server give theirs
+        finally:
+            _under_way.remove(folder)
         return made
 
-    @cached_property
+    @property
     def checked(self) -> CheckedEnsemble:
         """The members' files, configurations and vocabulary contract."""
-        found = check_ensemble(EnsembleConfig.replaced(self))
-        check_servable(found)
-        return found
+        key = json.dumps([self.name_or_path, self.to_dict()["members"], self.rule, self.outside], default=str)
+        if key not in _checked:
+            found = check_ensemble(EnsembleConfig.replaced(self))
+            check_servable(found)
+            _checked[key] = found
+        return _checked[key]
 
 
 class ServedSizes(ModelArchConfigConvertorBase):  # type: ignore[misc,unused-ignore]
