@@ -137,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     if not (args.model / "config.json").is_file():
         sys.exit(f"there is no model in {args.model}; give the folder of one")
-    engine = vllm_version()
+    engine, threads = vllm_version(), torch.get_num_threads()
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -150,6 +150,7 @@ def main() -> None:
         write_checked(checked, Path(folder) / "ensemble")
         ensemble = LLM(str(Path(folder) / "ensemble"), load_format="ensembler", **settings)
         target = LLM(str(args.model), **settings)
+        torch.set_num_threads(threads)  # vLLM leaves one to the process that starts its engines
         model = EnsembleForCausalLM.from_checked(checked)
         lengths, unequal = [args.new_tokens], unequal_lengths(SIZES[-1])
         ways = {

@@ -183,7 +183,10 @@ def test_a_tokenizer_that_asks_for_the_configuration_of_its_folder(
     """As those without a class of their own do; the members are checked once all the same."""
     from vllm.transformers_utils.config import get_config
 
-    from ensembler.serving import vllm_config, vllm_plugin
+    from ensembler.serving import vllm_plugin
+
+    vllm_plugin.register()
+    from ensembler.serving import vllm_config
 
     folder = changed(demo_folder(), tmp_path / "ensemble")
     path = folder / "tokenizer_config.json"
@@ -192,7 +195,6 @@ def test_a_tokenizer_that_asks_for_the_configuration_of_its_folder(
     calls = []
     check = vllm_config.check_ensemble
     monkeypatch.setattr(vllm_config, "check_ensemble", lambda config: calls.append(config) or check(config))
-    vllm_plugin.register()
     config = get_config(str(folder), trust_remote_code=False)
     assert config.checked is config.checked
     assert len(calls) == 1
