@@ -75,19 +75,14 @@ def test_the_other_rules(rule: str, roles: tuple[str, str], alpha: float, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("families", "tolerance"),
+    "families",
     [
-        (
-            ("mistral", "gpt_neox", "gemma2"),
-            1e-2,
-        ),  # windows of 6 tokens in some layers or all; large logits
-        (("mixtral", "opt", "mistral"), 1e-3),  # experts beside none; hidden states that are projected before the head
+        ("mistral", "gpt_neox", "gemma2"),  # windows of 6 tokens in some layers or all
+        ("mixtral", "opt", "mistral"),  # experts beside none; hidden states that are projected before the head
     ],
 )
-def test_windows_experts_and_what_else_a_family_has_of_its_own(
-    families: tuple[str, str, str], tolerance: float, tmp_path: Path
-) -> None:
-    more: dict[str, dict[str, Any]] = {"gemma2": {"head_dim": 32}}
+def test_windows_experts_and_what_else_a_family_has_of_its_own(families: tuple[str, str, str], tmp_path: Path) -> None:
+    more: dict[str, dict[str, Any]] = {"gemma2": {"head_dim": 32, "initializer_range": 0.1}}
     roles = ("source_ft", "source_pt", "target_pt")
     members = {
         role: save(tmp_path / role, family, seed, **WIDE, **more.get(family, {}))
@@ -96,7 +91,7 @@ def test_windows_experts_and_what_else_a_family_has_of_its_own(
     model = save_members(tmp_path / "ensemble", "base-change", members, alpha=0.7)
     prompts = prompts_for(64)
     with engine(tmp_path / "ensemble", load_format="ensembler") as llm:
-        assert_same(served(llm, prompts), expected(model, prompts), tolerance)
+        assert_same(served(llm, prompts), expected(model, prompts))
 
 
 def test_compiled_members_of_one_configuration(tmp_path: Path) -> None:
