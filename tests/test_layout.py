@@ -104,7 +104,8 @@ def test_no_cycles() -> None:
 
 
 def test_exported_names() -> None:
-    expected = ["EnsembleCache", "EnsembleConfig", "EnsembleForCausalLM", "EnsemblerError", "MemberConfig"]
+    expected = ["EnsembleCache", "EnsembleConfig", "EnsembleForCausalLM", "EnsembleForImageClassification"]
+    expected += ["EnsemblerError", "MemberConfig"]
     assert ensembler.__all__ == expected == sorted(expected)
     for name in expected:
         assert getattr(ensembler, name).__name__ == name
