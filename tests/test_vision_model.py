@@ -368,7 +368,9 @@ def test_members_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
                 members={"source_ft": member, "source_pt": vit, "target_pt": vit}
             )
 
-    refuse(demo_folder() / "source_pt", "source_ft: .*expected an image classifier, a dual encoder such as CLIP, or a vi")
+    refuse(
+        demo_folder() / "source_pt", "source_ft: .*expected an image classifier, a dual encoder such as CLIP, or a vi"
+    )
     refuse({"model": str(vit), "adapter": str(vit)}, "source_ft: an image classifier takes no adapter; merge it")
     refuse({"model": str(clip), "head": str(tmp_path / "none")}, "source_ft: there is no head ")
     wide = save_head(tmp_path / "wide.safetensors", 13)
