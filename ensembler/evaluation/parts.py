@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ensembler.errors import ConfigError
 from ensembler.evaluation.examples import Example
-from ensembler.evaluation.tasks import EvalTask
+from ensembler.evaluation.swept_task import SweptTask
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Parts:
     repeated: tuple[Example, ...] = ()
 
 
-def split_examples(task: EvalTask, validation: str | None, *, seed: int = 0) -> Parts:
+def split_examples(task: SweptTask, validation: str | None, *, seed: int = 0) -> Parts:
     """Return the parts of a task's examples.
 
     `validation` is a number of examples, drawn from the split that lm-eval evaluates, of which the rest is test; or
@@ -39,7 +39,7 @@ def split_examples(task: EvalTask, validation: str | None, *, seed: int = 0) -> 
     return _without_repeats(task, task.examples(validation), test)
 
 
-def _draw(task: EvalTask, examples: Sequence[Example], num: int, seed: int) -> Parts:
+def _draw(task: SweptTask, examples: Sequence[Example], num: int, seed: int) -> Parts:
     if not 0 < num < len(examples):
         raise ConfigError(
             f"validation on {num} of the {len(examples)} examples of task {task.name} leaves none to choose from or to "
@@ -53,7 +53,7 @@ def _draw(task: EvalTask, examples: Sequence[Example], num: int, seed: int) -> P
     )
 
 
-def _without_repeats(task: EvalTask, validation: Sequence[Example], test: Sequence[Example]) -> Parts:
+def _without_repeats(task: SweptTask, validation: Sequence[Example], test: Sequence[Example]) -> Parts:
     """Data sets hold some documents twice; test keeps all of its own. Whatever else a prompt shows does not count."""
     reported = {repr(task.bare_requests(example)) for example in test}
     is_repeated = [repr(task.bare_requests(example)) in reported for example in validation]

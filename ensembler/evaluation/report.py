@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,18 @@ def make_report(
     *,
     command: str,
     settings: Mapping[str, Any],
+    thumbnail: Callable[[str], str | None] = lambda name: None,
 ) -> str:
-    """Return the page. `rows` and `examples` are by id, as the folder of results has them."""
+    """Return the page. `rows` and `examples` are by id, as the folder of results has them.
+
+    `thumbnail` returns a small picture of the example with an id as a data URI, where it is an image.
+    """
     return render(
         "sweep_report.html.jinja",
         summaries=summaries,
         lines=[line for summary in summaries for line in choice_lines(summary)],
         picture=base64.b64encode(picture).decode(),
-        tasks=[_task(summary, rows, examples) for summary in summaries],
+        tasks=[_task(summary, rows, examples, thumbnail) for summary in summaries],
         command=command,
         settings=json.dumps(settings, indent=2, ensure_ascii=False),
     )
@@ -52,7 +56,12 @@ def render(template: str, **values: Any) -> str:
     return str(jinja2.Environment(loader=folder, autoescape=True).get_template(template).render(**values))
 
 
-def _task(summary: TaskSummary, rows: Mapping[str, Sequence[Row]], examples: Mapping[str, Row]) -> dict[str, Any]:
+def _task(
+    summary: TaskSummary,
+    rows: Mapping[str, Sequence[Row]],
+    examples: Mapping[str, Row],
+    thumbnail: Callable[[str], str | None],
+) -> dict[str, Any]:
     points = {_point(row) for row in next(iter(rows.values()))}
     return {
         "summary": summary,
@@ -61,7 +70,7 @@ def _task(summary: TaskSummary, rows: Mapping[str, Sequence[Row]], examples: Map
         "methods": method_rows(summary),
         "differences": difference_rows(summary),
         "changed": [
-            _changed(summary, choice, rows, examples)
+            _changed(summary, choice, rows, examples, thumbnail)
             for choice in summary.choices
             if choice.alpha != 0 and GridPoint(choice.rule, 0.0) in points
         ],
@@ -83,7 +92,11 @@ class _Change:
 
 
 def _changed(
-    summary: TaskSummary, choice: Choice, rows: Mapping[str, Sequence[Row]], examples: Mapping[str, Row]
+    summary: TaskSummary,
+    choice: Choice,
+    rows: Mapping[str, Sequence[Row]],
+    examples: Mapping[str, Row],
+    thumbnail: Callable[[str], str | None],
 ) -> dict[str, Any]:
     """The examples that a rule answers otherwise at its α than at 0: how many, and some of them, drawn evenly."""
     anchor, chosen = GridPoint(choice.rule, 0.0), GridPoint(choice.rule, choice.alpha)
@@ -110,6 +123,7 @@ def _changed(
         "examples": [
             {
                 "id": change.id,
+                "picture": thumbnail(change.id),
                 "prompt": _end(examples[change.id]["prompt"]),
                 "gold": examples[change.id]["gold"] or "",
                 "before": _text(change.before, filter_name),
@@ -158,5 +172,13 @@ def write_results(
     command = folder.command
     write_whole(folder.path / "sweep.png", picture)
     write_whole(folder.path / "summary.json", to_json(summaries, sweep, command))
-    page = make_report(summaries, rows, read_examples(folder.path), picture, command=command, settings=sweep.settings)
+    page = make_report(
+        summaries,
+        rows,
+        read_examples(folder.path),
+        picture,
+        command=command,
+        settings=sweep.settings,
+        thumbnail=sweep.thumbnail,
+    )
     write_whole(folder.path / "report.html", page)

@@ -20,7 +20,7 @@ from ensembler.evaluation.parts import split_examples
 from ensembler.evaluation.provenance import describe_ensemble, versions
 from ensembler.evaluation.rows_folder import Row, RowsFolder
 from ensembler.evaluation.sweep_tasks import SweepTask, ask, by_split, prompts_of
-from ensembler.evaluation.tasks import EvalTask
+from ensembler.evaluation.swept_task import SweptTask
 from ensembler.modeling import EnsembleForCausalLM
 from ensembler.preflight import CheckedEnsemble
 from ensembler.rules import RULES, Rule
@@ -72,7 +72,7 @@ class Sweep:
     Raises ConfigError or PromptError for what cannot be asked of this ensemble.
     """
 
-    def __init__(self, checked: CheckedEnsemble, tasks: Sequence[EvalTask], options: SweepOptions) -> None:
+    def __init__(self, checked: CheckedEnsemble, tasks: Sequence[SweptTask], options: SweepOptions) -> None:
         self.options = options
         self.rule = checked.config.get_rule()
         self.points = make_grid(options.rules, options.alphas)
@@ -85,22 +85,23 @@ class Sweep:
         self.tasks = [self._plan(task) for task in tasks]
         self._asked = {asked.example.id: asked for task in self.tasks for asked in ask(task)}
         self._checked = checked
-        self._tokenizer = checked.require_tokenizer()
+        self._tokenizer = checked.tokenizer
         self.chunks = [chunk for task in self.tasks for chunk in self._chunks(task)]
         self._ids = {name: ids for chunk in self.chunks for name, ids in chunk.ids().items()}
 
-    def _plan(self, task: EvalTask) -> SweepTask:
+    def _plan(self, task: SweptTask) -> SweepTask:
         metric = task.choose_metric(self.options.metric)
         parts = split_examples(task, self.options.validation, seed=self.options.seed)
         prompts = tuple(map(prompts_of, parts.test)) if self.options.by_perplexity else ()
         return SweepTask(task, metric, parts, prompts)
 
     def _chunks(self, task: SweepTask) -> Iterator[Chunk]:
+        tokenizer = self._checked.require_tokenizer()
         shortest = self._checked.shortest_context
         for examples in (*by_split(task), task.prompts):
             yield from make_chunks(
                 examples,
-                self._tokenizer,
+                tokenizer,
                 max_length=_MAX_LENGTH if shortest is None else shortest[1],
                 batch_size=self.options.batch_size,
                 share_contexts=can_share_contexts(self._checked.model_configs.values()),
@@ -121,6 +122,18 @@ class Sweep:
         """How many requests of a task lost tokens on the left to fit into the members' shortest context."""
         own = {example.id for examples in by_split(task) for example in examples}
         return sum(chunk.num_truncated for chunk in self.chunks if chunk.examples[0].id in own)
+
+    def num_skipped(self, task: SweepTask) -> int:
+        """How many examples of a task were left out because they cannot be read."""
+        return 0
+
+    def thumbnail(self, name: str) -> str | None:
+        """Return a small picture of the example with this id as a data URI, where it is an image."""
+        return None
+
+    def load(self) -> EnsembleForCausalLM:
+        """Load the members."""
+        return EnsembleForCausalLM.from_checked(self._checked)
 
     def num_prompt_tokens(self, task: SweepTask) -> int:
         """How many tokens the prompts of a task have, whose likelihood chooses α."""
