@@ -19,13 +19,14 @@ from ensembler.evaluation.examples import Answer, Example
 from ensembler.evaluation.rows_folder import RowsFolder
 from ensembler.evaluation.sweep import Sweep, SweepOptions
 from ensembler.evaluation.sweep_tasks import SweepTask, by_split
+from ensembler.evaluation.swept_task import SweptTask
 from ensembler.vision.grid import combine_points
 from ensembler.vision.images import open_image
 from ensembler.vision.loader import ahead
 from ensembler.vision.modeling import EnsembleForImageClassification
 from ensembler.vision.preflight import CheckedImages
 from ensembler.vision.provenance import describe_images
-from ensembler.vision.tasks import TOP, ImageTask
+from ensembler.vision.tasks import TOP
 
 _THUMBNAIL = (96, 96)
 _SMALL = 48  # pixels; images below are shown larger, with their pixels to be seen
@@ -87,7 +88,7 @@ def _answers(model: EnsembleForImageClassification, combined: Tensor, targets: T
 class ImageSweep(Sweep):
     """A sweep over labelled images, planned: every image was read once, nothing is loaded."""
 
-    def __init__(self, checked: CheckedImages, tasks: Sequence[ImageTask], options: SweepOptions) -> None:
+    def __init__(self, checked: CheckedImages, tasks: Sequence[SweptTask], options: SweepOptions) -> None:
         if options.by_perplexity:
             raise ConfigError("images have no prompts whose likelihood could choose alpha; give --validation")
         self._images = checked

@@ -17,9 +17,8 @@ from ensembler.evaluation.bench.published import check_tasks
 from ensembler.evaluation.bench.recipe import Experiment, Recipe, Speed
 from ensembler.evaluation.rows_folder import RowsFolder
 from ensembler.evaluation.sweep import Sweep, SweepOptions
+from ensembler.evaluation.swept_task import SweptTask
 from ensembler.evaluation.task_loading import load_tasks
-from ensembler.evaluation.tasks import EvalTask
-from ensembler.modeling import EnsembleForCausalLM
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 
 _NAME = re.compile(r"[\w+.-]+")
@@ -51,7 +50,8 @@ class Bench:
 
     def __init__(self, recipe: Recipe, *, allow_code_execution: bool = False) -> None:
         self.recipe = recipe
-        self._tasks: dict[str, list[EvalTask]] = {}
+        self._tasks: dict[str, list[SweptTask]] = {}
+        self._image_keys: dict[str, str] = {}
         self._allow_code_execution = allow_code_execution
         self.runs: list[PlannedRun] = []
         faults: dict[str, InputError] = {}
@@ -70,6 +70,9 @@ class Bench:
     def _plan(self, experiment: Experiment) -> Iterator[PlannedRun]:
         if not _NAME.fullmatch(experiment.name):
             raise ConfigError("its name cannot be a folder's; use letters, digits, + - _ .")
+        if experiment.images is not None:
+            yield from self._plan_images(experiment)
+            return
         checked = [(run, check_ensemble(run.config)) for run in plan_runs(experiment)]
         if not all(are_alike(ensemble) for _, ensemble in checked):
             checked = [(run, check_ensemble(run.config)) for run in plan_runs(experiment, members_apart=True)]
@@ -78,20 +81,37 @@ class Bench:
         for run, ensemble in checked:
             yield PlannedRun(experiment, run, ensemble, Sweep(ensemble, tasks, _options(experiment, run)))
 
-    def _load(self, experiment: Experiment) -> list[EvalTask]:
-        """Experiments differ in their models more than in their tasks."""
-        key = repr((experiment.tasks, experiment.num_fewshot, experiment.limit))
+    def _plan_images(self, experiment: Experiment) -> Iterator[PlannedRun]:
+        from ensembler.vision.bench import load_tasks_of, plan_image_runs
+        from ensembler.vision.sweep import ImageSweep
+
+        checked = plan_image_runs(experiment)
+        key = f"{_key(experiment)} {checked[0][1].classes}"
         if key not in self._tasks:
-            self._tasks[key] = load_tasks(
+            self._tasks[key] = list(load_tasks_of(experiment, checked[0][1]))
+        self._image_keys[experiment.name] = key
+        check_tasks(experiment, self._tasks[key])
+        for run, ensemble in checked:
+            sweep = ImageSweep(ensemble, self._tasks[key], _options(experiment, run))
+            yield PlannedRun(experiment, run, ensemble, sweep)
+
+    def _load(self, experiment: Experiment) -> list[SweptTask]:
+        """Experiments differ in their models more than in their tasks."""
+        key = _key(experiment)
+        if key not in self._tasks:
+            loaded = load_tasks(
                 experiment.tasks,
                 num_fewshot=experiment.num_fewshot,
                 limit=experiment.limit,
                 allow_code_execution=self._allow_code_execution,
             )
+            self._tasks[key] = list(loaded)
         return self._tasks[key]
 
-    def tasks(self, experiment: Experiment) -> list[EvalTask]:
+    def tasks(self, experiment: Experiment) -> list[SweptTask]:
         """Return the tasks of an experiment."""
+        if experiment.images is not None:
+            return self._tasks[self._image_keys[experiment.name]]
         return self._load(experiment)
 
     @property
@@ -119,6 +139,10 @@ def _told(faults: Mapping[str, InputError]) -> InputError:
     told = type(error)(f"experiment {first}: {error}{more}")
     told.__cause__ = error
     return told
+
+
+def _key(experiment: Experiment) -> str:
+    return repr((experiment.tasks, experiment.num_fewshot, experiment.limit, experiment.images))
 
 
 def _options(experiment: Experiment, run: Run) -> SweepOptions:
@@ -165,7 +189,7 @@ def answer(
         return
     model = None
     try:
-        model = EnsembleForCausalLM.from_checked(planned.checked)
+        model = sweep.load()
         with folder:
             for num in sweep.run(model, folder, chunks, done):
                 advance(num)

@@ -10,7 +10,7 @@ from ensembler.errors import ConfigError
 from ensembler.evaluation.bench.measure import Cost
 from ensembler.evaluation.bench.recipe import METHODS, Experiment, Figure
 from ensembler.evaluation.bench.values import check_keys, check_mapping, nearest, read_number
-from ensembler.evaluation.tasks import EvalTask
+from ensembler.evaluation.swept_task import SweptTask
 
 _COSTS = tuple(each.name for each in fields(Cost))
 
@@ -40,7 +40,7 @@ def read_costs(published: Any, methods: Sequence[str], where: str) -> dict[str, 
     return found
 
 
-def check_tasks(experiment: Experiment, tasks: Sequence[EvalTask]) -> None:
+def check_tasks(experiment: Experiment, tasks: Sequence[SweptTask]) -> None:
     """Raise ConfigError where figures are of a task that is not run, or of a metric that a task has not."""
     by_name = {task.name: task for task in tasks}
     for name, figures in experiment.published.items():
