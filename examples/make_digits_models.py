@@ -143,6 +143,7 @@ def new_model(size: str) -> ViTForImageClassification:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         intermediate_size=2 * width,
+        initializer_range=0.1,  # the default, 0.02, is for a width of 768
         id2label=dict(enumerate(names)),
         label2id={name: index for index, name in enumerate(names)},
     )

@@ -20,8 +20,9 @@ from ensembler.config import IMAGES, EnsembleConfig, MemberConfig
 from ensembler.errors import InputError
 from ensembler.modeling import make_combination
 from ensembler.runners import check_nan
+from ensembler.vision.loading import load_towers
 from ensembler.vision.preflight import CheckedImages, check_images
-from ensembler.vision.towers import SharedTower, load_towers
+from ensembler.vision.towers import SharedTower
 
 PixelValues = Tensor | Mapping[str, Tensor]
 
