@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -167,3 +170,57 @@ def test_the_recipes_tell_their_source_and_what_to_bring() -> None:
     digits = read_recipe(RECIPES / "digits.yaml")
     assert len(digits.experiments) == 12
     assert all(experiment.validation == "validation" for experiment in digits.experiments)
+
+
+# -- the digits -------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parent.parent
+DIGITS = ROOT / "benchmarks" / "results" / "bench" / "digits"
+
+
+def test_the_tables_of_the_digits_are_those_of_the_committed_results() -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "digits_tables.py"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(lines) > 30
+    page = (ROOT / "docs" / "vision.md").read_text("utf-8").splitlines()
+    assert [line for line in lines if line not in page] == []
+
+
+def test_the_committed_rows_give_the_committed_accuracies() -> None:
+    """Recomputed from the rows alone, choice of alpha on validation images included."""
+    tasks = json.loads((DIGITS / "summary.json").read_text("utf-8"))["tasks"]
+    assert len(tasks) == 12
+    for task in tasks:
+        content = (DIGITS / "runs" / f"{task['experiment']}.ensemble.rows.jsonl.gz").read_bytes()
+        right: dict[tuple[str, str, float], list[float]] = {}
+        for row in map(json.loads, gzip.decompress(content).decode().splitlines()):
+            right.setdefault((row["id"].split("/")[1], row["rule"], row["alpha"]), []).append(row["values"]["acc"])
+        accuracy = {key: sum(values) / len(values) for key, values in right.items()}
+        methods = {one["method"]: one for one in task["methods"]}
+        for rule in ("base-change", "eft"):
+            alphas = [round(0.1 * k, 1) for k in range(1, 16)]
+            best = max(alphas, key=lambda alpha: (accuracy["validation", rule, alpha], -alpha))
+            assert methods[rule]["alpha"] == best
+            assert methods[rule]["test"]["estimate"] == pytest.approx(accuracy["test", rule, best])
+        assert methods["source_ft"]["test"]["estimate"] == pytest.approx(accuracy["test", "base-change", 0.0])
+        assert methods["target_pt"]["test"]["estimate"] == pytest.approx(accuracy["test", "eft", 0.0])
+        assert {len(values) for key, values in right.items() if key[0] == "test"} == {747}
+
+
+def test_the_digits_are_parted_and_changed_alike_in_every_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    import make_digits_models as digits
+    import numpy as np
+
+    images, _, parts = digits.load_parts()
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(1797))
+    assert {name: len(indices) for name, indices in parts.items()} == digits.PARTS
+    for name, change in digits.TASKS.items():
+        some = parts["test"][:20]
+        shifted = digits.changed(images, some, name, change)
+        assert shifted.dtype == np.uint8
+        assert shifted.shape == (20, 8, 8)
+        assert (shifted != images[some]).any(axis=(1, 2)).all()
+        assert (digits.changed(images, some[::-1], name, change)[::-1] == shifted).all()
