@@ -11,7 +11,14 @@ import torch
 
 pytest.importorskip("PIL")
 
-from transformers import AutoImageProcessor, AutoModelForImageClassification, CLIPModel, Dinov2Model
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    CLIPModel,
+    Dinov2Model,
+    SiglipModel,
+)
 from vision_cases import (
     CLASSES,
     random_images,
@@ -19,6 +26,7 @@ from vision_cases import (
     save_convnext,
     save_dinov2,
     save_head,
+    save_siglip,
     save_vit,
     weighted_sum,
     with_other_classifier,
@@ -50,8 +58,6 @@ def alone(folder: Path, images: list[Any]) -> torch.Tensor:
 @torch.no_grad()
 def zero_shot_alone(folder: Path, images: list[Any], prompts: list[str]) -> torch.Tensor:
     """CLIP by transformers alone, with one prompt for each class."""
-    from transformers import AutoTokenizer
-
     inputs = AutoImageProcessor.from_pretrained(folder, backend="pil")(images=images, return_tensors="pt")
     texts = AutoTokenizer.from_pretrained(folder)(prompts, padding=True, return_tensors="pt")
     model = CLIPModel.from_pretrained(folder).eval()
@@ -260,11 +266,42 @@ def test_several_prompts_are_averaged_and_made_once(tmp_path: Path, monkeypatch:
 
 @torch.no_grad()
 def text_features(clip: Path, text: str) -> torch.Tensor:
-    from transformers import AutoTokenizer
-
     inputs = AutoTokenizer.from_pretrained(clip)(text, return_tensors="pt")
     model = CLIPModel.from_pretrained(clip).eval()
     return model.get_text_features(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask).pooler_output[0]
+
+
+def test_siglip_is_used_as_it_was_trained(tmp_path: Path) -> None:
+    """Texts are padded to their full length, and nothing is masked."""
+    folder = save_siglip(tmp_path / "siglip", 1)
+    images = random_images(3)
+    model = EnsembleForImageClassification.from_members(
+        rule="linear", members={"a": str(folder)}, constant={"a": 1.0}, classes=CLASSES
+    )
+    prepared = model.prepare(images)
+    prompts = [f"a photo of a {name}." for name in CLASSES]
+    texts = AutoTokenizer.from_pretrained(folder)(prompts, padding="max_length", max_length=32, return_tensors="pt")
+    with torch.no_grad():
+        alone = SiglipModel.from_pretrained(folder).eval()(input_ids=texts.input_ids, pixel_values=prepared["a"])
+    torch.testing.assert_close(model(prepared).logits, alone.logits_per_image, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_members_of_lower_precision_are_combined_in_float32(dtype: str, tmp_path: Path) -> None:
+    members = {role: {"model": str(save_vit(tmp_path / role, i)), "dtype": dtype} for i, role in enumerate(TRIO)}
+    images = random_images(3)
+    model = EnsembleForImageClassification.from_members(alpha=0.0, members=members)
+    prepared = model.prepare(images)
+    folder = tmp_path / "source_ft"
+    plain = AutoModelForImageClassification.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
+    with torch.no_grad():
+        alone = plain(pixel_values=prepared["source_ft"].to(plain.dtype)).logits
+    logits = model(prepared).logits
+    assert logits.dtype == torch.float32
+    assert torch.equal(logits, alone.float())
+    model.alpha = 0.7
+    expected = weighted_sum(model.member_logits(prepared), RULES["base-change"].weights(0.7))
+    torch.testing.assert_close(model(prepared).logits.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_words_for_classes_stand_in_the_prompts(tmp_path: Path) -> None:

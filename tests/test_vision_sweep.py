@@ -16,7 +16,7 @@ pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
 from PIL import Image
-from sweep_cases import read_rows
+from sweep_cases import read_rows, start
 from vision_cases import CLASSES, random_images, save_clip, save_convnext, save_dinov2, save_images, save_vit
 
 from ensembler import EnsembleForImageClassification
@@ -112,10 +112,10 @@ def test_rows_say_what_the_ensemble_answers_at_each_point(
         model = EnsembleForImageClassification.from_members(rule=rule, alpha=alpha, members=members)
         at = [row for row in rows if "/test/" in row["id"] and (row["rule"], row["alpha"]) == (rule, alpha)]
         assert [row["id"] for row in at] == [f"pictures/test/{index}" for index in range(28)]
-        for start in range(0, 28, 5):
-            images = [Image.open(path).convert("RGB") for path in paths[start : start + 5]]
+        for begin in range(0, 28, 5):
+            images = [Image.open(path).convert("RGB") for path in paths[begin : begin + 5]]
             log_probs = model(model.prepare(images)).logits.log_softmax(-1)
-            for row, path, values in zip(at[start : start + 5], paths[start : start + 5], log_probs, strict=True):
+            for row, path, values in zip(at[begin : begin + 5], paths[begin : begin + 5], log_probs, strict=True):
                 right = CLASSES.index(path.parent.name)
                 top = values.topk(5).indices.tolist()
                 assert row["values"] == {
@@ -162,6 +162,19 @@ def test_an_interrupted_sweep_goes_on_to_the_same_rows(
     other = run(*command[:-1], 5, "--output", tmp_path / "part")
     assert other.code == 2
     assert "batch size is 4 there and 5 here" in other.error
+
+
+def test_processes_share_the_images(members: dict[str, str], pictures: Path, tmp_path: Path, run: Any) -> None:
+    flags = [part for role, path in members.items() for part in (f"--{role.replace('_', '-')}", path)]
+    images = ["--task", "image-classification", "--classes", tmp_path / "classes.txt"]
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    assert run("create", tmp_path / "ensemble", *images, *flags).code == 0
+    command = ["sweep", tmp_path / "ensemble", "--images", pictures, "--alphas", "0,1", "--batch-size", 4]
+    assert run(*command, "--output", tmp_path / "one").code == 0
+    process = start(*command, "--output", tmp_path / "two", ranks=2, HF_HOME=str(tmp_path / "hf"))
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert read_rows(tmp_path / "two") == read_rows(tmp_path / "one")
 
 
 def test_an_image_that_changed_is_another_run(members: dict[str, str], pictures: Path) -> None:

@@ -27,6 +27,9 @@ from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessorPil,
@@ -89,6 +92,21 @@ def save_clip(folder: Path, seed: int = 0) -> Path:
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A </s>", special_tokens=ends)
     tokenizer.save_pretrained(folder)
     return _save(folder, CLIPModel(config), CLIPImageProcessorPil(**_crop(24)))
+
+
+def save_siglip(folder: Path, seed: int = 0) -> Path:
+    """16 × 16 pixels; trained on padded texts without a mask, with a bias of the logits."""
+    torch.manual_seed(seed)
+    text = {**_DUAL, "vocab_size": 64, "max_position_embeddings": 32, "projection_size": 16}
+    vision = {**_DUAL, "image_size": 16, "patch_size": 8}
+    model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+    torch.nn.init.constant_(model.logit_scale, 2.0)
+    torch.nn.init.constant_(model.logit_bias, -3.0)
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = "right"
+    tokenizer.model_input_names = ["input_ids"]
+    tokenizer.save_pretrained(folder)
+    return _save(folder, model, SiglipImageProcessorPil(size={"height": 16, "width": 16}))
 
 
 def save_head(path: Path, num_features: int, seed: int = 0, *, bias: bool = True, **metadata: str) -> Path:
