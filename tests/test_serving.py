@@ -12,12 +12,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
-from tiny import make_model
+from tiny import make_model, make_tokenizer
 
 from ensembler.cli.main import cli
 from ensembler.config import EnsembleConfig, MemberConfig
 from ensembler.demo import demo_folder
-from ensembler.errors import ConfigError, MemberError, MissingExtraError
+from ensembler.errors import ConfigError, InputError, MemberError, MissingExtraError
 from ensembler.folder import read
 from ensembler.members import check_member, load_group
 from ensembler.patch.apply import apply_patches
@@ -33,13 +33,16 @@ SaveMember = Callable[..., Path]
 
 
 def test_the_command_names_rule_and_alpha_and_hands_on_flags() -> None:
-    config = read(demo_folder()).replaced(alpha=0.5)
-    command = serve_command(Path("/x"), config, name="x", alpha=0.5, flags=("--port", "9"))
+    checked = check_ensemble(read(demo_folder()).replaced(alpha=0.5))
+    command = serve_command(Path("/x"), checked, name="x", alpha=0.5, flags=("--port", "9"))
     names = command.index("--served-model-name")
     assert command[names + 1 : names + 3] == ["x:base-change@0.5", "x"]
     assert json.loads(command[command.index("--hf-overrides") + 1]) == {"alpha": 0.5}
     assert command[-2:] == ["--port", "9"]
-    own = serve_command(Path("/x"), config, name="x", alpha=None, flags=("--served-model-name=mine",))
+    assert command[command.index("--dtype") + 1] == "float32"
+    flags = ("--served-model-name=mine", "--dtype=bfloat16")
+    own = serve_command(Path("/x"), checked, name="x", alpha=None, flags=flags)
+    assert "--dtype" not in own
     assert "--hf-overrides" not in own
     assert [flag for flag in own if flag.startswith("--served-model-name")] == ["--served-model-name=mine"]
 
@@ -133,6 +136,75 @@ def test_without_vllm_there_is_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(MissingExtraError, match=r"vllm is not installed; install it with: pip install .*\[vllm\]"):
         require_vllm()
     assert isinstance(CliRunner().invoke(cli, ["serve", "demo"]).exception, MissingExtraError)
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """What the command line says, as if vLLM were installed."""
+    monkeypatch.setattr("ensembler.serving.checks.find_spec", lambda name: object())
+    error = CliRunner().invoke(cli, list(arguments)).exception
+    assert isinstance(error, InputError)
+    assert "\n" not in str(error)
+    return str(error)
+
+
+def test_members_with_different_tokenizers_are_refused_by_name(
+    save_member: SaveMember, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = {role: {"model": str(save_member(role, "llama", 1))} for role in ("source_ft", "source_pt")}
+    other = save_member("target_pt", "llama", 2)
+    make_tokenizer(swapped=True).save_pretrained(other)
+    content = json.loads((demo_folder() / "config.json").read_text())
+    content["members"] = {**members, "target_pt": {"model": str(other)}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    message = refused(monkeypatch, "serve", str(tmp_path))
+    assert "target_pt" in message
+    assert "source_ft" in message
+
+
+def test_a_checkpoint_that_is_stored_quantised_is_refused_by_its_kind(save_member: SaveMember) -> None:
+    members = {role: {"model": str(save_member(role, "llama", 1))} for role in ("source_ft", "source_pt", "target_pt")}
+    checked = check_ensemble(EnsembleConfig(members=members))
+    checked.model_configs["target_pt"].quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(MemberError, match=r"target_pt has quantised weights \(gptq\)"):
+        check_servable(checked)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-beams", "2"], "num_beams is 2; vLLM"),
+        (["--draft", "source_pt"], "draft is 'source_pt'; in vLLM no member drafts"),
+        (["--prefill-chunk", "8"], "max_num_batched_tokens"),
+        (["--explain"], "--explain was given with --backend vllm"),
+        (["--stream"], "--stream was given with --backend vllm"),
+        (["--compile"], "--compile was given with --backend vllm"),
+        (["--stats"], "--stats was given with --backend vllm"),
+        (["--quantize", "nf4"], "source_ft is quantised when loaded"),
+        (["--dtype", "target_pt=bfloat16"], "members are of float32 and bfloat16"),
+        (["--engine-arg", "model=x"], "model is given to vLLM's engine by ensembler itself"),
+        (["--engine-arg", "tensor_parallel_size"], "is not of the form NAME=VALUE"),
+    ],
+)
+def test_what_generate_cannot_do_with_vllm(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert message in refused(monkeypatch, "generate", "demo", "--prompt", "x", "--backend", "vllm", *arguments)
+
+
+def test_arguments_of_an_engine_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refused(monkeypatch, "generate", "demo", "--prompt", "x", "--engine-arg", "max_model_len=8")
+    assert "backend transformers; choose vllm" in message
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "vLLM starts its own processes" in refused(monkeypatch, "sweep", "demo", "--backend", "vllm")
+
+
+@pytest.mark.parametrize("command", [["generate", "demo", "--prompt", "x"], ["sweep", "demo"], ["bench", "demo"]])
+def test_every_command_has_the_pip_line_where_vllm_is_missing(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("ensembler.serving.checks.find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    error = CliRunner().invoke(cli, [*command, "--backend", "vllm"]).exception
+    assert isinstance(error, MissingExtraError)
+    assert not list(tmp_path.iterdir())
 
 
 def lora_on(save_member: SaveMember, tmp_path: Path, **settings: Any) -> tuple[Path, Path]:

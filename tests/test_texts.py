@@ -16,6 +16,7 @@ from ensembler.decoding.explain import ENSEMBLE, explain, next_tokens
 from ensembler.decoding.prompts import EncodedPrompt, Prompt, encode_prompts, read_prompts
 from ensembler.decoding.results import ResultsFile
 from ensembler.decoding.texts import DecodingOptions, complete_batches, fingerprint
+from ensembler.demo import demo_folder
 from ensembler.errors import ConfigError, OutputError, PromptError
 
 TEXTS = ["abc", "a", "hello there", "x y z", "abcabc", "q"]
@@ -88,6 +89,23 @@ def test_leaving_out_finished_prompts_does_not_change_the_others(
     )
     found = {c.number: [sample.text for sample in c.samples] for batch in rest for c in batch}
     assert found == {number: whole[number] for number in (1, 3, 5)}
+
+
+def test_a_stop_text_with_the_space_that_a_tokenizer_drops_ends_the_text_all_the_same() -> None:
+    """Alone in its batch a row ends where the criterion ends it; what follows it in a larger one is padding."""
+    model = EnsembleForCausalLM.from_pretrained(demo_folder())
+    tokenizer = model.tokenizer
+    texts = ["Ben has 9 pens. Ida gives Ben 7 pens. Question: How many pens does Ben have now? Answer:", "9 - 2 ="]
+    prompts = [EncodedPrompt(number, tokenizer(text)["input_ids"]) for number, text in enumerate(texts)]
+    found = {}
+    for batch_size in (1, 2):
+        options = DecodingOptions(max_new_tokens=12, stop=(" 9", "so"))
+        for batch in complete_batches(model, tokenizer, prompts, options, batch_size=batch_size):
+            found.update({(batch_size, one.number): one.samples for one in batch})
+    assert tokenizer.decode(found[1, 0][0].ids) == "9"
+    assert (found[1, 0][0].text, found[1, 0][0].num_tokens, found[1, 0][0].finish_reason) == ("", 1, "stop")
+    assert found[1, 0] == found[2, 0]
+    assert found[1, 1] == found[2, 1]
 
 
 def test_a_stop_text_is_cut_off_and_ends_the_count(

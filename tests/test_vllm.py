@@ -45,7 +45,8 @@ def engine(folder: Path, **options: Any) -> Iterator[Any]:
     """vLLM's engine on a folder, ended behind the block."""
     from vllm import LLM
 
-    llm = LLM(str(folder), dtype="float32", max_model_len=96, enforce_eager=True, seed=0, **options)
+    given = {"dtype": "float32", "max_model_len": 96, "enforce_eager": True, "seed": 0, **options}
+    llm = LLM(str(folder), **given)
     try:
         yield llm
     finally:
@@ -132,6 +133,64 @@ def test_members_of_different_families_widths_and_depths(rule: str, tmp_path: Pa
     prompts = prompts_for(64)
     with engine(tmp_path / "ensemble", load_format="ensembler") as llm:
         assert_same(served(llm, prompts), expected(model, prompts))
+
+
+def save_members(folder: Path, rule: str, members: dict[str, Path], **settings: Any) -> EnsembleForCausalLM:
+    """An ensemble of saved members, saved as `folder`."""
+    named = {role: str(path) for role, path in members.items()}
+    model: EnsembleForCausalLM = EnsembleForCausalLM.from_members(rule=rule, members=named, **settings)
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("rule", "roles", "alpha"),
+    [
+        ("realign", ("reference", "aligned"), 0.6),
+        ("contrastive", ("expert", "amateur"), 0.8),
+        ("reward", ("target_pt", "reward"), 0.9),
+    ],
+)
+def test_the_other_rules(rule: str, roles: tuple[str, str], alpha: float, tmp_path: Path) -> None:
+    one, other = save(tmp_path / "one", "llama", 1, **WIDE), save(tmp_path / "other", "qwen2", 2, **WIDE)
+    model = save_members(tmp_path / "ensemble", rule, dict(zip(roles, (one, other), strict=True)), alpha=alpha)
+    prompts = prompts_for(64)
+    with engine(tmp_path / "ensemble", load_format="ensembler") as llm:
+        assert_same(served(llm, prompts), expected(model, prompts))
+
+
+def trio(folder: Path, **settings: Any) -> EnsembleForCausalLM:
+    """Members of one tokenizer, those of source FT and target padded to widths of their own."""
+    members = {
+        "source_ft": save(folder / "ft", "llama", 1, vocab_size=80, **WIDE),
+        "source_pt": save(folder / "pt", "qwen2", 2, **WIDE),
+        "target_pt": save(folder / "target", "llama", 3, vocab_size=96, num_layers=3, hidden_size=128),
+    }
+    return save_members(folder / "ensemble", "base-change", members, alpha=0.7, **settings)
+
+
+def test_padded_vocabularies_on_two_ranks_and_with_compiled_members(tmp_path: Path) -> None:
+    model = trio(tmp_path)
+    prompts = prompts_for(64)
+    wanted = expected(model, prompts)
+    for options in ({"tensor_parallel_size": 2}, {"enforce_eager": False}):
+        with engine(tmp_path / "ensemble", load_format="ensembler", **options) as llm:
+            assert_same(served(llm, prompts), wanted)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.03), ("float16", 0.004)])
+def test_half_precision_is_near(dtype: str, tolerance: float, tmp_path: Path) -> None:
+    """Of the same texts: what is greedy may differ where two tokens are nearly as probable."""
+    model = trio(tmp_path)
+    with engine(tmp_path / "ensemble", load_format="ensembler", dtype=dtype) as llm:
+        found = served(llm, prompts_for(64))
+    errors = []
+    for prompt, (tokens, logprobs) in zip(prompts_for(64), found, strict=True):
+        logits = model(input_ids=torch.tensor([[*prompt, *tokens]])).logits[0, len(prompt) - 1 : -1]
+        exact = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        errors.append((exact - torch.tensor(logprobs)).abs())
+    worst = float(torch.cat(errors).max())
+    assert 1e-5 < worst < tolerance  # the engine did run in half precision
 
 
 def test_an_adapter_a_patch_and_an_extended_vocabulary(tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ensembler.cli.backend_options import backend_options
 from ensembler.cli.options import DEMO
 from ensembler.cli.ranks import naming_rank, this_command, use_own_gpu
 from ensembler.errors import RunError
 from ensembler.launch import num_ranks, this_rank
 
 if TYPE_CHECKING:
+    from ensembler.evaluation.backends import BackendChoice
     from ensembler.evaluation.bench.bench import Bench
 
 
@@ -64,12 +66,16 @@ def bench() -> None:
 @click.option("--dry-run", is_flag=True, help="Check the recipe and say what would run; no weights are loaded.")
 @click.option("--allow-code-execution", is_flag=True, help="Let tasks such as HumanEval run what a model wrote.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-def run(recipe: Path, output: Path, dry_run: bool, allow_code_execution: bool, as_json: bool) -> None:
+@backend_options
+def run(
+    recipe: Path, output: Path, dry_run: bool, allow_code_execution: bool, as_json: bool, backend: BackendChoice
+) -> None:
     """Run all methods of RECIPE on the same examples and measure what each costs.
 
     RECIPE is a YAML file, or `demo` for that of the embedded family. DIR gets the rows, summary.json, pictures and
     report.html. An interrupted benchmark goes on when the same command is run again. Started by accelerate launch or
-    torchrun, each process takes some of the examples.
+    torchrun, each process takes some of the examples. With --backend vllm, each alpha is a pass of its own, and costs
+    are not measured.
 
     \b
     ensembler bench demo --dry-run
@@ -81,7 +87,9 @@ def run(recipe: Path, output: Path, dry_run: bool, allow_code_execution: bool, a
 
     logging.getLogger("ensembler.adapters").addFilter(_SayOnce())
     planned = Bench(
-        read_recipe(demo_recipe() if str(recipe) == DEMO else recipe), allow_code_execution=allow_code_execution
+        read_recipe(demo_recipe() if str(recipe) == DEMO else recipe),
+        allow_code_execution=allow_code_execution,
+        backend=backend,
     )
     if dry_run:
         from ensembler.cli.bench_tables import print_plan
@@ -95,6 +103,7 @@ def run(recipe: Path, output: Path, dry_run: bool, allow_code_execution: bool, a
 def _run(planned: Bench, output: Path, *, as_json: bool) -> None:
     from ensembler.cli.bench_tables import print_bench
     from ensembler.cli.tables import progress
+    from ensembler.evaluation.backends import VLLM
     from ensembler.evaluation.bench.report import SUMMARY, write_bench
     from ensembler.evaluation.bench.running import BenchRunner
 
@@ -103,7 +112,9 @@ def _run(planned: Bench, output: Path, *, as_json: bool) -> None:
     with progress(runner.num_examples, shown=this_rank() == 0, label="examples", lines=True) as advance:
         runner.answer(advance, lambda name, reason: click.echo(f"{name} failed, the others go on: {reason}", err=True))
     has_speed = any(experiment.speed is not None for experiment in planned.recipe.experiments)
-    if has_speed and num_ranks() == 1:
+    if has_speed and planned.backend.name == VLLM:
+        click.echo("speed and memory are those of the transformers backend: not measured with vLLM", err=True)
+    elif has_speed and num_ranks() == 1:
         with progress(runner.num_measurements, shown=True, label="measurements", lines=True) as advance:
             runner.costs(advance)
     elif has_speed and this_rank() == 0:  # speed is no speed while other processes are at work

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from ensembler.cli.backend_options import backend_options
 from ensembler.cli.options import EnsembleOptions, decoding_options, ensemble_options
 from ensembler.cli.ranks import launched, on_each, on_first
 from ensembler.errors import ConfigError, PromptError
@@ -18,11 +19,12 @@ from ensembler.launch import RANK_TIMEOUT
 
 if TYPE_CHECKING:
     from ensembler.cli.printing import Printer
+    from ensembler.decoding.batches import Decoder
     from ensembler.decoding.prompts import EncodedPrompt, Prompt
     from ensembler.decoding.results import ResultsFile
-    from ensembler.decoding.speculative import SpeculativeDecoder
-    from ensembler.decoding.texts import DecodingOptions
-    from ensembler.modeling import EnsembleForCausalLM
+    from ensembler.decoding.texts import Completion, DecodingOptions
+    from ensembler.evaluation.backends import BackendChoice
+    from ensembler.preflight import CheckedEnsemble
 
 
 @click.command()
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Under torchrun: seconds of silence after which a process counts as lost.",
 )
+@backend_options
 def generate(
     given: EnsembleOptions,
     prompt: tuple[str, ...],
@@ -69,15 +72,18 @@ def generate(
     explain: bool,
     stats: bool,
     rank_timeout: float,
+    backend: BackendChoice,
 ) -> None:
     """Decode texts with ENSEMBLE.
 
-    Started by torchrun or accelerate launch, each process runs some of the members; the first prints and writes.
+    Started by torchrun or accelerate launch, each process runs some of the members; the first prints and writes. With
+    --backend vllm, vLLM's engine runs them and decides what is decoded together.
 
     \b
     ensembler generate demo --prompt "Tom has 5 pears ..." --explain
     ensembler generate math --prompts questions.jsonl --output answers.jsonl --batch-size 16
     torchrun --nproc-per-node 3 -m ensembler generate math --device cuda --prompts questions.jsonl
+    ensembler generate math --backend vllm --engine-arg tensor_parallel_size=2 --prompts questions.jsonl
     """
     if system is not None and not chat:
         raise ConfigError("--system was given without --chat; add --chat")
@@ -92,10 +98,13 @@ def generate(
     from ensembler.decoding.prompts import encode_prompts
     from ensembler.decoding.results import ResultsFile, check_output
     from ensembler.decoding.stats import DecodingStats, Meter
-    from ensembler.decoding.texts import fingerprint
+    from ensembler.decoding.texts import complete_batches, fingerprint
     from ensembler.modeling import EnsembleForCausalLM
     from ensembler.preflight import check_ensemble
 
+    on_vllm = backend.name == "vllm"
+    if on_vllm:
+        _check_vllm(decoding, {"--compile": compiled, "--explain": explain, "--stream": bool(stream), "--stats": stats})
     skip = (lambda message: click.echo(f"skipped: {message}", err=True)) if skip_bad else None
 
     def read() -> list[Prompt]:
@@ -111,64 +120,101 @@ def generate(
     with launched(rank_timeout) as world:
         asked = on_first(world, read)
         checked = on_each(world, lambda: check_ensemble(given.load_config()))
+        backend.check(checked)
         check_draft(checked.config.get_rule(), decoding.draft)
         tokenizer = checked.require_tokenizer()
         encoded = encode_prompts(
-            asked, tokenizer, chat=chat, system=system, context=checked.shortest_context, skip=skip
+            asked, tokenizer, chat=chat, system=system, context=backend.shortest_context(checked), skip=skip
         )
         if not encoded:
             raise PromptError("no prompt is left to decode; mend the skipped lines")
         plain = not as_json and not explain and output is None
-        streamer = _streamer(stream, plain and len(encoded) == 1, decoding, tokenizer)
-        quiet = output is not None or streamer is not None
+        streamer = _streamer(stream, plain and len(encoded) == 1 and not on_vllm, decoding, tokenizer)
+        printer = Printer(
+            tokenizer, as_json=as_json, quiet=output is not None or streamer is not None, many=len(asked) > 1
+        )
+
+        def open_results(model: Decoder) -> ResultsFile | None:
+            if output is None:
+                return None
+            run = fingerprint(model, encoded, decoding, batch_size=batch_size, backend=backend.name)
+            return ResultsFile(output, run, resume=resume, overwrite=overwrite)
+
+        if on_vllm:
+            _decode_on_vllm(checked, backend, encoded, decoding, open_results, printer, shown=prompts is not None)
+            return
         model = EnsembleForCausalLM.from_checked(checked, world=world)
         if compiled:
             model.compile_members()
-
+        if explain:
+            printer.explain_with(model)
         results: ResultsFile | None = None
 
-        def open_results() -> frozenset[int]:
+        def open_on_first() -> frozenset[int]:
             nonlocal results
-            if output is None:
-                return frozenset()
-            run = fingerprint(model, encoded, decoding, batch_size=batch_size)
-            results = ResultsFile(output, run, resume=resume, overwrite=overwrite)
-            return results.done
+            results = open_results(model)
+            return frozenset() if results is None else results.done
 
-        done = on_first(world, open_results)
+        done = on_first(world, open_on_first)
         decoder = decoding.decoder(streamer=streamer, meter=Meter(DecodingStats()) if stats else None)
-        printer = Printer(model, tokenizer, as_json=as_json, explain=explain, quiet=quiet, many=len(asked) > 1)
-        with results or nullcontext(), printer:
-            shown = prompts is not None
-            _decode(model, tokenizer, encoded, decoding, decoder, batch_size, done, results, printer, shown=shown)
+        batches = complete_batches(
+            model, tokenizer, encoded, decoding, batch_size=batch_size, done=done, decoder=decoder
+        )
+        _write(batches, len(encoded), len(done), results, printer, shown=prompts is not None)
         say_why_plain(decoding.draft, decoder.stats)
         if stats:
             print_stats(decoder.stats, as_json=as_json)
 
 
-def _decode(
-    model: EnsembleForCausalLM,
-    tokenizer: Any,
+def _check_vllm(decoding: DecodingOptions, given: dict[str, bool]) -> None:
+    """Raise ConfigError for what only the transformers backend does."""
+    from ensembler.serving.texts import check_options
+
+    check_options(decoding)
+    for option, is_given in given.items():
+        if is_given:
+            raise ConfigError(f"{option} was given with --backend vllm, which does not do that; leave one of them out")
+
+
+def _decode_on_vllm(
+    checked: CheckedEnsemble,
+    backend: BackendChoice,
     prompts: list[EncodedPrompt],
     decoding: DecodingOptions,
-    decoder: SpeculativeDecoder,
-    batch_size: int,
-    done: frozenset[int],
+    open_results: Callable[[Decoder], ResultsFile | None],
+    printer: Printer,
+    *,
+    shown: bool,
+) -> None:
+    """All prompts are in the engine at once, which returns each when it is finished."""
+    from ensembler.serving.engine import Engine
+    from ensembler.serving.texts import complete
+
+    engine = Engine(checked, backend.arguments)
+    results = open_results(engine)
+    done: frozenset[int] = frozenset() if results is None else results.done
+    left = [prompt for prompt in prompts if prompt.number not in done]
+    with engine if left else nullcontext():
+        completions = complete(engine, checked.require_tokenizer(), left, decoding)
+        _write(([one] for one in completions), len(prompts), len(done), results, printer, shown=shown)
+
+
+def _write(
+    batches: Iterable[list[Completion]],
+    num_prompts: int,
+    num_done: int,
     results: ResultsFile | None,
     printer: Printer,
     *,
     shown: bool,
 ) -> None:
-    """Decode batch after batch, hand on each row at once, and say at the end how fast it went."""
+    """Hand on each row at once, and say at the end how fast it went."""
     from ensembler.cli.tables import progress
-    from ensembler.decoding.texts import complete_batches
 
     start, num_texts, num_tokens = time.perf_counter(), 0, 0
-    with progress(len(prompts), shown=shown) as advance:
-        advance(len(done))
-        for batch in complete_batches(
-            model, tokenizer, prompts, decoding, batch_size=batch_size, done=done, decoder=decoder
-        ):
+    with results or nullcontext(), printer, progress(num_prompts, shown=shown) as advance:
+        advance(num_done)
+        for batch in batches:
             for completion in batch:
                 row = printer.add(completion)
                 if results is not None:

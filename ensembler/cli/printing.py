@@ -19,27 +19,28 @@ class Printer:
 
     def __init__(
         self,
-        model: EnsembleForCausalLM,
         tokenizer: Any,
         *,
         as_json: bool,
-        explain: bool,
         quiet: bool,
         many: bool,
     ) -> None:
-        self._model = model
+        self._model: EnsembleForCausalLM | None = None
         self._tokenizer = tokenizer
         self._as_json = as_json
-        self._explain = explain
         self._quiet = quiet and not as_json
         self._many = many
         self._waiting: dict[int, tuple[Completion, list[list[Choice]]]] = {}
+
+    def explain_with(self, model: EnsembleForCausalLM) -> None:
+        """Mark the tokens of texts that are not the anchor's own choice."""
+        self._model = model
 
     def add(self, completion: Completion) -> dict[str, Any]:
         """Take a completion and return its row."""
         choices = []
         row = completion.to_row()
-        if self._explain:
+        if self._model is not None:
             choices = [explain(self._model, completion.prompt_ids, sample.ids) for sample in completion.samples]
             moved = [_moved(sample, self._tokenizer) for sample in choices]
             row["moved"] = moved[0] if len(moved) == 1 else moved

@@ -41,7 +41,7 @@ def serve(ensemble: str, alpha: float | None, flags: tuple[str, ...]) -> None:
     check_servable(checked)
     if any(flag.split("=")[0] == "--load-format" for flag in flags):
         raise ConfigError("--load-format is ensembler's here: members are loaded from their own folders; leave it out")
-    command = serve_command(folder, checked.config, name=Path(ensemble).name, alpha=alpha, flags=flags)
+    command = serve_command(folder, checked, name=Path(ensemble).name, alpha=alpha, flags=flags)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(command[0], command)  # signals and exit codes are vLLM's own

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ensembler.cli.backend_options import backend_options
 from ensembler.cli.image_sweep import plan_images
 from ensembler.cli.options import DEMO, EnsembleOptions, ensemble_options
 from ensembler.cli.ranks import naming_rank, this_command, use_own_gpu
@@ -17,6 +18,7 @@ from ensembler.rules import RULE_NAMES
 
 if TYPE_CHECKING:
     from ensembler.evaluation.answering import Chunk
+    from ensembler.evaluation.backends import BackendChoice
     from ensembler.evaluation.rows_folder import RowsFolder
     from ensembler.evaluation.sweep import Sweep, SweepOptions
 
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     help="The folder of the results.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@backend_options
 def sweep(
     given: EnsembleOptions,
     rules: str | None,
@@ -71,12 +74,14 @@ def sweep(
     seed: int,
     output: Path,
     as_json: bool,
+    backend: BackendChoice,
 ) -> None:
     """Choose alpha for ENSEMBLE on validation examples, and report it on others.
 
     All alphas and rules share the forwards of the members: a grid costs little more than one alpha. DIR gets
     rows.jsonl, summary.json, sweep.png and report.html. An interrupted sweep goes on when the same command is run
-    again. Started by accelerate launch or torchrun, each process takes some of the examples.
+    again. Started by accelerate launch or torchrun, each process takes some of the examples. With --backend vllm, each
+    alpha is a pass of its own.
 
     \b
     ensembler sweep demo --validation validation --rules base-change,eft
@@ -101,6 +106,7 @@ def sweep(
         metric=tasks.metric_key,
         batch_size=batch_size,
         seed=seed,
+        backend=backend,
     )
     config = replace(given, rule=names[0] if names else None).load_config()
     if not names:
@@ -109,8 +115,9 @@ def sweep(
         plan = plan_images(config, images, tasks, options, strict=strict)
     else:
         checked = check_ensemble(config)
-        context = None if checked.shortest_context is None else checked.shortest_context[1]
-        plan = Sweep(checked, tasks.load(demo_task() if given.ensemble == DEMO else None, context), options)
+        limit = backend.shortest_context(checked)
+        loaded = tasks.load(demo_task() if given.ensemble == DEMO else None, None if limit is None else limit[1])
+        plan = Sweep(checked, loaded, options)
     folder = RowsFolder(output, plan.settings, rows_per_id=len(plan.grid), rank=this_rank())
     if this_rank() == 0:
         _say_choice(options)
@@ -132,10 +139,14 @@ def _run(plan: Sweep, folder: RowsFolder, chunks: list[Chunk], done: frozenset[s
     if this_rank() == 0:
         _say_begin(plan, chunks, done)
     use_own_gpu()
-    model = plan.load()
     num_examples = sum(len(chunk.examples) for chunk in chunks)
-    with folder, progress(num_examples, shown=this_rank() == 0, label="examples", lines=True) as advance:
-        for num in plan.run(model, folder, chunks, done):
+    shown = this_rank() == 0
+    with (
+        plan.open() as backend,
+        folder,
+        progress(num_examples, shown=shown, label="examples", lines=True) as advance,
+    ):
+        for num in plan.run(backend, folder, chunks, done):
             advance(num)
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ensembler.patch.extract import Extracted
     from ensembler.patch.report import PatchReport
     from ensembler.planning.placement import Proposal
+    from ensembler.planning.serving import ServingPlan
 
 _PLAIN_WIDTH = 160  # of a file or a pipe, which have no width of their own
 
@@ -122,6 +123,24 @@ def print_proposal(proposal: Proposal) -> None:
     out.print(table)
     if proposal.flags():
         out.print(f"\nflags: {' '.join(proposal.flags())}", markup=False, soft_wrap=True)
+
+
+def print_serving(serving: ServingPlan | str) -> None:
+    """Print what one of vLLM's servers has room for and the flags that say so, or why there is none."""
+    out = console()
+    if isinstance(serving, str):
+        out.print(f"vLLM: {serving}", markup=False, soft_wrap=True)
+        return
+    gpus = "1 GPU" if serving.num_gpus == 1 else f"{serving.num_gpus} GPUs"
+    many = f"{serving.num_servers} servers, each on" if serving.num_servers > 1 else "a server on"
+    out.print(
+        f"vLLM: {many} {gpus}: weights {show_size(serving.weight_bytes)} (a copy for each member), KV/token "
+        f"{show_size(serving.cache_per_token)}, room for {serving.num_tokens:,} tokens, that is "
+        f"{serving.num_requests:,} texts of {serving.context:,}",
+        markup=False,
+        soft_wrap=True,
+    )
+    out.print(f"vLLM flags: {' '.join(serving.flags())}", markup=False, soft_wrap=True)
 
 
 def print_next_tokens(

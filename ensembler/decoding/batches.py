@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +14,17 @@ from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.modeling import EnsembleForCausalLM
 
 _INF = float("inf")
+
+
+class Decoder(Protocol):
+    """What decodes an ensemble, as far as prompts and texts need to know it: a model, or an engine around it."""
+
+    config: Any
+    generation_config: Any
+
+    @property
+    def shortest_context(self) -> tuple[str, int] | None:
+        """What sets the shortest limit to a text with its answer, and that limit in tokens; None where nothing does."""
 
 
 def make_batches(
@@ -38,7 +49,7 @@ def batches_by_length(
     return tight + [others[start : start + batch_size] for start in range(0, len(others), batch_size)]
 
 
-def room_for(model: EnsembleForCausalLM, num_tokens: int, max_new_tokens: int) -> int:
+def room_for(model: Decoder, num_tokens: int, max_new_tokens: int) -> int:
     """Return how many tokens fit behind prompts of `num_tokens`: `max_new_tokens`, or what the context leaves."""
     context = model.shortest_context
     return max_new_tokens if context is None else min(max_new_tokens, context[1] - num_tokens)
@@ -52,7 +63,7 @@ def pad_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def end_ids(model: EnsembleForCausalLM) -> frozenset[int]:
+def end_ids(model: Decoder) -> frozenset[int]:
     """The ids that end a text."""
     ends = model.generation_config.eos_token_id
     return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])

@@ -26,17 +26,31 @@ def make_sample(ids: list[int], tokenizer: Any, ends: frozenset[int], stops: Seq
     end = next((position for position, token in enumerate(ids) if token in ends), None)
     kept = ids if end is None else ids[: end + 1]
     text = tokenizer.decode(kept, skip_special_tokens=True)
-    cuts = [cut for cut in (text.find(stop) for stop in stops) if cut >= 0]
+    if not stops:
+        return Sample(text, len(kept), "length" if end is None else "stop", kept)
+    behind = _behind_text(kept, tokenizer)
+    cuts = [cut for cut in (behind.find(stop) for stop in stops) if cut >= 0]
     if cuts:
-        text = text[: min(cuts)]
+        text = text[: max(0, min(cuts) - (len(behind) - len(text)))]
         kept = _until_text(kept, tokenizer, stops)
     return Sample(text, len(kept), "stop" if cuts or end is not None else "length", kept)
+
+
+def _behind_text(ids: list[int], tokenizer: Any) -> str:
+    """The text of `ids` behind other text: by itself, many a tokenizer drops the space that it begins with.
+
+    A stop text may be found with that space, as it is by the criterion that ended the row.
+    """
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    before: str = tokenizer.decode(ids[:1], skip_special_tokens=True)
+    behind: str = tokenizer.decode([*ids[:1], *ids], skip_special_tokens=True)[len(before) :]
+    return behind if behind == f" {text}" else text
 
 
 def _until_text(ids: list[int], tokenizer: Any, stops: Sequence[str]) -> list[int]:
     """The shortest beginning of `ids` whose text holds a stop text: what follows in a batch is padding."""
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], skip_special_tokens=True)
+        text = _behind_text(ids[:end], tokenizer)
         if any(stop in text for stop in stops):
             return ids[:end]
     return ids

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from ensembler.cache import EnsembleCache
-from ensembler.decoding.batches import end_ids, ends_only, make_batches, pad_id, pad_left, room_for
+from ensembler.decoding.batches import Decoder, end_ids, ends_only, make_batches, pad_id, pad_left, room_for
 from ensembler.decoding.drafting import AUTO, NONE
 from ensembler.decoding.prefixes import Headers
 from ensembler.decoding.prompts import EncodedPrompt
@@ -120,7 +120,12 @@ class DecodingOptions:
 
 
 def fingerprint(
-    model: EnsembleForCausalLM, prompts: Sequence[EncodedPrompt], options: DecodingOptions, *, batch_size: int
+    model: Decoder,
+    prompts: Sequence[EncodedPrompt],
+    options: DecodingOptions,
+    *,
+    batch_size: int,
+    backend: str = "transformers",
 ) -> str:
     """Return a short hash of all that the texts of a run depend on, but for the weights themselves."""
     settings = {
@@ -129,6 +134,7 @@ def fingerprint(
         "ends": sorted(end_ids(model)),
         "options": {name: value for name, value in asdict(options).items() if name != "prefill_chunk"},
         "batch_size": batch_size,
+        "backend": backend,
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 

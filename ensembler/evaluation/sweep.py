@@ -6,13 +6,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from ensembler.decoding.points import GridPoint, make_grid, points_by_rule
 from ensembler.errors import ConfigError
 from ensembler.evaluation.answering import Answered, Chunk, ScoringChunk, make_chunks
+from ensembler.evaluation.backends import Backend, BackendChoice
 from ensembler.evaluation.batches import can_share_contexts
 from ensembler.evaluation.examples import Measurement, Rolling
 from ensembler.evaluation.metric_values import to_json
@@ -21,7 +23,6 @@ from ensembler.evaluation.provenance import describe_ensemble, versions
 from ensembler.evaluation.rows_folder import Row, RowsFolder
 from ensembler.evaluation.sweep_tasks import SweepTask, ask, by_split, prompts_of
 from ensembler.evaluation.swept_task import SweptTask
-from ensembler.modeling import EnsembleForCausalLM
 from ensembler.preflight import CheckedEnsemble
 from ensembler.rules import RULES, Rule
 
@@ -38,7 +39,7 @@ class SweepOptions:
     `select` "metric", α is chosen by the metric of the validation examples, with `one_standard_error` by that rule; by
     "perplexity", by the likelihood of the reported examples' prompts, without labels. `metric`: a key of the tasks'
     metrics instead of their first. `seed`: of sampled texts, of the draw of validation examples and of the bootstrap.
-    Raises ConfigError.
+    `backend`: what runs the members. Raises ConfigError.
     """
 
     rules: tuple[str, ...]
@@ -49,6 +50,7 @@ class SweepOptions:
     metric: str | None = None
     batch_size: int = 8
     seed: int = 0
+    backend: BackendChoice = field(default_factory=BackendChoice)
 
     def __post_init__(self) -> None:
         if self.select not in ("metric", "perplexity"):
@@ -84,8 +86,9 @@ class Sweep:
         points_by_rule(self.grid, self.rule, checked.contract, checked.config.outside)
         self.tasks = [self._plan(task) for task in tasks]
         self._asked = {asked.example.id: asked for task in self.tasks for asked in ask(task)}
+        options.backend.check(checked)
         self._checked = checked
-        self._tokenizer = checked.tokenizer
+        self.tokenizer = checked.tokenizer
         self.chunks = [chunk for task in self.tasks for chunk in self._chunks(task)]
         self._ids = {name: ids for chunk in self.chunks for name, ids in chunk.ids().items()}
 
@@ -97,12 +100,12 @@ class Sweep:
 
     def _chunks(self, task: SweepTask) -> Iterator[Chunk]:
         tokenizer = self._checked.require_tokenizer()
-        shortest = self._checked.shortest_context
+        max_length = self.options.backend.max_length(self._checked)
         for examples in (*by_split(task), task.prompts):
             yield from make_chunks(
                 examples,
                 tokenizer,
-                max_length=_MAX_LENGTH if shortest is None else shortest[1],
+                max_length=_MAX_LENGTH if max_length is None else max_length,
                 batch_size=self.options.batch_size,
                 share_contexts=can_share_contexts(self._checked.model_configs.values()),
             )
@@ -131,9 +134,9 @@ class Sweep:
         """Return a small picture of the example with this id as a data URI, where it is an image."""
         return None
 
-    def load(self) -> EnsembleForCausalLM:
-        """Load the members."""
-        return EnsembleForCausalLM.from_checked(self._checked)
+    def open(self) -> AbstractContextManager[Any]:
+        """Load the members; a `with` block gets what `run` takes and ends it."""
+        return self.options.backend.open(self._checked)
 
     def num_prompt_tokens(self, task: SweepTask) -> int:
         """How many tokens the prompts of a task have, whose likelihood chooses α."""
@@ -154,6 +157,7 @@ class Sweep:
             "alphas": list(options.alphas),
             "tasks": {task.task.name: self._task_settings(task) for task in self.tasks},
             "batch size": options.batch_size,
+            "backend": options.backend.name,
             "seed": options.seed,
         }
 
@@ -188,12 +192,10 @@ class Sweep:
         own = self.chunks[rank::num_ranks]
         return [chunk for chunk in own if any(example.id not in done for example in chunk.examples)]
 
-    def run(
-        self, model: EnsembleForCausalLM, folder: RowsFolder, chunks: Sequence[Chunk], done: frozenset[str]
-    ) -> Iterator[int]:
+    def run(self, backend: Backend, folder: RowsFolder, chunks: Sequence[Chunk], done: frozenset[str]) -> Iterator[int]:
         """Answer chunk after chunk and append the rows; yield how many examples each had. Raises RunError."""
         for chunk in chunks:
-            answered = chunk.answer(model, self._tokenizer, self.grid, seed=self.options.seed)
+            answered = chunk.answer(backend, self.tokenizer, self.grid, seed=self.options.seed)
             folder.append([row for one in answered if one.example.id not in done for row in self._rows(one)])
             yield len(chunk.examples)
 

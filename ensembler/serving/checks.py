@@ -33,3 +33,27 @@ def check_servable(checked: CheckedEnsemble) -> None:
                 f"{role} has quantised weights ({config.quantization_config.get('quant_method')}), which vLLM cannot "
                 "load as one member of several; give the model before that"
             )
+
+
+def common_dtype(checked: CheckedEnsemble) -> str:
+    """Return the dtype that all members are to run in: what they ask for, or that of their files.
+
+    vLLM by itself would take half precision for float32. Raises ConfigError where members differ.
+    """
+    found = list(dict.fromkeys(own_dtypes(checked)))
+    if len(found) > 1:
+        raise ConfigError(
+            f"the members are of {' and '.join(found)}; vLLM runs all in one dtype: give it (--dtype to the server, "
+            "--engine-arg dtype=bfloat16 elsewhere)"
+        )
+    return found[0]
+
+
+def own_dtypes(checked: CheckedEnsemble) -> list[str]:
+    """Return each member's dtype, the anchor's first."""
+    return [
+        str(config.dtype or "float32").removeprefix("torch.")
+        if checked.config.members[role].dtype == "auto"
+        else str(checked.config.members[role].dtype)
+        for role, config in checked.model_configs.items()
+    ]

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ensembler.config import EnsembleConfig
+from ensembler.preflight import CheckedEnsemble
+from ensembler.serving.checks import common_dtype
 
 LOAD_FORMAT = "ensembler"
 DRAIN_SECONDS = 30  # that running requests get to end in after SIGTERM
@@ -19,12 +21,17 @@ def model_name(name: str, config: EnsembleConfig) -> str:
 
 
 def serve_command(
-    folder: Path, config: EnsembleConfig, *, name: str, alpha: float | None, flags: Sequence[str]
+    folder: Path, checked: CheckedEnsemble, *, name: str, alpha: float | None, flags: Sequence[str]
 ) -> list[str]:
-    """Return the command for the server; `alpha` is one that differs from the folder's, `flags` are any of vLLM's."""
+    """Return the command for the server; `alpha` is one that differs from the folder's, `flags` are any of vLLM's.
+
+    Raises ConfigError where members differ in dtype and `flags` name none.
+    """
     command = [sys.executable, "-m", "ensembler.serving.vllm_serve", "serve", str(folder), "--load-format", LOAD_FORMAT]
     if not _has(flags, "--served-model-name"):
-        command += ["--served-model-name", model_name(name, config), name]
+        command += ["--served-model-name", model_name(name, checked.config), name]
+    if not _has(flags, "--dtype"):
+        command += ["--dtype", common_dtype(checked)]
     command += ["--middleware", "ensembler.serving.fixed_alpha.RefuseAlpha"]
     if not _has(flags, "--shutdown-timeout"):  # vLLM's own is 0: open streams would wait for ever for a killed engine
         command += ["--shutdown-timeout", str(DRAIN_SECONDS)]

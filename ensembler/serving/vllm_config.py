@@ -13,11 +13,8 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 
 from ensembler import folder as folders
 from ensembler.config import EnsembleConfig
-from ensembler.errors import ConfigError
 from ensembler.preflight import CheckedEnsemble, check_ensemble
-from ensembler.serving.checks import check_servable
-
-_DTYPES = {"float32", "bfloat16", "float16"}
+from ensembler.serving.checks import check_servable, own_dtypes
 
 
 class ServedConfig(EnsembleConfig):  # type: ignore[misc,unused-ignore]
@@ -35,7 +32,7 @@ class ServedConfig(EnsembleConfig):  # type: ignore[misc,unused-ignore]
         made = super().from_dict(content, **options)
         config = made[0] if isinstance(made, tuple) else made
         folders.located(config, folders.find(config.name_or_path))
-        config.dtype = _common_dtype(config.checked)
+        config.dtype = own_dtypes(config.checked)[0]  # vLLM's "auto" goes by it; the engine and the server give theirs
         return made
 
     @cached_property
@@ -75,15 +72,3 @@ class ServedSizes(ModelArchConfigConvertorBase):  # type: ignore[misc,unused-ign
     def get_head_size(self) -> int:
         """Of the anchor."""
         return self._sizes("get_head_size")[0]
-
-
-def _common_dtype(checked: CheckedEnsemble) -> str:
-    """The dtype of all members: that which they ask for, or that of the anchor's files."""
-    wanted = {member.dtype for member in checked.config.members.values()} & _DTYPES
-    if len(wanted) > 1:
-        raise ConfigError(
-            f"the members ask for {' and '.join(sorted(wanted))}; vLLM runs all in one dtype: give all the same, or "
-            "--dtype to the server"
-        )
-    anchor = next(iter(checked.model_configs.values()))
-    return wanted.pop() if wanted else str(anchor.dtype or "float32").removeprefix("torch.")

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from ensembler_kernels import combine
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
 
+from ensembler.decoding.points import GridPoint, points_by_rule
 from ensembler.errors import InputError
-from ensembler.modeling import make_combination
 from ensembler.patch.plan import Plan
 from ensembler.runners import make_reader
 from ensembler.serving.tensors import plan_member
 
 
 class EnsembleForCausalLM(nn.Module):
-    """Members by role, the anchor first; α is that of the configuration, for all requests.
+    """Members by role, the anchor first; rule and α are those of the configuration until `set_point`, for all requests.
 
     Raises MemberError where an adapter is no sum with its base's weights.
     """
@@ -33,8 +34,9 @@ class EnsembleForCausalLM(nn.Module):
         config: Any = vllm_config.model_config.hf_config
         checked = config.checked
         self.rule = config.get_rule()
-        self.alpha = float(config.alpha)
-        self.combination = make_combination(self.rule, checked.contract, config.outside)
+        self._contract, self._outside = checked.contract, config.outside
+        self._vocab_size: int = config.vocab_size
+        self.set_point(GridPoint(self.rule.name, float(config.alpha)))
         self.readers = {role: make_reader(role, checked.contract) for role in self.rule.roles}
         self.plans: dict[str, Plan] = {role: plan_member(role, files.config) for role, files in checked.files.items()}
         self.members = nn.ModuleDict(
@@ -49,6 +51,13 @@ class EnsembleForCausalLM(nn.Module):
         )
         sizes = [checked.model_configs[role].get_text_config(decoder=True).hidden_size for role in self.rule.roles]
         self._sizes: list[int] = sizes
+
+    def set_point(self, point: GridPoint) -> None:
+        """Combine by another rule or α from the next step on. Raises ConfigError for one that does not fit the members.
+
+        What is cached stays right: the members' keys and values depend on neither.
+        """
+        (self._point,) = points_by_rule([point], self.rule, self._contract, self._outside)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Refused: each member embeds tokens by itself. vLLM takes no class without this method for a model."""
@@ -74,9 +83,15 @@ class EnsembleForCausalLM(nn.Module):
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return combined logits (n, V) fp32 of hidden states (n, Σ hidden sizes); None on ranks that gather none."""
-        members: list[Any] = list(self.members.values())
         parts = torch.split(hidden_states, self._sizes, dim=-1)
-        logits = [member.compute_logits(part.contiguous()) for member, part in zip(members, parts, strict=True)]
-        if any(one is None for one in logits):
+        members: dict[str, Any] = dict(self.members.items())
+        logits = {
+            role: member.compute_logits(part.contiguous())
+            for (role, member), part in zip(members.items(), parts, strict=True)
+        }
+        if any(one is None for one in logits.values()):
             return None
-        return combine(logits, self.combination, self.alpha)
+        point = self._point
+        combined = combine([logits[role] for role in point.roles], point.how, point.alphas[0])
+        # Another rule's anchor may be narrower; vLLM looks up tokens by the vocabulary of the configuration.
+        return pad(combined, (0, max(0, self._vocab_size - combined.shape[-1])), value=-torch.inf)

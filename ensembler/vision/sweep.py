@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from ensembler.decoding.points import GridPoint, points_by_rule
 from ensembler.errors import ConfigError
 from ensembler.evaluation.answering import Answered
+from ensembler.evaluation.backends import TRANSFORMERS
 from ensembler.evaluation.examples import Answer, Example
 from ensembler.evaluation.rows_folder import RowsFolder
 from ensembler.evaluation.sweep import Sweep, SweepOptions
@@ -47,9 +49,9 @@ class ImageChunk:
         """Return the images as every member wants them."""
         return model.prepare([open_image(example.source[0].image.source) for example in self.examples])
 
-    def answer(self, model: Any, tokenizer: Any, grid: Sequence[GridPoint], *, seed: int = 0) -> list[Answered]:
+    def answer(self, backend: Any, tokenizer: Any, grid: Sequence[GridPoint], *, seed: int = 0) -> list[Answered]:
         """Run the members once and return the answers at all points."""
-        return self.answer_prepared(model, self.prepare(model), grid)
+        return self.answer_prepared(backend, self.prepare(backend), grid)
 
     @torch.inference_mode()
     def answer_prepared(
@@ -91,6 +93,8 @@ class ImageSweep(Sweep):
     def __init__(self, checked: CheckedImages, tasks: Sequence[SweptTask], options: SweepOptions) -> None:
         if options.by_perplexity:
             raise ConfigError("images have no prompts whose likelihood could choose alpha; give --validation")
+        if options.backend.name != TRANSFORMERS:
+            raise ConfigError(f"images are not run by {options.backend.name}; leave --backend out")
         self._images = checked
         super().__init__(checked, tasks, options)
         self._by_id = {example.id: example for chunk in self.chunks for example in chunk.examples}
@@ -123,12 +127,13 @@ class ImageSweep(Sweep):
         image.save(buffer, "png")
         return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
-    def load(self) -> Any:
+    def open(self) -> AbstractContextManager[Any]:
         """Load the members."""
-        return EnsembleForImageClassification.from_checked(self._images)
+        return nullcontext(EnsembleForImageClassification.from_checked(self._images))
 
-    def run(self, model: Any, folder: RowsFolder, chunks: Sequence[Any], done: frozenset[str]) -> Iterator[int]:
+    def run(self, backend: Any, folder: RowsFolder, chunks: Sequence[Any], done: frozenset[str]) -> Iterator[int]:
         """Answer chunk after chunk and append the rows; yield how many images each had. Raises RunError."""
+        model: EnsembleForImageClassification = backend
         prepared = ahead(chunks, lambda chunk: (chunk, chunk.prepare(model)))
         for chunk, values in prepared:
             answered = chunk.answer_prepared(model, values, self.grid)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from ensembler.errors import ConfigError, HubError, InputError, MissingExtraError
+from ensembler.evaluation.answering import Chunk
+from ensembler.evaluation.backends import BackendChoice
 from ensembler.evaluation.bench.methods import Run, plan_runs
 from ensembler.evaluation.bench.published import check_tasks
 from ensembler.evaluation.bench.recipe import Experiment, Recipe, Speed
@@ -48,8 +50,11 @@ class PlannedRun:
 class Bench:
     """All runs of a recipe, planned. Raises ConfigError, MemberError, VocabularyError, PatchError or PromptError."""
 
-    def __init__(self, recipe: Recipe, *, allow_code_execution: bool = False) -> None:
+    def __init__(
+        self, recipe: Recipe, *, allow_code_execution: bool = False, backend: BackendChoice | None = None
+    ) -> None:
         self.recipe = recipe
+        self.backend = backend or BackendChoice()
         self._tasks: dict[str, list[SweptTask]] = {}
         self._image_keys: dict[str, str] = {}
         self._allow_code_execution = allow_code_execution
@@ -79,7 +84,7 @@ class Bench:
         tasks = self._load(experiment)  # after the members, since their data may have to be fetched
         check_tasks(experiment, tasks)
         for run, ensemble in checked:
-            yield PlannedRun(experiment, run, ensemble, Sweep(ensemble, tasks, _options(experiment, run)))
+            yield PlannedRun(experiment, run, ensemble, Sweep(ensemble, tasks, _options(experiment, run, self.backend)))
 
     def _plan_images(self, experiment: Experiment) -> Iterator[PlannedRun]:
         from ensembler.vision.bench import load_tasks_of, plan_image_runs
@@ -92,7 +97,7 @@ class Bench:
         self._image_keys[experiment.name] = key
         check_tasks(experiment, self._tasks[key])
         for run, ensemble in checked:
-            sweep = ImageSweep(ensemble, self._tasks[key], _options(experiment, run))
+            sweep = ImageSweep(ensemble, self._tasks[key], _options(experiment, run, self.backend))
             yield PlannedRun(experiment, run, ensemble, sweep)
 
     def _load(self, experiment: Experiment) -> list[SweptTask]:
@@ -145,7 +150,7 @@ def _key(experiment: Experiment) -> str:
     return repr((experiment.tasks, experiment.num_fewshot, experiment.limit, experiment.images))
 
 
-def _options(experiment: Experiment, run: Run) -> SweepOptions:
+def _options(experiment: Experiment, run: Run, backend: BackendChoice) -> SweepOptions:
     return SweepOptions(
         rules=run.rules,
         alphas=run.alphas,
@@ -153,6 +158,7 @@ def _options(experiment: Experiment, run: Run) -> SweepOptions:
         metric=experiment.metric,
         batch_size=experiment.batch_size,
         seed=experiment.seed,
+        backend=backend,
     )
 
 
@@ -187,14 +193,21 @@ def answer(
     chunks = sweep.unfinished(done, rank=rank, num_ranks=num_ranks)
     if not chunks:
         return
-    model = None
     try:
-        model = sweep.load()
-        with folder:
-            for num in sweep.run(model, folder, chunks, done):
-                advance(num)
+        _run(planned, folder, chunks, done, advance)
     finally:
-        del model
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _run(
+    planned: PlannedRun,
+    folder: RowsFolder,
+    chunks: Sequence[Chunk],
+    done: frozenset[str],
+    advance: Callable[[int], None],
+) -> None:
+    with planned.sweep.open() as backend, folder:
+        for num in planned.sweep.run(backend, folder, chunks, done):
+            advance(num)

@@ -1,0 +1,101 @@
+"""What fits where vLLM serves: all members on the same GPUs, each cut into as many parts as there are GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ensembler.planning.measuring import measure
+from ensembler.planning.sizes import GroupSizes
+from ensembler.preflight import CheckedEnsemble
+
+UTILISATION = 0.9
+"""Fraction of each GPU that vLLM is told to use."""
+
+ACTIVATIONS = 2 * 10**9
+"""Bytes of a GPU for activations and graphs: a rule of thumb, which vLLM replaces by a measurement when it starts."""
+
+
+@dataclass(frozen=True)
+class ServingPlan:
+    """Servers of `num_gpus` GPUs each, `num_servers` of them, for texts of `context` tokens.
+
+    `weight_bytes`: of all members, each with a copy of its own. `cache_per_token`: bytes of a token in all members.
+    `num_tokens`: how many tokens one server has room for, texts that run at the same time together.
+    """
+
+    num_gpus: int
+    num_servers: int
+    context: int
+    weight_bytes: int
+    cache_per_token: int
+    num_tokens: int
+
+    @property
+    def num_requests(self) -> int:
+        """How many texts of full length one server holds at the same time."""
+        return self.num_tokens // self.context
+
+    def flags(self) -> list[str]:
+        """The flags of vLLM that say so, for behind `ensembler serve FOLDER --`."""
+        found = ["--max-model-len", str(self.context), "--gpu-memory-utilization", f"{UTILISATION:g}"]
+        if self.num_gpus > 1:
+            found += ["--tensor-parallel-size", str(self.num_gpus)]
+        if self.num_servers > 1:
+            found += ["--data-parallel-size", str(self.num_servers)]
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as a mapping for JSON."""
+        return {**vars(self), "num_requests": self.num_requests, "flags": self.flags()}
+
+
+def plan_serving(
+    checked: CheckedEnsemble, budgets: Mapping[str, int], *, context: int, batch_size: int = 1
+) -> ServingPlan | None:
+    """Return the smallest server that holds the weights and `batch_size` texts of `context` tokens; None if none does.
+
+    `budgets`: bytes by device; a server takes 1, 2, 4 ... of the GPUs among them, as many as divide the heads of every
+    member, and all are taken for as large as the smallest. Raises MemberError.
+    """
+    return propose_serving(
+        measure(checked),
+        {role: _heads(config) for role, config in checked.model_configs.items()},
+        [size for device, size in budgets.items() if device != "cpu"],
+        context=context,
+        batch_size=batch_size,
+    )
+
+
+def propose_serving(
+    groups: Sequence[GroupSizes],
+    heads: Mapping[str, tuple[int, int]],
+    budgets: Sequence[int],
+    *,
+    context: int,
+    batch_size: int = 1,
+) -> ServingPlan | None:
+    """The same from sizes alone. `heads`: attention heads and key-value heads by role."""
+    weights = sum(group.model.num_bytes() * len(group.roles) for group in groups)
+    num_gpus = 1
+    while num_gpus <= len(budgets):
+        if all(attention % num_gpus == 0 for attention, _ in heads.values()):
+            # Key-value heads are cut as long as there is one for each GPU, and then kept several times.
+            per_token = sum(
+                group.model.cache_per_token / min(num_gpus, heads[role][1]) for group in groups for role in group.roles
+            )
+            room = min(budgets) * UTILISATION - ACTIVATIONS - weights / num_gpus
+            if room >= per_token * context * batch_size:
+                whole = sum(group.model.cache_per_token * len(group.roles) for group in groups)
+                return ServingPlan(
+                    num_gpus, len(budgets) // num_gpus, context, weights, whole, int(room / max(per_token, 1))
+                )
+        num_gpus *= 2
+    return None
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    text = config.get_text_config(decoder=True)
+    attention = int(text.num_attention_heads)
+    return attention, int(getattr(text, "num_key_value_heads", None) or attention)
