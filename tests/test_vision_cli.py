@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,12 @@ def test_aliases_make_members_agree(tmp_path: Path, run: Any) -> None:
     model = EnsembleForImageClassification.from_pretrained(tmp_path / "out")
     assert model.classes == CLASSES
     assert torch.isfinite(model(model.prepare(random_images(2))).logits).all()
+
+
+def test_without_pillow_the_pip_line_is_told(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    vit = save_vit(tmp_path / "vit", 1)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    trio = ["--source-ft", vit, "--source-pt", vit, "--target-pt", vit]
+    done = run("create", tmp_path / "out", "--task", "image-classification", *trio)
+    assert done.code == 2
+    assert done.error.endswith("PIL is not installed; install it with: pip install 'logit-ensembler[vision]'")

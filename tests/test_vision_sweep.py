@@ -23,6 +23,7 @@ from ensembler import EnsembleForImageClassification
 from ensembler.config import IMAGES, EnsembleConfig
 from ensembler.decoding.points import make_grid, points_by_rule
 from ensembler.errors import ClassesError, ConfigError, ImageError
+from ensembler.evaluation.backends import BackendChoice
 from ensembler.evaluation.sweep import SweepOptions
 from ensembler.vision.grid import combine_points
 from ensembler.vision.images import open_image
@@ -233,6 +234,8 @@ def test_thumbnails_are_small_pictures(members: dict[str, str], pictures: Path) 
 def test_what_cannot_be_swept_is_refused(members: dict[str, str], pictures: Path, tmp_path: Path, run: Any) -> None:
     with pytest.raises(ConfigError, match="images have no prompts whose likelihood could choose alpha"):
         make_sweep(members, pictures, select="perplexity", validation=None)
+    with pytest.raises(ConfigError, match="images are not run by vllm; leave --backend out"):
+        make_sweep(members, pictures, backend=BackendChoice("vllm"))
     with pytest.raises(ConfigError, match="images have no metric 'f1'; they have acc, acc_top5, log_prob"):
         make_sweep(members, pictures, metric="f1")
     with pytest.raises(ConfigError, match="pictures has no split 'train'; it has validation, test"):
