@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from click.testing import CliRunner
 from peft import LoraConfig, get_peft_model
 from tiny import make_model, make_tokenizer
+from transformers import AutoConfig
 
 from ensembler.cli.main import cli
 from ensembler.config import EnsembleConfig, MemberConfig
@@ -28,6 +30,7 @@ from ensembler.serving.checks import check_servable, require_vllm
 from ensembler.serving.command import serve_command
 from ensembler.serving.fixed_alpha import RefuseAlpha, asked_for
 from ensembler.serving.tensors import member_tensors, plan_member
+from ensembler.serving.vllm_serve import fix
 
 SaveMember = Callable[..., Path]
 
@@ -37,14 +40,45 @@ def test_the_command_names_rule_and_alpha_and_hands_on_flags() -> None:
     command = serve_command(Path("/x"), checked, name="x", alpha=0.5, flags=("--port", "9"))
     names = command.index("--served-model-name")
     assert command[names + 1 : names + 3] == ["x:base-change@0.5", "x"]
-    assert json.loads(command[command.index("--hf-overrides") + 1]) == {"alpha": 0.5}
-    assert command[-2:] == ["--port", "9"]
-    assert command[command.index("--dtype") + 1] == "float32"
-    flags = ("--served-model-name=mine", "--dtype=bfloat16")
-    own = serve_command(Path("/x"), checked, name="x", alpha=None, flags=flags)
-    assert "--dtype" not in own
-    assert "--hf-overrides" not in own
-    assert [flag for flag in own if flag.startswith("--served-model-name")] == ["--served-model-name=mine"]
+    assert command[2:6] == ["ensembler.serving.vllm_serve", "0.5", "serve", "/x"]
+    assert command[-2:] == ["--port", "9"]  # behind ours: of a flag that is given twice, the last one counts
+    assert serve_command(Path("/x"), checked, name="x", alpha=None, flags=())[3] == "null"
+
+
+def parsed(**changes: Any) -> Namespace:
+    """vLLM's arguments as its parser leaves them."""
+    plain: dict[str, Any] = {
+        "model_tag": str(demo_folder()),
+        "load_format": "auto",
+        "hf_overrides": {},
+        "quantization": None,
+        "dtype": "auto",
+        "tensor_parallel_size": 1,
+    }
+    return Namespace(**{**plain, **changes})
+
+
+def test_what_is_the_ensembles_to_say_is_set_in_the_servers_arguments() -> None:
+    args = parsed()
+    fix(args, 0.5)
+    assert (args.load_format, args.dtype, args.hf_overrides) == ("ensembler", "float32", {"alpha": 0.5})
+    args = parsed(dtype="bfloat16")
+    fix(args, None)
+    assert (args.dtype, args.hf_overrides) == ("bfloat16", {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"load_format": "dummy"}, "--load-format dummy was given"),
+        ({"hf_overrides": {"alpha": 2}}, "--hf-overrides was given"),
+        ({"quantization": "fp8"}, "--quantization fp8 was given"),
+        ({"tensor_parallel_size": 3}, "which 3 tensor-parallel ranks cannot share"),
+    ],
+)
+def test_flags_that_would_change_the_ensemble_unsaid_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        fix(parsed(**changes), None)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +165,23 @@ def test_quantised_and_placed_members_are_refused_by_name() -> None:
     check_servable(check_ensemble(demo_config()))
 
 
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("mamba", {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}, "keeps a state"),
+        ("gemma3", {}, "a model of more than texts"),
+        ("deepseek_v3", {}, "has latent attention"),
+    ],
+)
+def test_members_that_vllm_sets_up_for_a_whole_model_are_refused(
+    family: str, settings: dict[str, Any], message: str
+) -> None:
+    checked = check_ensemble(demo_config())
+    checked.model_configs["target_pt"] = AutoConfig.for_model(family, **settings)
+    with pytest.raises(MemberError, match=f"target_pt .{family}. .*{message}"):
+        check_servable(checked)
+
+
 def test_without_vllm_there_is_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ensembler.serving.checks.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"vllm is not installed; install it with: pip install .*\[vllm\]"):
@@ -183,6 +234,12 @@ def test_a_checkpoint_that_is_stored_quantised_is_refused_by_its_kind(save_membe
         (["--dtype", "target_pt=bfloat16"], "members are of float32 and bfloat16"),
         (["--engine-arg", "model=x"], "model is given to vLLM's engine by ensembler itself"),
         (["--engine-arg", "tensor_parallel_size"], "is not of the form NAME=VALUE"),
+        (["--engine-arg", "tensor_parallel_size=3"], "which 3 tensor-parallel ranks cannot share"),
+        (["--engine-arg", "max_model_len=4k"], "max_model_len is '4k'; expected a whole number"),
+        (["--engine-arg", "quantization=fp8"], "quantization is nothing that vLLM can do"),
+        (["--engine-arg", "logprobs_mode=raw_logits"], "would change what the numbers mean"),
+        (["--temperature", "3"], "vLLM samples at 0.01 to 2"),
+        (["--temperature", "0.001"], "vLLM samples at 0.01 to 2"),
     ],
 )
 def test_what_generate_cannot_do_with_vllm(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

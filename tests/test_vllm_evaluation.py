@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,19 @@ from bench_cases import recipe, save_bench_models, write_recipe
 from click.testing import CliRunner
 from sweep_cases import column, options, read_rows, run_sweep, save_ensemble
 from task_cases import TASKS, write_tasks
+from vllm_cases import WIDE
 
 from ensembler.cli.main import cli
 from ensembler.demo import demo_folder, demo_task
-from ensembler.evaluation.backends import BackendChoice
+from ensembler.evaluation.backends import open_backend
 from ensembler.evaluation.rows_folder import RowsFolder
 from ensembler.evaluation.sweep import Sweep
 from ensembler.evaluation.task_loading import load_tasks
+from ensembler.serving.choice import BackendChoice
 
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
 pytestmark = pytest.mark.vllm
 
-os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-
-WIDE: dict[str, Any] = {"hidden_size": 64}  # heads of 32: smaller ones have no paged attention on a CPU
 SAMPLED = "tiny_targets/"
 
 
@@ -59,7 +55,7 @@ def test_rows_of_every_kind_of_task_are_those_of_transformers(tmp_path: Path) ->
     theirs = run_sweep(plain, ensemble.model, tmp_path / "plain")
     rows = RowsFolder(tmp_path / "vllm", served.settings, rows_per_id=len(served.grid))
     rows.begin("ensembler sweep", served.example_rows())
-    with choice.open(ensemble.checked) as backend, rows:
+    with open_backend(choice, ensemble.checked) as backend, rows:
         for _ in served.run(backend, rows, served.chunks, frozenset()):
             pass
     ours = rows.finish(served.ids)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm_cases import changed
 
 from ensembler.demo import demo_folder
 
@@ -28,7 +29,9 @@ pytestmark = pytest.mark.vllm
 PROMPT = (
     "There are 23 shells in the market. Gwen takes 16 shells. Question: How many shells are in the market now? Answer:"
 )
-FLAGS = ("--host", "127.0.0.1", "--enforce-eager", "--dtype", "float32", "--max-model-len", "96")
+FLAGS = ("--host", "127.0.0.1", "--enforce-eager")
+CONTEXT = 256  # that of the embedded family
+LONG = 220  # new tokens, which take the engine a second or more
 START_SECONDS = 240
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
@@ -65,11 +68,8 @@ def free_port() -> int:
 
 def start(folder: Path, log: Path, *flags: str, port: int | None = None) -> Server:
     port = free_port() if port is None else port
-    template = log.with_suffix(".jinja")
-    template.write_text(TEMPLATE)
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     command = [sys.executable, "-m", "ensembler", "serve", str(folder), *flags, "--", *FLAGS, "--port", str(port)]
-    command += ["--chat-template", str(template)]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment)
     return Server(process, port, log)
@@ -86,7 +86,11 @@ def stop(server: Server) -> int:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    made = start(demo_folder(), tmp_path_factory.mktemp("server") / "log", "--alpha", "0.8")
+    folder = tmp_path_factory.mktemp("server")
+    log = folder / "log"
+    folder = changed(demo_folder(), folder / "family")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    made = start(folder, log, "--alpha", "0.7")
     try:
         made.wait_until_ready()
         yield made
@@ -95,7 +99,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_the_models_name_says_rule_and_alpha(server: Server) -> None:
-    assert [model.id for model in server.client.models.list()] == ["family:base-change@0.8", "family"]
+    assert [model.id for model in server.client.models.list()] == ["family:base-change@0.7", "family"]
 
 
 def test_a_completion_with_logprobs_stop_n_and_seed(server: Server) -> None:
@@ -112,14 +116,15 @@ def test_a_completion_with_logprobs_stop_n_and_seed(server: Server) -> None:
     assert len(set(one)) > 1
 
 
-def test_chat_goes_through_a_template(server: Server) -> None:
+def test_chat_goes_through_the_folders_template(server: Server) -> None:
     answer = server.client.chat.completions.create(
         model="family",
         messages=[{"role": "user", "content": PROMPT}],
         max_tokens=16,
         temperature=0,
     )
-    assert "7" in answer.choices[0].message.content
+    plain = server.client.completions.create(model="family", prompt=f"{PROMPT} hm", max_tokens=16, temperature=0)
+    assert answer.choices[0].message.content == plain.choices[0].text
 
 
 def test_streaming_gives_the_text_in_pieces(server: Server) -> None:
@@ -127,6 +132,13 @@ def test_streaming_gives_the_text_in_pieces(server: Server) -> None:
     pieces = [chunk.choices[0].text for chunk in stream]
     assert len(pieces) > 3
     assert "".join(pieces) == " 23 - 16 = 7; so 7."
+
+
+def metric(server: Server, name: str) -> float:
+    """A figure of vLLM's own metrics; 0 where it was never counted."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
 def test_32_at_once_are_as_one_by_one_and_a_client_may_leave(server: Server) -> None:
@@ -140,10 +152,15 @@ def test_32_at_once_are_as_one_by_one_and_a_client_may_leave(server: Server) -> 
         return str(answer.choices[0].text)
 
     leaving = server.client.completions.create(
-        model="family", prompt=PROMPT, max_tokens=64, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        model="family", prompt=PROMPT, max_tokens=LONG, temperature=0, stream=True, extra_body={"ignore_eos": True}
     )
     next(iter(leaving))
     leaving.close()
+    end = time.monotonic() + 20
+    while metric(server, "vllm:num_requests_running") and time.monotonic() < end:
+        time.sleep(0.1)
+    assert metric(server, "vllm:num_requests_running") == 0
+    assert metric(server, "vllm:generation_tokens_total") < LONG  # it was not decoded to its end
     with ThreadPoolExecutor(32) as pool:
         together = list(pool.map(ask, prompts))
     assert together == [ask(prompt) for prompt in prompts]
@@ -151,8 +168,8 @@ def test_32_at_once_are_as_one_by_one_and_a_client_may_leave(server: Server) -> 
 
 def test_what_a_request_cannot_have_is_a_clear_400(server: Server) -> None:
     client = server.client
-    with pytest.raises(openai.BadRequestError, match="96"):
-        client.completions.create(model="family", prompt=[5] * 100, max_tokens=4)
+    with pytest.raises(openai.BadRequestError, match=str(CONTEXT)):
+        client.completions.create(model="family", prompt=[5] * (CONTEXT + 1), max_tokens=4)
     for body in ({"alpha": 0.3}, {"vllm_xargs": {"alpha": 0.3}}):
         with pytest.raises(openai.BadRequestError, match="alpha cannot be set by a request: it is fixed"):
             client.completions.create(model="family", prompt=PROMPT, max_tokens=4, extra_body=body)
@@ -167,13 +184,18 @@ def test_a_port_in_use_ends_it(server: Server, tmp_path: Path) -> None:
 def test_sigterm_during_requests_ends_it_with_exit_code_0(tmp_path: Path) -> None:
     made = start(demo_folder(), tmp_path / "log")
     made.wait_until_ready()
-    stream = made.client.completions.create(
-        model="family", prompt=PROMPT, max_tokens=64, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    (name, *_) = [model.id for model in made.client.models.list()]
+    assert name == "family:base-change@0.8"  # the folder's own
+    stream = iter(
+        made.client.completions.create(
+            model=name, prompt=PROMPT, max_tokens=LONG, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
     )
-    next(iter(stream))
-    began = time.monotonic()
+    next(stream)
+    made.process.send_signal(signal.SIGTERM)
+    rest = list(stream)  # what is running goes on to its end
+    assert rest[-1].choices[0].finish_reason == "length"
     assert stop(made) == 0, made.log.read_text()[-4000:]
-    assert time.monotonic() - began < 60
 
 
 @pytest.mark.parametrize(
@@ -181,7 +203,11 @@ def test_sigterm_during_requests_ends_it_with_exit_code_0(tmp_path: Path) -> Non
     [
         (["nowhere"], "there is no folder"),
         (["demo", "--alpha", "nan"], "expected a finite number"),
-        (["demo", "--", "--load-format", "auto"], "--load-format is ensembler's here"),
+        (["demo", "--", "--load_format", "dummy"], "--load-format dummy was given"),
+        (["demo", "--", "--hf-overrides", '{"alpha": 2}'], "--hf-overrides was given"),
+        (["demo", "--", "--quantization", "fp8"], "--quantization fp8 was given"),
+        (["demo", "--", "--tensor-parallel-size", "3"], "which 3 tensor-parallel ranks cannot share"),
+        (["demo", "--", "--config", "x.yaml"], "--config was given"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:

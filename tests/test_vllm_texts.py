@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from tiny import random_ids
+from vllm_cases import prompts_for
 
 from ensembler import EnsembleForCausalLM
 from ensembler.cli.main import cli
@@ -22,19 +24,13 @@ from ensembler.demo import demo_folder
 from ensembler.folder import read
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 from ensembler.serving.engine import Engine
-from ensembler.serving.texts import complete
+from ensembler.serving.texts import complete_in_engine
 
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
 pytestmark = pytest.mark.vllm
 
-os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
-os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-
 ARGUMENTS = {"enforce_eager": True, "max_model_len": 96}
-PROMPTS = [
-    EncodedPrompt(seed, random_ids(1, 3 + seed % 11, seed=seed, vocab_size=134)[0].tolist()) for seed in range(32)
-]
+PROMPTS = [EncodedPrompt(number, ids) for number, ids in enumerate(prompts_for(134))]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +45,9 @@ def engine(checked: CheckedEnsemble) -> Iterator[Engine]:
 
 
 def by_vllm(engine: Engine, checked: CheckedEnsemble, options: DecodingOptions) -> dict[int, list[Sample]]:
-    return {one.number: one.samples for one in complete(engine, checked.require_tokenizer(), PROMPTS, options)}
+    return {
+        one.number: one.samples for one in complete_in_engine(engine, checked.require_tokenizer(), PROMPTS, options)
+    }
 
 
 def by_transformers(checked: CheckedEnsemble, options: DecodingOptions) -> dict[int, list[Sample]]:
@@ -90,7 +88,7 @@ def test_what_is_sampled_depends_on_the_seed_and_the_prompt_alone(engine: Engine
     one, other = by_vllm(engine, checked, options), by_vllm(engine, checked, options)
     assert one == other
     tokenizer = checked.require_tokenizer()
-    (alone,) = complete(engine, tokenizer, PROMPTS[7:8], options)
+    (alone,) = complete_in_engine(engine, tokenizer, PROMPTS[7:8], options)
     assert alone.samples == one[7]
     assert all(len(samples) == 3 for samples in one.values())
     assert len({tuple(sample.ids) for sample in one[7]}) > 1
@@ -102,7 +100,7 @@ def test_a_point_is_changed_while_the_engine_runs_and_a_left_run_leaves_nothing(
     engine: Engine, checked: CheckedEnsemble
 ) -> None:
     tokenizer = checked.require_tokenizer()
-    leaving = complete(engine, tokenizer, PROMPTS, DecodingOptions(80))
+    leaving = complete_in_engine(engine, tokenizer, PROMPTS, DecodingOptions(80))
     next(leaving)
     leaving.close()  # type: ignore[attr-defined]
     try:
@@ -146,6 +144,16 @@ def test_the_command_writes_rows_and_goes_on_with_them(tmp_path: Path) -> None:
             cli, ["generate", "demo", *map(str, [*asked, tmp_path / "vllm.jsonl", "--resume"]), *backend]
         )
         assert "was begun with another ensemble" in str(other.exception)
+
+
+def test_standard_output_holds_results_alone() -> None:
+    command = [sys.executable, "-m", "ensembler", "generate", "demo", "--prompt", "9 - 2 =", "--json", "--backend=vllm"]
+    environment = {key: value for key, value in os.environ.items() if key != "VLLM_LOGGING_LEVEL"}
+    flags = [f"--engine-arg={name}={json.dumps(value)}" for name, value in ARGUMENTS.items()]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["finish_reason"] == "stop"
+    assert "EngineCore" in done.stderr  # its log is what shows that something goes on
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"intermediate_size": 32, "max_position_embeddings": 96},
     "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16, "max_position_embeddings": 128},
     "bloom": {},
+    "mixtral": {**_LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 FAMILIES = tuple(_FAMILIES)
 

@@ -13,7 +13,7 @@ from ensembler.errors import ConfigError
 from ensembler.launch import num_ranks
 
 if TYPE_CHECKING:
-    from ensembler.evaluation.backends import BackendChoice
+    from ensembler.serving.choice import BackendChoice
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -47,7 +47,7 @@ def backend_options(function: Command) -> Command:
 
 
 def _choice(name: str, arguments: tuple[str, ...]) -> BackendChoice:
-    from ensembler.evaluation.backends import VLLM, BackendChoice
+    from ensembler.serving.choice import VLLM, BackendChoice
 
     if name == VLLM and num_ranks() > 1:
         raise ConfigError(

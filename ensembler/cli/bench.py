@@ -16,8 +16,8 @@ from ensembler.errors import RunError
 from ensembler.launch import num_ranks, this_rank
 
 if TYPE_CHECKING:
-    from ensembler.evaluation.backends import BackendChoice
     from ensembler.evaluation.bench.bench import Bench
+    from ensembler.serving.choice import BackendChoice
 
 
 class _SayOnce(logging.Filter):
@@ -103,9 +103,9 @@ def run(
 def _run(planned: Bench, output: Path, *, as_json: bool) -> None:
     from ensembler.cli.bench_tables import print_bench
     from ensembler.cli.tables import progress
-    from ensembler.evaluation.backends import VLLM
     from ensembler.evaluation.bench.report import SUMMARY, write_bench
     from ensembler.evaluation.bench.running import BenchRunner
+    from ensembler.serving.choice import VLLM
 
     use_own_gpu()
     runner = BenchRunner(planned, output, this_command(), this_rank(), num_ranks())

@@ -19,12 +19,12 @@ from ensembler.launch import RANK_TIMEOUT
 
 if TYPE_CHECKING:
     from ensembler.cli.printing import Printer
-    from ensembler.decoding.batches import Decoder
+    from ensembler.decoding.batches import TextLimits
     from ensembler.decoding.prompts import EncodedPrompt, Prompt
     from ensembler.decoding.results import ResultsFile
     from ensembler.decoding.texts import Completion, DecodingOptions
-    from ensembler.evaluation.backends import BackendChoice
     from ensembler.preflight import CheckedEnsemble
+    from ensembler.serving.choice import BackendChoice
 
 
 @click.command()
@@ -134,10 +134,12 @@ def generate(
             tokenizer, as_json=as_json, quiet=output is not None or streamer is not None, many=len(asked) > 1
         )
 
-        def open_results(model: Decoder) -> ResultsFile | None:
+        def open_results(model: TextLimits) -> ResultsFile | None:
             if output is None:
                 return None
-            run = fingerprint(model, encoded, decoding, batch_size=batch_size, backend=backend.name)
+            # vLLM's texts do not depend on what is decoded together.
+            together = None if on_vllm else batch_size
+            run = fingerprint(model, encoded, decoding, batch_size=together, backend=backend.describe(checked))
             return ResultsFile(output, run, resume=resume, overwrite=overwrite)
 
         if on_vllm:
@@ -181,21 +183,21 @@ def _decode_on_vllm(
     backend: BackendChoice,
     prompts: list[EncodedPrompt],
     decoding: DecodingOptions,
-    open_results: Callable[[Decoder], ResultsFile | None],
+    open_results: Callable[[TextLimits], ResultsFile | None],
     printer: Printer,
     *,
     shown: bool,
 ) -> None:
     """All prompts are in the engine at once, which returns each when it is finished."""
     from ensembler.serving.engine import Engine
-    from ensembler.serving.texts import complete
+    from ensembler.serving.texts import complete_in_engine
 
     engine = Engine(checked, backend.arguments)
     results = open_results(engine)
     done: frozenset[int] = frozenset() if results is None else results.done
     left = [prompt for prompt in prompts if prompt.number not in done]
     with engine if left else nullcontext():
-        completions = complete(engine, checked.require_tokenizer(), left, decoding)
+        completions = complete_in_engine(engine, checked.require_tokenizer(), left, decoding)
         _write(([one] for one in completions), len(prompts), len(done), results, printer, shown=shown)
 
 

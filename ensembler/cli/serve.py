@@ -9,7 +9,6 @@ from pathlib import Path
 import click
 
 from ensembler.cli.options import DEMO
-from ensembler.errors import ConfigError
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -39,9 +38,7 @@ def serve(ensemble: str, alpha: float | None, flags: tuple[str, ...]) -> None:
         config = config.replaced(alpha=alpha)
     checked = check_ensemble(config)
     check_servable(checked)
-    if any(flag.split("=")[0] == "--load-format" for flag in flags):
-        raise ConfigError("--load-format is ensembler's here: members are loaded from their own folders; leave it out")
-    command = serve_command(folder, checked, name=Path(ensemble).name, alpha=alpha, flags=flags)
+    command = serve_command(folder, checked, name=folder.resolve().name, alpha=alpha, flags=flags)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(command[0], command)  # signals and exit codes are vLLM's own

@@ -18,9 +18,9 @@ from ensembler.rules import RULE_NAMES
 
 if TYPE_CHECKING:
     from ensembler.evaluation.answering import Chunk
-    from ensembler.evaluation.backends import BackendChoice
     from ensembler.evaluation.rows_folder import RowsFolder
     from ensembler.evaluation.sweep import Sweep, SweepOptions
+    from ensembler.serving.choice import BackendChoice
 
 
 @click.command()

@@ -16,8 +16,8 @@ from ensembler.modeling import EnsembleForCausalLM
 _INF = float("inf")
 
 
-class Decoder(Protocol):
-    """What decodes an ensemble, as far as prompts and texts need to know it: a model, or an engine around it."""
+class TextLimits(Protocol):
+    """What ends the texts of an ensemble: its end tokens and its context. A model has them, and an engine around it."""
 
     config: Any
     generation_config: Any
@@ -49,7 +49,7 @@ def batches_by_length(
     return tight + [others[start : start + batch_size] for start in range(0, len(others), batch_size)]
 
 
-def room_for(model: Decoder, num_tokens: int, max_new_tokens: int) -> int:
+def room_for(model: TextLimits, num_tokens: int, max_new_tokens: int) -> int:
     """Return how many tokens fit behind prompts of `num_tokens`: `max_new_tokens`, or what the context leaves."""
     context = model.shortest_context
     return max_new_tokens if context is None else min(max_new_tokens, context[1] - num_tokens)
@@ -63,7 +63,7 @@ def pad_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def end_ids(model: Decoder) -> frozenset[int]:
+def end_ids(model: TextLimits) -> frozenset[int]:
     """The ids that end a text."""
     ends = model.generation_config.eos_token_id
     return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])

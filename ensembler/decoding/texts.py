@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from ensembler.cache import EnsembleCache
-from ensembler.decoding.batches import Decoder, end_ids, ends_only, make_batches, pad_id, pad_left, room_for
+from ensembler.decoding.batches import TextLimits, end_ids, ends_only, make_batches, pad_id, pad_left, room_for
 from ensembler.decoding.drafting import AUTO, NONE
 from ensembler.decoding.prefixes import Headers
 from ensembler.decoding.prompts import EncodedPrompt
@@ -120,21 +120,24 @@ class DecodingOptions:
 
 
 def fingerprint(
-    model: Decoder,
+    model: TextLimits,
     prompts: Sequence[EncodedPrompt],
     options: DecodingOptions,
     *,
-    batch_size: int,
-    backend: str = "transformers",
+    batch_size: int | None,
+    backend: Mapping[str, Any] | None = None,
 ) -> str:
-    """Return a short hash of all that the texts of a run depend on, but for the weights themselves."""
+    """Return a short hash of all that the texts of a run depend on, but for the weights themselves.
+
+    `batch_size`: None where it does not matter; `backend`: what else is to be said of what decodes them.
+    """
     settings = {
         "prompts": [[prompt.number, prompt.ids] for prompt in prompts],
         "ensemble": {key: value for key, value in model.config.to_dict().items() if key != "transformers_version"},
         "ends": sorted(end_ids(model)),
         "options": {name: value for name, value in asdict(options).items() if name != "prefill_chunk"},
         "batch_size": batch_size,
-        "backend": backend,
+        "backend": dict(backend or {}),
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 

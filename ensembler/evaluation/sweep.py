@@ -14,7 +14,7 @@ from typing import Any
 from ensembler.decoding.points import GridPoint, make_grid, points_by_rule
 from ensembler.errors import ConfigError
 from ensembler.evaluation.answering import Answered, Chunk, ScoringChunk, make_chunks
-from ensembler.evaluation.backends import Backend, BackendChoice
+from ensembler.evaluation.backends import Backend, open_backend
 from ensembler.evaluation.batches import can_share_contexts
 from ensembler.evaluation.examples import Measurement, Rolling
 from ensembler.evaluation.metric_values import to_json
@@ -25,6 +25,7 @@ from ensembler.evaluation.sweep_tasks import SweepTask, ask, by_split, prompts_o
 from ensembler.evaluation.swept_task import SweptTask
 from ensembler.preflight import CheckedEnsemble
 from ensembler.rules import RULES, Rule
+from ensembler.serving.choice import BackendChoice
 
 _MAX_LENGTH = 2048  # where no member sets a limit: HFLM's default
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of functions, another in every process
@@ -136,7 +137,7 @@ class Sweep:
 
     def open(self) -> AbstractContextManager[Any]:
         """Load the members; a `with` block gets what `run` takes and ends it."""
-        return self.options.backend.open(self._checked)
+        return open_backend(self.options.backend, self._checked)
 
     def num_prompt_tokens(self, task: SweepTask) -> int:
         """How many tokens the prompts of a task have, whose likelihood chooses α."""
@@ -157,7 +158,7 @@ class Sweep:
             "alphas": list(options.alphas),
             "tasks": {task.task.name: self._task_settings(task) for task in self.tasks},
             "batch size": options.batch_size,
-            "backend": options.backend.name,
+            "backend": options.backend.describe(self._checked),
             "seed": options.seed,
         }
 

@@ -16,8 +16,12 @@ from ensembler.evaluation.batches import Batch
 from ensembler.evaluation.requests import ScoringRequest
 from ensembler.evaluation.scoring import Score, ScoredRequest
 from ensembler.preflight import CheckedEnsemble
+from ensembler.serving.choice import BackendChoice
 from ensembler.serving.engine import Engine
-from ensembler.serving.texts import complete
+from ensembler.serving.texts import complete_in_engine
+
+_MOST_TOKENS = 2048
+"""Tokens in a step: of a prompt that is scored, vLLM computes the logits of all of them at once."""
 
 TokenScore = tuple[float, bool]
 """A token's log-prob (nats), and whether it is the most probable one."""
@@ -26,9 +30,9 @@ TokenScore = tuple[float, bool]
 class VllmBackend:
     """Requests are those of the other backend, token for token; each continuation is one request to the engine."""
 
-    def __init__(self, checked: CheckedEnsemble, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, checked: CheckedEnsemble, choice: BackendChoice) -> None:
         self._tokenizer = checked.require_tokenizer()
-        self._engine = Engine(checked, arguments)
+        self._engine = Engine(checked, {"max_num_batched_tokens": _MOST_TOKENS, **choice.arguments})
 
     def __enter__(self) -> Self:
         self._engine.__enter__()
@@ -60,7 +64,7 @@ class VllmBackend:
         samples: dict[int, dict[GridPoint, list[Sample]]] = {prompt.number: {} for prompt in prompts}
         for point in grid:
             self._engine.set_point(point)
-            for one in complete(self._engine, self._tokenizer, prompts, options):
+            for one in complete_in_engine(self._engine, self._tokenizer, prompts, options):
                 samples[one.number][point] = one.samples
         for prompt in prompts:
             yield GridCompletion(prompt.number, prompt.ids, samples[prompt.number])
@@ -78,10 +82,13 @@ class VllmBackend:
         found: list[list[list[TokenScore]]] = [[[] for _ in request.continuations] for request in requests]
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
         prompts = [[*context, *continuation] for _, _, context, continuation in pieces]
-        outputs = dict(self._engine.run(prompts, [params] * len(prompts)))
-        for position, (index, number, context, continuation) in enumerate(pieces):
-            behind = outputs[position].prompt_logprobs[len(context) :]
-            found[index][number] += [_token_score(*pair) for pair in zip(continuation, behind, strict=True)]
+        scored: dict[int, list[TokenScore]] = {}
+        for position, output in self._engine.run(prompts, [params] * len(prompts)):
+            _, _, context, continuation = pieces[position]
+            behind = output.prompt_logprobs[len(context) :]
+            scored[position] = [_token_score(*pair) for pair in zip(continuation, behind, strict=True)]
+        for position, (index, number, _, _) in enumerate(pieces):  # the windows of a text in their order
+            found[index][number] += scored[position]
         return found
 
 

@@ -61,7 +61,7 @@ def plan_serving(
     """
     return propose_serving(
         measure(checked),
-        {role: _heads(config) for role, config in checked.model_configs.items()},
+        {role: heads_of(config) for role, config in checked.model_configs.items()},
         [size for device, size in budgets.items() if device != "cpu"],
         context=context,
         batch_size=batch_size,
@@ -80,8 +80,7 @@ def propose_serving(
     weights = sum(group.model.num_bytes() * len(group.roles) for group in groups)
     num_gpus = 1
     while num_gpus <= len(budgets):
-        if all(attention % num_gpus == 0 for attention, _ in heads.values()):
-            # Key-value heads are cut as long as there is one for each GPU, and then kept several times.
+        if all(can_part(of_role, num_gpus) for of_role in heads.values()):
             per_token = sum(
                 group.model.cache_per_token / min(num_gpus, heads[role][1]) for group in groups for role in group.roles
             )
@@ -95,7 +94,17 @@ def propose_serving(
     return None
 
 
-def _heads(config: Any) -> tuple[int, int]:
+def can_part(heads: tuple[int, int], num_gpus: int) -> bool:
+    """Whether a model of so many attention and key-value heads can be cut for so many GPUs.
+
+    Key-value heads are cut as long as there is one for each GPU; beyond that, each is kept several times.
+    """
+    attention, key_value = heads
+    return attention % num_gpus == 0 and (key_value % num_gpus == 0 or num_gpus % key_value == 0)
+
+
+def heads_of(config: Any) -> tuple[int, int]:
+    """Attention heads and key-value heads of a model's configuration."""
     text = config.get_text_config(decoder=True)
     attention = int(text.num_attention_heads)
     return attention, int(getattr(text, "num_key_value_heads", None) or attention)

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
+
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ensembler.errors import ConfigError, MemberError, MissingExtraError
+from ensembler.planning.serving import can_part, heads_of
 from ensembler.preflight import CheckedEnsemble
+
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def require_vllm() -> None:
@@ -14,8 +20,8 @@ def require_vllm() -> None:
         raise MissingExtraError("vllm", "vllm")
 
 
-def check_servable(checked: CheckedEnsemble) -> None:
-    """Raise ConfigError or MemberError with what vLLM cannot run: quantised members, placements, scores of rewards."""
+def check_servable(checked: CheckedEnsemble, *, num_ranks: int = 1) -> None:
+    """Raise ConfigError or MemberError with what vLLM cannot run as members of one model, on so many parallel ranks."""
     for role, member in checked.config.members.items():
         if member.quantization is not None:
             raise ConfigError(
@@ -28,18 +34,48 @@ def check_servable(checked: CheckedEnsemble) -> None:
                 "alike: leave it out, and give --tensor-parallel-size for several GPUs"
             )
     for role, config in checked.model_configs.items():
-        if getattr(config, "quantization_config", None) is not None:
-            raise MemberError(
-                f"{role} has quantised weights ({config.quantization_config.get('quant_method')}), which vLLM cannot "
-                "load as one member of several; give the model before that"
-            )
+        _check_member(role, config, num_ranks)
 
 
-def common_dtype(checked: CheckedEnsemble) -> str:
-    """Return the dtype that all members are to run in: what they ask for, or that of their files.
+def _check_member(role: str, config: Any, num_ranks: int) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise MemberError(
+            f"{role} has quantised weights ({config.quantization_config.get('quant_method')}), which vLLM cannot "
+            "load as one member of several; give the model before that"
+        )
+    text = config.get_text_config(decoder=True)
+    if text is not config:
+        raise MemberError(
+            f"{role} ({config.model_type}) is a model of more than texts, which vLLM cannot run as one member of "
+            "several; give one for texts alone"
+        )
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if getattr(family, "_is_stateful", False) or not kinds <= _ATTENTION:
+        raise MemberError(
+            f"{role} ({config.model_type}) keeps a state beside keys and values, which vLLM cannot do for one member "
+            "of several; the transformers backend runs it"
+        )
+    if getattr(text, "kv_lora_rank", None):
+        raise MemberError(
+            f"{role} ({config.model_type}) has latent attention, which vLLM sets up for a whole model, not for one "
+            "member of several; the transformers backend runs it"
+        )
+    heads = heads_of(config)
+    if not can_part(heads, num_ranks):
+        raise MemberError(
+            f"{role} has {heads[0]} attention heads and {heads[1]} key-value heads, which {num_ranks} tensor-parallel "
+            "ranks cannot share; give another --tensor-parallel-size"
+        )
+
+
+def common_dtype(checked: CheckedEnsemble, given: str | None = None) -> str:
+    """Return the dtype that all members are to run in: the one `given` to vLLM, what they ask for, that of their files.
 
     vLLM by itself would take half precision for float32. Raises ConfigError where members differ.
     """
+    if given not in (None, "auto"):
+        return str(given)
     found = list(dict.fromkeys(own_dtypes(checked)))
     if len(found) > 1:
         raise ConfigError(

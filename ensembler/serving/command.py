@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ensembler.config import EnsembleConfig
+from ensembler.errors import ConfigError
 from ensembler.preflight import CheckedEnsemble
-from ensembler.serving.checks import common_dtype
 
 LOAD_FORMAT = "ensembler"
 DRAIN_SECONDS = 30  # that running requests get to end in after SIGTERM
@@ -25,20 +25,14 @@ def serve_command(
 ) -> list[str]:
     """Return the command for the server; `alpha` is one that differs from the folder's, `flags` are any of vLLM's.
 
-    Raises ConfigError where members differ in dtype and `flags` name none.
+    Ours come first: of a flag that is given twice, vLLM takes the last. Raises ConfigError.
     """
-    command = [sys.executable, "-m", "ensembler.serving.vllm_serve", "serve", str(folder), "--load-format", LOAD_FORMAT]
-    if not _has(flags, "--served-model-name"):
-        command += ["--served-model-name", model_name(name, checked.config), name]
-    if not _has(flags, "--dtype"):
-        command += ["--dtype", common_dtype(checked)]
+    if any(flag.split("=")[0] == "--config" for flag in flags):
+        raise ConfigError(
+            "--config was given to vLLM's server, whose other flags would hide some of it; give flags alone"
+        )
+    command = [sys.executable, "-m", "ensembler.serving.vllm_serve", json.dumps(alpha), "serve", str(folder)]
+    command += ["--served-model-name", model_name(name, checked.config), name]
+    command += ["--shutdown-timeout", str(DRAIN_SECONDS)]  # vLLM's is 0: open streams would wait for a killed engine
     command += ["--middleware", "ensembler.serving.fixed_alpha.RefuseAlpha"]
-    if not _has(flags, "--shutdown-timeout"):  # vLLM's own is 0: open streams would wait for ever for a killed engine
-        command += ["--shutdown-timeout", str(DRAIN_SECONDS)]
-    if alpha is not None:
-        command += ["--hf-overrides", json.dumps({"alpha": alpha})]
     return [*command, *flags]
-
-
-def _has(flags: Sequence[str], name: str) -> bool:
-    return any(flag.split("=")[0] == name for flag in flags)

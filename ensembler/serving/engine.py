@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -11,95 +13,97 @@ from typing import Any, Self
 from transformers import GenerationConfig
 
 from ensembler.decoding.points import GridPoint
-from ensembler.errors import ConfigError, RunError
+from ensembler.errors import RunError
 from ensembler.folder import write_checked
 from ensembler.preflight import CheckedEnsemble
-from ensembler.serving.checks import check_servable, common_dtype, require_vllm
+from ensembler.serving.checks import common_dtype
+from ensembler.serving.choice import VLLM, BackendChoice
 from ensembler.serving.command import LOAD_FORMAT
 from ensembler.sources import one_line
 
-_OWN = ("model", "load_format", "worker_extension_cls", "hf_overrides")
-EXTENSION = "ensembler.serving.vllm_worker.PointSetter"
-
-
-def check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Raise ConfigError for arguments of vLLM's engine that are ours to give."""
-    for name in _OWN:
-        if name in arguments:
-            raise ConfigError(f"{name} is given to vLLM's engine by ensembler itself; leave it out")
-
-
-def shortest_context(checked: CheckedEnsemble, arguments: Mapping[str, Any]) -> tuple[str, int] | None:
-    """What limits a text with its answer, and to how many tokens: a member's context, or the engine's own argument."""
-    limits = [] if checked.shortest_context is None else [checked.shortest_context]
-    if arguments.get("max_model_len") is not None:
-        limits.append(("vLLM's engine (max_model_len)", int(arguments["max_model_len"])))
-    return min(limits, key=lambda limit: limit[1], default=None)
+_EXTENSION = "ensembler.serving.vllm_worker.PointSetter"
 
 
 class Engine:
     """An ensemble in vLLM's engine, which runs in processes of its own from entering to leaving a `with` block.
 
     `arguments`: any of `vllm.LLM`, such as tensor_parallel_size or max_model_len. Raises MissingExtraError, ConfigError
-    or MemberError for what cannot be run, and RunError where the engine does not start.
+    or MemberError for what cannot be run, and RunError where the engine does not start or dies.
     """
 
     def __init__(self, checked: CheckedEnsemble, arguments: Mapping[str, Any] | None = None) -> None:
-        self._arguments = dict(arguments or {})
-        check_arguments(self._arguments)
-        require_vllm()
-        check_servable(checked)
-        if "dtype" not in self._arguments:
-            self._arguments["dtype"] = common_dtype(checked)
+        choice = BackendChoice(VLLM, arguments or {})
+        choice.check(checked)
+        self._arguments = {**choice.arguments, "dtype": common_dtype(checked, choice.arguments.get("dtype"))}
+        self._checked = checked
+        self._num_runs = 0
         self.config: Any = checked.config
         self.generation_config = checked.generation_config or GenerationConfig(eos_token_id=checked.config.eos_token_id)
-        self.shortest_context = shortest_context(checked, self._arguments)
-        self._checked = checked
+        self.shortest_context = choice.shortest_context(checked)
 
     def __enter__(self) -> Self:
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # standard output is for results
         from vllm import LLM
 
         self._folder = tempfile.TemporaryDirectory(prefix="ensembler-")
         folder = Path(self._folder.name) / "ensemble"  # members that were put together on a command line have none
-        write_checked(self._checked, folder)
         try:
-            self._llm: Any = LLM(
-                str(folder), load_format=LOAD_FORMAT, worker_extension_cls=EXTENSION, **self._arguments
-            )
-        except Exception as error:  # of configurations, memory, a process that died
+            write_checked(self._checked, folder)
+            with _told("did not start"):
+                self._llm: Any = LLM(
+                    str(folder), load_format=LOAD_FORMAT, worker_extension_cls=_EXTENSION, **self._arguments
+                )
+        except BaseException:
             self._folder.cleanup()
-            raise RunError(f"vLLM's engine did not start: {one_line(error)}") from error
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._llm.llm_engine.engine_core.shutdown()
-        del self._llm
-        self._folder.cleanup()
+        try:
+            self._llm.llm_engine.engine_core.shutdown()
+        finally:
+            del self._llm
+            self._folder.cleanup()
 
     def set_point(self, point: GridPoint) -> None:
         """Run what is asked from now on by this rule at this α; no request may be running."""
-        self._llm.collective_rpc("set_point", args=(point.rule, point.alpha))
+        with _told("failed"):
+            self._llm.collective_rpc("set_point", args=(point.rule, point.alpha))
 
     def run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """Yield (index, vLLM's RequestOutput) of prompts as token ids, each as soon as it is finished.
 
-        `params`: vLLM's SamplingParams for each. What is left is aborted when the iterator is closed.
+        `params`: vLLM's SamplingParams for each. What is left is aborted when the iterator is closed. Raises RunError.
         """
+        from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
 
         engine = self._llm.llm_engine
-        for index, (ids, of_request) in enumerate(zip(prompts, params, strict=True)):
-            of_request.output_kind = RequestOutputKind.FINAL_ONLY  # else of n samples only the last one to end
-            engine.add_request(str(index), {"prompt_token_ids": list(ids)}, of_request)
-        waiting = {str(index) for index in range(len(prompts))}
+        self._num_runs += 1
+        waiting: dict[str, int] = {}
         try:
+            with _told("failed"):
+                for index, (ids, of_request) in enumerate(zip(prompts, params, strict=True)):
+                    of_request.output_kind = RequestOutputKind.FINAL_ONLY  # else of n samples only the last one to end
+                    engine.add_request(f"{self._num_runs}-{index}", tokens_input(list(ids)), of_request)
+                    waiting[f"{self._num_runs}-{index}"] = index
             while waiting:
-                for output in engine.step():
-                    if output.finished:
-                        waiting.discard(output.request_id)
-                        yield int(output.request_id), output
+                with _told("failed"):
+                    outputs = engine.step()
+                for output in outputs:
+                    if output.finished and output.request_id in waiting:
+                        yield waiting.pop(output.request_id), output
         finally:
             if waiting:
                 engine.abort_request(sorted(waiting))
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Errors of vLLM, which may be of any kind, as one of ours; a process that died left its reason in the log."""
+    try:
+        yield
+    except Exception as error:
+        raise RunError(f"vLLM's engine {what}: {one_line(error)} (its log is on standard error)") from error

@@ -15,11 +15,16 @@ from ensembler.decoding.texts import Completion, DecodingOptions
 from ensembler.errors import ConfigError
 from ensembler.serving.engine import Engine
 
+_COLDEST, _HOTTEST = 0.01, 2  # vLLM raises what is below, and refuses what is above
 _SEED_STEP = 1_000_003  # prompts get seeds far apart: the samples of one have neighbouring ones
 
 
 def check_options(options: DecodingOptions) -> None:
     """Raise ConfigError for ways to decode that vLLM does not have, or has by itself."""
+    if options.temperature > _HOTTEST or 0 < options.temperature < _COLDEST:
+        raise ConfigError(
+            f"temperature is {options.temperature:g}; vLLM samples at {_COLDEST:g} to {_HOTTEST:g}: one there, or 0"
+        )
     if options.num_beams > 1:
         raise ConfigError(f"num_beams is {options.num_beams}; vLLM decodes an ensemble without beams: leave it at 1")
     if options.draft not in (AUTO, NONE):
@@ -28,7 +33,7 @@ def check_options(options: DecodingOptions) -> None:
         raise ConfigError("prefill_chunk was given; vLLM parts long prompts by itself (max_num_batched_tokens)")
 
 
-def complete(
+def complete_in_engine(
     engine: Engine, tokenizer: Any, prompts: Sequence[EncodedPrompt], options: DecodingOptions
 ) -> Iterator[Completion]:
     """Yield the completion of each prompt as soon as it is finished, in any order.

@@ -69,6 +69,10 @@ class ServedSizes(ModelArchConfigConvertorBase):  # type: ignore[misc,unused-ign
         """Of the anchor."""
         return self._sizes("get_total_num_kv_heads")[0]
 
+    def get_num_experts(self) -> int:
+        """The most of any member: vLLM sets up its expert layers where there are some."""
+        return max(self._sizes("get_num_experts"))
+
     def get_head_size(self) -> int:
         """Of the anchor."""
         return self._sizes("get_head_size")[0]

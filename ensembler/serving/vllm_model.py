@@ -7,6 +7,7 @@ asks for, by the rule and with the operations of `ensembler_kernels`.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,13 +15,14 @@ from ensembler_kernels import combine
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from vllm.config import VllmConfig
-from vllm.model_executor.models.utils import init_vllm_registered_model, maybe_prefix
+from vllm.model_executor.models.utils import maybe_prefix
 
 from ensembler.decoding.points import GridPoint, points_by_rule
 from ensembler.errors import InputError
 from ensembler.patch.plan import Plan
 from ensembler.runners import make_reader
 from ensembler.serving.tensors import plan_member
+from ensembler.serving.vllm_members import build_member
 
 
 class EnsembleForCausalLM(nn.Module):
@@ -41,16 +43,17 @@ class EnsembleForCausalLM(nn.Module):
         self.plans: dict[str, Plan] = {role: plan_member(role, files.config) for role, files in checked.files.items()}
         self.members = nn.ModuleDict(
             {
-                role: init_vllm_registered_model(
-                    vllm_config=vllm_config,
-                    hf_config=checked.model_configs[role],
-                    prefix=maybe_prefix(prefix, role),
-                )
+                role: build_member(vllm_config, role, checked.model_configs[role], maybe_prefix(prefix, role))
                 for role in self.rule.roles
             }
         )
-        sizes = [checked.model_configs[role].get_text_config(decoder=True).hidden_size for role in self.rule.roles]
-        self._sizes: list[int] = sizes
+        most = vllm_config.scheduler_config.max_num_batched_tokens
+        for role, reader in self.readers.items():
+            if reader.substitute is not None:
+                self.register_buffer(f"{role}_ids", torch.zeros(most, dtype=torch.int32), persistent=False)
+        sizes = [_width(checked.model_configs[role].get_text_config(decoder=True)) for role in self.rule.roles]
+        ends = list(accumulate(sizes))
+        self._parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
     def set_point(self, point: GridPoint) -> None:
         """Combine by another rule or α from the next step on. Raises ConfigError for one that does not fit the members.
@@ -71,27 +74,41 @@ class EnsembleForCausalLM(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Tensor:
         """Return the members' hidden states (tokens, Σ hidden sizes) side by side for `input_ids` (tokens,)."""
-        if input_ids is None or inputs_embeds is not None or intermediate_tensors is not None:
-            raise InputError(
-                "an ensemble takes token ids, on one pipeline stage; its members are not one stack of layers"
-            )
-        hidden = [
-            member(input_ids=self.readers[role].read(input_ids), positions=positions)
-            for role, member in self.members.items()
-        ]
-        return torch.cat(hidden, dim=-1)
+        if input_ids is None or inputs_embeds is not None:
+            raise InputError("an ensemble takes token ids, no embeddings")
+        hidden: Tensor | None = None
+        for role, part in zip(self.members, self._parts, strict=True):
+            own = self.members[role](input_ids=self._read(role, input_ids), positions=positions)
+            # At once: the memory of a CUDA graph's last output is the next member's to use.
+            hidden = own.new_empty(own.shape[0], self._parts[-1].stop) if hidden is None else hidden
+            hidden[:, part] = own
+        assert hidden is not None
+        return hidden
+
+    def _read(self, role: str, input_ids: Tensor) -> Tensor:
+        """Ids as the member knows them, where a CUDA graph found them when it was captured."""
+        reader = self.readers[role]
+        if reader.substitute is None:
+            return input_ids
+        ids: Tensor = getattr(self, f"{role}_ids")[: input_ids.shape[0]]
+        return ids.copy_(reader.read(input_ids))
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return combined logits (n, V) fp32 of hidden states (n, Σ hidden sizes); None on ranks that gather none."""
-        parts = torch.split(hidden_states, self._sizes, dim=-1)
         members: dict[str, Any] = dict(self.members.items())
         logits = {
-            role: member.compute_logits(part.contiguous())
-            for (role, member), part in zip(members.items(), parts, strict=True)
+            role: member.compute_logits(hidden_states[:, part].contiguous())
+            for (role, member), part in zip(members.items(), self._parts, strict=True)
         }
         if any(one is None for one in logits.values()):
             return None
         point = self._point
         combined = combine([logits[role] for role in point.roles], point.how, point.alphas[0])
         # Another rule's anchor may be narrower; vLLM looks up tokens by the vocabulary of the configuration.
-        return pad(combined, (0, max(0, self._vocab_size - combined.shape[-1])), value=-torch.inf)
+        missing = self._vocab_size - combined.shape[-1]
+        return pad(combined, (0, missing), value=-torch.inf) if missing > 0 else combined
+
+
+def _width(text_config: Any) -> int:
+    """Of the hidden states that a member hands to its head: OPT's smallest projects them first."""
+    return int(getattr(text_config, "word_embed_proj_dim", text_config.hidden_size))

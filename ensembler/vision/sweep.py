@@ -16,12 +16,12 @@ from torch import Tensor
 from ensembler.decoding.points import GridPoint, points_by_rule
 from ensembler.errors import ConfigError
 from ensembler.evaluation.answering import Answered
-from ensembler.evaluation.backends import TRANSFORMERS
 from ensembler.evaluation.examples import Answer, Example
 from ensembler.evaluation.rows_folder import RowsFolder
 from ensembler.evaluation.sweep import Sweep, SweepOptions
 from ensembler.evaluation.sweep_tasks import SweepTask, by_split
 from ensembler.evaluation.swept_task import SweptTask
+from ensembler.serving.choice import TRANSFORMERS
 from ensembler.vision.grid import combine_points
 from ensembler.vision.images import open_image
 from ensembler.vision.loader import ahead

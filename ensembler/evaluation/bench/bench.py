@@ -13,7 +13,6 @@ import torch
 
 from ensembler.errors import ConfigError, HubError, InputError, MissingExtraError
 from ensembler.evaluation.answering import Chunk
-from ensembler.evaluation.backends import BackendChoice
 from ensembler.evaluation.bench.methods import Run, plan_runs
 from ensembler.evaluation.bench.published import check_tasks
 from ensembler.evaluation.bench.recipe import Experiment, Recipe, Speed
@@ -22,6 +21,7 @@ from ensembler.evaluation.sweep import Sweep, SweepOptions
 from ensembler.evaluation.swept_task import SweptTask
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.preflight import CheckedEnsemble, check_ensemble
+from ensembler.serving.choice import BackendChoice
 
 _NAME = re.compile(r"[\w+.-]+")
 _MOST_NAMES = 5  # in a line
