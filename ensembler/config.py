@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from ensembler.class_names import check_labels, check_templates, check_texts
 from ensembler.errors import ConfigError
 from ensembler.quantization import Quantization
 from ensembler.rules import Rule, get_rule
@@ -105,17 +106,18 @@ class MemberConfig:
         return replace(self, device=device, device_map=None, max_memory=None)
 
     def absolute(self) -> MemberConfig:
-        """The same with existing relative paths made absolute."""
+        """The same with existing relative paths made absolute: folders, and the file of a head."""
         paths: dict[str, Any] = {
             name: str(Path(value).expanduser().resolve())
             for name, value in (
                 ("model", self.model),
                 ("adapter", self.adapter),
                 ("offload_folder", self.offload_folder),
-                ("head", self.head),
             )
-            if value is not None and Path(value).expanduser().exists()
+            if value is not None and Path(value).expanduser().is_dir()
         }
+        if self.head is not None and Path(self.head).expanduser().is_file():
+            paths["head"] = str(Path(self.head).expanduser().resolve())
         return replace(self, **paths)
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,6 +190,24 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
             if hasattr(nn.ModuleDict, role):
                 raise ConfigError(f"{role!r} cannot be a role: torch's modules use the name; choose another")
         self.members = {role: MemberConfig.parse(role, self.members[role]) for role in rule.roles}
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        """What is said of classes has the right form; which of them there are is the members' to say."""
+        if self.classes is not None:
+            self.name_classes(check_labels(self.classes, "classes"))
+        for name in ("class_texts", "aliases"):
+            texts = getattr(self, name)
+            if texts is not None:
+                setattr(self, name, check_texts(texts, name))
+        if self.templates is not None:
+            self.templates = check_templates(self.templates, "templates")
+
+    def name_classes(self, classes: Sequence[str]) -> None:
+        """Set the classes, and with them what `transformers` calls the labels of a classifier."""
+        self.classes = list(classes)
+        self.id2label = dict(enumerate(self.classes))
+        self.label2id = {name: index for index, name in self.id2label.items()}
 
     def get_rule(self) -> Rule:
         """Return the rule with the numbers of this configuration."""

@@ -13,7 +13,16 @@ import torch
 pytest.importorskip("PIL")
 
 from PIL import Image
-from vision_cases import CLASSES, random_images, save_clip, save_convnext, save_head, save_images, save_vit
+from vision_cases import (
+    CLASSES,
+    random_images,
+    save_clip,
+    save_convnext,
+    save_dinov2,
+    save_head,
+    save_images,
+    save_vit,
+)
 
 from ensembler import EnsembleForImageClassification
 
@@ -128,10 +137,10 @@ def test_other_modes_and_sizes_are_classified(ensemble: Path, tmp_path: Path, ru
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
     Image.new("RGB", (4000, 3000)).save(tmp_path / "huge.png")
     names = ["L.png", "RGBA.png", "I16.png", "1.png", "P.png", "dot.png", "huge.png"]
-    done = run("classify", ensemble, *(tmp_path / name for name in names), "--json")
+    done = run("classify", ensemble, *(tmp_path / name for name in names), "--top-k", 7, "--json")
     assert (done.code, done.err) == (0, "")
     for line in done.out.splitlines():
-        assert sum(each["probability"] for each in json.loads(line)["classes"]) == pytest.approx(1, abs=0.5)
+        assert sum(each["probability"] for each in json.loads(line)["classes"]) == pytest.approx(1, abs=1e-5)
 
 
 def test_texts_and_images_refuse_each_other_in_one_line(ensemble: Path, tmp_path: Path, run: Any) -> None:
@@ -139,11 +148,19 @@ def test_texts_and_images_refuse_each_other_in_one_line(ensemble: Path, tmp_path
     done = run("classify", "demo", tmp_path / "x.png")
     assert done.code == 2
     assert "is an ensemble of language models, which see no images; use ensembler generate" in done.error
-    for command in (["generate", ensemble, "--prompt", "x"], ["score", ensemble, "--text", "x"], ["inspect", ensemble]):
+    (tmp_path / "texts.jsonl").write_text('{"text": "x"}\n')
+    for command in (
+        ["generate", ensemble, "--prompt", "x"],
+        ["score", ensemble, "--data", tmp_path / "texts.jsonl"],
+        ["inspect", ensemble],
+        ["plan", ensemble],
+    ):
         done = run(*command)
         assert done.code == 2, command
-    done = run("generate", ensemble, "--prompt", "x")
-    assert "is an ensemble of image classifiers, which read no texts; use ensembler classify" in done.error
+        words = (
+            "is an ensemble of image classifiers, which read no texts; use ensembler classify, or sweep with --images"
+        )
+        assert done.error == f"Error: {ensemble} {words}"
 
 
 def test_create_refuses_in_one_line(tmp_path: Path, run: Any) -> None:
@@ -165,6 +182,52 @@ def test_create_refuses_in_one_line(tmp_path: Path, run: Any) -> None:
     assert "has 3 for 'a'; expected a text" in refuse(*images, *trio, vit, "--aliases", tmp_path / "bad.json")
     assert "--copy-members and --auto-place are for language" in refuse(*images, *trio, vit, "--copy-members")
     assert "there is no head" in refuse(*images, *trio, vit, "--head", "target_pt=none.safetensors")
+
+
+def test_image_models_without_the_task_are_told_what_to_add(tmp_path: Path, run: Any) -> None:
+    for name, save in (("vit", save_vit), ("clip", save_clip)):
+        model = save(tmp_path / name, 1)
+        done = run("create", tmp_path / "out", "--source-ft", model, "--source-pt", model, "--target-pt", model)
+        assert done.code == 2
+        kind = f"{model} is an image model ({name})"
+        assert kind in done.error
+        assert done.error.endswith("add --task image-classification (in a recipe: images: {})")
+        assert not (tmp_path / "out").exists()
+
+
+def test_create_says_what_it_takes_for_granted_of_a_head(tmp_path: Path, run: Any) -> None:
+    clip, vit = save_clip(tmp_path / "clip", 1), save_dinov2(tmp_path / "dino", 2, head=False)
+    heads = {
+        "source_ft": save_head(tmp_path / "a.safetensors", 12, classes=None),
+        "source_pt": save_head(tmp_path / "b.safetensors", 16),
+        "target_pt": save_head(tmp_path / "c.safetensors", 12, normalize="false"),
+    }
+    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
+    members = {"source_ft": clip, "source_pt": vit, "target_pt": clip}
+    flags: list[Any] = ["--task", "image-classification", "--classes", tmp_path / "classes.txt"]
+    for role, path in members.items():
+        flags += [f"--{role.replace('_', '-')}", path, "--head", f"{role}={heads[role]}"]
+    done = run("create", tmp_path / "out", *flags)
+    assert done.code == 0, done.err
+    scaled = "its head does not say whether features are scaled to length 1 ('normalize' in its metadata); assumed:"
+    assert done.err.splitlines()[:-1] == [
+        f"source_ft: {scaled} they are, as a dual encoder's",
+        "source_ft: its head does not say which classes it has ('classes' in its metadata); assumed: the ensemble's, "
+        "in their order",
+        f"source_pt: {scaled} they are not",
+    ]
+
+
+def test_other_files_among_images_are_counted(ensemble: Path, tmp_path: Path, run: Any) -> None:
+    folder = save_images(tmp_path / "photos", 1)
+    (folder / "cat" / "notes.txt").write_text("no image")
+    (folder / "cat" / "gone.png").symlink_to(folder / "nothing.png")
+    done = run("classify", ensemble, folder)
+    assert done.code == 0
+    first, broken, last = done.err.splitlines()
+    assert first == "1 other files are left out"
+    assert broken == f"skipped: {folder / 'cat' / 'gone.png'} cannot be read: No such file or directory"
+    assert last == "1 of 8 images could not be read and were skipped"
 
 
 def test_aliases_make_members_agree(tmp_path: Path, run: Any) -> None:

@@ -12,16 +12,21 @@ import pytest
 
 pytest.importorskip("PIL")
 
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from vision_cases import CLASSES, random_images, save_images
 
-from ensembler.errors import ImageError
+from ensembler.errors import ConfigError, ImageError
 from ensembler.vision import images
-from ensembler.vision.datasets import read_splits
+from ensembler.vision.datasets import LabelledImage, find_splits
 from ensembler.vision.images import ImageFile, decode, find_images
 from ensembler.vision.loader import ahead
+from ensembler.vision.tasks import load_image_task
 
 RAMP = np.arange(64 * 64).reshape(64, 64)
+
+
+def read_splits(folder: Path) -> dict[str, tuple[LabelledImage, ...]]:
+    return {split: read().images for split, read in find_splits(folder).items()}
 
 
 def encoded(image: Any, kind: str = "png", **settings: Any) -> bytes:
@@ -50,6 +55,32 @@ def test_16_bits_become_8_and_not_white(kind: str) -> None:
     assert found.max() == 255
     assert found.min() == 0
     assert 120 < found.mean() < 135
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_turned_as_their_exif_says(orientation: int) -> None:
+    """As in the loaders of transformers and datasets."""
+    image = random_images(1)[0]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    content = encoded(image, exif=exif)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    assert (pixels(content) == np.asarray(expected)).all()
+    assert (pixels(content).shape == np.asarray(image).shape) == (orientation < 5)
+
+
+def test_pixels_of_32_bits_that_hold_8_are_not_black() -> None:
+    values = (RAMP % 256).astype(np.int32)
+    assert (pixels(encoded(Image.fromarray(values), "tiff"))[..., 0] == values).all()
+    with pytest.raises(ImageError, match="pixels from 0 to 256; expected 8 or 16"):
+        decode(encoded(Image.fromarray(values + (RAMP == 255)), "tiff"), "x")
+
+
+def test_a_pgm_of_16_bits_is_one_of_8() -> None:
+    """Pillow opens it with pixels of 32 bits."""
+    deep = (RAMP * 16).astype(">u2")
+    content = b"P5 64 64 65535\n" + deep.tobytes()
+    assert (pixels(content)[..., 0] == np.rint(deep / 257)).all()
 
 
 def test_transparency_is_dropped() -> None:
@@ -128,7 +159,8 @@ def test_images_are_found_by_name_and_below_folders(tmp_path: Path) -> None:
     (tmp_path / "set" / ".hidden").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "set" / ".hidden" / "x.png")
     found = find_images([tmp_path / "set" / "b" / "001.png", tmp_path / "set"])
-    assert [source.path.relative_to(tmp_path / "set").as_posix() for source in found] == [
+    assert found.num_others == 1
+    assert [source.path.relative_to(tmp_path / "set").as_posix() for source in found.images] == [
         "b/001.png",
         *(f"{name}/{number:03}.png" for name in "ab" for number in (0, 1)),
     ]
@@ -137,6 +169,16 @@ def test_images_are_found_by_name_and_below_folders(tmp_path: Path) -> None:
         find_images([tmp_path / "empty"])
     with pytest.raises(ImageError, match=r"there is no file or folder .*nothing.png"):
         find_images([tmp_path / "nothing.png"])
+
+
+def test_links_that_lead_nowhere_and_other_endings_of_jpegs_are_images(tmp_path: Path) -> None:
+    for name in ("a.jfif", "b.jpe"):
+        Image.new("RGB", (20, 20)).save(tmp_path / name, "jpeg")
+    (tmp_path / "c.png").symlink_to(tmp_path / "gone.png")
+    found = find_images([tmp_path])
+    assert [source.path.name for source in found.images] == ["a.jfif", "b.jpe", "c.png"]
+    with pytest.raises(ImageError, match=r"c\.png cannot be read: No such file"):
+        found.images[2].read()
 
 
 def test_class_folders_with_and_without_splits(tmp_path: Path) -> None:
@@ -152,6 +194,78 @@ def test_class_folders_with_and_without_splits(tmp_path: Path) -> None:
         save_images(tmp_path / "parted" / split, per_class)
     parted = read_splits(tmp_path / "parted")
     assert {split: len(images) for split, images in parted.items()} == {"validation": 7, "test": 21}
+
+
+def test_val_is_validation_and_splits_are_read_when_they_are_used(tmp_path: Path) -> None:
+    for split in ("val", "test"):
+        save_images(tmp_path / "set" / split, 1, classes=("a", "b"))
+    (tmp_path / "set" / "test" / "notes.txt").write_text("no image")
+    (tmp_path / "set" / "train" / "a").mkdir(parents=True)
+    splits = find_splits(tmp_path / "set")
+    assert set(splits) == {"train", "validation", "test"}
+    assert (len(splits["validation"]().images), splits["validation"]().num_others) == (2, 0)
+    assert (len(splits["test"]().images), splits["test"]().num_others) == (2, 1)
+    with pytest.raises(ImageError, match="train holds no images"):
+        splits["train"]()
+    (tmp_path / "set" / "validation").mkdir()
+    with pytest.raises(ImageError, match="set has both val and validation; keep one of them"):
+        find_splits(tmp_path / "set")
+
+
+def test_layouts_that_are_no_splits_are_told(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        save_images(tmp_path / "set" / split, 1, classes=("a", "b"))
+    with pytest.raises(ImageError, match="set has the splits train, val, and no images by class in test; exp"):
+        find_splits(tmp_path / "set")
+    save_images(tmp_path / "set" / "test", 1, classes=("a", "b"))
+    save_images(tmp_path / "set" / "extra", 1, classes=("a", "b"))
+    with pytest.raises(ImageError, match=r"set has 'extra' beside test; expected train, validation \(or val\) and"):
+        find_splits(tmp_path / "set")
+    vehicles = tmp_path / "vehicles"
+    save_images(vehicles, 1, classes=("train", "tram"))
+    assert [one.label for one in read_splits(vehicles)["test"]] == ["train", "tram"]
+
+
+def test_a_limit_draws_from_all_classes(tmp_path: Path) -> None:
+    folder = save_images(tmp_path / "set", 10)
+    classes = {}
+    for limit in (7, 14):
+        task = load_image_task(folder, CLASSES, limit=limit, seed=1)
+        drawn = [image.index for image in task.images["test"]]
+        assert len(drawn) == limit
+        assert drawn == sorted(set(drawn))
+        classes[limit] = {(image.index, image.label) for image in task.images["test"]}
+        assert all(sorted(CLASSES)[index // 10] == label for index, label in classes[limit])
+    assert classes[7] < classes[14]
+    assert len({label for _, label in classes[14]}) > 4  # of the first 14 it would be 2
+    assert {image.index for image in load_image_task(folder, CLASSES, limit=7, seed=2).images["test"]} != {
+        index for index, _ in classes[7]
+    }
+    with pytest.raises(ConfigError, match="a limit of 0 documents leaves none"):
+        load_image_task(folder, CLASSES, limit=0)
+
+
+def test_splits_that_are_not_used_are_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split, per_class in (("train", 5), ("validation", 1), ("test", 2)):
+        save_images(tmp_path / "set" / split, per_class, classes=("a", "b"))
+    save_images(tmp_path / "set" / "train", 1, classes=("unknown",))
+    decoded: list[str] = []
+    monkeypatch.setattr("ensembler.vision.tasks.decode", lambda content, name: decoded.append(name))
+    assert load_image_task(tmp_path / "set", ("a", "b")).splits == {"test": 4}
+    assert len(decoded) == 4
+    assert load_image_task(tmp_path / "set", ("a", "b"), validation="3").splits == {"test": 4}
+    assert load_image_task(tmp_path / "set", ("a", "b"), validation="validation").splits == {"validation": 2, "test": 4}
+    assert len(decoded) == 4 + 4 + 6
+    with pytest.raises(ConfigError, match="set has no split 'dev'; it has test, train, validation"):
+        load_image_task(tmp_path / "set", ("a", "b"), validation="dev")
+
+
+def test_a_task_is_called_as_its_link_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_images(tmp_path / "store" / "3f8a", 1, classes=("a", "b"))
+    (tmp_path / "cars").symlink_to(tmp_path / "store" / "3f8a")
+    assert load_image_task(tmp_path / "cars", ("a", "b")).name == "cars"
+    monkeypatch.chdir(tmp_path / "store" / "3f8a")
+    assert load_image_task(Path(), ("a", "b")).name == "3f8a"
 
 
 def test_a_folder_of_datasets(tmp_path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,8 @@ import torch
 
 pytest.importorskip("PIL")
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -18,6 +24,7 @@ from transformers import (
     CLIPModel,
     Dinov2Model,
     SiglipModel,
+    pipeline,
 )
 from vision_cases import (
     CLASSES,
@@ -26,6 +33,7 @@ from vision_cases import (
     save_convnext,
     save_dinov2,
     save_head,
+    save_segformer,
     save_siglip,
     save_vit,
     weighted_sum,
@@ -33,10 +41,13 @@ from vision_cases import (
 )
 
 from ensembler import EnsembleForCausalLM, EnsembleForImageClassification
+from ensembler.config import IMAGES, EnsembleConfig
 from ensembler.demo import demo_folder
 from ensembler.errors import ClassesError, ConfigError, InputError, LogitsError, MemberError, RunError
 from ensembler.rules import RULES
 from ensembler.vision import zero_shot
+from ensembler.vision.preflight import check_images
+from ensembler.vision.provenance import describe_images
 from ensembler.vision.towers import ClassifierTower, FeatureTower, WholeClassifier
 
 SAVE = {"vit": save_vit, "convnext": save_convnext, "dinov2": save_dinov2}
@@ -218,6 +229,63 @@ def test_what_differs_below_the_head_is_not_shared(tmp_path: Path) -> None:
     assert {tower.roles for tower in model.towers} == {(role,) for role in TRIO}
 
 
+def test_classifiers_that_only_call_themselves_otherwise_share(tmp_path: Path, said: list[str]) -> None:
+    source = save_vit(tmp_path / "pt", 1)
+    tuned = with_other_classifier(source, tmp_path / "ft", 5)
+    noted = {"finetuning_task": "animals", "architectures": ["ViTModel", "ViTForImageClassification"]}
+    rewrite(tuned / "config.json", lambda content: content.update({**noted, "transformers_version": "4.0"}))
+    model = EnsembleForImageClassification.from_members(
+        members={"source_ft": tuned, "source_pt": source, "target_pt": save_vit(tmp_path / "t", 2)}
+    )
+    assert [tower.roles for tower in model.towers] == [("source_ft", "source_pt"), ("target_pt",)]
+    assert said == ["source_ft and source_pt share one tower, which is run once"]
+
+
+def test_copies_of_a_tower_are_shared_and_others_are_not(tmp_path: Path) -> None:
+    """As where a head was trained on a frozen CLIP, and both were saved together."""
+    clip = save_clip(tmp_path / "clip", 1)
+    copied = shutil.copytree(clip, tmp_path / "copied")
+    members: dict[str, Any] = {
+        "source_ft": {"model": str(copied), "head": str(save_head(tmp_path / "head.safetensors", 12, 3))},
+        "source_pt": str(clip),
+        "target_pt": str(save_clip(tmp_path / "target", 2)),
+    }
+    images = random_images(3)
+    model = EnsembleForImageClassification.from_members(members=members)
+    assert [tower.roles for tower in model.towers] == [("source_ft", "source_pt"), ("target_pt",)]
+    logits = model(model.prepare(images)).logits
+    tensors = load_file(copied / "model.safetensors")
+    tensors["vision_model.post_layernorm.bias"][3] += 1e-3
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    other = EnsembleForImageClassification.from_members(members=members)
+    assert {tower.roles for tower in other.towers} == {(role,) for role in TRIO}
+    assert not torch.equal(other(other.prepare(images)).logits, logits)
+
+
+def test_images_are_decoded_and_prepared_one_after_another(tmp_path: Path) -> None:
+    model = EnsembleForImageClassification.from_members(
+        members={role: SAVE[name](tmp_path / role, 3) for role, name in zip(TRIO, SAVE, strict=True)}
+    )
+    alive: list[Any] = []
+    most = 0
+
+    def opened() -> Iterator[Any]:
+        nonlocal most
+        for image in random_images(8, 1):
+            image = image.copy()
+            alive.append(weakref.ref(image))
+            most = max(most, sum(one() is not None for one in alive))
+            yield image
+            del image
+
+    prepared = model.prepare(opened())
+    assert most <= 2  # the last one is let go when the next one has come
+    together = model.prepare(random_images(8, 1))
+    assert all(torch.equal(prepared[role], together[role]) for role in TRIO)
+    assert prepared["source_ft"].shape[0] == 8
+    assert model.prepare([]) == {}
+
+
 def test_what_prepares_images_otherwise_is_not_shared(tmp_path: Path) -> None:
     source = save_vit(tmp_path / "pt", 1)
     tuned = with_other_classifier(source, tmp_path / "ft", 5)
@@ -262,6 +330,100 @@ def test_several_prompts_are_averaged_and_made_once(tmp_path: Path, monkeypatch:
     assert torch.equal(first(first.prepare(images)).logits, again(again.prepare(images)).logits)
     with pytest.raises(pytest.fail.Exception):
         make(prompts[:2])
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_head_in_the_cache_is_of_one_config_tokenizer_and_text_tower(tmp_path: Path) -> None:
+    """Each of them changes the features of texts."""
+    plain = save_clip(tmp_path / "clip", 1)
+
+    def head(name: str, change: Callable[[Path], object] = lambda folder: None) -> torch.Tensor:
+        folder = shutil.copytree(plain, tmp_path / name)
+        change(folder)
+        checked = check_images(config_of(folder))
+        digests.add(json.dumps(describe_images(checked)["members"]["a"] | {"model": ""}, sort_keys=True))
+        return EnsembleForImageClassification.from_checked(checked).towers[0].heads["a"].weight
+
+    def swap(folder: Path) -> None:
+        def exchange(content: dict[str, Any]) -> None:
+            ids = content["model"]["vocab"]
+            ids["a"], ids["o"] = ids["o"], ids["a"]
+
+        rewrite(folder / "tokenizer.json", exchange)
+
+    def late_byte(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        tensors["text_model.encoder.layers.0.mlp.fc1.weight"].flatten()[-1] += 1
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    digests: set[str] = set()
+    first = head("first")
+    assert torch.equal(head("copy"), first)
+    assert (len(list((tmp_path / "heads").iterdir())), len(digests)) == (1, 1)
+    others = [
+        head("config", lambda folder: rewrite(folder / "config.json", slower)),
+        head("tokenizer", swap),
+        head("tower", late_byte),
+    ]
+    assert len(list((tmp_path / "heads").iterdir())) == 4
+    assert len(digests) == 4
+    assert not any(torch.equal(one, first) for one in others)
+
+
+def slower(content: dict[str, Any]) -> None:
+    content["text_config"]["hidden_act"] = "gelu"
+
+
+def config_of(folder: Path, **more: Any) -> EnsembleConfig:
+    settings = {"rule": "linear", "constant": {"a": 1.0}, "classes": list(CLASSES)}
+    return EnsembleConfig(**{"task": IMAGES, "members": {"a": str(folder)}, **settings, **more})
+
+
+def test_a_damaged_head_in_the_cache_is_made_again(tmp_path: Path, said: list[str]) -> None:
+    clip = save_clip(tmp_path / "clip", 1)
+
+    def weight() -> torch.Tensor:
+        return EnsembleForImageClassification.from_checked(check_images(config_of(clip))).towers[0].heads["a"].weight
+
+    first = weight()
+    (path,) = (tmp_path / "heads").iterdir()
+    whole = path.read_bytes()
+    for damaged in (whole[:-5], b"", b"\0" * len(whole)):
+        path.write_bytes(damaged)
+        assert torch.equal(weight(), first)
+        assert len(load_file(path)["weight"]) == 7
+    assert len([line for line in said if "it is made again" in line]) == 3
+
+
+@pytest.mark.parametrize("error", [OSError("full"), SafetensorError("full")])
+def test_a_cache_that_cannot_be_written_to_costs_nothing_else(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(tensors: Any, path: Path, **_: Any) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr("ensembler.vision.heads.save_file", save)
+    checked = check_images(config_of(save_clip(tmp_path / "clip", 1)))
+    assert EnsembleForImageClassification.from_checked(checked).towers[0].heads["a"].weight.shape == (7, 12)
+    assert list((tmp_path / "heads").iterdir()) == []
+
+
+def test_a_word_with_braces_stands_in_the_prompt(tmp_path: Path) -> None:
+    clip = save_clip(tmp_path / "clip", 1)
+    heads = [
+        EnsembleForImageClassification.from_checked(check_images(config_of(clip, **texts))).towers[0].heads["a"].weight
+        for texts in (
+            {"templates": ["{0} so {}"], "classes": ["a{b}", "c"]},
+            {"templates": ["{}"], "classes": ["a{b}", "c"], "class_texts": {"a{b}": "{0} so a{b}", "c": "{0} so c"}},
+        )
+    ]
+    assert torch.equal(*heads)
 
 
 @torch.no_grad()
@@ -345,6 +507,25 @@ def test_the_folder_comes_back_the_same_and_moves_with_its_members(tmp_path: Pat
     )
 
 
+def test_the_pipeline_of_transformers_names_the_classes(tmp_path: Path) -> None:
+    """Of members that want the same images, whose processor it is given."""
+    folders = {role: save_vit(tmp_path / role, i) for i, role in enumerate(TRIO)}
+    model = EnsembleForImageClassification.from_members(alpha=0.5, members=folders)
+    assert model.config.id2label == dict(enumerate(CLASSES))
+    assert model.config.label2id == {name: index for index, name in enumerate(CLASSES)}
+    assert model.config.num_labels == 7
+    model.save_pretrained(tmp_path / "ensemble")
+    assert not {"id2label", "label2id"} & set(json.loads((tmp_path / "ensemble" / "config.json").read_text()))
+    again = AutoModelForImageClassification.from_pretrained(tmp_path / "ensemble")
+    processor = AutoImageProcessor.from_pretrained(folders["source_ft"], backend="pil")
+    classify = pipeline("image-classification", model=again, image_processor=processor)
+    for image in random_images(3):
+        expected = model(model.prepare([image])).logits[0].softmax(-1)
+        found = classify(image, top_k=7)
+        assert [each["label"] for each in found] == [CLASSES[index] for index in expected.argsort(descending=True)]
+        assert [each["score"] for each in found] == pytest.approx(expected.sort(descending=True).values.tolist())
+
+
 def test_texts_and_images_refuse_each_other(tmp_path: Path) -> None:
     model = EnsembleForImageClassification.from_members(
         members={role: save_vit(tmp_path / role, i) for i, role in enumerate(TRIO)}
@@ -414,6 +595,13 @@ def test_members_that_cannot_be_loaded_are_named(tmp_path: Path) -> None:
     refuse({"model": str(clip), "head": str(wide)}, "source_ft: its head reads 13 features, and .*clip has 12")
     wrong = save_head(tmp_path / "wrong.safetensors", 12, classes='["cat"]')
     refuse({"model": str(clip), "head": str(wrong)}, "says classes that are not 7 names")
+    wordy = save_head(tmp_path / "wordy.safetensors", 12, normalize="yes")
+    refuse({"model": str(clip), "head": str(wordy)}, "wordy.safetensors says normalize 'yes'; expected 'true' or 'fa")
+    bare = save_head(tmp_path / "bare.safetensors", 16)
+    flat = save_segformer(tmp_path / "segformer")
+    refuse(
+        {"model": str(flat), "head": str(bare)}, r"^source_ft: a SegformerModel has no pooled features for a head; give"
+    )
     (vit / "preprocessor_config.json").unlink()
     refuse(str(vit), "source_ft: the image processor of .*vit")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ensembler.config import IMAGES, EnsembleConfig
 from ensembler.decoding.points import make_grid, points_by_rule
 from ensembler.errors import ClassesError, ConfigError, ImageError
 from ensembler.evaluation.backends import BackendChoice
+from ensembler.evaluation.provenance import versions
 from ensembler.evaluation.sweep import SweepOptions
 from ensembler.vision.grid import combine_points
 from ensembler.vision.images import open_image
@@ -84,7 +86,8 @@ def test_every_point_of_a_grid_is_the_ensemble_at_that_point_bit_for_bit(seed: i
 def make_sweep(members: dict[str, str], pictures: Path, **changes: Any) -> ImageSweep:
     checked = check_images(EnsembleConfig(task=IMAGES, members=dict(members)))
     settings = {"rules": RULES, "alphas": (0.0, 0.5, 1.0), "validation": "validation", "batch_size": 5, **changes}
-    return ImageSweep(checked, [load_image_task(pictures, checked.classes)], SweepOptions(**settings))
+    options = SweepOptions(**settings)
+    return ImageSweep(checked, [load_image_task(pictures, checked.classes, validation=options.validation)], options)
 
 
 def test_rows_say_what_the_ensemble_answers_at_each_point(
@@ -238,7 +241,7 @@ def test_what_cannot_be_swept_is_refused(members: dict[str, str], pictures: Path
         make_sweep(members, pictures, backend=BackendChoice("vllm"))
     with pytest.raises(ConfigError, match="images have no metric 'f1'; they have acc, acc_top5, log_prob"):
         make_sweep(members, pictures, metric="f1")
-    with pytest.raises(ConfigError, match="pictures has no split 'train'; it has validation, test"):
+    with pytest.raises(ConfigError, match="pictures has no split 'train'; it has test, validation"):
         make_sweep(members, pictures, validation="train")
     (pictures / "test" / "cat").rename(pictures / "test" / "tiger")
     with pytest.raises(ClassesError, match=r"images of 'tiger', which the ensemble lacks \(its classes: 'cat', 'dog'"):
@@ -250,4 +253,33 @@ def test_what_cannot_be_swept_is_refused(members: dict[str, str], pictures: Path
     assert done.code == 2
     assert "is an ensemble of language models, which see no images" in done.error
     done = run("sweep", "demo", "--images", pictures, "--task", "sst2")
-    assert "see no images" in done.error or "--task and --images were both given" in done.error
+    assert (done.code, done.error) == (2, "Error: --task and --images were both given; give one of them")
+
+
+def test_the_versions_of_a_sweep_over_images_name_pillow(members: dict[str, str], pictures: Path) -> None:
+    assert make_sweep(members, pictures).settings["versions"]["pillow"] == version("pillow")
+    assert "pillow" not in versions()
+
+
+def test_a_limited_sweep_is_of_its_seed_s_images(
+    members: dict[str, str], pictures: Path, tmp_path: Path, run: Any
+) -> None:
+    flags = [part for role, path in members.items() for part in (f"--{role.replace('_', '-')}", path)]
+    assert run("create", tmp_path / "ensemble", "--task", "image-classification", *flags).code == 0
+    (pictures / "test" / "notes.txt").write_text("no image")
+    (pictures / "test" / "cat" / "gone.jpg").symlink_to(pictures / "gone.jpg")
+    command = ["sweep", tmp_path / "ensemble", "--images", pictures, "--alphas", "0,1", "--validation", "val"]
+    done = run(*command, "--output", tmp_path / "all")
+    assert done.code == 0, done.err
+    assert done.err.splitlines()[:3] == [
+        "skipped: cat/gone.jpg cannot be read: No such file or directory",
+        "1 images cannot be read and are left out",
+        "1 other files are left out",
+    ]
+    done = run(*command, "--limit", 5, "--seed", 3, "--output", tmp_path / "some")
+    assert done.code == 0, done.err
+    found = {row["id"] for row in read_rows(tmp_path / "some")}
+    places = list(range(29))
+    random.Random(3).shuffle(places)
+    assert {name for name in found if "/test/" in name} <= {f"pictures/test/{place}" for place in places[:5]}
+    assert len([name for name in found if "/validation/" in name]) == 5

@@ -27,6 +27,8 @@ from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2Model,
+    SegformerConfig,
+    SegformerModel,
     SiglipConfig,
     SiglipImageProcessorPil,
     SiglipModel,
@@ -80,6 +82,15 @@ def save_dinov2(folder: Path, seed: int = 0, classes: Sequence[str] = CLASSES, *
     return _save(folder, model, BitImageProcessorPil(**_crop(28)))
 
 
+def save_segformer(folder: Path, seed: int = 0) -> Path:
+    """A model whose features are not pooled."""
+    torch.manual_seed(seed)
+    lists = {"depths": 1, "sr_ratios": 1, "hidden_sizes": 16, "patch_sizes": 7, "strides": 4, "mlp_ratios": 2}
+    one = {name: [value] for name, value in {**lists, "num_attention_heads": 2}.items()}
+    config = SegformerConfig(num_encoder_blocks=1, **one)
+    return _save(folder, SegformerModel(config), ViTImageProcessorPil(size={"height": 16, "width": 16}))
+
+
 def save_clip(folder: Path, seed: int = 0) -> Path:
     """24 × 24 pixels, and a text tower with the tokenizer of characters."""
     torch.manual_seed(seed)
@@ -109,13 +120,14 @@ def save_siglip(folder: Path, seed: int = 0) -> Path:
     return _save(folder, model, SiglipImageProcessorPil(size={"height": 16, "width": 16}))
 
 
-def save_head(path: Path, num_features: int, seed: int = 0, *, bias: bool = True, **metadata: str) -> Path:
-    """A linear head; `metadata` as in its file, with the classes if nothing is said of them."""
+def save_head(path: Path, num_features: int, seed: int = 0, *, bias: bool = True, **metadata: str | None) -> Path:
+    """A linear head; `metadata` as in its file, with the classes unless they are None."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {"weight": torch.randn(len(CLASSES), num_features, generator=generator)}
     if bias:
         tensors["bias"] = torch.randn(len(CLASSES), generator=generator)
-    save_file(tensors, path, metadata={"classes": json.dumps(CLASSES), **metadata})
+    said = {"classes": json.dumps(CLASSES), **metadata}
+    save_file(tensors, path, metadata={key: value for key, value in said.items() if value is not None})
     return path
 
 

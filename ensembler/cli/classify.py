@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ensembler.cli.image_notices import say_others
 from ensembler.cli.options import EnsembleOptions
 from ensembler.errors import RunError
 
@@ -53,9 +54,11 @@ def classify(
     from ensembler.vision.modeling import EnsembleForImageClassification
     from ensembler.vision.preflight import check_images
 
-    given = EnsembleOptions.of_folder(ensemble, rule=rule, alpha=alpha, dtype=dtype, device=device)
+    given = EnsembleOptions(ensemble, rule=rule, alpha=alpha, dtype=dtype, device=device)
     checked = check_images(given.load_config())
-    sources = find_images(list(images))
+    found_images = find_images(list(images))
+    sources = found_images.images
+    say_others(found_images.num_others)
     model = EnsembleForImageClassification.from_checked(checked)
     num_skipped = 0
     for found in classify_images(model, sources, top_k=top_k, batch_size=batch_size, strict=strict):

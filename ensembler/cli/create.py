@@ -52,7 +52,10 @@ def create(
         from ensembler import folder
         from ensembler.vision.preflight import check_images
 
-        folder.write_checked(check_images(config), out, overwrite=overwrite)
+        checked_images = check_images(config)
+        for line in checked_images.assumptions:
+            click.echo(line, err=True)
+        folder.write_checked(checked_images, out, overwrite=overwrite)
     elif copy_members:
         from ensembler.modeling import EnsembleForCausalLM
 

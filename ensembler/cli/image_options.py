@@ -43,16 +43,9 @@ class ImageOptions:
             if beside is not None:
                 raise ConfigError(f"{beside} was given without --task {_IMAGES}; add it")
             return config
-        from ensembler.vision.classes import read_aliases, read_classes, read_templates
+        from ensembler.vision.class_files import as_images
 
-        classes, texts = (None, None) if self.classes is None else read_classes(self.classes)
-        config = config.replaced(
-            task=_IMAGES,
-            classes=classes,
-            class_texts=texts,
-            templates=None if self.templates is None else read_templates(self.templates),
-            aliases=None if self.aliases is None else read_aliases(self.aliases),
-        )
+        config = as_images(config, classes=self.classes, templates=self.templates, aliases=self.aliases)
         for role, head in by_role("--head", self.head, tuple(config.members)).items():
             config.members[role] = replace(config.members[role], head=head)
         return config

@@ -5,17 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
+from ensembler.cli.image_notices import say_left_out
 from ensembler.errors import ConfigError
-from ensembler.launch import this_rank
 
 if TYPE_CHECKING:
     from ensembler.cli.task_options import TaskOptions
     from ensembler.config import EnsembleConfig
     from ensembler.evaluation.sweep import Sweep, SweepOptions
-
-_MOST_SHOWN = 5  # images that cannot be read
 
 
 def plan_images(
@@ -30,10 +26,14 @@ def plan_images(
     if beside is not None:
         raise ConfigError(f"--{beside.replace('_', '-')} and --images were both given; give one of them")
     checked = check_images(config)
-    task = load_image_task(images, checked.classes, aliases=config.aliases, limit=tasks.limit, strict=strict)
-    reasons = [reason for of_split in task.skipped.values() for reason in of_split]
-    if reasons and this_rank() == 0:
-        for reason in reasons[:_MOST_SHOWN]:
-            click.echo(f"skipped: {reason}", err=True)
-        click.echo(f"{len(reasons):,} images cannot be read and are left out", err=True)
+    task = load_image_task(
+        images,
+        checked.classes,
+        aliases=config.aliases,
+        validation=options.validation,
+        limit=tasks.limit,
+        seed=options.seed,
+        strict=strict,
+    )
+    say_left_out(task)
     return ImageSweep(checked, [task], options)

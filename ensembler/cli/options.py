@@ -27,30 +27,24 @@ DEMO = "demo"
 class EnsembleOptions:
     """The ensemble as given on the command line; `load_config` turns it into a configuration."""
 
-    ensemble: str | None
-    source_ft: str | None
-    source_ft_adapter: str | None
-    source_pt: str | None
-    target_pt: str | None
-    member: tuple[str, ...]
-    patch: tuple[str, ...]
-    rule: str | None
-    alpha: float | None
-    constant: tuple[str, ...]
-    slope: tuple[str, ...]
-    cutoff: float | None
-    outside: str | None
-    dtype: tuple[str, ...]
-    quantize: tuple[str, ...]
-    device: tuple[str, ...]
-    max_memory: tuple[str, ...]
-    offload_folder: str | None
-
-    @classmethod
-    def of_folder(cls, name: str, **given: Any) -> EnsembleOptions:
-        """Return options that name a folder, and of the others those that are `given`."""
-        optional = {field.name: () if "tuple" in str(field.type) else None for field in fields(cls)}
-        return cls(**{**optional, "ensemble": name, **given})
+    ensemble: str | None = None
+    source_ft: str | None = None
+    source_ft_adapter: str | None = None
+    source_pt: str | None = None
+    target_pt: str | None = None
+    member: tuple[str, ...] = ()
+    patch: tuple[str, ...] = ()
+    rule: str | None = None
+    alpha: float | None = None
+    constant: tuple[str, ...] = ()
+    slope: tuple[str, ...] = ()
+    cutoff: float | None = None
+    outside: str | None = None
+    dtype: tuple[str, ...] = ()
+    quantize: tuple[str, ...] = ()
+    device: tuple[str, ...] = ()
+    max_memory: tuple[str, ...] = ()
+    offload_folder: str | None = None
 
     def load_config(self) -> EnsembleConfig:
         """Return the configuration: that of the folder (with α, dtypes and places changed), or one of the members."""

@@ -32,9 +32,10 @@ def split_examples(task: SweptTask, validation: str | None, *, seed: int = 0) ->
     if validation.isdecimal():
         return _draw(task, test, int(validation), seed)
     if validation == task.default_split:
+        others = ", ".join(name for name in task.splits if name != validation)
         raise ConfigError(
             f"the {validation} split of task {task.name} is the one that is reported, so it cannot choose alpha too; "
-            f"give as validation a number of its rows, or another split of {', '.join(task.splits)}"
+            f"give as validation a number of its rows, or another split{f' of {others}' if others else ''}"
         )
     return _without_repeats(task, task.examples(validation), test)
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from ensembler.decoding.points import GridPoint, make_grid, points_by_rule
 from ensembler.errors import ConfigError
@@ -75,6 +75,8 @@ class Sweep:
     Raises ConfigError or PromptError for what cannot be asked of this ensemble.
     """
 
+    has_pictures: ClassVar[bool] = False  # whether `thumbnail` has any
+
     def __init__(self, checked: CheckedEnsemble, tasks: Sequence[SweptTask], options: SweepOptions) -> None:
         self.options = options
         self.rule = checked.config.get_rule()
@@ -88,7 +90,7 @@ class Sweep:
         self.tasks = [self._plan(task) for task in tasks]
         self._asked = {asked.example.id: asked for task in self.tasks for asked in ask(task)}
         options.backend.check(checked)
-        self._checked = checked
+        self.checked = checked
         self.tokenizer = checked.tokenizer
         self.chunks = [chunk for task in self.tasks for chunk in self._chunks(task)]
         self._ids = {name: ids for chunk in self.chunks for name, ids in chunk.ids().items()}
@@ -100,15 +102,15 @@ class Sweep:
         return SweepTask(task, metric, parts, prompts)
 
     def _chunks(self, task: SweepTask) -> Iterator[Chunk]:
-        tokenizer = self._checked.require_tokenizer()
-        max_length = self.options.backend.max_length(self._checked)
+        tokenizer = self.checked.require_tokenizer()
+        max_length = self.options.backend.max_length(self.checked)
         for examples in (*by_split(task), task.prompts):
             yield from make_chunks(
                 examples,
                 tokenizer,
                 max_length=_MAX_LENGTH if max_length is None else max_length,
                 batch_size=self.options.batch_size,
-                share_contexts=can_share_contexts(self._checked.model_configs.values()),
+                share_contexts=can_share_contexts(self.checked.model_configs.values()),
             )
 
     @property
@@ -137,7 +139,7 @@ class Sweep:
 
     def open(self) -> AbstractContextManager[Any]:
         """Load the members; a `with` block gets what `run` takes and ends it."""
-        return open_backend(self.options.backend, self._checked)
+        return open_backend(self.options.backend, self.checked)
 
     def num_prompt_tokens(self, task: SweepTask) -> int:
         """How many tokens the prompts of a task have, whose likelihood chooses α."""
@@ -153,12 +155,12 @@ class Sweep:
         return {
             "format": _FORMAT,
             "versions": versions(),
-            "ensemble": describe_ensemble(self._checked),
+            "ensemble": describe_ensemble(self.checked),
             "rules": list(options.rules),
             "alphas": list(options.alphas),
             "tasks": {task.task.name: self._task_settings(task) for task in self.tasks},
             "batch size": options.batch_size,
-            "backend": options.backend.describe(self._checked),
+            "backend": options.backend.describe(self.checked),
             "seed": options.seed,
         }
 
@@ -193,12 +195,16 @@ class Sweep:
         own = self.chunks[rank::num_ranks]
         return [chunk for chunk in own if any(example.id not in done for example in chunk.examples)]
 
-    def run(self, backend: Backend, folder: RowsFolder, chunks: Sequence[Chunk], done: frozenset[str]) -> Iterator[int]:
+    def run(self, backend: Any, folder: RowsFolder, chunks: Sequence[Chunk], done: frozenset[str]) -> Iterator[int]:
         """Answer chunk after chunk and append the rows; yield how many examples each had. Raises RunError."""
-        for chunk in chunks:
-            answered = chunk.answer(backend, self.tokenizer, self.grid, seed=self.options.seed)
+        for chunk, answered in zip(chunks, self._answer(backend, chunks), strict=True):
             folder.append([row for one in answered if one.example.id not in done for row in self._rows(one)])
             yield len(chunk.examples)
+
+    def _answer(self, backend: Backend, chunks: Sequence[Any]) -> Iterator[list[Answered]]:
+        """Answer the chunks that `_chunks` made, one after another."""
+        for chunk in chunks:
+            yield chunk.answer(backend, self.tokenizer, self.grid, seed=self.options.seed)
 
     def _rows(self, answered: Answered) -> Iterator[Row]:
         asked = self._asked[answered.example.id]

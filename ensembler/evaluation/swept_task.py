@@ -25,7 +25,7 @@ class SweptTask(Protocol):
 
     @property
     def limit(self) -> int | None:
-        """Only so many examples of a split, from its start."""
+        """Only so many examples of a split: of texts the first, of images some that are drawn."""
 
     @property
     def splits(self) -> Mapping[str, int]:

@@ -5,15 +5,12 @@ What the vocabulary is to texts: names are compared in their order, and a differ
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from ensembler.errors import ClassesError, ConfigError
+from ensembler.class_names import some
+from ensembler.errors import ClassesError
 from ensembler.vocab import VocabularyContract
-
-_SHOWN = 3  # classes in an error's line
 
 
 def label_names(model_config: Any) -> tuple[str, ...]:
@@ -64,77 +61,6 @@ def _difference(first: str, expected: Sequence[str], role: str, names: Sequence[
             f"{first} and {role} have the same classes in another order: class {index} is {expected[index]!r} and "
             f"{names[index]!r}; save the member with its classes in one order"
         )
-    parts = [f"lacks {_shown(lacking)}"] if lacking else []
-    parts += [f"has {_shown(extra)} besides"] if extra else []
+    parts = [f"lacks {some(lacking)}"] if lacking else []
+    parts += [f"has {some(extra)} besides"] if extra else []
     return f"{first} has {len(expected):,} classes; {role} {' and '.join(parts)}: {remedy}"
-
-
-def _shown(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
-
-
-def read_classes(path: Path) -> tuple[list[str], dict[str, str] | None]:
-    """Return the labels in a file, and the words for them in prompts where the file has them.
-
-    A text file has a label on each line; a JSON file is a list of labels, or an object from label to words. Raises
-    ConfigError.
-    """
-    if path.suffix != ".json":
-        return _lines(path), None
-    content = _read_json(path)
-    if isinstance(content, Mapping):
-        texts = _texts(content, path)
-        return list(texts), texts
-    if not isinstance(content, list) or not content or not all(isinstance(name, str) for name in content):
-        raise ConfigError(f"{path} holds no classes; expected a list of labels, or an object from label to words")
-    return content, None
-
-
-def read_templates(path: Path) -> list[str]:
-    """Return the prompts in a file, one on each line, {} standing for the class. Raises ConfigError."""
-    return check_templates(_lines(path), str(path))
-
-
-def check_templates(templates: Sequence[str], source: str) -> list[str]:
-    """Return prompts of which each has one {} for the class. Raises ConfigError."""
-    for template in templates:
-        if not isinstance(template, str) or template.count("{}") != 1:
-            raise ConfigError(f"{source} has the template {template!r}; expected one {{}} in it, for the class")
-    return list(templates)
-
-
-def read_aliases(path: Path) -> dict[str, str]:
-    """Return labels by what members call them, from a JSON object. Raises ConfigError."""
-    content = _read_json(path)
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"{path} holds no aliases; expected a JSON object from a member's name to a label")
-    return _texts(content, path)
-
-
-def _texts(content: Mapping[Any, Any], path: Path) -> dict[str, str]:
-    for key, value in content.items():
-        if not isinstance(value, str) or not value:
-            raise ConfigError(f"{path} has {value!r} for {key!r}; expected a text")
-    return dict(content)
-
-
-def _lines(path: Path) -> list[str]:
-    lines = [line.strip() for line in _read(path).splitlines() if line.strip()]
-    if not lines:
-        raise ConfigError(f"{path} is empty; expected one name or prompt on each line")
-    return lines
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(_read(path))
-    except ValueError as error:
-        raise ConfigError(f"{path} is no JSON file: {error}") from error
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error

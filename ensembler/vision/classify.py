@@ -64,21 +64,26 @@ def classify(
     """
 
     def prepare(batch: Sequence[ImageSource]) -> _Batch:
-        images, names, errors = [], [], {}
-        for source in batch:
-            try:
-                images.append(open_image(source))
-                names.append(source.name)
-            except ImageError as error:
-                if strict:
-                    raise
-                errors[source.name] = str(error)
-        order = tuple(source.name for source in batch)
-        return _Batch(order, errors, model.prepare(images) if images else {})
+        errors: dict[str, str] = {}
+        prepared = model.prepare(_readable(batch, errors, strict=strict))
+        return _Batch(tuple(source.name for source in batch), errors, prepared)
 
     batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
     for batch in ahead(batches, prepare):
         yield from _classified(model, batch, top_k)
+
+
+def _readable(batch: Sequence[ImageSource], errors: dict[str, str], *, strict: bool) -> Iterator[Any]:
+    """The images of a batch, each decoded when it is asked for; why others cannot be read goes into `errors`."""
+    for source in batch:
+        try:
+            image = open_image(source)
+        except ImageError as error:
+            if strict:
+                raise
+            errors[source.name] = str(error)
+        else:
+            yield image
 
 
 @torch.inference_mode()

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -71,11 +70,20 @@ def read_info(role: str, path: Path) -> HeadInfo:
     if unknown or ("bias" in header and header["bias"]["shape"] != shape[:1]):
         what = f"holds {unknown[0]!r}" if unknown else f"has a bias of shape {header['bias']['shape']}"
         raise MemberError(f"{role}: {path} {what}; expected weight (classes, features) and bias (classes,) alone")
-    with safe_open(path, "pt") as file:
-        said = file.metadata() or {}
+    try:
+        with safe_open(path, "pt") as file:
+            said = file.metadata() or {}
+    except SafetensorError as error:
+        raise MemberError(f"{role}: the head {path} cannot be read: {one_line(error)}") from error
     classes = _classes(role, path, said.get("classes"), shape[0])
-    normalize = {None: None, "true": True, "false": False}.get(said.get("normalize"))
-    return HeadInfo(shape[0], shape[1], classes, normalize)
+    return HeadInfo(shape[0], shape[1], classes, _normalize(role, path, said.get("normalize")))
+
+
+def _normalize(role: str, path: Path, said: str | None) -> bool | None:
+    known = {None: None, "true": True, "false": False}
+    if said not in known:
+        raise MemberError(f"{role}: {path} says normalize {said!r}; expected 'true' or 'false' in its metadata")
+    return known[said]
 
 
 def _classes(role: str, path: Path, said: str | None, num: int) -> tuple[str, ...] | None:
@@ -101,12 +109,17 @@ def load_head(role: str, path: Path, *, normalize: bool) -> Head:
 
 
 def save_head(head: Head, classes: Sequence[str], path: Path) -> None:
-    """Write a head's file in one rename; two processes that make the same may both do so."""
+    """Write a head's file in one rename; two processes that make the same may both do so.
+
+    Raises OSError or SafetensorError; nothing half-written is left then.
+    """
     tensors = {"weight": head.weight.detach().contiguous()}
     if head.bias is not None:
         tensors["bias"] = head.bias.detach().contiguous()
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     metadata = {"classes": json.dumps(list(classes)), "normalize": str(head.normalize).lower()}
-    with torch.no_grad():
+    try:
         save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, path)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -16,7 +16,7 @@ from ensembler.sources import one_line
 MAX_PIXELS = 100_000_000  # a picture of a camera has 12 to 60 million; decoded, this is 300 MB
 MAX_BYTES = 2**28
 MAX_RATIO = 100  # of the sides: a processor scales the shorter one up to its input size, and the other with it
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 class ImageSource(Protocol):
@@ -51,9 +51,10 @@ class ImageFile:
 def open_image(source: ImageSource) -> Any:
     """Return an image as Pillow's RGB, decoded.
 
-    Greyscale becomes three equal channels, 16 bits become 8 (divided by 257), transparency is dropped, of several
-    frames the first counts: as in the loaders that image classifiers are trained with, but for the 16 bits, which these
-    cut off. Raises ImageError for what is no image, damaged, or beyond the limits.
+    It is turned as its EXIF orientation says. Greyscale becomes three equal channels, greyscale of 16 bits becomes 8
+    (divided by 257), transparency is dropped, of several frames the first counts: as in the loaders that image
+    classifiers are trained with, but for the 16 bits, which these cut off. Raises ImageError for what is no image,
+    damaged, or beyond the limits.
     """
     return decode(source.read(), source.name)
 
@@ -65,6 +66,7 @@ def decode(content: bytes, name: str) -> Any:
         with module.open(io.BytesIO(content)) as image:
             _check_size(image.size, name)
             image.load()
+            require("PIL.ImageOps", "vision").exif_transpose(image, in_place=True)
             return _eight_bits(image, name).convert("RGB")
     except ImageError:
         raise
@@ -86,39 +88,56 @@ def _check_size(size: tuple[int, int], name: str) -> None:
 
 
 def _eight_bits(image: Any, name: str) -> Any:
-    """Greyscale of 16 bits as 8: Pillow's own conversion would make white of all above 255."""
+    """Greyscale of more than 8 bits as 8: Pillow's own conversion would make white of all above 255.
+
+    Of mode I, whose pixels have 32 bits, nothing says how bright 255 is, but that Pillow spreads a PGM over 16 bits.
+    """
     if image.mode == "F":
         raise ImageError(f"{name} has floating-point pixels; expected 8 or 16 bits")
     if not image.mode.startswith("I"):
         return image
+    largest, step = (0xFFFF, 257) if image.mode.startswith("I;16") or image.format == "PPM" else (0xFF, 1)
     values = np.asarray(image, dtype=np.int64)
-    if values.min() < 0 or values.max() > 0xFFFF:
+    if values.min() < 0 or values.max() > largest:
         raise ImageError(f"{name} has pixels from {values.min()} to {values.max()}; expected 8 or 16 bits")
-    return require("PIL.Image", "vision").fromarray(np.rint(values / 257).astype(np.uint8))
+    return require("PIL.Image", "vision").fromarray(np.rint(values / step).astype(np.uint8))
 
 
-def find_images(places: list[Path]) -> list[ImageFile]:
+@dataclass(frozen=True)
+class Found:
+    """Images that were named or lie below folders, and how many other files do."""
+
+    images: tuple[ImageFile, ...]
+    num_others: int = 0
+
+
+def find_images(places: list[Path]) -> Found:
     """Return the images that were named, and those below the folders that were, by path. Raises ImageError."""
     found: list[ImageFile] = []
+    num_others = 0
     for place in places:
         if place.is_dir():
-            below = images_below(place)
+            below, num_others_below = images_below(place)
             if not below:
                 raise ImageError(f"{place} holds no images; expected files ending in {', '.join(SUFFIXES)}")
             found += [ImageFile(path, str(path)) for path in below]
+            num_others += num_others_below
         elif place.is_file():
             found.append(ImageFile(place, str(place)))
         else:
             raise ImageError(f"there is no file or folder {place}")
-    return found
+    return Found(tuple(found), num_others)
 
 
-def images_below(folder: Path) -> list[Path]:
-    """Return the images in a folder and those below it, by path; hidden ones are left out."""
-    return sorted(
+def images_below(folder: Path) -> tuple[list[Path], int]:
+    """Return the images in a folder and those below it, by path, and how many other files there are.
+
+    Hidden files are left out. A link that leads nowhere is an image by its name, which then cannot be read.
+    """
+    files = sorted(
         path
         for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not path.is_dir() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    return images, len(files) - len(images)

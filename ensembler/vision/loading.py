@@ -1,7 +1,7 @@
 """Load the members of an ensemble of image classifiers: each tower once.
 
-Members share where they cannot be told apart below their heads: towers of one model on one device in one dtype with one
-way to prepare images; and classifiers whose weights are equal, bit for bit, but for those of `classifier`.
+Members share where they cannot be told apart below their heads: models with equal weights, bit for bit, on one
+device in one dtype, with one way to prepare images; of classifiers all weights count but those of `classifier`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel
+from transformers.utils import logging
 
 from ensembler.errors import MemberError, RunError
 from ensembler.extras import require
@@ -24,6 +25,22 @@ from ensembler.vision.members import CLASSIFIER, HEAD, ImageMember
 from ensembler.vision.preflight import CheckedImages
 from ensembler.vision.towers import CLASSIFIER_MODULE, ClassifierTower, FeatureTower, SharedTower, WholeClassifier
 from ensembler.vision.zero_shot import zero_shot_head
+from ensembler.weights import naming
+
+_logger = logging.get_logger(__name__)
+# In a config, but no part of what is computed: names, the labels, and what tools noted.
+_NAMES = (
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "finetuning_task",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "problem_type",
+    "torch_dtype",
+    "transformers_version",
+)
 
 
 def load_towers(checked: CheckedImages) -> list[SharedTower]:
@@ -34,17 +51,29 @@ def load_towers(checked: CheckedImages) -> list[SharedTower]:
     for member in checked.members.values():
         check_device(member.role, member.config.device)
     towers: list[SharedTower] = []
-    features: dict[str, FeatureTower] = {}
+    loaded: dict[str, FeatureTower] = {}
     for role, member in checked.members.items():
         if member.kind == CLASSIFIER:
             _add_classifier(towers, member, _load(member))
             continue
         key = repr((_place(member), member.processor.to_dict()))
-        if key not in features:
-            features[key] = FeatureTower(_load(member), {}, member.processor)
-            towers.append(features[key])
-        features[key].heads[role] = _head(member, features[key], checked)
+        if key not in loaded:
+            loaded[key] = _feature_tower(towers, member, _load(member))
+        loaded[key].heads[role] = _head(member, loaded[key], checked)
+    for tower in towers:
+        if len(tower.roles) > 1:
+            _logger.warning("%s share one tower, which is run once", " and ".join(tower.roles))
     return [tower.eval() for tower in towers]
+
+
+def _feature_tower(towers: list[SharedTower], member: ImageMember, model: PreTrainedModel) -> FeatureTower:
+    """The tower that is this model already, or a new one."""
+    for tower in towers:
+        if isinstance(tower, FeatureTower) and _is_alike(tower, member, model):
+            return tower
+    new = FeatureTower(model, {}, member.processor)
+    towers.append(new)
+    return new
 
 
 def _place(member: ImageMember) -> tuple[object, ...]:
@@ -104,13 +133,21 @@ def _head(member: ImageMember, tower: FeatureTower, checked: CheckedImages) -> H
 
 @torch.inference_mode()
 def _num_features(member: ImageMember, tower: FeatureTower) -> int:
-    return tower.features(_blank(tower)).shape[1]
+    try:
+        with naming(member.role):
+            return tower.features(_blank(tower)).shape[1]
+    except MemberError:
+        raise
+    except Exception as error:  # models raise what they like for images that they were not made for
+        raise MemberError(
+            f"{member.role}: {member.config.model} makes no features of an image: {one_line(error)}"
+        ) from error
 
 
 def _blank(tower: SharedTower) -> Tensor:
     """A picture of one colour, prepared."""
     image = require("PIL.Image", "vision")
-    return tower.prepare([image.new("RGB", (64, 64), (90, 120, 150))]).to(tower.device, tower.model.dtype)
+    return tower.prepare(image.new("RGB", (64, 64), (90, 120, 150))).to(tower.device, tower.model.dtype)
 
 
 def _add_classifier(towers: list[SharedTower], member: ImageMember, model: PreTrainedModel) -> None:
@@ -118,7 +155,7 @@ def _add_classifier(towers: list[SharedTower], member: ImageMember, model: PreTr
     for index, tower in enumerate(towers):
         if not isinstance(tower, WholeClassifier | ClassifierTower):
             continue
-        if tower.processor.to_dict() != member.processor.to_dict() or not _same_backbone(tower.model, model):
+        if not _is_alike(tower, member, model, but=CLASSIFIER_MODULE):
             continue
         if isinstance(tower, WholeClassifier):
             if not _ends_with_classifier(tower):
@@ -132,24 +169,31 @@ def _add_classifier(towers: list[SharedTower], member: ImageMember, model: PreTr
     towers.append(WholeClassifier(member.role, model, member.processor))
 
 
-def _same_backbone(one: PreTrainedModel, other: PreTrainedModel) -> bool:
-    """Whether two classifiers have equal weights, bit for bit, but for those of their `classifier`."""
-    if type(one) is not type(other) or one.device != other.device or not hasattr(one, CLASSIFIER_MODULE):
+def _is_alike(tower: SharedTower, member: ImageMember, model: PreTrainedModel, but: str | None = None) -> bool:
+    """Whether a member's images and weights are those of a tower, bit for bit, `but` for a submodule of it."""
+    mine, theirs = tower.model, model
+    if type(mine) is not type(theirs) or mine.device != theirs.device or (but is not None and not hasattr(mine, but)):
         return False
-    if _shape(one) != _shape(other):
+    if _settings(mine.config.to_dict()) != _settings(theirs.config.to_dict()):
         return False
-    mine, theirs = one.state_dict(), other.state_dict()
-    names = [name for name in mine if not name.startswith(f"{CLASSIFIER_MODULE}.")]
-    others = [name for name in theirs if not name.startswith(f"{CLASSIFIER_MODULE}.")]
-    return names == others and all(
-        mine[name].dtype == theirs[name].dtype and torch.equal(mine[name], theirs[name]) for name in names
+    if tower.processor.to_dict() != member.processor.to_dict():
+        return False
+    one, other = (
+        {name: value for name, value in each.state_dict().items() if but is None or not name.startswith(f"{but}.")}
+        for each in (mine, theirs)
+    )
+    return list(one) == list(other) and all(
+        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
     )
 
 
-def _shape(model: PreTrainedModel) -> dict[str, Any]:
-    """The settings that say what is computed, but for names and the labels."""
-    left_out = ("id2label", "label2id", "_name_or_path", "num_labels", "transformers_version", "problem_type")
-    return {name: value for name, value in model.config.to_dict().items() if name not in left_out}
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config, and of those within it, says what is computed; dtypes are those of the weights."""
+    return {
+        name: _settings(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in _NAMES
+    }
 
 
 @torch.inference_mode()

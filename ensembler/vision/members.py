@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoImageProcessor
-from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from ensembler.config import MemberConfig
 from ensembler.errors import MemberError
 from ensembler.extras import require
-from ensembler.members import MemberFiles
+from ensembler.members import DUAL_ENCODERS, MemberFiles
 from ensembler.sources import is_local, not_found, one_line
 from ensembler.vision.classes import label_names
 from ensembler.vision.heads import HeadInfo, read_info
@@ -42,13 +41,24 @@ class ImageMember(MemberFiles):
     @property
     def is_dual(self) -> bool:
         """Whether the model has a text tower too, and compares features by their angles."""
-        return self.model_config.model_type in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
+        return self.model_config.model_type in DUAL_ENCODERS
 
     @property
     def normalize(self) -> bool:
         """Whether its head is for features of length 1."""
         said = None if self.head is None else self.head.normalize
         return self.is_dual if said is None else said
+
+    @property
+    def assumptions(self) -> list[str]:
+        """What is taken for granted since its head's file does not say it, a line each."""
+        found = []
+        if self.head is not None and self.head.normalize is None:
+            how = "they are, as a dual encoder's" if self.is_dual else "they are not"
+            found.append(f"whether features are scaled to length 1 ('normalize' in its metadata); assumed: {how}")
+        if self.head is not None and self.head.classes is None:
+            found.append("which classes it has ('classes' in its metadata); assumed: the ensemble's, in their order")
+        return [f"{self.role}: its head does not say {each}" for each in found]
 
 
 def check_image_member(role: str, config: MemberConfig) -> ImageMember:
@@ -86,7 +96,7 @@ def _kind(role: str, config: MemberConfig, model_config: Any) -> str:
         return HEAD
     if any("ForImageClassification" in name for name in names):
         return CLASSIFIER
-    if model_config.model_type in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+    if model_config.model_type in DUAL_ENCODERS:
         return ZERO_SHOT
     raise MemberError(
         f"{role}: {config.model} is a {', '.join(names) or model_config.model_type}; expected an image classifier, a "

@@ -5,7 +5,7 @@ The rules, the operations and the folder are those of language models; a row of 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -59,24 +59,25 @@ class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unus
         alpha: float = 1.0,
         members: Mapping[str, str | Path | MemberConfig | Mapping[str, Any]],
         classes: Sequence[str] | None = None,
+        class_texts: Mapping[str, str] | None = None,
         templates: Sequence[str] | None = None,
         aliases: Mapping[str, str] | None = None,
         **numbers: Any,
     ) -> EnsembleForImageClassification:
         """Return an ensemble of `members` by role: paths, hub ids, or MemberConfigs (a `head` among their fields).
 
-        `classes`: the labels, where no member names them or zero-shot members need them; `templates`: the prompts of
-        zero-shot members; `aliases`: labels by what members call them; `numbers`: of the rule, as in `EnsembleConfig`.
-        Raises ConfigError, MemberError or ClassesError before any weight is loaded.
+        `classes`: the labels, where no member names them or zero-shot members need them; `class_texts`: the words for
+        them in prompts by label, where these are others; `templates`: the prompts of zero-shot members; `aliases`:
+        labels by what members call them; `numbers`: of the rule, as in `EnsembleConfig`. Raises ConfigError,
+        MemberError or ClassesError before any weight is loaded.
         """
+        named: dict[str, Any] = {"classes": classes, "class_texts": class_texts, "templates": templates}
         config = EnsembleConfig(
             task=IMAGES,
             rule=rule,
             alpha=alpha,
             members={role: str(member) if isinstance(member, Path) else member for role, member in members.items()},
-            classes=None if classes is None else list(classes),
-            templates=None if templates is None else list(templates),
-            aliases=None if aliases is None else dict(aliases),
+            **{**named, "aliases": aliases},
             **numbers,
         )
         return cls.from_checked(check_images(config))
@@ -143,14 +144,16 @@ class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unus
 
     # -- running it ---------------------------------------------------------------------------------------------------
 
-    def prepare(self, images: Sequence[Any]) -> dict[str, Tensor]:
+    def prepare(self, images: Iterable[Any]) -> dict[str, Tensor]:
         """Return images of Pillow as every member's own pixel values (rows, channels, height, width), by role.
 
-        Members that share a tower have the same tensor.
+        Members that share a tower have the same tensor. Images are taken and prepared one after another, so that an
+        iterator may decode each when it is its turn.
         """
-        found = {}
-        for tower in self.towers:
-            found.update(dict.fromkeys(tower.roles, tower.prepare(images)))
+        rows = [[tower.prepare(image) for tower in self.towers] for image in images]
+        found: dict[str, Tensor] = {}
+        for tower, values in zip(self.towers, zip(*rows, strict=True), strict=bool(rows)):
+            found.update(dict.fromkeys(tower.roles, torch.cat(values)))
         return found
 
     def forward(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ensembler.config import IMAGES, EnsembleConfig, check_roles
 from ensembler.errors import ClassesError, ConfigError
 from ensembler.preflight import CheckedEnsemble
-from ensembler.vision.classes import agree, check_templates, make_contract
+from ensembler.vision.classes import agree, make_contract
 from ensembler.vision.members import ImageMember, check_image_member
 
 
@@ -20,6 +20,11 @@ class CheckedImages(CheckedEnsemble):
 
     members: dict[str, ImageMember]
     classes: tuple[str, ...]
+
+    @property
+    def assumptions(self) -> list[str]:
+        """What is taken for granted of the members' heads, a line each."""
+        return [line for member in self.members.values() for line in member.assumptions]
 
 
 def check_images(config: EnsembleConfig) -> CheckedImages:
@@ -34,8 +39,6 @@ def check_images(config: EnsembleConfig) -> CheckedImages:
         )
     rule = config.get_rule()
     check_roles(rule, config.members)
-    if config.templates is not None:
-        check_templates(config.templates, "the ensemble")
     members = {role: check_image_member(role, config.members[role]) for role in rule.roles}
     classes = agree(config.classes, {role: member.classes for role, member in members.items()}, config.aliases)
     for role, member in members.items():
@@ -45,7 +48,7 @@ def check_images(config: EnsembleConfig) -> CheckedImages:
     unknown = [name for name in config.class_texts or {} if name not in classes]
     if unknown:
         raise ClassesError(f"there are words for the class {unknown[0]!r}, which is not one of the ensemble's classes")
-    config.classes = list(classes)
+    config.name_classes(classes)
     return CheckedImages(
         config=config,
         files=dict(members),

@@ -10,7 +10,7 @@ from typing import Any
 from ensembler.evaluation.provenance import describe_ensemble
 from ensembler.vision.members import ZERO_SHOT, ImageMember
 from ensembler.vision.preflight import CheckedImages
-from ensembler.vision.zero_shot import DEFAULT_TEMPLATES
+from ensembler.vision.zero_shot import DEFAULT_TEMPLATES, tokenizer_hash
 
 _HASH = 16  # hexadecimal digits
 
@@ -18,7 +18,7 @@ _HASH = 16  # hexadecimal digits
 def describe_images(checked: CheckedImages) -> dict[str, Any]:
     """Return the rule's numbers, the classes, and each member with the hashes of its weights, head and processor.
 
-    Heads that are made from texts go by their prompts.
+    Heads that are made from texts go by their prompts and their tokenizer as well.
     """
     described = describe_ensemble(checked)
     for role, member in checked.members.items():
@@ -36,7 +36,10 @@ def _describe(member: ImageMember, checked: CheckedImages) -> dict[str, Any]:
         found |= {"head": Path(member.config.head).name, "head_sha256": _hash(Path(member.config.head).read_bytes())}
     if member.kind == ZERO_SHOT:
         prompts = [config.templates or list(DEFAULT_TEMPLATES), config.class_texts]
-        found["prompts"] = _hash(json.dumps(prompts, sort_keys=True).encode())
+        found |= {
+            "prompts": _hash(json.dumps(prompts, sort_keys=True).encode()),
+            "tokenizer": tokenizer_hash(member)[:_HASH],
+        }
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ensembler.decoding.points import GridPoint, points_by_rule
 from ensembler.errors import ConfigError
 from ensembler.evaluation.answering import Answered
 from ensembler.evaluation.examples import Answer, Example
-from ensembler.evaluation.rows_folder import RowsFolder
+from ensembler.evaluation.provenance import versions
 from ensembler.evaluation.sweep import Sweep, SweepOptions
 from ensembler.evaluation.sweep_tasks import SweepTask, by_split
 from ensembler.evaluation.swept_task import SweptTask
@@ -47,11 +47,7 @@ class ImageChunk:
 
     def prepare(self, model: EnsembleForImageClassification) -> dict[str, Tensor]:
         """Return the images as every member wants them."""
-        return model.prepare([open_image(example.source[0].image.source) for example in self.examples])
-
-    def answer(self, backend: Any, tokenizer: Any, grid: Sequence[GridPoint], *, seed: int = 0) -> list[Answered]:
-        """Run the members once and return the answers at all points."""
-        return self.answer_prepared(backend, self.prepare(backend), grid)
+        return model.prepare(open_image(example.source[0].image.source) for example in self.examples)
 
     @torch.inference_mode()
     def answer_prepared(
@@ -90,6 +86,8 @@ def _answers(model: EnsembleForImageClassification, combined: Tensor, targets: T
 class ImageSweep(Sweep):
     """A sweep over labelled images, planned: every image was read once, nothing is loaded."""
 
+    has_pictures: ClassVar[bool] = True
+
     def __init__(self, checked: CheckedImages, tasks: Sequence[SweptTask], options: SweepOptions) -> None:
         if options.by_perplexity:
             raise ConfigError("images have no prompts whose likelihood could choose alpha; give --validation")
@@ -108,7 +106,7 @@ class ImageSweep(Sweep):
     @cached_property
     def settings(self) -> dict[str, Any]:
         """All that rows depend on, as JSON: those of a sweep over texts, and what only image classifiers have."""
-        return {**super().settings, "ensemble": describe_images(self._images)}
+        return {**super().settings, "versions": versions("pillow"), "ensemble": describe_images(self._images)}
 
     def num_skipped(self, task: SweepTask) -> int:
         """How many images of a task's splits that are used cannot be read."""
@@ -131,11 +129,8 @@ class ImageSweep(Sweep):
         """Load the members."""
         return nullcontext(EnsembleForImageClassification.from_checked(self._images))
 
-    def run(self, backend: Any, folder: RowsFolder, chunks: Sequence[Any], done: frozenset[str]) -> Iterator[int]:
-        """Answer chunk after chunk and append the rows; yield how many images each had. Raises RunError."""
-        model: EnsembleForImageClassification = backend
-        prepared = ahead(chunks, lambda chunk: (chunk, chunk.prepare(model)))
+    def _answer(self, backend: Any, chunks: Sequence[Any]) -> Iterator[list[Answered]]:
+        """Answer one chunk after another; the images of the next ones are prepared while the members run."""
+        prepared = ahead(chunks, lambda chunk: (chunk, chunk.prepare(backend)))
         for chunk, values in prepared:
-            answered = chunk.answer_prepared(model, values, self.grid)
-            folder.append([row for one in answered if one.example.id not in done for row in self._rows(one)])
-            yield len(chunk.examples)
+            yield chunk.answer_prepared(backend, values, self.grid)

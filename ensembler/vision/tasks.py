@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ensembler.class_names import some
 from ensembler.errors import ClassesError, ConfigError, ImageError
 from ensembler.evaluation.examples import Answer, Continuation, Example, Measurement, Metric, Request
 from ensembler.evaluation.metric_values import from_json, to_json
 from ensembler.evaluation.statistics import metric_interval
+from ensembler.evaluation.task_loading import check_counts
 from ensembler.vision.classes import known_as
-from ensembler.vision.datasets import LabelledImage, read_splits
+from ensembler.vision.datasets import SPLITS, TEST, LabelledImage, find_splits
 from ensembler.vision.images import decode
 from ensembler.vision.loader import ahead
 
@@ -33,15 +37,16 @@ class KnownImage:
 
 @dataclass(frozen=True, eq=False)
 class ImageTask:
-    """Labelled images by split, of which those that can be read are asked about.
+    """Labelled images of the splits that are used, of which those that can be read are asked about.
 
-    `skipped`: why others cannot be read, by split and in their order.
+    `skipped`: why others cannot be read, by split and in their order; `num_others`: how many files are no images.
     """
 
     name: str
     classes: tuple[str, ...]
     images: Mapping[str, Sequence[KnownImage]]
     skipped: Mapping[str, Sequence[str]]
+    num_others: int = 0
     limit: int | None = None
 
     @property
@@ -56,13 +61,13 @@ class ImageTask:
 
     @property
     def splits(self) -> dict[str, int]:
-        """The number of images of each split that can be read."""
+        """The number of images that can be read, of each split that is used."""
         return {split: len(images) for split, images in self.images.items()}
 
     @property
     def default_split(self) -> str:
         """The split that is reported."""
-        return "test" if "test" in self.images else "validation"
+        return TEST
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -85,7 +90,7 @@ class ImageTask:
 
     def examples(self, split: str | None = None) -> list[Example]:
         """Return the images of a split. Raises ConfigError."""
-        split = split or self.default_split
+        split = SPLITS.get(split or TEST, split or TEST)
         if split not in self.images:
             raise ConfigError(f"{self.name} has no split {split!r}; it has {', '.join(self.images)}")
         if not self.images[split]:
@@ -134,21 +139,33 @@ def load_image_task(
     classes: Sequence[str],
     *,
     aliases: Mapping[str, str] | None = None,
+    validation: str | None = None,
     limit: int | None = None,
+    seed: int = 0,
     strict: bool = False,
 ) -> ImageTask:
-    """Return the task of a folder of images; every image is read and decoded once, to know which can be.
+    """Return the task of a folder of images: every image that is used is read and decoded once, to know which can be.
 
-    `classes`: those of the ensemble. `limit`: only the first images of each split. Raises ImageError (with `strict` for
-    the first image that cannot be read), or ClassesError for a class that the ensemble lacks.
+    `classes`: those of the ensemble. `validation`: another split that is used, beside test; a number of images is of
+    test. `limit`: only so many images of each split, drawn with `seed`: a smaller limit draws some of the same. Raises
+    ConfigError for a split that is not there, ImageError (with `strict` for the first image that cannot be read), or
+    ClassesError for a class that the ensemble lacks.
     """
+    check_counts(None, limit)
+    name = Path(os.path.abspath(folder)).name  # of a link itself: data/cars may lead to store/3f8a
+    splits = find_splits(folder)
+    others = () if validation is None or validation.isdecimal() else (validation,)
     found: dict[str, list[KnownImage]] = {}
     skipped: dict[str, list[str]] = {}
-    for split, images in read_splits(folder).items():
-        images = images[:limit]
-        _check_classes(folder, images, classes, aliases)
+    num_others = 0
+    for split in dict.fromkeys((TEST, *others)):
+        split = _split(name, split, splits)
+        labelled = splits[split]()
+        num_others += labelled.num_others
+        drawn = _draw(labelled.images, limit, seed)
+        _check_classes(folder, [image for _, image in drawn], classes, aliases)
         found[split], skipped[split] = [], []
-        for index, (image, digest, error) in enumerate(ahead(images, _try)):
+        for index, image, digest, error in ahead(drawn, _try):
             if error is None:
                 label = known_as([image.label], aliases)[0]
                 found[split].append(KnownImage(image, label, index, digest))
@@ -156,16 +173,33 @@ def load_image_task(
                 raise error
             else:
                 skipped[split].append(str(error))
-    return ImageTask(folder.resolve().name, tuple(classes), found, skipped, limit)
+    return ImageTask(name, tuple(classes), found, skipped, num_others, limit)
 
 
-def _try(image: LabelledImage) -> tuple[LabelledImage, str, ImageError | None]:
+def _split(task: str, split: str, splits: Iterable[str]) -> str:
+    """What a split is called here. Raises ConfigError."""
+    known = SPLITS.get(split, split)
+    if known not in splits:
+        raise ConfigError(f"{task} has no split {split!r}; it has {', '.join(splits)}")
+    return known
+
+
+def _draw(images: Sequence[LabelledImage], limit: int | None, seed: int) -> list[tuple[int, LabelledImage]]:
+    """Images with their places in the split, in their order. The first of them would be of the first classes alone."""
+    places = list(range(len(images)))
+    if limit is not None:
+        random.Random(seed).shuffle(places)
+    return [(place, images[place]) for place in sorted(places[:limit])]
+
+
+def _try(placed: tuple[int, LabelledImage]) -> tuple[int, LabelledImage, str, ImageError | None]:
+    index, image = placed
     try:
         content = image.source.read()
         decode(content, image.source.name)
     except ImageError as error:
-        return image, "", error
-    return image, hashlib.sha256(content).hexdigest(), None
+        return index, image, "", error
+    return index, image, hashlib.sha256(content).hexdigest(), None
 
 
 def _check_classes(
@@ -174,8 +208,7 @@ def _check_classes(
     labels = sorted({image.label for image in images})
     unknown = [name for name, label in zip(labels, known_as(labels, aliases), strict=True) if label not in classes]
     if unknown:
-        more = f" and {len(unknown) - 3:,} more" if len(unknown) > 3 else ""
         raise ClassesError(
-            f"{folder} has images of {', '.join(map(repr, unknown[:3]))}{more}, which the ensemble lacks (its classes: "
-            f"{', '.join(map(repr, classes[:3]))} ...); rename the folders, or give --aliases to ensembler create"
+            f"{folder} has images of {some(unknown)}, which the ensemble lacks (its classes: {some(classes)}); rename "
+            "the folders, or give --aliases to ensembler create"
         )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ensembler.errors import RunError
+from ensembler.errors import MemberError, RunError
 from ensembler.members import out_of_memory
 from ensembler.sources import one_line
 
@@ -40,9 +40,9 @@ class SharedTower(nn.Module):
         device: torch.device = self.model.device
         return device
 
-    def prepare(self, images: Sequence[Any]) -> Tensor:
-        """Return images of Pillow as pixel values (rows, channels, height, width) float32, on the CPU."""
-        values: Tensor = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
+    def prepare(self, image: Any) -> Tensor:
+        """Return an image of Pillow as pixel values (1, channels, height, width) float32, on the CPU."""
+        values: Tensor = self.processor(images=[image], return_tensors="pt")["pixel_values"]
         return values
 
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
@@ -67,7 +67,10 @@ class FeatureTower(SharedTower):
     """A model that is no classifier: the vision side of a dual encoder, or a vision model."""
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """Return the pooled features (rows, F), projected where the model does that."""
+        """Return the pooled features (rows, F), projected where the model does that.
+
+        Raises MemberError for a model that does not pool.
+        """
         model: Any = self.model
         if hasattr(model, "get_image_features"):
             output = model.get_image_features(pixel_values=pixel_values)
@@ -75,8 +78,13 @@ class FeatureTower(SharedTower):
             output = model(pixel_values=pixel_values)
         if isinstance(output, Tensor):
             return output
-        embeddings: Tensor | None = getattr(output, "image_embeds", None)
-        pooled: Tensor = output.pooler_output if embeddings is None else embeddings
+        pooled: Tensor | None = getattr(output, "image_embeds", None)
+        pooled = getattr(output, "pooler_output", None) if pooled is None else pooled
+        if pooled is None:
+            raise MemberError(
+                f"a {type(model).__name__} has no pooled features for a head; give a model that has, or one with a "
+                "classifier of its own"
+            )
         return pooled.flatten(1)  # convolutional models keep two axes of length 1
 
 

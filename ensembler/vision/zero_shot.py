@@ -9,24 +9,31 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import constants
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
 
 from ensembler.errors import MemberError
-from ensembler.patch.headers import fingerprint, model_tensors
+from ensembler.evaluation.provenance import config_hash
+from ensembler.members import TOKENIZER_FILES
 from ensembler.sources import is_local, one_line
-from ensembler.vision.heads import Head, load_head, save_head, unit_length
+from ensembler.vision.heads import Head, load_head, read_info, save_head, unit_length
 from ensembler.vision.members import ImageMember
+
+_logger = logging.get_logger(__name__)
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # Radford et al. 2021
 _BATCH = 64  # texts
-_FORMAT = 1  # of what is made from texts; another number makes heads anew
+_FORMAT = 2  # of what is made from texts; another number makes heads anew
+_TOKENIZER = (*TOKENIZER_FILES, "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
+_OF_IMAGES = ("vision", "visual")  # what tensors begin with that texts do not go through
 
 
 def cache_folder() -> Path:
@@ -45,29 +52,58 @@ def zero_shot_head(
 ) -> Head:
     """Return the head of a dual encoder for these classes, from the cache where it was made before.
 
-    `texts`: words for a class in prompts by label, the label itself where there are none. Raises MemberError.
+    `texts`: words for a class in prompts by label, the label itself where there are none. A file in the cache that
+    cannot be read is made again. Raises MemberError.
     """
     templates = list(templates or DEFAULT_TEMPLATES)
     words = [(texts or {}).get(name, name) for name in classes]
     path = (cache or cache_folder()) / f"{_key(member, model, words, templates)}.safetensors"
     if path.is_file():
-        return load_head(member.role, path, normalize=True).to(model.device)
-    head = _make(member, model, [[template.format(word) for template in templates] for word in words])
+        try:
+            if read_info(member.role, path).num_classes == len(classes):
+                return load_head(member.role, path, normalize=True).to(model.device)
+        except MemberError:
+            _logger.warning("the head %s in the cache cannot be read; it is made again", path)
+    head = _make(member, model, [[template.replace("{}", word) for template in templates] for word in words])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_head(head, classes, path)
-    except OSError:
+    except (OSError, SafetensorError):
         return head  # a cache that cannot be written to costs time, and nothing else
     return head
 
 
+def tokenizer_hash(member: ImageMember) -> str:
+    """Return what tells a member's tokenizer from others: the hash of a folder's files, or the commit on the hub."""
+    if not is_local(member.config.model):
+        return str(getattr(member.model_config, "_commit_hash", None))
+    files = [path for name in _TOKENIZER if (path := Path(member.config.model) / name).is_file()]
+    return _hash([path.name.encode() + b"\0" + path.read_bytes() for path in files])
+
+
 def _key(member: ImageMember, model: PreTrainedModel, words: Sequence[str], templates: Sequence[str]) -> str:
-    """A name for all that a head depends on: a folder's weights go by their headers and the begin of every tensor."""
-    source: Any = [member.config.model, getattr(member.model_config, "_commit_hash", None)]
-    if is_local(member.config.model):
-        source = fingerprint(model_tensors(Path(member.config.model)).values())
-    content = [_FORMAT, source, str(model.dtype), list(words), list(templates)]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:32]
+    """A name for all that a head depends on: every tensor that texts go through, the config, the tokenizer, the texts.
+
+    Hashing the text tower of a CLIP ViT-L/14 takes about as long as reading it.
+    """
+    tensors = [(name, tensor) for name, tensor in model.state_dict().items() if not name.startswith(_OF_IMAGES)]
+    weights = _hash(
+        part
+        for name, tensor in tensors
+        for part in (
+            f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(),
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(),
+        )
+    )
+    content = [_FORMAT, weights, config_hash(member.model_config), tokenizer_hash(member), list(words), list(templates)]
+    return _hash([json.dumps(content).encode()])[:32]
+
+
+def _hash(parts: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,9 @@ from ensembler.serving.choice import BackendChoice
 _NAME = re.compile(r"[\w+.-]+")
 _MOST_NAMES = 5  # in a line
 
+# Plans an experiment on images: its runs with their sweeps, whose options are those of the run.
+ImagePlan = Callable[[Experiment, Callable[[Run], SweepOptions]], Iterable[tuple[Run, Sweep]]]
+
 
 @dataclass(frozen=True)
 class PlannedRun:
@@ -33,8 +36,12 @@ class PlannedRun:
 
     experiment: Experiment
     run: Run
-    checked: CheckedEnsemble
     sweep: Sweep
+
+    @property
+    def checked(self) -> CheckedEnsemble:
+        """Its ensemble."""
+        return self.sweep.checked
 
     @property
     def name(self) -> str:
@@ -48,15 +55,23 @@ class PlannedRun:
 
 
 class Bench:
-    """All runs of a recipe, planned. Raises ConfigError, MemberError, VocabularyError, PatchError or PromptError."""
+    """All runs of a recipe, planned. Raises ConfigError, MemberError, VocabularyError, PatchError or PromptError.
+
+    `image_planner` plans its experiments on images: this module knows nothing of them.
+    """
 
     def __init__(
-        self, recipe: Recipe, *, allow_code_execution: bool = False, backend: BackendChoice | None = None
+        self,
+        recipe: Recipe,
+        *,
+        allow_code_execution: bool = False,
+        backend: BackendChoice | None = None,
+        image_planner: ImagePlan | None = None,
     ) -> None:
         self.recipe = recipe
         self.backend = backend or BackendChoice()
+        self._image_planner = image_planner
         self._tasks: dict[str, list[SweptTask]] = {}
-        self._image_keys: dict[str, str] = {}
         self._allow_code_execution = allow_code_execution
         self.runs: list[PlannedRun] = []
         faults: dict[str, InputError] = {}
@@ -84,21 +99,14 @@ class Bench:
         tasks = self._load(experiment)  # after the members, since their data may have to be fetched
         check_tasks(experiment, tasks)
         for run, ensemble in checked:
-            yield PlannedRun(experiment, run, ensemble, Sweep(ensemble, tasks, _options(experiment, run, self.backend)))
+            yield PlannedRun(experiment, run, Sweep(ensemble, tasks, _options(experiment, run, self.backend)))
 
     def _plan_images(self, experiment: Experiment) -> Iterator[PlannedRun]:
-        from ensembler.vision.bench import load_tasks_of, plan_image_runs
-        from ensembler.vision.sweep import ImageSweep
-
-        checked = plan_image_runs(experiment)
-        key = f"{_key(experiment)} {checked[0][1].classes}"
-        if key not in self._tasks:
-            self._tasks[key] = list(load_tasks_of(experiment, checked[0][1]))
-        self._image_keys[experiment.name] = key
-        check_tasks(experiment, self._tasks[key])
-        for run, ensemble in checked:
-            sweep = ImageSweep(ensemble, self._tasks[key], _options(experiment, run, self.backend))
-            yield PlannedRun(experiment, run, ensemble, sweep)
+        if self._image_planner is None:
+            raise ConfigError("it has images, and nothing was given that plans them")
+        for run, sweep in self._image_planner(experiment, lambda run: _options(experiment, run, self.backend)):
+            check_tasks(experiment, [task.task for task in sweep.tasks])
+            yield PlannedRun(experiment, run, sweep)
 
     def _load(self, experiment: Experiment) -> list[SweptTask]:
         """Experiments differ in their models more than in their tasks."""
@@ -115,9 +123,8 @@ class Bench:
 
     def tasks(self, experiment: Experiment) -> list[SweptTask]:
         """Return the tasks of an experiment."""
-        if experiment.images is not None:
-            return self._tasks[self._image_keys[experiment.name]]
-        return self._load(experiment)
+        of_first = next(planned.sweep.tasks for planned in self.runs if planned.experiment is experiment)
+        return [task.task for task in of_first]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -147,7 +154,7 @@ def _told(faults: Mapping[str, InputError]) -> InputError:
 
 
 def _key(experiment: Experiment) -> str:
-    return repr((experiment.tasks, experiment.num_fewshot, experiment.limit, experiment.images))
+    return repr((experiment.tasks, experiment.num_fewshot, experiment.limit))
 
 
 def _options(experiment: Experiment, run: Run, backend: BackendChoice) -> SweepOptions:

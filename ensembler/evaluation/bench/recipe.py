@@ -64,7 +64,8 @@ class Experiment:
     images. `alphas`: the grid that validation chooses from; `alpha` fixes it for a method. `validation`: a number of
     examples or a split. `published`: figures of a paper by task and method, in the unit of the report's table (per cent
     for shares of right answers); of one metric a number, of several a mapping by metric. `published_costs`: its costs
-    by method and name (`measure.Cost`). Both are printed beside what was measured; their source is `source`. `speed`:
+    by method and name (`measure.Cost`). `published_alphas`: the α that it chose, by task and method. All are printed
+    beside what was measured; their source is `source`. `speed`:
     how it is measured; None: not at all.
     """
 
@@ -82,6 +83,7 @@ class Experiment:
     batch_size: int = 8
     seed: int = 0
     published: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)
+    published_alphas: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     published_costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     source: str = ""
     images: Images | None = None

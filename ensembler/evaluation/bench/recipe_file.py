@@ -12,7 +12,7 @@ import yaml
 
 from ensembler.config import MemberConfig
 from ensembler.errors import ConfigError
-from ensembler.evaluation.bench.published import read_costs, read_figures
+from ensembler.evaluation.bench.published import read_costs, read_figures, read_published_alphas
 from ensembler.evaluation.bench.recipe import METHODS, ROLES, TUNED, Experiment, Images, Recipe, Speed
 from ensembler.evaluation.bench.values import (
     check_keys,
@@ -27,7 +27,13 @@ from ensembler.evaluation.bench.values import (
 
 _EXPERIMENT_KEYS = tuple(each.name for each in fields(Experiment) if each.name != "patch")  # that is among the models
 _KEYS = ("description", "experiments", *_EXPERIMENT_KEYS)
-_MAPPINGS = ("models", "alpha", "published", "published_costs")  # an experiment adds to those at the top
+_MAPPINGS = (
+    "models",
+    "alpha",
+    "published",
+    "published_alphas",
+    "published_costs",
+)  # an experiment adds to those at the top
 _DECIMAL = {
     "tag:yaml.org,2002:int": re.compile(r"[-+]?[0-9]+$"),
     "tag:yaml.org,2002:float": re.compile(
@@ -124,6 +130,7 @@ def _experiment(shared: Mapping[str, Any], given: Any, path: Path, number: int) 
         alphas=read_alphas(content.get("alphas", _DEFAULT_ALPHAS), where),
         alpha={method: read_number(value, f"{where}: alpha of {method}") for method, value in content["alpha"].items()},
         published=read_figures(content["published"], methods, where),
+        published_alphas=read_published_alphas(content["published_alphas"], methods, where),
         published_costs=read_costs(content["published_costs"], methods, where),
         images=_images(content.get("images"), path.parent, where),
         speed=_speed(content.get("speed", False if "images" in content else {}), where),
