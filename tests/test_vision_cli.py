@@ -225,7 +225,7 @@ def test_other_files_among_images_are_counted(ensemble: Path, tmp_path: Path, ru
     done = run("classify", ensemble, folder)
     assert done.code == 0
     first, broken, last = done.err.splitlines()
-    assert first == "1 other files are left out"
+    assert first == "1 files that are no images, or of no class, are left out"
     assert broken == f"skipped: {folder / 'cat' / 'gone.png'} cannot be read: No such file or directory"
     assert last == "1 of 8 images could not be read and were skipped"
 

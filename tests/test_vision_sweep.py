@@ -274,7 +274,7 @@ def test_a_limited_sweep_is_of_its_seed_s_images(
     assert done.err.splitlines()[:3] == [
         "skipped: cat/gone.jpg cannot be read: No such file or directory",
         "1 images cannot be read and are left out",
-        "1 other files are left out",
+        "1 files that are no images, or of no class, are left out",
     ]
     done = run(*command, "--limit", 5, "--seed", 3, "--output", tmp_path / "some")
     assert done.code == 0, done.err

@@ -29,4 +29,4 @@ def say_left_out(task: ImageTask) -> None:
 def say_others(num: int) -> None:
     """Count the files that do not end as images do, or lie beside the folders of classes."""
     if num:
-        click.echo(f"{num:,} other files are left out", err=True)
+        click.echo(f"{num:,} files that are no images, or of no class, are left out", err=True)
