@@ -14,7 +14,7 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[eval,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[eval,vision,dev]'
 	touch $(STAMP)
 
 DEMO_PROMPT := There are 23 shells in the market. Gwen takes 16 shells. Question: How many shells are in the market now? Answer:

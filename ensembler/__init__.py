@@ -7,18 +7,27 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = ["EnsembleCache", "EnsembleConfig", "EnsembleForCausalLM", "EnsemblerError", "MemberConfig"]
+__all__ = [
+    "EnsembleCache",
+    "EnsembleConfig",
+    "EnsembleForCausalLM",
+    "EnsembleForImageClassification",
+    "EnsemblerError",
+    "MemberConfig",
+]
 
 if TYPE_CHECKING:
     from ensembler.cache import EnsembleCache
     from ensembler.config import EnsembleConfig, MemberConfig
     from ensembler.errors import EnsemblerError
     from ensembler.modeling import EnsembleForCausalLM
+    from ensembler.vision.modeling import EnsembleForImageClassification
 
 _MODULES = {
     "EnsembleCache": "ensembler.cache",
     "EnsembleConfig": "ensembler.config",
     "EnsembleForCausalLM": "ensembler.modeling",
+    "EnsembleForImageClassification": "ensembler.vision.modeling",
     "EnsemblerError": "ensembler.errors",
     "MemberConfig": "ensembler.config",
 }

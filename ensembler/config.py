@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,11 +11,15 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+from ensembler.class_names import check_labels, check_templates, check_texts
 from ensembler.errors import ConfigError
 from ensembler.quantization import Quantization
 from ensembler.rules import Rule, get_rule
 from ensembler.vocab import OUTSIDE_CHOICES
 
+TEXTS, IMAGES = "text-generation", "image-classification"
+TASKS = (TEXTS, IMAGES)
+_MODELS = {TEXTS: "EnsembleForCausalLM", IMAGES: "EnsembleForImageClassification"}
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
 _SIZE = re.compile(r"\d+|\d+(\.\d+)? *[KMG]i?B", re.IGNORECASE)
@@ -32,6 +36,8 @@ class MemberConfig:
     `device_map` spreads one member over several devices as in accelerate, in place of `device`: 'auto', 'balanced',
     'balanced_low_0', 'sequential', or a mapping from module to device ('cpu' and 'disk' among them). `max_memory` says
     how much a strategy may put where ({'cuda:0': '20GiB', 'cpu': '60GiB'}), `offload_folder` where 'disk' is.
+
+    `head`, of an image classifier that is the vision tower of `model`: a safetensors file with its linear head.
     """
 
     model: str
@@ -43,11 +49,12 @@ class MemberConfig:
     max_memory: dict[str, str] | None = None
     offload_folder: str | None = None
     quantization: Quantization | None = None
+    head: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("model", "adapter", "revision", "dtype", "device", "offload_folder"):
+        for name in ("model", "adapter", "revision", "dtype", "device", "offload_folder", "head"):
             value = getattr(self, name)
-            optional = name in ("adapter", "revision", "offload_folder") and value is None
+            optional = name in ("adapter", "revision", "offload_folder", "head") and value is None
             if not optional and (not isinstance(value, str) or not value):
                 raise ConfigError(f"{name} of a member is {value!r}; expected a text that is not empty")
         if self.dtype not in DTYPES:
@@ -99,7 +106,7 @@ class MemberConfig:
         return replace(self, device=device, device_map=None, max_memory=None)
 
     def absolute(self) -> MemberConfig:
-        """The same with existing relative paths made absolute."""
+        """The same with existing relative paths made absolute: folders, and the file of a head."""
         paths: dict[str, Any] = {
             name: str(Path(value).expanduser().resolve())
             for name, value in (
@@ -109,6 +116,8 @@ class MemberConfig:
             )
             if value is not None and Path(value).expanduser().is_dir()
         }
+        if self.head is not None and Path(self.head).expanduser().is_file():
+            paths["head"] = str(Path(self.head).expanduser().resolve())
         return replace(self, **paths)
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,17 +130,22 @@ class MemberConfig:
 
 
 class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
-    """An ensemble: `rule`, `alpha`, `members` by role, and what the vocabulary contract found.
+    """An ensemble: `task`, `rule`, `alpha`, `members` by role, and what the vocabulary contract found.
 
     `constant` and `slope` (by role) are the numbers of the rule 'linear' and `anchor` its anchor (default: the first
     role with a constant); `cutoff` belongs to 'contrastive'.
     `outside` says what happens to tokens that not every member holds: 'mask' forbids them, 'neutral' gives them
     log-ratio 0. `vocab_size` is the anchor's width, `shared_vocab_size` the number of ids that all members share,
     `max_position_embeddings` the shortest context of the members, in tokens.
+
+    Of the task 'image-classification': `classes` are the labels in the order of the logits (None: those of the anchor),
+    `class_texts` the words for them in prompts by label, where these are others, `templates` the prompts of zero-shot
+    members with {} for the class, `aliases` the labels for what members call them.
     """
 
     model_type: ClassVar[str] = "ensembler"
 
+    task: str = TEXTS
     rule: str = "base-change"
     alpha: float = 1.0
     members: dict[str, Any] = field(default_factory=dict)
@@ -146,12 +160,18 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    classes: list[str] | None = None
+    class_texts: dict[str, str] | None = None
+    templates: list[str] | None = None
+    aliases: dict[str, str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for key in kwargs:
             if not key.startswith("_") and key not in _KEYS_OF_TRANSFORMERS:
                 raise ConfigError(f"unknown key {key!r} in the ensemble's configuration; remove it or mend its name")
-        self.architectures = ["EnsembleForCausalLM"]
+        if self.task not in TASKS:
+            raise ConfigError(f"unknown task {self.task!r}; expected one of: {', '.join(TASKS)}")
+        self.architectures = [_MODELS[self.task]]
         super().__post_init__(**kwargs)
         if self.members != {}:  # transformers makes a default instance to find out what differs from it
             self._check()
@@ -170,6 +190,24 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
             if hasattr(nn.ModuleDict, role):
                 raise ConfigError(f"{role!r} cannot be a role: torch's modules use the name; choose another")
         self.members = {role: MemberConfig.parse(role, self.members[role]) for role in rule.roles}
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        """What is said of classes has the right form; which of them there are is the members' to say."""
+        if self.classes is not None:
+            self.name_classes(check_labels(self.classes, "classes"))
+        for name in ("class_texts", "aliases"):
+            texts = getattr(self, name)
+            if texts is not None:
+                setattr(self, name, check_texts(texts, name))
+        if self.templates is not None:
+            self.templates = check_templates(self.templates, "templates")
+
+    def name_classes(self, classes: Sequence[str]) -> None:
+        """Set the classes, and with them what `transformers` calls the labels of a classifier."""
+        self.classes = list(classes)
+        self.id2label = dict(enumerate(self.classes))
+        self.label2id = {name: index for index, name in self.id2label.items()}
 
     def get_rule(self) -> Rule:
         """Return the rule with the numbers of this configuration."""
@@ -198,7 +236,8 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
         """The content of config.json."""
         content: dict[str, Any] = super().to_dict()
         content["members"] = {role: member.to_dict() for role, member in self.members.items()}
-        return {key: value for key, value in content.items() if key in _KEYS_WRITTEN and value is not None}
+        said = {key: value for key, value in content.items() if key in _KEYS_WRITTEN and value is not None}
+        return {key: value for key, value in said.items() if (key, value) != ("task", TEXTS)}
 
     def to_diff_dict(self) -> dict[str, Any]:
         """All keys of an ensemble are worth writing, defaults too."""

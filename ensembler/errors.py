@@ -7,6 +7,8 @@
     │   │   └── HubError        a hub that cannot be reached: no other of its models can be found either
     │   ├── PatchError          a patch, or a model that it does not fit
     │   ├── VocabularyError     members that do not share a vocabulary
+    │   ├── ClassesError        image classifiers that do not share their classes
+    │   ├── ImageError          an image or a folder of images
     │   ├── PromptError         a prompt or a file of prompts
     │   ├── OutputError         a place to write to
     │   └── MissingExtraError   an optional package that is not installed
@@ -50,6 +52,14 @@ class PatchError(InputError):
 
 class VocabularyError(InputError):
     """Members do not give the same ids to the same tokens."""
+
+
+class ClassesError(InputError):
+    """Image classifiers do not have the same classes in the same order, or lack one that is asked for."""
+
+
+class ImageError(InputError):
+    """An image cannot be read or is beyond the limits, or a folder holds none."""
 
 
 class PromptError(InputError):

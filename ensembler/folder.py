@@ -23,6 +23,7 @@ from ensembler.preflight import CheckedEnsemble
 
 CONFIG = "config.json"
 IN_MEMORY = "<in memory>"
+HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
 # Files that belong to an ensemble: where it is overwritten, those of the old anchor must not outlive it.
 REPLACED = {
     "added_tokens.json",
@@ -183,6 +184,7 @@ def _absolute(member: MemberConfig, folder: Path) -> MemberConfig:
         member,
         model=_from_folder(member.model, folder),
         adapter=None if member.adapter is None else _from_folder(member.adapter, folder),
+        head=None if member.head is None else _from_folder(member.head, folder),
     )
 
 
@@ -197,6 +199,7 @@ def _relative(member: MemberConfig, folder: Path) -> MemberConfig:
         member,
         model=_to_folder(member.model, folder),
         adapter=None if member.adapter is None else _to_folder(member.adapter, folder),
+        head=None if member.head is None else _to_folder(member.head, folder),
     )
 
 

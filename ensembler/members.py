@@ -17,11 +17,16 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
 from ensembler.adapters import CheckedAdapter, check_adapter, resolve_adapter
 from ensembler.backbones import Backbone
-from ensembler.config import MemberConfig
+from ensembler.config import IMAGES, MemberConfig
 from ensembler.errors import ConfigError, MemberError, RunError
 from ensembler.merging import add_deltas, merge_adapter
 from ensembler.quantization import Quantization
@@ -32,6 +37,7 @@ from ensembler.weights import check_folder
 _logger = logging.get_logger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+DUAL_ENCODERS = frozenset(MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES)  # such as CLIP, by model type
 
 
 @dataclass(frozen=True)
@@ -94,11 +100,25 @@ def check_member(role: str, config: MemberConfig, *, trust_remote_code: bool = F
         raise not_found(role, config.model, error) from error
     if getattr(model_config, "is_encoder_decoder", False):
         raise MemberError(f"{role}: {config.model} is an encoder-decoder model; expected a causal language model")
+    _check_kind(role, config, model_config, trust_remote_code=trust_remote_code)
     tokenizer = _load_tokenizer(role, config, options)
     adapter = None
     if config.adapter is not None:
         adapter = check_adapter(role, config.adapter, config.model, model_config)
     return MemberFiles(role, config, model_config, tokenizer, adapter, trust_remote_code)
+
+
+def _check_kind(role: str, config: MemberConfig, model_config: Any, *, trust_remote_code: bool) -> None:
+    """Raise MemberError unless `transformers`, or the model's own code, makes a causal language model of the config."""
+    own_code = getattr(model_config, "auto_map", None) or {}
+    if type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING or (trust_remote_code and "AutoModelForCausalLM" in own_code):
+        return
+    kind = model_config.model_type
+    if type(model_config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or kind in DUAL_ENCODERS:
+        raise MemberError(
+            f"{role}: {config.model} is an image model ({kind}); add --task {IMAGES} (in a recipe: images: {{}})"
+        )
+    raise MemberError(f"{role}: {config.model} is a model of type {kind!r}; expected a causal language model")
 
 
 def group_members(files: Mapping[str, MemberFiles]) -> list[tuple[MemberFiles, ...]]:

@@ -185,7 +185,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         folder; any other is refused.
         """
         dtype = options.pop("torch_dtype", None) if dtype is None else dtype
-        hub_options = {name: options.pop(name) for name in _HUB_OPTIONS if options.get(name) is not None}
+        hub_options = {name: options.pop(name) for name in folders.HUB_OPTIONS if options.get(name) is not None}
         unknown = [name for name, value in options.items() if value is not None and name not in _OPTIONS_OF_AUTO]
         if unknown:
             raise ConfigError(f"from_pretrained of an ensemble takes no {unknown[0]!r}; set it for each member instead")
@@ -493,8 +493,7 @@ def make_combination(rule: Rule, contract: VocabularyContract, outside: str) -> 
 
 
 _LEFT_BY_GENERATE = {"tokenizer", "assistant_tokenizer"}  # generate hands its own arguments on to forward
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-_OPTIONS_OF_AUTO = {"_from_auto", "_commit_hash", "adapter_kwargs", "low_cpu_mem_usage", *_HUB_OPTIONS}
+_OPTIONS_OF_AUTO = {"_from_auto", "_commit_hash", "adapter_kwargs", "low_cpu_mem_usage", *folders.HUB_OPTIONS}
 
 
 def _named(member: object) -> Any:

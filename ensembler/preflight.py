@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ensembler.config import EnsembleConfig, check_roles
+from ensembler.config import TEXTS, EnsembleConfig, check_roles
 from ensembler.errors import ConfigError, MemberError, VocabularyError
 from ensembler.members import MemberFiles, check_member, shortest_context, split_backbones
 from ensembler.sources import one_line
@@ -60,6 +60,11 @@ def check_ensemble(
     `loaded` are members that were passed in as models, without a tokenizer. Raises ConfigError, MemberError or
     VocabularyError.
     """
+    if config.task != TEXTS:
+        raise ConfigError(
+            f"{config.name_or_path or 'this'} is an ensemble of image classifiers, which read no texts; use ensembler "
+            "classify, or sweep with --images"
+        )
     loaded = dict(loaded or {})
     rule = config.get_rule()
     check_roles(rule, config.members)

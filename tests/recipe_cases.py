@@ -16,6 +16,7 @@ from tiny import make_model, make_tokenizer
 from ensembler.errors import EnsemblerError
 from ensembler.evaluation.bench.bench import Bench
 from ensembler.evaluation.bench.recipe_file import read_recipe
+from ensembler.vision.bench import ImagePlanner
 
 Content = dict[str, Any]
 Change = Callable[[Content], object]
@@ -63,7 +64,7 @@ def write_recipe(path: Path, content: Content) -> Path:
 
 def plan(path: Path) -> Bench:
     """What `bench --dry-run` does before it prints."""
-    return Bench(read_recipe(path))
+    return Bench(read_recipe(path), image_planner=ImagePlanner())
 
 
 def refusal(path: Path) -> str:

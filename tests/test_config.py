@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +66,48 @@ def test_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         EnsembleConfig(**{"members": MEMBERS, **settings})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"classes": "cat"}, "classes holds no classes; expected a list of labels"),
+        ({"classes": ["cat", 3]}, "classes holds no classes"),
+        ({"classes": []}, "classes holds no classes"),
+        ({"aliases": ["a"]}, "aliases is list; expected a mapping"),
+        ({"aliases": {"a": 3}}, "aliases has 3 for 'a'"),
+        ({"class_texts": "cat"}, "class_texts is str; expected a mapping"),
+        ({"templates": "a {}"}, "templates is 'a {}'; expected a list of prompts"),
+        ({"templates": ["a photo"]}, "templates has the template 'a photo'; expected one {} in it"),
+        ({"templates": [3]}, "templates has the template 3"),
+    ],
+)
+def test_what_is_said_of_classes_is_refused_in_one_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        EnsembleConfig(**{"task": "image-classification", "members": MEMBERS, **settings})
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_are_those_of_the_classes_and_not_written() -> None:
+    config = EnsembleConfig(task="image-classification", members=MEMBERS, classes=["cat", "dog", "owl"])
+    assert (config.id2label, config.num_labels) == ({0: "cat", 1: "dog", 2: "owl"}, 3)
+    assert config.label2id == {"cat": 0, "dog": 1, "owl": 2}
+    assert not {"id2label", "label2id", "num_labels"} & set(config.to_dict())
+    assert config.replaced(alpha=0.2).id2label == config.id2label
+
+
+def test_relative_folders_become_absolute_and_of_files_only_a_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    names = ("model", "adapter", "offload_folder", "head")
+    of_folder = MemberConfig(**dict.fromkeys(names, "folder")).absolute()
+    of_file = MemberConfig(**dict.fromkeys(names, "file")).absolute()
+    for name in names[:3]:
+        assert (getattr(of_folder, name), getattr(of_file, name)) == (str(tmp_path / "folder"), "file")
+    assert (of_folder.head, of_file.head) == ("folder", str(tmp_path / "file"))
 
 
 @pytest.mark.parametrize("role", ["", "a.b", "../up", "a/b", "keys", "forward"])

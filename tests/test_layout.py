@@ -18,7 +18,7 @@ KERNELS = ROOT.parent / "kernels" / "ensembler_kernels"
 # From the bottom up; a module may import its own layer and those below. Folders stand for all their modules.
 LAYERS = (
     {"errors", "launch", ""},
-    {"vocab", "rules", "config", "quantization", "weights", "sources", "extras"},
+    {"vocab", "rules", "config", "class_names", "quantization", "weights", "sources", "extras"},
     {"patch", "adapters", "merging"},
     {"backbones"},
     {"members"},
@@ -103,8 +103,23 @@ def test_no_cycles() -> None:
     assert not edges, edges
 
 
+def test_what_evaluates_and_serves_is_imported_in_one_direction() -> None:
+    """Imports within functions count: what is imported late is needed all the same."""
+    found = {
+        (part(path), name.split(".")[1])
+        for path in modules()
+        for name in imported(path)
+        if name.startswith("ensembler.") and part(path)
+    }
+    layer = {"evaluation", "serving", "vision", "demo"}
+    peers = {(here, there) for here, there in found if here != there and {here, there} <= layer}
+    assert ("vision", "evaluation") in peers
+    assert not {(here, there) for here, there in peers if (there, here) in peers}
+
+
 def test_exported_names() -> None:
-    expected = ["EnsembleCache", "EnsembleConfig", "EnsembleForCausalLM", "EnsemblerError", "MemberConfig"]
+    expected = ["EnsembleCache", "EnsembleConfig", "EnsembleForCausalLM", "EnsembleForImageClassification"]
+    expected += ["EnsemblerError", "MemberConfig"]
     assert ensembler.__all__ == expected == sorted(expected)
     for name in expected:
         assert getattr(ensembler, name).__name__ == name

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from ensembler.cli.backend_options import backend_options
+from ensembler.cli.image_notices import say_left_out
 from ensembler.cli.options import DEMO
 from ensembler.cli.ranks import naming_rank, this_command, use_own_gpu
 from ensembler.errors import RunError
@@ -17,7 +20,9 @@ from ensembler.launch import num_ranks, this_rank
 
 if TYPE_CHECKING:
     from ensembler.evaluation.bench.bench import Bench
+    from ensembler.evaluation.bench.recipe import Recipe
     from ensembler.serving.choice import BackendChoice
+    from ensembler.vision.bench import ImagePlanner
 
 
 class _SayOnce(logging.Filter):
@@ -32,6 +37,19 @@ class _SayOnce(logging.Filter):
         is_new = message not in self._said
         self._said.add(message)
         return is_new
+
+
+@contextmanager
+def _saying_once(*loggers: str) -> Iterator[None]:
+    """Say what these loggers notice once each."""
+    once = _SayOnce()
+    for name in loggers:
+        logging.getLogger(name).addFilter(once)
+    try:
+        yield
+    finally:
+        for name in loggers:
+            logging.getLogger(name).removeFilter(once)
 
 
 class _RunByDefault(click.Group):
@@ -85,19 +103,28 @@ def run(
     from ensembler.evaluation.bench.bench import Bench
     from ensembler.evaluation.bench.recipe_file import read_recipe
 
-    logging.getLogger("ensembler.adapters").addFilter(_SayOnce())
-    planned = Bench(
-        read_recipe(demo_recipe() if str(recipe) == DEMO else recipe),
-        allow_code_execution=allow_code_execution,
-        backend=backend,
-    )
-    if dry_run:
-        from ensembler.cli.bench_tables import print_plan
+    content = read_recipe(demo_recipe() if str(recipe) == DEMO else recipe)
+    planner = _image_planner(content)
+    with _saying_once("ensembler.adapters", "ensembler.vision.loading"):
+        planned = Bench(content, allow_code_execution=allow_code_execution, backend=backend, image_planner=planner)
+        for task in () if planner is None else planner.tasks:
+            say_left_out(task)
+        if dry_run:
+            from ensembler.cli.bench_tables import print_plan
 
-        print_plan(planned)
-        return
-    with naming_rank():
-        _run(planned, output, as_json=as_json)
+            print_plan(planned)
+            return
+        with naming_rank():
+            _run(planned, output, as_json=as_json)
+
+
+def _image_planner(recipe: Recipe) -> ImagePlanner | None:
+    """What plans experiments on images, where there are any: it needs packages that texts do not."""
+    if all(experiment.images is None for experiment in recipe.experiments):
+        return None
+    from ensembler.vision.bench import ImagePlanner
+
+    return ImagePlanner()
 
 
 def _run(planned: Bench, output: Path, *, as_json: bool) -> None:
@@ -128,7 +155,10 @@ def _run(planned: Bench, output: Path, *, as_json: bool) -> None:
                 err=True,
             )
         return
-    files = write_bench(output, planned.recipe, tasks, command=runner.command, settings=planned.settings)
+    settings = planned.settings
+    files = write_bench(
+        output, planned.recipe, tasks, command=runner.command, settings=settings, changed=runner.changed
+    )
     if as_json:
         click.echo((output / SUMMARY).read_text(encoding="utf-8"), nl=False)
     else:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from ensembler.cli.image_options import ImageOptions, image_options
 from ensembler.cli.options import EnsembleOptions, ensemble_options, plan_options
 from ensembler.errors import ConfigError
 
@@ -13,6 +14,7 @@ from ensembler.errors import ConfigError
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @ensemble_options(argument=False)
+@image_options
 @click.option("--copy-members", is_flag=True, help="Copy the members into the folder, so that it stands alone.")
 @click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
 @click.option("--auto-place", is_flag=True, help="Write the placement that `ensembler plan` proposes.")
@@ -20,6 +22,7 @@ from ensembler.errors import ConfigError
 def create(
     out: Path,
     given: EnsembleOptions,
+    images: ImageOptions,
     copy_members: bool,
     overwrite: bool,
     auto_place: bool,
@@ -35,13 +38,25 @@ def create(
     \b
     ensembler create math --source-ft ./my-gsm --source-pt meta-llama/Llama-2-7b-hf \\
         --target-pt codellama/CodeLlama-7b-hf --rule base-change --alpha 0.4
+    ensembler create cars --task image-classification --source-ft ./clip-b16 --head source_ft=cars.safetensors \\
+        --source-pt ./clip-b16 --target-pt ./clip-l14 --classes cars.txt
     """
-    config = given.load_config()
+    config = images.apply(given.load_config())
     if auto_place and copy_members:
         raise ConfigError("--auto-place was given beside --copy-members, which loads the members; copy them first")
     if (budget or context or batch_size > 1) and not auto_place:
         raise ConfigError("--budget, --context and --batch-size belong to --auto-place; add it or leave them out")
-    if copy_members:
+    if images.is_given:
+        if copy_members or auto_place:
+            raise ConfigError("--copy-members and --auto-place are for language models; leave them out")
+        from ensembler import folder
+        from ensembler.vision.preflight import check_images
+
+        checked_images = check_images(config)
+        for line in checked_images.assumptions:
+            click.echo(line, err=True)
+        folder.write_checked(checked_images, out, overwrite=overwrite)
+    elif copy_members:
         from ensembler.modeling import EnsembleForCausalLM
 
         EnsembleForCausalLM.from_config(config).save_pretrained(out, copy_members=True, overwrite=overwrite)

@@ -12,6 +12,7 @@ import click
 from ensembler import __version__
 from ensembler.cli.bench import bench
 from ensembler.cli.chat import chat
+from ensembler.cli.classify import classify
 from ensembler.cli.create import create
 from ensembler.cli.generate import generate
 from ensembler.cli.inspect import inspect
@@ -50,7 +51,7 @@ def cli(context: click.Context, debug: bool) -> None:
         )
 
 
-for command in (create, inspect, plan, generate, score, sweep, bench, chat, serve, patch):
+for command in (create, inspect, plan, generate, classify, score, sweep, bench, chat, serve, patch):
     cli.add_command(command)
 
 

@@ -27,24 +27,24 @@ DEMO = "demo"
 class EnsembleOptions:
     """The ensemble as given on the command line; `load_config` turns it into a configuration."""
 
-    ensemble: str | None
-    source_ft: str | None
-    source_ft_adapter: str | None
-    source_pt: str | None
-    target_pt: str | None
-    member: tuple[str, ...]
-    patch: tuple[str, ...]
-    rule: str | None
-    alpha: float | None
-    constant: tuple[str, ...]
-    slope: tuple[str, ...]
-    cutoff: float | None
-    outside: str | None
-    dtype: tuple[str, ...]
-    quantize: tuple[str, ...]
-    device: tuple[str, ...]
-    max_memory: tuple[str, ...]
-    offload_folder: str | None
+    ensemble: str | None = None
+    source_ft: str | None = None
+    source_ft_adapter: str | None = None
+    source_pt: str | None = None
+    target_pt: str | None = None
+    member: tuple[str, ...] = ()
+    patch: tuple[str, ...] = ()
+    rule: str | None = None
+    alpha: float | None = None
+    constant: tuple[str, ...] = ()
+    slope: tuple[str, ...] = ()
+    cutoff: float | None = None
+    outside: str | None = None
+    dtype: tuple[str, ...] = ()
+    quantize: tuple[str, ...] = ()
+    device: tuple[str, ...] = ()
+    max_memory: tuple[str, ...] = ()
+    offload_folder: str | None = None
 
     def load_config(self) -> EnsembleConfig:
         """Return the configuration: that of the folder (with α, dtypes and places changed), or one of the members."""
@@ -114,17 +114,17 @@ class EnsembleOptions:
                     "one of them to its files first: ensembler patch apply"
                 )
             config.members[role] = replace(config.members[role], adapter=patch)
-        for role, dtype in _by_role("--dtype", self.dtype, roles).items():
+        for role, dtype in by_role("--dtype", self.dtype, roles).items():
             config.members[role] = replace(config.members[role], dtype=dtype)
-        for role, method in _by_role("--quantize", self.quantize, roles).items():
+        for role, method in by_role("--quantize", self.quantize, roles).items():
             try:
                 quantization = None if method == "none" else Quantization.parse(method)
             except ConfigError as error:
                 raise ConfigError(f"--quantize {role}={method}: {error} (bnb- may be left out), or none") from error
             config.members[role] = replace(config.members[role], quantization=quantization)
-        for role, device in _by_role("--device", self.device, roles).items():
+        for role, device in by_role("--device", self.device, roles).items():
             config.members[role] = config.members[role].placed(device)
-        for role, sizes in _by_role("--max-memory", self.max_memory, roles).items():
+        for role, sizes in by_role("--max-memory", self.max_memory, roles).items():
             max_memory = _pairs("--max-memory", tuple(sizes.split(",")))
             for size in max_memory.values():
                 try:
@@ -327,8 +327,8 @@ def _pairs(option: str, values: tuple[str, ...]) -> dict[str, str]:
     return pairs
 
 
-def _by_role(option: str, values: tuple[str, ...], roles: tuple[str, ...]) -> dict[str, str]:
-    """Values by role; one without a role is for all that have none of their own."""
+def by_role(option: str, values: tuple[str, ...], roles: tuple[str, ...]) -> dict[str, str]:
+    """Return values by role; one without a role is for all that have none of their own. Raises ConfigError."""
     for_all, own = [], {}
     for value in values:
         role, equals, rest = value.partition("=")

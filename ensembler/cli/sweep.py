@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ensembler.cli.backend_options import backend_options
+from ensembler.cli.image_sweep import plan_images
 from ensembler.cli.options import DEMO, EnsembleOptions, ensemble_options
 from ensembler.cli.ranks import naming_rank, this_command, use_own_gpu
 from ensembler.cli.task_options import TaskOptions, task_options
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from ensembler.evaluation.answering import Chunk
     from ensembler.evaluation.rows_folder import RowsFolder
     from ensembler.evaluation.sweep import Sweep, SweepOptions
-    from ensembler.preflight import CheckedEnsemble
     from ensembler.serving.choice import BackendChoice
 
 
@@ -30,6 +30,13 @@ if TYPE_CHECKING:
     "--alphas", default="0:1.5:0.1", show_default=True, metavar="GRID", help="FIRST:LAST:STEP, both ends in; or A,B,..."
 )
 @task_options
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="For image classifiers, in place of --task: [SPLIT/]class/xxx.png, or a folder of `datasets`.",
+)
+@click.option("--strict", is_flag=True, help="With --images: stop at an image that cannot be read.")
 @click.option(
     "--validation", metavar="N|SPLIT", help="Choose alpha on N examples, or on another split; the rest reports it."
 )
@@ -58,6 +65,8 @@ def sweep(
     rules: str | None,
     alphas: str,
     tasks: TaskOptions,
+    images: Path | None,
+    strict: bool,
     validation: str | None,
     select: str,
     one_standard_error: bool,
@@ -79,6 +88,7 @@ def sweep(
     ensembler sweep my-ensemble --task winogrande --validation 200 --output winogrande
     ensembler sweep my-ensemble --data qa.jsonl --prompt "{question}" --answer "{answer}" --validation 100
     accelerate launch --num_processes 4 -m ensembler sweep my-ensemble --task gsm8k --validation train --device cuda
+    ensembler sweep my-classifiers --images flowers --validation validation
     """
     names = tuple(name.strip() for name in rules.split(",")) if rules is not None else ()
     from ensembler.decoding.points import parse_alphas
@@ -98,12 +108,16 @@ def sweep(
         seed=seed,
         backend=backend,
     )
-    checked = check_ensemble(replace(given, rule=names[0] if names else None).load_config())
+    config = replace(given, rule=names[0] if names else None).load_config()
     if not names:
-        options = replace(options, rules=(checked.config.get_rule().name,))
-    limit = backend.shortest_context(checked)
-    loaded = tasks.load(demo_task() if given.ensemble == DEMO else None, None if limit is None else limit[1])
-    plan = Sweep(checked, loaded, options)
+        options = replace(options, rules=(config.get_rule().name,))
+    if images is not None:
+        plan = plan_images(config, images, tasks, options, strict=strict)
+    else:
+        checked = check_ensemble(config)
+        limit = backend.shortest_context(checked)
+        loaded = tasks.load(demo_task() if given.ensemble == DEMO else None, None if limit is None else limit[1])
+        plan = Sweep(checked, loaded, options)
     folder = RowsFolder(output, plan.settings, rows_per_id=len(plan.grid), rank=this_rank())
     if this_rank() == 0:
         _say_choice(options)
@@ -114,14 +128,13 @@ def sweep(
         done = frozenset(folder.rows())
         chunks = plan.unfinished(done, rank=this_rank(), num_ranks=num_ranks())
         if chunks:
-            _run(plan, checked, folder, chunks, done)
+            _run(plan, folder, chunks, done)
         if not done.issuperset(plan.ids) or this_rank() == 0:  # what was finished before is told by the first
             _finish(plan, folder, as_json=as_json)
 
 
-def _run(plan: Sweep, checked: CheckedEnsemble, folder: RowsFolder, chunks: list[Chunk], done: frozenset[str]) -> None:
+def _run(plan: Sweep, folder: RowsFolder, chunks: list[Chunk], done: frozenset[str]) -> None:
     from ensembler.cli.tables import progress
-    from ensembler.evaluation.backends import open_backend
 
     if this_rank() == 0:
         _say_begin(plan, chunks, done)
@@ -129,7 +142,7 @@ def _run(plan: Sweep, checked: CheckedEnsemble, folder: RowsFolder, chunks: list
     num_examples = sum(len(chunk.examples) for chunk in chunks)
     shown = this_rank() == 0
     with (
-        open_backend(plan.options.backend, checked) as backend,
+        plan.open() as backend,
         folder,
         progress(num_examples, shown=shown, label="examples", lines=True) as advance,
     ):

@@ -90,7 +90,7 @@ _TASK_OPTIONS = (
         "--include-path", type=click.Path(path_type=Path), metavar="DIR", help="YAML files that win over lm-eval's."
     ),
     click.option("--num-fewshot", type=int, metavar="N", help="Solved examples in each prompt.  [default: the task's]"),
-    click.option("--limit", type=int, metavar="N", help="Only the first N documents of each split."),
+    click.option("--limit", type=int, metavar="N", help="The first N documents of each split; N drawn images."),
     click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="In place of --task: JSON lines."),
     click.option("--prompt", metavar="TEXT", help="With --data: what is asked; {field} is a field of the row."),
     click.option("--choices", metavar="A,B,...", help="With --data: the answers to choose from; may hold fields."),

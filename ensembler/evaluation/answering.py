@@ -38,7 +38,11 @@ class Chunk(Protocol):
         """How many of their requests lost tokens on the left to fit into the context."""
 
     def ids(self) -> dict[str, object]:
-        """Return the tokens of each example's requests, by its id."""
+        """Return what each example's requests are to the members, their tokens for texts, by its id."""
+
+
+class TextChunk(Chunk, Protocol):
+    """Examples whose requests are texts."""
 
     def answer(self, backend: Backend, tokenizer: Any, grid: Sequence[GridPoint], *, seed: int = 0) -> list[Answered]:
         """Run the members once and return the answers; sampled texts depend on the seed and the example alone."""
@@ -110,7 +114,7 @@ class GenerationChunk:
 
 def make_chunks(
     examples: Sequence[Example], tokenizer: Any, *, max_length: int, batch_size: int, share_contexts: bool = False
-) -> list[Chunk]:
+) -> list[TextChunk]:
     """Return chunks of `batch_size` examples of similar length, the longest first: too little memory shows at once.
 
     `max_length`: of the shortest context of the members, in tokens. `share_contexts`: as in `make_batches`. All

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ensembler.errors import ConfigError
 from ensembler.evaluation.examples import Example
-from ensembler.evaluation.tasks import EvalTask
+from ensembler.evaluation.swept_task import SweptTask
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Parts:
     repeated: tuple[Example, ...] = ()
 
 
-def split_examples(task: EvalTask, validation: str | None, *, seed: int = 0) -> Parts:
+def split_examples(task: SweptTask, validation: str | None, *, seed: int = 0) -> Parts:
     """Return the parts of a task's examples.
 
     `validation` is a number of examples, drawn from the split that lm-eval evaluates, of which the rest is test; or
@@ -32,14 +32,15 @@ def split_examples(task: EvalTask, validation: str | None, *, seed: int = 0) -> 
     if validation.isdecimal():
         return _draw(task, test, int(validation), seed)
     if validation == task.default_split:
+        others = ", ".join(name for name in task.splits if name != validation)
         raise ConfigError(
             f"the {validation} split of task {task.name} is the one that is reported, so it cannot choose alpha too; "
-            f"give as validation a number of its rows, or another split of {', '.join(task.splits)}"
+            f"give as validation a number of its rows, or another split{f' of {others}' if others else ''}"
         )
     return _without_repeats(task, task.examples(validation), test)
 
 
-def _draw(task: EvalTask, examples: Sequence[Example], num: int, seed: int) -> Parts:
+def _draw(task: SweptTask, examples: Sequence[Example], num: int, seed: int) -> Parts:
     if not 0 < num < len(examples):
         raise ConfigError(
             f"validation on {num} of the {len(examples)} examples of task {task.name} leaves none to choose from or to "
@@ -53,7 +54,7 @@ def _draw(task: EvalTask, examples: Sequence[Example], num: int, seed: int) -> P
     )
 
 
-def _without_repeats(task: EvalTask, validation: Sequence[Example], test: Sequence[Example]) -> Parts:
+def _without_repeats(task: SweptTask, validation: Sequence[Example], test: Sequence[Example]) -> Parts:
     """Data sets hold some documents twice; test keeps all of its own. Whatever else a prompt shows does not count."""
     reported = {repr(task.bare_requests(example)) for example in test}
     is_repeated = [repr(task.bare_requests(example)) in reported for example in validation]

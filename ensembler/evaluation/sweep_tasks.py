@@ -9,7 +9,7 @@ from ensembler.errors import ConfigError
 from ensembler.evaluation.examples import Answer, Example, Measurement, Metric, Rolling
 from ensembler.evaluation.metric_values import to_json
 from ensembler.evaluation.parts import Parts
-from ensembler.evaluation.tasks import EvalTask
+from ensembler.evaluation.swept_task import SweptTask
 
 VALIDATION, TEST, PROMPTS = "validation", "test", "prompts"
 REPEATED = "repeated"  # examples that neither choose nor report
@@ -20,7 +20,7 @@ LOG_PROB = "log_prob"  # the value of the rows of prompts
 class SweepTask:
     """A task of a sweep, its metric, and its examples by what they are for."""
 
-    task: EvalTask
+    task: SweptTask
     metric: Metric
     parts: Parts
     prompts: tuple[Example, ...] = ()
@@ -76,7 +76,7 @@ def ask(task: SweepTask) -> Iterator[Asked]:
         yield Asked(example, task.task.name, PROMPTS, _measure_prompts)
 
 
-def _measure_by(task: EvalTask, example: Example) -> Callable[[Sequence[Answer]], Measurement]:
+def _measure_by(task: SweptTask, example: Example) -> Callable[[Sequence[Answer]], Measurement]:
     return lambda answers: task.measure(example, answers)
 
 

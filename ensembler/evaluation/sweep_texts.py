@@ -15,7 +15,10 @@ def heading(summary: TaskSummary) -> str:
         said.append(f"{summary.num_validation:,} validation examples")
     if summary.num_repeated:
         said.append(f"{summary.num_repeated:,} left out of validation since test has them too")
-    said.append(f"{summary.num_fewshot} examples in each prompt")
+    if summary.num_fewshot is not None:
+        said.append(f"{summary.num_fewshot} examples in each prompt")
+    if summary.num_skipped:
+        said.append(f"{summary.num_skipped:,} images that cannot be read left out")
     if summary.num_truncated:
         said.append(f"{summary.num_truncated:,} requests cut on the left to fit into the shortest context")
     return "; ".join(said) + f". Version {summary.version} of the task, metric {summary.metric}."

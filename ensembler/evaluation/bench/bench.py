@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,21 @@ import torch
 
 from ensembler.errors import ConfigError, HubError, InputError, MissingExtraError
 from ensembler.evaluation.answering import Chunk
-from ensembler.evaluation.backends import open_backend
 from ensembler.evaluation.bench.methods import Run, plan_runs
 from ensembler.evaluation.bench.published import check_tasks
 from ensembler.evaluation.bench.recipe import Experiment, Recipe, Speed
 from ensembler.evaluation.rows_folder import RowsFolder
 from ensembler.evaluation.sweep import Sweep, SweepOptions
+from ensembler.evaluation.swept_task import SweptTask
 from ensembler.evaluation.task_loading import load_tasks
-from ensembler.evaluation.tasks import EvalTask
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 from ensembler.serving.choice import BackendChoice
 
 _NAME = re.compile(r"[\w+.-]+")
 _MOST_NAMES = 5  # in a line
+
+# Plans an experiment on images: its runs with their sweeps, whose options are those of the run.
+ImagePlan = Callable[[Experiment, Callable[[Run], SweepOptions]], Iterable[tuple[Run, Sweep]]]
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,12 @@ class PlannedRun:
 
     experiment: Experiment
     run: Run
-    checked: CheckedEnsemble
     sweep: Sweep
+
+    @property
+    def checked(self) -> CheckedEnsemble:
+        """Its ensemble."""
+        return self.sweep.checked
 
     @property
     def name(self) -> str:
@@ -49,14 +55,23 @@ class PlannedRun:
 
 
 class Bench:
-    """All runs of a recipe, planned. Raises ConfigError, MemberError, VocabularyError, PatchError or PromptError."""
+    """All runs of a recipe, planned. Raises ConfigError, MemberError, VocabularyError, PatchError or PromptError.
+
+    `image_planner` plans its experiments on images: this module knows nothing of them.
+    """
 
     def __init__(
-        self, recipe: Recipe, *, allow_code_execution: bool = False, backend: BackendChoice | None = None
+        self,
+        recipe: Recipe,
+        *,
+        allow_code_execution: bool = False,
+        backend: BackendChoice | None = None,
+        image_planner: ImagePlan | None = None,
     ) -> None:
         self.recipe = recipe
         self.backend = backend or BackendChoice()
-        self._tasks: dict[str, list[EvalTask]] = {}
+        self._image_planner = image_planner
+        self._tasks: dict[str, list[SweptTask]] = {}
         self._allow_code_execution = allow_code_execution
         self.runs: list[PlannedRun] = []
         faults: dict[str, InputError] = {}
@@ -75,29 +90,41 @@ class Bench:
     def _plan(self, experiment: Experiment) -> Iterator[PlannedRun]:
         if not _NAME.fullmatch(experiment.name):
             raise ConfigError("its name cannot be a folder's; use letters, digits, + - _ .")
+        if experiment.images is not None:
+            yield from self._plan_images(experiment)
+            return
         checked = [(run, check_ensemble(run.config)) for run in plan_runs(experiment)]
         if not all(are_alike(ensemble) for _, ensemble in checked):
             checked = [(run, check_ensemble(run.config)) for run in plan_runs(experiment, members_apart=True)]
         tasks = self._load(experiment)  # after the members, since their data may have to be fetched
         check_tasks(experiment, tasks)
         for run, ensemble in checked:
-            yield PlannedRun(experiment, run, ensemble, Sweep(ensemble, tasks, _options(experiment, run, self.backend)))
+            yield PlannedRun(experiment, run, Sweep(ensemble, tasks, _options(experiment, run, self.backend)))
 
-    def _load(self, experiment: Experiment) -> list[EvalTask]:
+    def _plan_images(self, experiment: Experiment) -> Iterator[PlannedRun]:
+        if self._image_planner is None:
+            raise ConfigError("it has images, and nothing was given that plans them")
+        for run, sweep in self._image_planner(experiment, lambda run: _options(experiment, run, self.backend)):
+            check_tasks(experiment, [task.task for task in sweep.tasks])
+            yield PlannedRun(experiment, run, sweep)
+
+    def _load(self, experiment: Experiment) -> list[SweptTask]:
         """Experiments differ in their models more than in their tasks."""
-        key = repr((experiment.tasks, experiment.num_fewshot, experiment.limit))
+        key = _key(experiment)
         if key not in self._tasks:
-            self._tasks[key] = load_tasks(
+            loaded = load_tasks(
                 experiment.tasks,
                 num_fewshot=experiment.num_fewshot,
                 limit=experiment.limit,
                 allow_code_execution=self._allow_code_execution,
             )
+            self._tasks[key] = list(loaded)
         return self._tasks[key]
 
-    def tasks(self, experiment: Experiment) -> list[EvalTask]:
+    def tasks(self, experiment: Experiment) -> list[SweptTask]:
         """Return the tasks of an experiment."""
-        return self._load(experiment)
+        of_first = next(planned.sweep.tasks for planned in self.runs if planned.experiment is experiment)
+        return [task.task for task in of_first]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -124,6 +151,10 @@ def _told(faults: Mapping[str, InputError]) -> InputError:
     told = type(error)(f"experiment {first}: {error}{more}")
     told.__cause__ = error
     return told
+
+
+def _key(experiment: Experiment) -> str:
+    return repr((experiment.tasks, experiment.num_fewshot, experiment.limit))
 
 
 def _options(experiment: Experiment, run: Run, backend: BackendChoice) -> SweepOptions:
@@ -184,6 +215,6 @@ def _run(
     done: frozenset[str],
     advance: Callable[[int], None],
 ) -> None:
-    with open_backend(planned.sweep.options.backend, planned.checked) as backend, folder:
+    with planned.sweep.open() as backend, folder:
         for num in planned.sweep.run(backend, folder, chunks, done):
             advance(num)

@@ -8,9 +8,9 @@ from typing import Any
 
 from ensembler.errors import ConfigError
 from ensembler.evaluation.bench.measure import Cost
-from ensembler.evaluation.bench.recipe import METHODS, Experiment, Figure
+from ensembler.evaluation.bench.recipe import METHODS, TUNED, Experiment, Figure
 from ensembler.evaluation.bench.values import check_keys, check_mapping, nearest, read_number
-from ensembler.evaluation.tasks import EvalTask
+from ensembler.evaluation.swept_task import SweptTask
 
 _COSTS = tuple(each.name for each in fields(Cost))
 
@@ -28,6 +28,20 @@ def read_figures(published: Any, methods: Sequence[str], where: str) -> dict[str
     return found
 
 
+def read_published_alphas(published: Any, methods: Sequence[str], where: str) -> dict[str, dict[str, float]]:
+    """Return the α of a paper by task and method. Raises ConfigError."""
+    check_mapping(published, f"{where}: published_alphas")
+    found = {}
+    for task, alphas in published.items():
+        _check_methods(alphas, methods, f"{where}: published_alphas of {task}")
+        check_keys(alphas, TUNED, f"{where}: published_alphas of {task}", "method with an alpha")
+        found[str(task)] = {
+            method: read_number(alpha, f"{where}: published alpha of {method} on {task}")
+            for method, alpha in alphas.items()
+        }
+    return found
+
+
 def read_costs(published: Any, methods: Sequence[str], where: str) -> dict[str, dict[str, float]]:
     """Return costs by method and name. Raises ConfigError."""
     _check_methods(published, methods, f"{where}: published_costs")
@@ -40,12 +54,13 @@ def read_costs(published: Any, methods: Sequence[str], where: str) -> dict[str, 
     return found
 
 
-def check_tasks(experiment: Experiment, tasks: Sequence[EvalTask]) -> None:
+def check_tasks(experiment: Experiment, tasks: Sequence[SweptTask]) -> None:
     """Raise ConfigError where figures are of a task that is not run, or of a metric that a task has not."""
     by_name = {task.name: task for task in tasks}
-    for name, figures in experiment.published.items():
+    for name in (*experiment.published, *experiment.published_alphas):
         if name not in by_name:
             raise ConfigError(f"published figures of a task that is not run, {name!r}{nearest(name, list(by_name))}")
+    for name, figures in experiment.published.items():
         metrics = [metric.key for metric in by_name[name].metrics]
         for figure in figures.values():
             unknown = [metric for metric in figure if metric not in metrics] if isinstance(figure, Mapping) else []

@@ -48,14 +48,25 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class Images:
+    """That the models are image classifiers, and what `ensembler create` takes of them: paths of files, or None."""
+
+    classes: str | None = None
+    templates: str | None = None
+    aliases: str | None = None
+
+
+@dataclass(frozen=True)
 class Experiment:
     """One set of models on some tasks.
 
-    `models`: members by role, `patch` a path. `alphas`: the grid that validation chooses from; `alpha` fixes it for a
-    method. `validation`: a number of examples or a split. `published`: figures of a paper by task and method, in the
-    unit of the report's table (per cent for shares of right answers); of one metric a number, of several a mapping by
-    metric. `published_costs`: its costs by method and name (`measure.Cost`). Both are printed beside what was
-    measured; their source is `source`. `speed`: how it is measured; None: not at all.
+    `models`: members by role, `patch` a path; with `images` they are image classifiers, and `tasks` are folders of
+    images. `alphas`: the grid that validation chooses from; `alpha` fixes it for a method. `validation`: a number of
+    examples or a split. `published`: figures of a paper by task and method, in the unit of the report's table (per cent
+    for shares of right answers); of one metric a number, of several a mapping by metric. `published_costs`: its costs
+    by method and name (`measure.Cost`). `published_alphas`: the α that it chose, by task and method. All are printed
+    beside what was measured; their source is `source`. `speed`:
+    how it is measured; None: not at all.
     """
 
     name: str
@@ -72,8 +83,10 @@ class Experiment:
     batch_size: int = 8
     seed: int = 0
     published: Mapping[str, Mapping[str, Figure]] = field(default_factory=dict)
+    published_alphas: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     published_costs: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     source: str = ""
+    images: Images | None = None
     speed: Speed | None = None
 
     def published_figures(self, task: str, method: str, metric: str) -> dict[str, float]:

@@ -12,8 +12,8 @@ import yaml
 
 from ensembler.config import MemberConfig
 from ensembler.errors import ConfigError
-from ensembler.evaluation.bench.published import read_costs, read_figures
-from ensembler.evaluation.bench.recipe import METHODS, ROLES, TUNED, Experiment, Recipe, Speed
+from ensembler.evaluation.bench.published import read_costs, read_figures, read_published_alphas
+from ensembler.evaluation.bench.recipe import METHODS, ROLES, TUNED, Experiment, Images, Recipe, Speed
 from ensembler.evaluation.bench.values import (
     check_keys,
     check_mapping,
@@ -27,7 +27,13 @@ from ensembler.evaluation.bench.values import (
 
 _EXPERIMENT_KEYS = tuple(each.name for each in fields(Experiment) if each.name != "patch")  # that is among the models
 _KEYS = ("description", "experiments", *_EXPERIMENT_KEYS)
-_MAPPINGS = ("models", "alpha", "published", "published_costs")  # an experiment adds to those at the top
+_MAPPINGS = (
+    "models",
+    "alpha",
+    "published",
+    "published_alphas",
+    "published_costs",
+)  # an experiment adds to those at the top
 _DECIMAL = {
     "tag:yaml.org,2002:int": re.compile(r"[-+]?[0-9]+$"),
     "tag:yaml.org,2002:float": re.compile(
@@ -98,6 +104,13 @@ def _speed(given: Any, where: str) -> Speed | None:
         raise ConfigError(f"{where}: {error}") from error
 
 
+def _images(given: Any, folder: Path, where: str) -> Images | None:
+    if given is None:
+        return None
+    check_keys(given, [each.name for each in fields(Images)], f"{where}: images")
+    return Images(**{key: _find(read_text(value, f"{where}: {key}"), folder) for key, value in given.items()})
+
+
 def _experiment(shared: Mapping[str, Any], given: Any, path: Path, number: int) -> Experiment:
     check_keys(given, _EXPERIMENT_KEYS, f"{path}: experiment {number}")
     name = read_text(given.get("name", shared.get("name", path.stem)), f"{path}: name of experiment {number}")
@@ -117,8 +130,10 @@ def _experiment(shared: Mapping[str, Any], given: Any, path: Path, number: int) 
         alphas=read_alphas(content.get("alphas", _DEFAULT_ALPHAS), where),
         alpha={method: read_number(value, f"{where}: alpha of {method}") for method, value in content["alpha"].items()},
         published=read_figures(content["published"], methods, where),
+        published_alphas=read_published_alphas(content["published_alphas"], methods, where),
         published_costs=read_costs(content["published_costs"], methods, where),
-        speed=_speed(content.get("speed", {}), where),
+        images=_images(content.get("images"), path.parent, where),
+        speed=_speed(content.get("speed", False if "images" in content else {}), where),
         **_settings(content, where),
     )
     _check_choice(experiment, where)
@@ -146,7 +161,9 @@ def _member(role: str, value: Any, folder: Path, where: str) -> MemberConfig:
     if isinstance(value, str):
         value = {"model": value}
     if isinstance(value, Mapping):
-        value = {key: _find(each, folder) if key in ("model", "adapter") else each for key, each in value.items()}
+        value = {
+            key: _find(each, folder) if key in ("model", "adapter", "head") else each for key, each in value.items()
+        }
     try:
         return MemberConfig.parse(role, value)
     except ConfigError as error:
@@ -201,7 +218,9 @@ def _settings(content: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _check_choice(experiment: Experiment, where: str) -> None:
-    """Every α must come from somewhere, and not from the examples that report it."""
+    """Every α must come from somewhere, and not from the examples that report it; images are not timed."""
+    if experiment.images is not None and experiment.speed is not None:
+        raise ConfigError(f"{where}: speed is measured of texts alone; leave it out, or write speed: false")
     free = [method for method in experiment.methods if method in TUNED and method not in experiment.alpha]
     if free and not experiment.alphas:
         raise ConfigError(f"{where}: alphas is empty; expected FIRST:LAST:STEP or a list of numbers")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,18 @@ SUMMARY = "summary.json"
 
 
 def write_bench(
-    out: Path, recipe: Recipe, tasks: Sequence[BenchTask], *, command: str, settings: Mapping[str, Any]
+    out: Path,
+    recipe: Recipe,
+    tasks: Sequence[BenchTask],
+    *,
+    command: str,
+    settings: Mapping[str, Any],
+    changed: Callable[[BenchTask], Sequence[Mapping[str, Any]]],
 ) -> list[str]:
-    """Write the files of a finished benchmark and return their names. Raises OutputError."""
+    """Write the files of a finished benchmark and return their names. Raises OutputError.
+
+    `changed` returns what `changed_by` found of a task's images.
+    """
     content = {
         "name": recipe.name,
         "command": command,
@@ -44,7 +53,7 @@ def write_bench(
         name=recipe.name,
         description=recipe.description,
         pictures=[(title, base64.b64encode(picture).decode()) for title, picture in drawn.values()],
-        tasks=[_task(task) for task in tasks],
+        tasks=[{**_task(task), "changed": changed(task)} for task in tasks],
         command=command,
         settings=json.dumps(settings, indent=2, ensure_ascii=False),
     )

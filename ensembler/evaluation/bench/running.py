@@ -12,6 +12,7 @@ from ensembler.evaluation.bench.bench import Bench, PlannedRun, answer
 from ensembler.evaluation.bench.costs import FAILED, cost_id, make_load, measure_apart
 from ensembler.evaluation.bench.methods import Method
 from ensembler.evaluation.bench.summary import BenchTask, RowsByRun, chosen_alpha, summarise_bench
+from ensembler.evaluation.changes import Answers, changed_by
 from ensembler.evaluation.rows_folder import ROWS, Row, RowsFolder
 from ensembler.members import check_places
 
@@ -153,6 +154,22 @@ class BenchRunner:
             if rows[planned.name] is not None:
                 self._folders[planned.name].finish(planned.sweep.ids)
         return summarise_bench(self.bench, rows, {name: row for name, (row,) in self._top.rows().items()}, errors)
+
+    def changed(self, task: BenchTask) -> list[dict[str, Any]]:
+        """Return the images that each α of a task's methods changed, as `changed_by` has them; of texts none."""
+        alphas = {method.method: method.alpha for method in task.methods}
+        found = []
+        for planned in self.bench.runs:
+            is_of_images = planned.experiment.name == task.experiment and planned.sweep.has_pictures
+            rows = self._rows_of(planned) if is_of_images else None
+            if rows is None:
+                continue
+            examples = {row["id"]: row for row in planned.sweep.example_rows()}
+            answers = Answers(task.task, task.metric, task.higher_is_better, rows, examples, planned.sweep.thumbnail)
+            for method in planned.run.methods:
+                alpha = alphas[method.name] if method.alone is None else None
+                found.append(None if alpha is None else changed_by(answers, method.rule, alpha))
+        return [one for one in found if one is not None]
 
     def _measurements(self) -> Iterator[tuple[int, PlannedRun, Method]]:
         """Round after round of all methods, so that drift hits all; each method by the run that has its rows."""

@@ -53,7 +53,8 @@ class MethodSummary:
     """One method on one task.
 
     `test`: the metric on the test examples; `others`: other metrics; `published`: a paper's figures by metric in the
-    unit of the table; `cost` and `published_cost` by name (`Cost`). `error`: why there is no figure, or no cost.
+    unit of the table, and `published_alpha` the α that it chose; `cost` and `published_cost` by name (`Cost`). `error`:
+    why there is no figure, or no cost.
     """
 
     method: str
@@ -62,6 +63,7 @@ class MethodSummary:
     test: Interval | None = None
     others: Mapping[str, float] = field(default_factory=dict)
     published: Mapping[str, float] = field(default_factory=dict)
+    published_alpha: float | None = None
     cost: Mapping[str, Spread] = field(default_factory=dict)
     published_cost: Mapping[str, float] = field(default_factory=dict)
     error: str | None = None
@@ -162,6 +164,7 @@ def _task(
             summary = MethodSummary(
                 method.name,
                 published=experiment.published_figures(task.task.name, method.name, task.metric.key),
+                published_alpha=experiment.published_alphas.get(task.task.name, {}).get(method.name),
                 published_cost=experiment.published_costs.get(method.name, {}),
             )
             if of_run is None:

@@ -72,8 +72,7 @@ def _row(method: MethodSummary, task: BenchTask) -> list[str]:
     if method.test is None:
         cells = [name, "", f"failed: {method.error}"]
     else:
-        alpha = "" if method.alpha is None else f"{method.alpha:g}" + ("" if method.is_chosen else " (given)")
-        cells = [name, alpha, show_interval(method.test, percent=task.is_percent)]
+        cells = [name, _alpha(method), show_interval(method.test, percent=task.is_percent)]
     if _is_published(task, task.metric):
         cells.append(_number(method.published.get(task.metric)))
     if _against(task) is not None:
@@ -81,6 +80,14 @@ def _row(method: MethodSummary, task: BenchTask) -> list[str]:
     for key in _others(task):
         cells += [_number(method.others.get(key)), _number(method.published.get(key))]
     return [*cells, *(_show(cost, method) for cost in _costs(task))]
+
+
+def _alpha(method: MethodSummary) -> str:
+    """Its α, and a paper's behind it."""
+    alpha = "" if method.alpha is None else f"{method.alpha:g}" + ("" if method.is_chosen else " (given)")
+    if method.published_alpha is None:
+        return alpha
+    return f"{alpha}; published {method.published_alpha:g}"
 
 
 def _compared(method: MethodSummary, task: BenchTask) -> list[str]:

@@ -1,0 +1,88 @@
+"""`ensembler classify`: what an ensemble of image classifiers sees in images."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ensembler.cli.image_notices import say_others
+from ensembler.cli.options import EnsembleOptions
+from ensembler.errors import RunError
+
+if TYPE_CHECKING:
+    from ensembler.vision.classify import Classified
+    from ensembler.vision.modeling import EnsembleForImageClassification
+
+
+@click.command()
+@click.argument("ensemble")
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...|FOLDER")
+@click.option("--rule", metavar="RULE", help="In place of the folder's.")
+@click.option("--alpha", type=float, help="Strength of the log-ratio; 0 is the anchor.  [default: folder's]")
+@click.option("--top-k", type=click.IntRange(1), default=5, show_default=True, help="Classes shown of each image.")
+@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images run together.")
+@click.option("--dtype", multiple=True, metavar="[ROLE=]DTYPE", help="auto, float32, bfloat16 or float16.")
+@click.option("--device", multiple=True, metavar="[ROLE=]DEVICE", help="cpu, cuda:1 ...")
+@click.option("--strict", is_flag=True, help="Stop at an image that cannot be read, in place of skipping it.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
+def classify(
+    ensemble: str,
+    images: tuple[Path, ...],
+    rule: str | None,
+    alpha: float | None,
+    top_k: int,
+    batch_size: int,
+    dtype: tuple[str, ...],
+    device: tuple[str, ...],
+    strict: bool,
+    as_json: bool,
+) -> None:
+    """Tell what ENSEMBLE sees in images, or in all below a folder.
+
+    An image where α moved the most probable class is marked with the anchor's. One that cannot be read is named and
+    skipped.
+
+    \b
+    ensembler classify my-ensemble cat.png dog.jpg
+    ensembler classify my-ensemble photos --alpha 0.5 --top-k 3 --json
+    """
+    from ensembler.vision.classify import classify as classify_images
+    from ensembler.vision.images import find_images
+    from ensembler.vision.modeling import EnsembleForImageClassification
+    from ensembler.vision.preflight import check_images
+
+    given = EnsembleOptions(ensemble, rule=rule, alpha=alpha, dtype=dtype, device=device)
+    checked = check_images(given.load_config())
+    found_images = find_images(list(images))
+    sources = found_images.images
+    say_others(found_images.num_others)
+    model = EnsembleForImageClassification.from_checked(checked)
+    num_skipped = 0
+    for found in classify_images(model, sources, top_k=top_k, batch_size=batch_size, strict=strict):
+        num_skipped += found.error is not None
+        _print(found, model, as_json=as_json)
+    if num_skipped:
+        click.echo(f"{num_skipped:,} of {len(sources):,} images could not be read and were skipped", err=True)
+    if num_skipped == len(sources):
+        raise RunError("no image could be read")
+
+
+def _print(found: Classified, model: EnsembleForImageClassification, *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(found.to_row(), ensure_ascii=False))
+        return
+    if found.error is not None:
+        click.echo(f"skipped: {found.error}", err=True)
+        return
+    click.echo(found.name)
+    for candidate in found.candidates:
+        click.echo(f"  {candidate.probability:6.1%}  {candidate.label}")
+    first, anchor = found.candidates[0], found.anchor
+    if anchor is not None and anchor.label != first.label:
+        click.echo(
+            f"  alpha {model.alpha:g} moves the choice: {model.rule.anchor} alone would say {anchor.label} "
+            f"({anchor.probability:.1%})"
+        )

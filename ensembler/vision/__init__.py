@@ -1,0 +1,1 @@
+"""The same rules over class logits: ensembles of image classifiers."""

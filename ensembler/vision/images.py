@@ -1,0 +1,143 @@
+"""Images from files: any mode as RGB, within limits; what cannot be read is named."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ensembler.errors import ImageError
+from ensembler.extras import require
+from ensembler.sources import one_line
+
+MAX_PIXELS = 100_000_000  # a picture of a camera has 12 to 60 million; decoded, this is 300 MB
+MAX_BYTES = 2**28
+MAX_RATIO = 100  # of the sides: a processor scales the shorter one up to its input size, and the other with it
+SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class ImageSource(Protocol):
+    """Where an image is: its name, for people, and its bytes."""
+
+    @property
+    def name(self) -> str:
+        """The name of the image."""
+
+    def read(self) -> bytes:
+        """Return the bytes of its file. Raises ImageError."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image in a file; `name` is its path as it was given, or within its folder."""
+
+    path: Path
+    name: str
+
+    def read(self) -> bytes:
+        """Return the bytes of the file. Raises ImageError."""
+        try:
+            size = self.path.stat().st_size
+            if size > MAX_BYTES:
+                raise ImageError(f"{self.name} has {size:,} bytes; at most {MAX_BYTES:,} are read")
+            return self.path.read_bytes()
+        except OSError as error:
+            raise ImageError(f"{self.name} cannot be read: {error.strerror}") from error
+
+
+def open_image(source: ImageSource) -> Any:
+    """Return an image as Pillow's RGB, decoded.
+
+    It is turned as its EXIF orientation says. Greyscale becomes three equal channels, greyscale of 16 bits becomes 8
+    (divided by 257), transparency is dropped, of several frames the first counts: as in the loaders that image
+    classifiers are trained with, but for the 16 bits, which these cut off. Raises ImageError for what is no image,
+    damaged, or beyond the limits.
+    """
+    return decode(source.read(), source.name)
+
+
+def decode(content: bytes, name: str) -> Any:
+    """Return the image in the bytes of a file as Pillow's RGB; `name` is for errors. Raises ImageError."""
+    module = require("PIL.Image", "vision")
+    try:
+        with module.open(io.BytesIO(content)) as image:
+            _check_size(image.size, name)
+            image.load()
+            require("PIL.ImageOps", "vision").exif_transpose(image, in_place=True)
+            return _eight_bits(image, name).convert("RGB")
+    except ImageError:
+        raise
+    except module.UnidentifiedImageError as error:
+        raise ImageError(f"{name} is no image that Pillow knows") from error
+    except module.DecompressionBombError as error:
+        raise ImageError(f"{name} is too large: {one_line(error)}") from error
+    except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ... for damaged files
+        raise ImageError(f"{name} is damaged: {one_line(error)}") from error
+
+
+def _check_size(size: tuple[int, int], name: str) -> None:
+    """Raise ImageError before anything is decoded."""
+    width, height = size
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{name} has {width:,} × {height:,} pixels; at most {MAX_PIXELS:,} are read")
+    if max(size) > MAX_RATIO * min(size):
+        raise ImageError(f"{name} has {width:,} × {height:,} pixels; sides may differ by a factor of {MAX_RATIO}")
+
+
+def _eight_bits(image: Any, name: str) -> Any:
+    """Greyscale of more than 8 bits as 8: Pillow's own conversion would make white of all above 255.
+
+    Of mode I, whose pixels have 32 bits, nothing says how bright 255 is, but that Pillow spreads a PGM over 16 bits.
+    """
+    if image.mode == "F":
+        raise ImageError(f"{name} has floating-point pixels; expected 8 or 16 bits")
+    if not image.mode.startswith("I"):
+        return image
+    largest, step = (0xFFFF, 257) if image.mode.startswith("I;16") or image.format == "PPM" else (0xFF, 1)
+    values = np.asarray(image, dtype=np.int64)
+    if values.min() < 0 or values.max() > largest:
+        raise ImageError(f"{name} has pixels from {values.min()} to {values.max()}; expected 8 or 16 bits")
+    return require("PIL.Image", "vision").fromarray(np.rint(values / step).astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Found:
+    """Images that were named or lie below folders, and how many other files do."""
+
+    images: tuple[ImageFile, ...]
+    num_others: int = 0
+
+
+def find_images(places: list[Path]) -> Found:
+    """Return the images that were named, and those below the folders that were, by path. Raises ImageError."""
+    found: list[ImageFile] = []
+    num_others = 0
+    for place in places:
+        if place.is_dir():
+            below, num_others_below = images_below(place)
+            if not below:
+                raise ImageError(f"{place} holds no images; expected files ending in {', '.join(SUFFIXES)}")
+            found += [ImageFile(path, str(path)) for path in below]
+            num_others += num_others_below
+        elif place.is_file():
+            found.append(ImageFile(place, str(place)))
+        else:
+            raise ImageError(f"there is no file or folder {place}")
+    return Found(tuple(found), num_others)
+
+
+def images_below(folder: Path) -> tuple[list[Path], int]:
+    """Return the images in a folder and those below it, by path, and how many other files there are.
+
+    Hidden files are left out. A link that leads nowhere is an image by its name, which then cannot be read.
+    """
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if not path.is_dir() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    return images, len(files) - len(images)

@@ -1,0 +1,203 @@
+"""EnsembleForImageClassification: several image classifiers, combined by a rule, as one `transformers` model.
+
+The rules, the operations and the folder are those of language models; a row of logits is over classes, not tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from ensembler_kernels import combine
+from torch import Tensor, nn
+from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from ensembler import folder as folders
+from ensembler.config import IMAGES, EnsembleConfig, MemberConfig
+from ensembler.errors import InputError
+from ensembler.modeling import make_combination
+from ensembler.runners import check_nan
+from ensembler.vision.loading import load_towers
+from ensembler.vision.preflight import CheckedImages, check_images
+from ensembler.vision.towers import SharedTower
+
+PixelValues = Tensor | Mapping[str, Tensor]
+
+
+class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unused-ignore]
+    """Members combined by a rule, as one image classifier.
+
+    Make one with `from_members` or `from_pretrained`. `classes` are the labels in the order of the logits, `towers`
+    what is run: members that share their tower are in one. `alpha` may be set between calls.
+    """
+
+    config_class = EnsembleConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    _supports_sdpa: ClassVar[bool] = True
+    _supports_flash_attn: ClassVar[bool] = True
+
+    def __init__(self, config: EnsembleConfig, checked: CheckedImages, towers: Sequence[SharedTower]) -> None:
+        super().__init__(config)
+        self.rule = config.get_rule()
+        self.classes = checked.classes
+        self.contract = checked.contract
+        self._towers = nn.ModuleList(towers)
+        self.combination = make_combination(self.rule, self.contract, config.outside)
+        self.eval()
+
+    # -- making one ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_members(
+        cls,
+        *,
+        rule: str = "base-change",
+        alpha: float = 1.0,
+        members: Mapping[str, str | Path | MemberConfig | Mapping[str, Any]],
+        classes: Sequence[str] | None = None,
+        class_texts: Mapping[str, str] | None = None,
+        templates: Sequence[str] | None = None,
+        aliases: Mapping[str, str] | None = None,
+        **numbers: Any,
+    ) -> EnsembleForImageClassification:
+        """Return an ensemble of `members` by role: paths, hub ids, or MemberConfigs (a `head` among their fields).
+
+        `classes`: the labels, where no member names them or zero-shot members need them; `class_texts`: the words for
+        them in prompts by label, where these are others; `templates`: the prompts of zero-shot members; `aliases`:
+        labels by what members call them; `numbers`: of the rule, as in `EnsembleConfig`. Raises ConfigError,
+        MemberError or ClassesError before any weight is loaded.
+        """
+        named: dict[str, Any] = {"classes": classes, "class_texts": class_texts, "templates": templates}
+        config = EnsembleConfig(
+            task=IMAGES,
+            rule=rule,
+            alpha=alpha,
+            members={role: str(member) if isinstance(member, Path) else member for role, member in members.items()},
+            **{**named, "aliases": aliases},
+            **numbers,
+        )
+        return cls.from_checked(check_images(config))
+
+    @classmethod
+    def from_checked(cls, checked: CheckedImages) -> EnsembleForImageClassification:
+        """Load the members of a checked ensemble, those that share a tower together."""
+        return cls(checked.config, checked, load_towers(checked))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override,unused-ignore]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: EnsembleConfig | None = None,
+        alpha: float | None = None,
+        dtype: str | torch.dtype | None = None,
+        **options: Any,
+    ) -> EnsembleForImageClassification:
+        """Return the ensemble of a folder (or hub id of one); `alpha` and `dtype` override the folder's.
+
+        The hub's options (`revision`, `token` ...) say which folder. Raises as `from_members`.
+        """
+        dtype = options.pop("torch_dtype", None) if dtype is None else dtype
+        hub_options = {name: options.pop(name) for name in folders.HUB_OPTIONS if options.get(name) is not None}
+        given = [name for name, value in options.items() if value is not None and value is not False]
+        unknown = [name for name in given if name not in _OPTIONS_OF_AUTO]
+        if unknown:
+            raise InputError(f"from_pretrained of an ensemble takes no {unknown[0]!r}; set it for each member instead")
+        folder = folders.find(pretrained_model_name_or_path, **hub_options)
+        config = folders.read(folder) if config is None else folders.located(config, folder)
+        config = config if alpha is None else config.replaced(alpha=alpha)
+        if dtype not in (None, "auto"):
+            config.change_members(dtype=str(dtype).removeprefix("torch."))
+        return cls.from_checked(check_images(config))
+
+    def save_pretrained(  # type: ignore[override,unused-ignore]
+        self, save_directory: str | Path, *, overwrite: bool = False
+    ) -> None:
+        """Write the folder: config.json; members and heads are referenced, not copied."""
+        folders.write(self.config, Path(save_directory), tokenizer=None, generation_config=None, overwrite=overwrite)
+
+    # -- what it is ---------------------------------------------------------------------------------------------------
+
+    @property
+    def alpha(self) -> float:
+        """The strength of the log-ratio."""
+        return float(self.config.alpha)
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self.config.alpha = self.rule.check_alpha(value)
+
+    @property
+    def towers(self) -> tuple[SharedTower, ...]:
+        """What is run on images, each once."""
+        towers: Any = self._towers
+        return tuple(towers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where logits are combined: the anchor's device."""
+        return next(tower.device for tower in self.towers if self.rule.anchor in tower.roles)
+
+    # -- running it ---------------------------------------------------------------------------------------------------
+
+    def prepare(self, images: Iterable[Any]) -> dict[str, Tensor]:
+        """Return images of Pillow as every member's own pixel values (rows, channels, height, width), by role.
+
+        Members that share a tower have the same tensor. Images are taken and prepared one after another, so that an
+        iterator may decode each when it is its turn.
+        """
+        rows = [[tower.prepare(image) for tower in self.towers] for image in images]
+        found: dict[str, Tensor] = {}
+        for tower, values in zip(self.towers, zip(*rows, strict=True), strict=bool(rows)):
+            found.update(dict.fromkeys(tower.roles, torch.cat(values)))
+        return found
+
+    def forward(
+        self, pixel_values: PixelValues | None = None, labels: Tensor | None = None, return_dict: bool | None = None
+    ) -> ImageClassifierOutput:
+        """Run all members and return combined logits (rows, classes) fp32.
+
+        `pixel_values`: by role, as `prepare` returns them; or one tensor for members that want the same. `labels`
+        (rows,) int64 add the loss. Raises RunError or LogitsError with the role that failed.
+        """
+        if pixel_values is None:
+            raise InputError("an ensemble's forward needs pixel_values, by role; prepare(images) makes them")
+        logits = self.combine(self.member_logits(pixel_values))
+        loss = None if labels is None else nn.functional.cross_entropy(logits, labels.to(logits.device))
+        output = ImageClassifierOutput(loss=loss, logits=logits)
+        return output if return_dict is not False else output.to_tuple()
+
+    def member_logits(self, pixel_values: PixelValues) -> dict[str, Tensor]:
+        """Return every member's own logits (rows, classes) by role, on its device; a shared tower is run once."""
+        logits: dict[str, Tensor] = {}
+        for tower in self.towers:
+            logits |= tower(_of(pixel_values, tower.roles))
+        check_nan(logits)
+        return logits
+
+    def combine(self, logits: Mapping[str, Tensor], alpha: float | Tensor | None = None) -> Tensor:
+        """Return the combination of member logits (rows, classes) by the rule, fp32.
+
+        `alpha`: a number, or one for each row; the ensemble's, if it is not given.
+        """
+        ordered = [logits[role].to(self.device) for role in self.rule.roles]
+        return combine(ordered, self.combination, self.alpha if alpha is None else alpha)
+
+
+_OPTIONS_OF_AUTO = {"_from_auto", "_commit_hash", "adapter_kwargs", *folders.HUB_OPTIONS}
+
+
+def _of(pixel_values: PixelValues, roles: Sequence[str]) -> Tensor:
+    if isinstance(pixel_values, Tensor):
+        return pixel_values
+    given = next((pixel_values[role] for role in roles if role in pixel_values), None)
+    if given is None:
+        raise InputError(f"pixel_values has nothing for {' or '.join(roles)}; prepare(images) makes them all")
+    return given
+
+
+AutoModelForImageClassification.register(EnsembleConfig, EnsembleForImageClassification, exist_ok=True)
