@@ -82,10 +82,7 @@ def tokenizer_hash(member: ImageMember) -> str:
 
 
 def _key(member: ImageMember, model: PreTrainedModel, words: Sequence[str], templates: Sequence[str]) -> str:
-    """A name for all that a head depends on: every tensor that texts go through, the config, the tokenizer, the texts.
-
-    Hashing the text tower of a CLIP ViT-L/14 takes about as long as reading it.
-    """
+    """A name for all that a head depends on: the tensors that texts go through, config, tokenizer and texts."""
     tensors = [(name, tensor) for name, tensor in model.state_dict().items() if not name.startswith(_OF_IMAGES)]
     weights = _hash(
         part
