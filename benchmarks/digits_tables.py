@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from markdown_tables import table
 
 FOLDER = Path(__file__).parent / "results" / "bench" / "digits"
 TASKS = ("noisy", "rotated", "inverted", "occluded")
@@ -97,13 +99,6 @@ def difference(task: Mapping[str, Any], method: str, against: str) -> str:
     p_value = each["p_holm"]
     p = f"{p_value:.1g}" if p_value < 0.001 else f"{p_value:.3f}"
     return f"{100 * test['estimate']:+.1f} ({100 * test['low']:.1f} to {100 * test['high']:.1f}); {p}"
-
-
-def table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(names)} |"
-    yield f"|{'---|' * len(names)}"
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
 
 
 if __name__ == "__main__":

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from markdown_tables import table
 
 from ensembler.evaluation.bench.verdict import NAMES
 
@@ -156,13 +158,6 @@ def difference(task: Mapping[str, Any], a: str, b: str) -> str:
         if (each["method"], each["against"]) == (a, b):
             return f"{100 * each['comparison']['difference']['estimate']:+.1f}; {each['p_holm']:.2g}"
     return ""
-
-
-def table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(names)} |"
-    yield f"|{'---|' * len(names)}"
-    for cells in rows:
-        yield f"| {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
