@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test test-vllm lint types kernels check-kernels bench bench-kernels docs clean
+.PHONY: install demo test test-vllm lint types kernels check-kernels bench bench-kernels bench-gpu docs clean
 
 install: $(STAMP)
 
@@ -62,7 +62,12 @@ bench: install
 	$(BIN)/python benchmarks/shared_backbone.py $(MODEL)
 
 bench-kernels: install
-	$(BIN)/python kernels/benchmarks/bench_cpu.py
+	$(BIN)/python benchmarks/kernels_cpu.py
+	$(BIN)/python benchmarks/kernels_host.py
+
+# A machine with a GPU may have no network: this takes the torch that PYTHON has. GPU = its options, --help tells them.
+bench-gpu:
+	$(PYTHON) benchmarks/gpu.py $(GPU)
 
 docs: install
 	$(BIN)/python docs/make_cli_reference.py

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from ensembler_kernels import Combination, combine
+from ensembler_kernels import Combination, Weights, combine
 from torch import Tensor
 
 from ensembler.errors import ConfigError, EnsemblerError, RankError, RunError
@@ -251,7 +251,10 @@ def combine_over_ranks(
     if world.agree(step, failure, is_plain=is_plain) and term is not None:
         return torch.nn.functional.pad(world.sum(term), (0, width - contract.shared), value=-torch.inf)
     gathered = world.gather(logits, contract)
-    return combine([gathered[role] for role in roles], how, alpha)
+    ordered = [gathered[role] for role in roles]
+    if isinstance(alpha, Tensor) and alpha.dim():
+        alpha = alpha.repeat_interleave(ordered[0].shape[1])
+    return combine(ordered, Weights.of((how, alpha), device=ordered[0].device))
 
 
 def gather_over_ranks(

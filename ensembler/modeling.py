@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from ensembler_kernels import Combination, combine
+from ensembler_kernels import Combination, Weights, combine
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import GenerationMode, StoppingCriteriaList
@@ -395,7 +395,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         """
         device = self.device  # looked up once: it walks through the modules
         ordered = [logits[role].to(device) for role in self.rule.roles]
-        return combine(ordered, self.combination, self.alpha_of_rows(ordered[0].shape[0], alpha))
+        return combine(
+            ordered, weights_for(self.combination, self.alpha_of_rows(ordered[0].shape[0], alpha), ordered[0])
+        )
 
     def alpha_of_rows(self, num_rows: int, alpha: float | Tensor | None = None) -> float | Tensor:
         """`alpha`, or the ensemble's, as a number or one value for each of `num_rows` rows."""
@@ -480,16 +482,36 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         model_kwargs["past_key_values"] = EnsembleCache(caches)
 
 
-def make_combination(rule: Rule, contract: VocabularyContract, outside: str) -> Combination:
-    """Return what the operations of `ensembler_kernels` take, for members in the order of the rule's roles."""
+def make_combination(
+    rule: Rule, contract: VocabularyContract, outside: str, roles: Sequence[str] | None = None
+) -> Combination:
+    """Return the numbers of a rule for `ensembler_kernels`, with members in the order of `roles` (None: the rule's)."""
+    roles = rule.roles if roles is None else roles
     return Combination(
-        constant=tuple(rule.constant.get(role, 0.0) for role in rule.roles),
-        slope=tuple(rule.slope.get(role, 0.0) for role in rule.roles),
+        constant=tuple(rule.constant.get(role, 0.0) for role in roles),
+        slope=tuple(rule.slope.get(role, 0.0) for role in roles),
         shared=contract.shared,
         neutral=outside == "neutral",
-        raw=tuple(role in rule.raw_roles for role in rule.roles),
+        raw=tuple(role in rule.raw_roles for role in roles),
         cutoff=rule.cutoff,
+        anchor=roles.index(rule.anchor),
     )
+
+
+def weights_for(how: Combination, alpha: float | Tensor, logits: Tensor) -> Weights:
+    """Return the weights for `logits` (rows, V) or (rows, positions, V) at `alpha`, a number or one for each row."""
+    if not isinstance(alpha, Tensor):
+        return _weights_of_number(how, float(alpha), logits.device)
+    if alpha.dim() and logits.dim() == 3:
+        alpha = alpha.repeat_interleave(logits.shape[1])
+    return Weights.of((how, alpha), device=logits.device)
+
+
+@lru_cache(maxsize=64)
+def _weights_of_number(how: Combination, alpha: float, device: torch.device) -> Weights:
+    """The same at every step of a text."""
+    with torch.inference_mode(mode=False):  # kept for calls that differentiate, too
+        return Weights.of((how, alpha), device=device)
 
 
 _LEFT_BY_GENERATE = {"tokenizer", "assistant_tokenizer"}  # generate hands its own arguments on to forward

@@ -34,8 +34,15 @@ H100_BANDWIDTH = 3.35e12  # bytes per second: H100 SXM5 data sheet
 WIDTH, NUM_MEMBERS, NUM_ALPHAS = 151_936, 3, 16  # of the table: Qwen2.5's vocabulary, a log-ratio, a usual grid
 DTYPES = {"bf16": 2, "fp32": 4}
 CUDA_DTYPES = {"0": "fp32", "1": "bf16", "2": "fp16", "3": "mixed"}  # enum Dtype of problem.h
-MERGES = ("sample_merge", "logprob_merge")  # the second steps: they read partial results and no member
-TUNED = ("combine", "sample", "logprob")
+KERNELS = {
+    "combine": "combine",
+    "argmax": "sample",
+    "sample": "sample",
+    "logprob": "logprob",
+    "normaliser": "prepass",
+    "threshold": "prepass",
+}
+"""Each Triton kernel, and the kind of launch that it has; `argmax` is `sample` without noise."""
 
 
 @dataclass(frozen=True, order=True)
@@ -78,26 +85,22 @@ class Code:
 
 
 def triton_jobs() -> Iterator[Job]:
-    """Every configuration of the tuned kernels, and once with all options; the others as they are launched."""
-    default = triton_configs.ALL_CONFIGS[0]
+    """Every configuration of every kernel, and the first once with all options."""
     for architecture in ARCHITECTURES:
         for dtype in DTYPES:
-            for kernel in TUNED:
-                for config in triton_configs.ALL_CONFIGS:
-                    yield Job(kernel, dtype, config.kwargs["BLOCK"], config.num_warps, False, architecture)
-                yield Job(kernel, dtype, default.kwargs["BLOCK"], default.num_warps, True, architecture)
-            for kernel in ("normaliser", "anchor_max"):
-                yield Job(kernel, dtype, triton_configs.PREPASS_BLOCK, 4, False, architecture)
-        for kernel in MERGES:
-            yield Job(kernel, "fp32", 256, 4, False, architecture)
+            for kernel, kind in KERNELS.items():
+                few, many = triton_configs.CONFIGS[kind]
+                for block, num_warps in dict.fromkeys((few, many)):
+                    yield Job(kernel, dtype, block, num_warps, False, architecture)
+                if kernel not in ("normaliser", "threshold"):
+                    yield Job(kernel, dtype, *few, True, architecture)
 
 
 def compile_triton(job: Job) -> Code:
     """Compile as the launcher would for members of one dtype whose strides and widths are multiples of 16."""
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
-    kernel = getattr(triton_kernels, f"{job.kernel}_kernel")
-    kernel = getattr(kernel, "fn", kernel) if job.kernel in TUNED else kernel
-    source = _source(kernel, job)
+    name = "sample" if job.kernel == "argmax" else job.kernel
+    source = _source(getattr(triton_kernels, f"{name}_kernel"), job)
     made = triton.compile(
         source,
         target=GPUTarget("cuda", job.architecture, 32),
@@ -107,7 +110,6 @@ def compile_triton(job: Job) -> Code:
         cubin.write(made.asm["cubin"])
         cubin.flush()
         ((_, resources, sass),) = functions_of(Path(cubin.name))
-    num_read = {"normaliser": NUM_MEMBERS - 1, **dict.fromkeys(MERGES, 0)}.get(job.kernel, NUM_MEMBERS)
     return Code(
         implementation="Triton",
         kernel=job.kernel,
@@ -118,31 +120,32 @@ def compile_triton(job: Job) -> Code:
         shared_bytes=made.metadata.shared,
         spills=resources["STACK"] + count("LDL|STL", sass),
         wide_loads=count(r"LDG\.E\.128", sass),
-        expected_wide_loads=num_read * job.block * DTYPES[job.dtype] // (16 * 32 * job.num_warps),
+        expected_wide_loads=NUM_MEMBERS * job.block * DTYPES[job.dtype] // (16 * 32 * job.num_warps),
     )
 
 
 def _source(kernel: Any, job: Job) -> Any:
     """The kernel with argument types: `d` after a type says that the value is a multiple of 16."""
-    member = (f"*{job.dtype}", "i64d", "i64d", "fp32", "fp32")
-    pointers = ("normalisers", "thresholds", "alphas", "temperatures", "out", "partial", "at_target", "logprobs")
+    member = (f"*{job.dtype}", "i64d", "i64d", "i32d")
+    floats = ("table", "log_sums", "thresholds", "temperatures", "out", "partial", "steps", "logprobs", "totals")
     types: dict[str, Any] = {
-        **dict.fromkeys(pointers, "*fp32"),
+        **dict.fromkeys(floats, "*fp32"),
         **dict.fromkeys(("width", "shared", "held"), "i32d"),
         "members": (member,) * NUM_MEMBERS,
-        "partial_ids": "*i32",
+        **dict.fromkeys(("rows", "runs", "partial_ids", "partial_beaten", "counters"), "*i32"),
         "greedy": "*i1",
-        **dict.fromkeys(("seed", "targets", "tokens"), "*i64"),
+        **dict.fromkeys(("noise", "targets", "tokens"), "*i64"),
     }
     constants = {
-        "IN_BASE": 0b001,
-        "IN_RATIO": 0b110,
-        "IN_NORMALISER": 0b110,
-        "NUM_MEMBERS": NUM_MEMBERS,
+        "HAS_ROWS": job.options,
+        "RAW": 0,
         "NORMALISED": job.options,
         "CUT": job.options,
+        "DRAWS": job.kernel == "sample",
+        "TOTALS": job.options,
         "BLOCK": job.block,
-        "SPLITS": job.block,
+        "SPLITS": triton.next_power_of_2(-(-WIDTH // job.block)),
+        "POINTS": NUM_ALPHAS,
     }
     if not job.options:
         constants["positions"] = 1
@@ -186,14 +189,14 @@ def compile_cuda(architecture: int) -> list[Code]:
                     implementation="CUDA",
                     kernel=kernel,
                     dtype=dtype,
-                    config="2048 ids, 8 warps",
+                    config="1024 ids, 4 warps",
                     architecture=architecture,
                     registers=resources["REG"],
                     shared_bytes=resources["SHARED"],
                     spills=resources["STACK"] + count("LDL|STL", sass),
                     wide_loads=count(r"LDG\.E\.128", sass),
                     # one loop over the members: 8 ids are one such load, or two of fp32
-                    expected_wide_loads=0 if kernel in MERGES else {"fp32": 2, "mixed": 3}.get(dtype, 1),
+                    expected_wide_loads=2 if dtype in ("fp32", "mixed") else 1,
                 )
             )
     return found
@@ -232,17 +235,17 @@ def _cuobjdump(flag: str, cubin: Path) -> str:
 # -- the table -------------------------------------------------------------------------------------------------------
 
 
-def bytes_per_row(implementation: str, kernel: str, dtype: str, block: int) -> int | None:
+def bytes_per_row(kernel: str, dtype: str, block: int) -> int:
     """Bytes that one row moves to and from memory; partial results of the operations are written and read once."""
     member, splits = WIDTH * DTYPES[dtype], -(-WIDTH // block)
-    scored = 20 if implementation == "CUDA" else 12  # bytes of a partial: CUDA's has room for a draw too
     return {
         "combine": NUM_MEMBERS * member + 4 * WIDTH,
+        "argmax": NUM_MEMBERS * member + 2 * 20 * splits,
         "sample": NUM_MEMBERS * member + 2 * 20 * splits,
-        "logprob": NUM_MEMBERS * member + NUM_ALPHAS * 2 * scored * splits,
-        "normaliser": (NUM_MEMBERS - 1) * member,
-        "anchor_max": NUM_MEMBERS * member,
-    }.get(kernel)
+        "logprob": NUM_MEMBERS * member + (NUM_ALPHAS * 2 + 1) * 8 * splits,
+        "normaliser": NUM_MEMBERS * member,
+        "threshold": NUM_MEMBERS * member,
+    }[kernel]
 
 
 def table(codes: Sequence[Code]) -> str:
@@ -264,12 +267,10 @@ def table(codes: Sequence[Code]) -> str:
         by_architecture = {code.architecture: code for code in group}
         registers = " / ".join(str(by_architecture[a].registers) for a in ARCHITECTURES)
         shared = max(code.shared_bytes for code in group)
-        moved = bytes_per_row(implementation, kernel, dtype, int(config.split()[0]))
-        floor = "" if moved is None else f"{1e6 * moved / H100_BANDWIDTH:.3f} µs"
-        size = "" if moved is None else f"{moved:,}"
-        dtype = "" if moved is None else dtype
+        moved = bytes_per_row(kernel, dtype, int(config.split()[0]))
+        floor = f"{1e6 * moved / H100_BANDWIDTH:.3f} µs"
         lines.append(
-            f"| {implementation} | `{kernel}` | {dtype} | {config} | {registers} | {shared:,} | {size} | {floor} |"
+            f"| {implementation} | `{kernel}` | {dtype} | {config} | {registers} | {shared:,} | {moved:,} | {floor} |"
         )
     return "\n".join(lines)
 

@@ -53,7 +53,7 @@ def test_python_blocks_run_in_their_order(
         pytest.importorskip("lm_eval")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {})
-    assert "EnsembleForCausalLM" in code
+    assert "ensembler" in code
 
 
 def test_there_are_examples_to_run() -> None:

@@ -1,4 +1,4 @@
-"""Runs `triton_cases.py` under Triton's interpreter, in a process of its own.
+"""Runs `triton_cases.py`, and a few of `gpu_cases.py`, under Triton's interpreter, in a process of its own.
 
 TRITON_INTERPRET counts when triton is first imported, and another test of this process may have imported it already.
 """
@@ -12,16 +12,38 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from member_cases import to_device
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
-CASES = Path(__file__).with_name("triton_cases.py")
+
+def run_cases(name: str, *options: str) -> str:
+    """Run a file of cases under the interpreter; return the lines of its report."""
+    command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", str(Path(__file__).with_name(name))]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "ENSEMBLER_TEST_DEVICE": "cpu"}
+    done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    return done.stdout
 
 
 def test_cases_pass_under_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    run_cases("triton_cases.py")
+
+
+def test_cases_for_a_gpu_run_under_the_interpreter_too() -> None:
+    few = "bit_for_bit or repeat or one_launch or target_out_of_range or wide_rows"
+    report = run_cases("gpu_cases.py", "-k", f"triton and ({few})")
+    assert "test_rows_repeat_skip_and_permute[triton]" in report
+
+
+def test_views_keep_their_layout_on_a_device() -> None:
+    whole = torch.arange(60, dtype=torch.bfloat16).view(3, 20)
+    for view in (whole[:, 3:9], whole[1:, ::2], whole.t()[5:], whole[:1].expand(4, -1), whole[:0]):
+        moved = to_device([view], torch.device("meta"))[0]
+        assert (moved.shape, moved.stride()) == (view.shape, view.stride())
+        assert moved.storage_offset() == view.storage_offset()
+        assert moved.untyped_storage().nbytes() == view.untyped_storage().nbytes()
 
 
 def test_without_the_interpreter_a_cpu_is_refused_with_the_reason() -> None:

@@ -22,12 +22,11 @@ from vision_cases import CLASSES, random_images, save_clip, save_convnext, save_
 
 from ensembler import EnsembleForImageClassification
 from ensembler.config import IMAGES, EnsembleConfig
-from ensembler.decoding.points import make_grid, points_by_rule
+from ensembler.decoding.points import Grid, make_grid
 from ensembler.errors import ClassesError, ConfigError, ImageError
 from ensembler.evaluation.backends import BackendChoice
 from ensembler.evaluation.provenance import versions
 from ensembler.evaluation.sweep import SweepOptions
-from ensembler.vision.grid import combine_points
 from ensembler.vision.images import open_image
 from ensembler.vision.preflight import check_images
 from ensembler.vision.sweep import ImageSweep
@@ -71,11 +70,7 @@ def test_every_point_of_a_grid_is_the_ensemble_at_that_point_bit_for_bit(seed: i
     grid = make_grid(RULES, ALPHAS)
     with torch.inference_mode():
         logits = model.member_logits(prepared)
-        found = {
-            of_rule.indices[k]: values
-            for of_rule in points_by_rule(grid, model.rule, model.contract, "mask")
-            for k, values in enumerate(combine_points(logits, of_rule))
-        }
+        found = Grid.of(grid, model.rule, model.contract, "mask").combine(logits)
         for index, point in enumerate(grid):
             one = EnsembleForImageClassification.from_members(rule=point.rule, alpha=point.alpha, members=folders)
             assert torch.equal(found[index], one(prepared).logits), point

@@ -9,16 +9,16 @@ little more probability of a token moves the shares of all that follow.)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import copy
 
 import torch
-from ensembler_kernels import combine, torch_gumbel
+from ensembler_kernels import Combination, Weights, combine, combine_sample, make_noise
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process
 
-from ensembler.decoding.points import RulePoints
+from ensembler.decoding.points import Grid
 from ensembler.decoding.tracks import ENDED, Tracks
 
 # These know a row by its number, keep a state from call to call, or run the model themselves.
@@ -35,38 +35,16 @@ class Noise:
     """The noise of each stream: `prompts` and `samples` (streams,) int64 say which prompt and which sample of it."""
 
     def __init__(self, seed: int, prompts: Tensor, samples: Tensor) -> None:
-        self._seed = seed
-        self._streams = torch.stack([samples, prompts], dim=-1) & 0xFFFFFFFF  # a counter has words of 32 bits
-        self._dense: dict[int, Tensor] = {}
-        self._position = -1
+        self._noise = make_noise(seed, prompts, samples)
+        self._noise[:, 3] = -1
 
     def next_position(self) -> None:
         """Go on to the next token."""
-        self._position += 1
-        self._dense.clear()
+        self._noise[:, 3] += 1
 
-    def choose(self, scores: Tensor, streams: Tensor) -> Tensor:
-        """Return argmax(scores + noise) (n,) of scores (n, V), each by the noise of a stream (n,)."""
-        may = scores >= scores.amax(-1, keepdim=True) - torch_gumbel.SPREAD
-        if int(may.sum()) * 4 > may.numel():  # four tokens share a block of the generator
-            return (scores + self._all(streams, scores)).argmax(-1)
-        row, token = may.nonzero(as_tuple=True)
-        counters = self._counters(streams).to(scores.device)
-        drawn = torch.full_like(scores, -torch.inf)
-        drawn[row, token] = scores[row, token] + torch_gumbel.noise_at(self._seed, counters[row], token)
-        return drawn.argmax(-1)
-
-    def _all(self, streams: Tensor, like: Tensor) -> Tensor:
-        """The noise of all tokens, made once for all points: stream by stream, which stays in a core's cache."""
-        width = like.shape[-1]
-        for stream in streams.tolist():
-            if stream not in self._dense or self._dense[stream].shape[-1] < width:
-                counters = self._counters(torch.tensor([stream])).to(like.device)
-                self._dense[stream] = torch_gumbel.noise(self._seed, counters, width)[0]
-        return torch.stack([self._dense[stream][:width] for stream in streams.tolist()])
-
-    def _counters(self, streams: Tensor) -> Tensor:
-        return torch.nn.functional.pad(self._streams[streams], (1, 0), value=self._position)
+    def of(self, streams: Tensor, device: torch.device) -> Tensor:
+        """Return seed, prompt, sample and position of streams (n,), (n, 4) int64."""
+        return self._noise[streams].to(device)
 
 
 class Processors:
@@ -83,6 +61,9 @@ class Processors:
             if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor)
         ]
 
+    def __bool__(self) -> bool:
+        return bool(self._processors)
+
     def __call__(self, ids: Tensor, scores: Tensor, prompts: Tensor) -> Tensor:
         """Return the scores (rows, V) of rows with texts `ids` (rows, positions), which are of `prompts` (rows,)."""
         for processor, lengths in self._padding:
@@ -91,47 +72,62 @@ class Processors:
         return processed
 
 
+_SCORES = Combination((1.0,), (0.0,))  # processed scores stand for themselves
+_MOST = 64  # rows of scores that processors are given at once: bounds memory, and what leaves a core's cache
+
+
 class Chooser:
     """Greedy decoding, or sampling where `noise` is given, of all tracks."""
 
-    def __init__(self, points: Sequence[RulePoints], processors: Processors, noise: Noise | None) -> None:
-        self._points = [
-            (index, of_rule, alpha)
-            for of_rule in points
-            for index, alpha in zip(of_rule.indices, of_rule.alphas, strict=True)
-        ]
-        self._points.sort(key=lambda point: point[0])  # as the tracks are
+    def __init__(self, grid: Grid, processors: Processors, noise: Noise | None) -> None:
+        self._grid = grid
         self._processors = processors
         self._noise = noise
+        self._scores = Weights.of((_SCORES, 0.0), device=grid.weights.table.device)
 
     def choose(self, logits: Mapping[str, Tensor], ids: Tensor, tracks: Tracks) -> Tensor:
         """Return the next token of each track, (points, streams) int64 on the CPU; ENDED where it has none.
 
-        `logits` (rows, V_member) by role, `ids` (rows, positions).
+        `logits` (rows, V_member) by role, `ids` (rows, positions). Without processors, one launch chooses all tokens.
         """
         if self._noise is not None:
             self._noise.next_position()
         runs = tracks.row_of != ENDED
-        chosen = [
-            self._choose_at(point, of_rule, alpha, logits, ids, tracks)
-            for point, of_rule, alpha in self._points
-            if runs[point].any()
-        ]
+        points, streams = runs.nonzero().unbind(-1)
+        rows = tracks.row_of[runs]
+        ordered = self._grid.ordered(logits)
+        if self._processors:
+            chosen = self._choose_processed(ordered, ids, points, streams, rows, tracks)
+        else:
+            chosen = self._choose_among(ordered, self._weights(points), rows, streams)
         tokens = torch.full_like(tracks.row_of, ENDED)
-        tokens[runs] = torch.cat(chosen).cpu()
+        tokens[runs] = chosen.cpu()
         return tokens
 
-    def _choose_at(
-        self, point: int, of_rule: RulePoints, alpha: float, logits: Mapping[str, Tensor], ids: Tensor, tracks: Tracks
+    def _weights(self, points: Tensor) -> Weights:
+        table = self._grid.weights.table
+        return self._grid.weights.replace_table(table[points.to(table.device)])
+
+    def _choose_among(self, logits: list[Tensor], weights: Weights, rows: Tensor, streams: Tensor) -> Tensor:
+        """The tokens of outputs that read `rows`, each with the noise of its stream."""
+        device = logits[0].device
+        noise = None if self._noise is None else self._noise.of(streams, device)
+        tokens = combine_sample(logits, weights, rows.to(device, torch.int32), noise=noise).tokens
+        return tokens.clamp_(min=0)  # where processors forbid everything transformers takes the first token, too
+
+    def _choose_processed(
+        self, logits: list[Tensor], ids: Tensor, points: Tensor, streams: Tensor, rows: Tensor, tracks: Tracks
     ) -> Tensor:
-        """The tokens of one point for its running streams."""
-        streams = (tracks.row_of[point] != ENDED).nonzero().flatten()
-        rows, inverse = torch.unique(tracks.row_of[point, streams], return_inverse=True)
-        prompts = torch.empty_like(rows).scatter_(0, inverse, tracks.prompt_of[streams])
-        here: Tensor | slice = slice(None) if rows.shape[0] == ids.shape[0] else rows.to(ids.device)  # a view of all
-        z = combine([logits[role][here] for role in of_rule.roles], of_rule.how, alpha)
-        scores = self._processors(ids[here], z, prompts)
-        inverse = inverse.to(scores.device)
-        if self._noise is None:
-            return scores.argmax(-1)[inverse]
-        return self._noise.choose(scores[inverse], streams)
+        """The same by way of scores, which are made and processed once for the tracks of a point on one row."""
+        pairs, which = torch.unique(torch.stack([points, rows], dim=-1), dim=0, return_inverse=True)
+        prompts = torch.empty(pairs.shape[0], dtype=torch.int64).scatter_(0, which, tracks.prompt_of[streams])
+        chosen = torch.empty_like(rows)
+        for start in range(0, pairs.shape[0], _MOST):
+            here = slice(start, start + _MOST)
+            of_point, of_row = pairs[here].unbind(-1)
+            z = combine(logits, self._weights(of_point), of_row.to(ids.device, torch.int32))
+            scores = self._processors(ids[of_row.to(ids.device)], z, prompts[here])
+            inside = ((which >= start) & (which < start + _MOST)).nonzero().squeeze(-1)
+            found = self._choose_among([scores.float()], self._scores, which[inside] - start, streams[inside])
+            chosen[inside] = found.cpu()
+        return chosen

@@ -20,7 +20,7 @@ from ensembler_kernels import Combination, combine
 from torch import Tensor, nn
 
 from ensembler.errors import ConfigError
-from ensembler.modeling import EnsembleForCausalLM
+from ensembler.modeling import EnsembleForCausalLM, weights_for
 from ensembler.rules import Rule
 from ensembler.runners import Forward, Group
 
@@ -43,7 +43,8 @@ class DraftForward:
 
         Ids that the draft lacks are forbidden: another width than the ensemble's is cut or filled up.
         """
-        scores = combine([logits[role].to(device) for role in self.roles], self.how, alpha)
+        ordered = [logits[role].to(device) for role in self.roles]
+        scores = combine(ordered, weights_for(self.how, alpha, ordered[0]))
         return torch.nn.functional.pad(scores, (0, width - scores.shape[-1]), value=-torch.inf)
 
 

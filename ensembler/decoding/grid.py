@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from ensembler.decoding.choosing import NOT_BY_ROW, Chooser, Noise, Processors
-from ensembler.decoding.points import GridPoint, points_by_rule
+from ensembler.decoding.points import Grid, GridPoint
 from ensembler.decoding.rows import Rows
 from ensembler.decoding.tracks import Tracks
 from ensembler.errors import ConfigError
@@ -66,14 +66,14 @@ class GridDecoder:
     ) -> GridOutput:
         """Decode; called by `generate`. Raises ConfigError or InputError for beams and for caches that cannot split."""
         _check(generation_config, logits_processor)
-        points = points_by_rule(self.points, model.rule, model.contract, model.config.outside)
+        grid = Grid.of(self.points, model.rule, model.contract, model.config.outside).on(model.device)
         num_samples = generation_config.num_return_sequences or 1
         first = slice(None, None, num_samples)  # transformers repeats each prompt for its samples
         rows = Rows(input_ids[first], model_kwargs, first)
         num_prompts = rows.ids.shape[0]
         tracks = Tracks(len(self.points), num_prompts, num_samples)
         noise = self._noise(num_prompts, num_samples) if generation_config.do_sample else None
-        chooser = Chooser(points, Processors(logits_processor, first), noise)
+        chooser = Chooser(grid, Processors(logits_processor, first), noise)
         complete: list[tuple[Tensor, Tensor]] = []
         rows_per_step = []
         while tracks.num_rows:

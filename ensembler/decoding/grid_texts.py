@@ -11,7 +11,7 @@ import torch
 
 from ensembler.decoding.batches import end_ids, ends_only, make_batches, pad_id, pad_left, room_for
 from ensembler.decoding.grid import GridDecoder
-from ensembler.decoding.points import GridPoint, points_by_rule
+from ensembler.decoding.points import Grid, GridPoint
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import Sample, make_sample, stopping_criteria
 from ensembler.decoding.texts import DecodingOptions
@@ -60,7 +60,7 @@ def complete_grid(
     are not run. Raises ConfigError for points that do not fit the model, and for beams.
     """
     # What is wrong with the points should be said before any prompt is run.
-    points_by_rule(points, model.rule, model.contract, model.config.outside)
+    Grid.of(points, model.rule, model.contract, model.config.outside)
     if options.num_beams > 1:
         raise ConfigError(f"num_beams is {options.num_beams}; a grid is decoded without beams: leave it at 1")
     seed = int(torch.randint(2**63 - 1, ())) if options.seed is None else options.seed

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
 
-from ensembler_kernels import Combination
+import torch
+from ensembler_kernels import Weights, combine
+from torch import Tensor
 
 from ensembler.errors import ConfigError
 from ensembler.modeling import make_combination
@@ -24,44 +27,59 @@ class GridPoint:
     alpha: float
 
 
-@dataclass(frozen=True)
-class RulePoints:
-    """The points of one rule: the logits of `roles`, in this order, are combined by `how` at each of `alphas`.
-
-    `indices`: where the points stand in the grid.
-    """
-
-    roles: tuple[str, ...]
-    how: Combination
-    alphas: tuple[float, ...]
-    indices: tuple[int, ...]
-
-
 def make_grid(rules: Sequence[str], alphas: Sequence[float]) -> list[GridPoint]:
     """Return every rule at every α, the points of a rule one behind the other."""
     return [GridPoint(rule, alpha) for rule in rules for alpha in alphas]
 
 
-def points_by_rule(
-    grid: Sequence[GridPoint], own: Rule, contract: VocabularyContract, outside: str
-) -> list[RulePoints]:
-    """Return the points of each rule together; `own` is the ensemble's rule, taken as it is, with its numbers.
+@dataclass(frozen=True)
+class Grid:
+    """Points with their weights: `roles` are the members in the order in which the weights take their logits."""
 
-    Raises ConfigError for no point, a point that is there twice, an unknown rule, one for other roles than the
-    ensemble's, and for an α that the rule does not take.
-    """
-    if not grid:
-        raise ConfigError("the grid is empty; give it at least one rule and one alpha")
-    twice = next((point for index, point in enumerate(grid) if point in grid[:index]), None)
-    if twice is not None:
-        raise ConfigError(f"{twice.rule} at alpha {twice.alpha:g} is in the grid twice; leave one out")
-    found = []
-    for name in dict.fromkeys(point.rule for point in grid):
-        rule = _find(name, own)
-        indices = tuple(index for index, point in enumerate(grid) if point.rule == name)
-        alphas = tuple(rule.check_alpha(grid[index].alpha) for index in indices)
-        found.append(RulePoints(rule.roles, make_combination(rule, contract, outside), alphas, indices))
-    return found
+    points: tuple[GridPoint, ...]
+    roles: tuple[str, ...]
+    weights: Weights
+
+    @classmethod
+    def of(cls, points: Sequence[GridPoint], own: Rule, contract: VocabularyContract, outside: str) -> Grid:
+        """Return the grid of `points`; `own` is the ensemble's rule, taken as it is, with its numbers.
+
+        Raises ConfigError for no point, a point that is there twice, an unknown rule, one for other roles than the
+        ensemble's, and for an α that the rule does not take.
+        """
+        if not points:
+            raise ConfigError("the grid is empty; give it at least one rule and one alpha")
+        twice = next((point for index, point in enumerate(points) if point in points[:index]), None)
+        if twice is not None:
+            raise ConfigError(f"{twice.rule} at alpha {twice.alpha:g} is in the grid twice; leave one out")
+        numbers = []
+        for name, run in groupby(points, key=lambda point: point.rule):
+            rule = _find(name, own)
+            alphas = [rule.check_alpha(point.alpha) for point in run]
+            numbers.append((make_combination(rule, contract, outside, own.roles), alphas))
+        return cls(tuple(points), own.roles, Weights.of(*numbers))
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def on(self, device: torch.device) -> Grid:
+        """Return the same grid for logits on a device."""
+        return self if self.weights.table.device == device else replace(self, weights=self.weights.to(device))
+
+    def ordered(self, logits: Mapping[str, Tensor]) -> list[Tensor]:
+        """Return the logits of all members, by role, in the order that the weights take."""
+        return [logits[role] for role in self.roles]
+
+    def combine(self, logits: Mapping[str, Tensor]) -> Tensor:
+        """Return combined logits (points, rows, V) fp32 at all points, in one launch.
+
+        `logits` (rows, V_member) by role. Each is the arithmetic of the ensemble at that point alone, bit for bit.
+        """
+        ordered = self.ordered(logits)
+        num = ordered[0].shape[0]
+        rows = torch.arange(num, dtype=torch.int32, device=ordered[0].device).repeat(len(self))
+        combined = combine(ordered, self.weights.replace_table(self.weights.table.repeat_interleave(num, 0)), rows)
+        return combined.view(len(self), num, -1)
 
 
 def _find(name: str, own: Rule) -> Rule:

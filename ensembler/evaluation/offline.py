@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ensembler.cache import EnsembleCache
-from ensembler.decoding.points import GridPoint, points_by_rule
+from ensembler.decoding.points import Grid, GridPoint
 from ensembler.errors import ConfigError, OutputError
 from ensembler.evaluation.batches import Batch
 from ensembler.evaluation.logits_folder import LogitsFolder
@@ -88,7 +88,8 @@ class OfflineScoring:
         MemberError; what was computed until then stays for a run that goes on.
         """
         config, contract = self._checked.config, self._checked.contract
-        points = points_by_rule(grid, config.get_rule(), contract, config.outside)
+        device = torch.device(config.members[config.get_rule().anchor].device)
+        points = Grid.of(grid, config.get_rule(), contract, config.outside).on(device)
         self._folder.open()
         for group in self._groups:
             if self._missing(group):
@@ -96,7 +97,6 @@ class OfflineScoring:
                 _free()
             else:
                 advance(sum(map(self._num_wanted, self._batches)))
-        device = torch.device(config.members[config.get_rule().anchor].device)
         for batch in self._batches:
             results = ((one, self._read(one, device)) for one in batch.all_passes)
             yield score_batch(batch, results, points, done=self._done)

@@ -10,18 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ensembler_kernels import combine_logprob
+from ensembler_kernels import check_scored, combine_logprob
 from torch import Tensor
 
 from ensembler.config import EnsembleConfig
-from ensembler.decoding.points import GridPoint, RulePoints, points_by_rule
+from ensembler.decoding.points import Grid, GridPoint
 from ensembler.errors import RunError
 from ensembler.evaluation.batches import Batch
 from ensembler.evaluation.passes import Pass, run_pass
 from ensembler.evaluation.requests import ScoringRequest
 from ensembler.modeling import EnsembleForCausalLM
-
-_BLOCK = 256  # tokens that are combined at once: bounds the copies of logits that choices share
 
 Logits = Mapping[str, Tensor]
 """For a pass, the needed logits (num_needed, V_member) of every member by role, on one device."""
@@ -125,7 +123,7 @@ def score_together(
     Requests whose numbers are in `done` are left out, and batches of them alone are not run. Raises ConfigError for a
     rule of other roles than the members', and RunError.
     """
-    points = points_by_rule(grid, model.rule, model.contract, model.config.outside)
+    points = Grid.of(grid, model.rule, model.contract, model.config.outside).on(model.device)
     for batch in unfinished(batches, done):
         yield score_batch(batch, _run_batch(model, batch), points, done=done)
 
@@ -145,7 +143,7 @@ def unfinished(batches: Sequence[Batch], done: frozenset[int]) -> list[Batch]:
 def score_batch(
     batch: Batch,
     results: Iterable[tuple[Pass, Logits]],
-    points: Sequence[RulePoints],
+    points: Grid,
     *,
     done: frozenset[int] = frozenset(),
 ) -> list[ScoredRequest]:
@@ -154,9 +152,8 @@ def score_batch(
     `results`: its passes with their logits. Raises RunError where the ensemble leaves no token possible.
     """
     lengths = [len(ids) for request in batch.requests for ids in request.continuations]
-    num_points = sum(len(of_rule.indices) for of_rule in points)
-    logprobs = torch.zeros(num_points, sum(lengths), dtype=torch.float64)
-    greedy = torch.zeros(num_points, sum(lengths), dtype=torch.bool)
+    logprobs = torch.zeros(len(points), sum(lengths), dtype=torch.float64)
+    greedy = torch.zeros(len(points), sum(lengths), dtype=torch.bool)
     for one, logits in results:
         try:
             _score_tokens(one, logits, points, logprobs, greedy)
@@ -176,28 +173,13 @@ def _score(logprobs: Tensor, greedy: Tensor) -> Score:
     )
 
 
-def _score_tokens(one: Pass, logits: Logits, points: Sequence[RulePoints], logprobs: Tensor, greedy: Tensor) -> None:
-    """Write the log-probs and greedy flags of the tokens of a pass to their slots, (num_points, slots) on the CPU."""
-    device = next(iter(logits.values())).device
-    blocks = (torch.split(indices, _BLOCK) for indices in (one.tokens, one.needed, one.slots))
-    for tokens, needed, slots in zip(*blocks, strict=True):
-        here = {role: _rows(values, needed) for role, values in logits.items()}
-        for of_rule in points:
-            found = _known(of_rule, [here[role] for role in of_rule.roles], tokens.to(device))
-            for table, values in zip((logprobs, greedy), found, strict=True):
-                table[torch.tensor(of_rule.indices)[:, None], slots] = values.cpu().to(table.dtype)
-
-
-def _rows(values: Tensor, needed: Tensor) -> Tensor:
-    """Rows of logits, without a copy where they are those of a stretch."""
-    first, num = int(needed[0]), len(needed)
-    if torch.equal(needed, torch.arange(first, first + num)):
-        return values[first : first + num]
-    return values[needed.to(values.device)]
-
-
-def _known(of_rule: RulePoints, logits: Sequence[Tensor], tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs and greedy flags, (K, tokens); a token beyond the anchor's vocabulary is impossible."""
-    inside = tokens < logits[0].shape[-1]
-    logprobs, greedy = combine_logprob(logits, of_rule.how, of_rule.alphas, tokens.where(inside, 0))
-    return logprobs.where(inside, -math.inf), greedy & inside
+def _score_tokens(one: Pass, logits: Logits, points: Grid, logprobs: Tensor, greedy: Tensor) -> None:
+    """Write the log-probs and greedy flags of the tokens of a pass to their slots, (points, slots) on the CPU."""
+    ordered = points.ordered(logits)
+    device = ordered[0].device
+    tokens = one.tokens.to(device)
+    inside = tokens < points.weights.width([z.shape[-1] for z in ordered])  # a token beyond that is impossible
+    scored = combine_logprob(ordered, points.weights, tokens.where(inside, 0), one.needed.to(device))
+    check_scored(scored, points.weights.alphas)
+    logprobs[:, one.slots] = scored.logprobs.where(inside, -math.inf).double().cpu()
+    greedy[:, one.slots] = (scored.greedy & inside).cpu()

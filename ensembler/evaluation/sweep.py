@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
-from ensembler.decoding.points import GridPoint, make_grid, points_by_rule
+from ensembler.decoding.points import Grid, GridPoint, make_grid
 from ensembler.errors import ConfigError
 from ensembler.evaluation.answering import Answered, Chunk, ScoringChunk, make_chunks
 from ensembler.evaluation.backends import Backend, open_backend
@@ -85,8 +85,8 @@ class Sweep:
         ones = make_grid(options.rules, [1.0])
         # Member logits depend on no point: those that are compared cost nothing beside those that were asked for.
         self.grid = list(dict.fromkeys([*self.points, *ones, *self.levels.values()]))
-        points_by_rule(self.points, self.rule, checked.contract, checked.config.outside)  # raises for duplicates
-        points_by_rule(self.grid, self.rule, checked.contract, checked.config.outside)
+        Grid.of(self.points, self.rule, checked.contract, checked.config.outside)  # raises for duplicates
+        Grid.of(self.grid, self.rule, checked.contract, checked.config.outside)
         self.tasks = [self._plan(task) for task in tasks]
         self._asked = {asked.example.id: asked for task in self.tasks for asked in ask(task)}
         options.backend.check(checked)

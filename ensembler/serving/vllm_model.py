@@ -17,7 +17,7 @@ from torch.nn.functional import pad
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import maybe_prefix
 
-from ensembler.decoding.points import GridPoint, points_by_rule
+from ensembler.decoding.points import Grid, GridPoint
 from ensembler.errors import InputError
 from ensembler.patch.plan import Plan
 from ensembler.runners import make_reader
@@ -60,7 +60,7 @@ class EnsembleForCausalLM(nn.Module):
 
         What is cached stays right: the members' keys and values depend on neither.
         """
-        (self._point,) = points_by_rule([point], self.rule, self._contract, self._outside)
+        self._grid = Grid.of([point], self.rule, self._contract, self._outside)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Refused: each member embeds tokens by itself. vLLM takes no class without this method for a model."""
@@ -102,8 +102,8 @@ class EnsembleForCausalLM(nn.Module):
         }
         if any(one is None for one in logits.values()):
             return None
-        point = self._point
-        combined = combine([logits[role] for role in point.roles], point.how, point.alphas[0])
+        self._grid = self._grid.on(hidden_states.device)
+        combined = combine(self._grid.ordered(logits), self._grid.weights)
         # Another rule's anchor may be narrower; vLLM looks up tokens by the vocabulary of the configuration.
         missing = self._vocab_size - combined.shape[-1]
         return pad(combined, (0, missing), value=-torch.inf) if missing > 0 else combined

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from ensembler import folder as folders
 from ensembler.config import IMAGES, EnsembleConfig, MemberConfig
 from ensembler.errors import InputError
-from ensembler.modeling import make_combination
+from ensembler.modeling import make_combination, weights_for
 from ensembler.runners import check_nan
 from ensembler.vision.loading import load_towers
 from ensembler.vision.preflight import CheckedImages, check_images
@@ -185,7 +185,7 @@ class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unus
         `alpha`: a number, or one for each row; the ensemble's, if it is not given.
         """
         ordered = [logits[role].to(self.device) for role in self.rule.roles]
-        return combine(ordered, self.combination, self.alpha if alpha is None else alpha)
+        return combine(ordered, weights_for(self.combination, self.alpha if alpha is None else alpha, ordered[0]))
 
 
 _OPTIONS_OF_AUTO = {"_from_auto", "_commit_hash", "adapter_kwargs", *folders.HUB_OPTIONS}

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ensembler.decoding.points import GridPoint, points_by_rule
+from ensembler.decoding.points import Grid, GridPoint
 from ensembler.errors import ConfigError
 from ensembler.evaluation.answering import Answered
 from ensembler.evaluation.examples import Answer, Example
@@ -22,7 +22,6 @@ from ensembler.evaluation.sweep import Sweep, SweepOptions
 from ensembler.evaluation.sweep_tasks import SweepTask, by_split
 from ensembler.evaluation.swept_task import SweptTask
 from ensembler.serving.choice import TRANSFORMERS
-from ensembler.vision.grid import combine_points
 from ensembler.vision.images import open_image
 from ensembler.vision.loader import ahead
 from ensembler.vision.modeling import EnsembleForImageClassification
@@ -55,12 +54,10 @@ class ImageChunk:
     ) -> list[Answered]:
         """Return [the most probable classes, (log-prob of the right one, whether it is first)] at every point."""
         targets = torch.tensor([model.classes.index(str(example.gold)) for example in self.examples])
-        points = points_by_rule(grid, model.rule, model.contract, model.config.outside)
+        points = Grid.of(grid, model.rule, model.contract, model.config.outside).on(model.device)
         logits = model.member_logits(prepared)
-        by_point: dict[int, list[list[Answer]]] = {}
-        for of_rule in points:
-            combined = combine_points({role: values.to(model.device) for role, values in logits.items()}, of_rule)
-            by_point |= dict(zip(of_rule.indices, _answers(model, combined.cpu(), targets), strict=True))
+        combined = points.combine({role: values.to(model.device) for role, values in logits.items()})
+        by_point = _answers(model, combined.cpu(), targets)
         return [
             Answered(example, tuple(by_point[index][row] for index in range(len(grid))))
             for row, example in enumerate(self.examples)

@@ -5,183 +5,211 @@ An eager call without gradients goes straight to the implementation; an op costs
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ensembler_kernels import implementations, reference
-from ensembler_kernels.checks import check_range, check_sampled, check_scored
-from ensembler_kernels.combination import Combination
-
-_Pair = Callable[..., tuple[Tensor, Tensor]]
+from ensembler_kernels.results import Sampled, Scored
+from ensembler_kernels.weights import Run, Weights
 
 
-def combine(logits: list[Tensor], how: Combination, alpha: Tensor, impl: str | None) -> Tensor:
-    """`reference.combine` on checked arguments: `alpha` fp32 (rows,)."""
-    if _is_traced(*logits, alpha):
-        result: Tensor = _combine(logits, alpha, *_flat(how), impl)
+def combine(logits: Sequence[Tensor], weights: Weights, rows: Tensor | None, impl: str | None) -> Tensor:
+    """`reference.combine` on checked arguments; of the anchor's leading shape where every row is an output."""
+    if _is_traced(logits, weights):
+        z: Tensor = _combine(list(logits), weights.table, rows, *_flat(weights), impl)
     else:
-        result = implementations.load(implementations.chosen(impl, alpha.device)).combine(logits, how, alpha)
-    return result
+        z = implementations.chosen(impl, logits[0].device).combine(logits, weights, rows)
+    return z if rows is not None or logits[0].dim() == 2 else z.view(*logits[0].shape[:-1], z.shape[-1])
 
 
 def combine_sample(
-    logits: list[Tensor], how: Combination, alpha: Tensor, temperature: Tensor, seed: Tensor, impl: str | None
-) -> tuple[Tensor, Tensor]:
-    """`reference.combine_sample` on checked arguments; raises ValueError for a row without a token."""
-    call: _Pair = _combine_sample if torch.compiler.is_compiling() else _combine_sample_now
-    return call([z.detach() for z in logits], alpha.detach(), temperature, seed, *_flat(how), impl)
+    logits: Sequence[Tensor],
+    weights: Weights,
+    rows: Tensor | None,
+    temperature: Tensor | None,
+    noise: Tensor | None,
+    impl: str | None,
+) -> Sampled:
+    """`reference.combine_sample` on checked arguments."""
+    if torch.compiler.is_compiling():
+        return Sampled(
+            *_sample([z.detach() for z in logits], weights.table.detach(), rows, temperature, noise,
+                     *_flat(weights), impl)
+        )  # fmt: skip
+    sampled: Sampled = implementations.chosen(impl, logits[0].device).combine_sample(
+        logits, weights, rows, temperature, noise
+    )
+    return sampled
 
 
 def combine_logprob(
-    logits: list[Tensor], how: Combination, alphas: Tensor, targets: Tensor, impl: str | None
-) -> tuple[Tensor, Tensor]:
-    """`reference.combine_logprob` on checked arguments; raises ValueError for a row without log-prob."""
-    call: _Pair = _combine_logprob if _is_traced(*logits, alphas) else _combine_logprob_now
-    return call(logits, alphas, targets, *_flat(how), impl)
+    logits: Sequence[Tensor], weights: Weights, targets: Tensor, rows: Tensor | None, log_z: bool, impl: str | None
+) -> Scored:
+    """`reference.combine_logprob` on checked arguments."""
+    if not _is_traced(logits, weights):
+        module = implementations.chosen(impl, logits[0].device)
+        scored: Scored = module.combine_logprob(logits, weights, targets, rows, log_z)
+        return scored
+    logprobs, greedy, totals = _logprob(list(logits), weights.table, rows, targets, log_z, *_flat(weights), impl)
+    return Scored(logprobs, greedy, totals if log_z else None)
 
 
-def _is_traced(*tensors: Tensor) -> bool:
-    return torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+def _is_traced(logits: Sequence[Tensor], weights: Weights) -> bool:
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and (weights.table.requires_grad or any(z.requires_grad for z in logits))
 
 
-def _flat(how: Combination) -> tuple[Any, ...]:
-    """The fields of `how` as an op's schema takes them; `_how` is the inverse."""
-    return (how.constant, how.slope, how.shared, how.neutral, how.raw, how.cutoff)
+def _flat(weights: Weights) -> tuple[Any, ...]:
+    """The fields of `weights` but for the table, as an op's schema takes them; `_weights` is the inverse."""
+    runs = [float(number) for run in weights.runs for number in (run.first, run.count, run.step)]
+    return (weights.shared, weights.neutral, list(weights.raw), list(weights.anchors), weights.cuts, runs)
 
 
-def _how(
-    constant: Sequence[float],
-    slope: Sequence[float],
+def _weights(
+    table: Tensor,
     shared: int | None,
     neutral: bool,
-    raw: Sequence[bool] | None,
-    cutoff: float | None,
-) -> Combination:
-    return Combination(tuple(constant), tuple(slope), shared, neutral, None if raw is None else tuple(raw), cutoff)
+    raw: Sequence[bool],
+    anchors: Sequence[int],
+    cuts: bool,
+    runs: Sequence[float],
+) -> Weights:
+    parts = zip(runs[::3], runs[1::3], runs[2::3], strict=True)
+    kept = tuple(Run(int(first), int(count), step) for first, count, step in parts)
+    return Weights(table, len(raw), shared, neutral, tuple(raw), tuple(anchors), cuts, kept)
 
 
 @torch.library.custom_op("ensembler::combine", mutates_args=())
 def _combine(
     logits: Sequence[Tensor],
-    alpha: Tensor,
-    constant: Sequence[float],
-    slope: Sequence[float],
+    table: Tensor,
+    rows: Tensor | None,
     shared: int | None,
     neutral: bool,
-    raw: Sequence[bool] | None,
-    cutoff: float | None,
+    raw: Sequence[bool],
+    anchors: Sequence[int],
+    cuts: bool,
+    runs: Sequence[float],
     impl: str | None,
 ) -> Tensor:
-    module = implementations.load(implementations.chosen(impl, alpha.device))
-    result: Tensor = module.combine(logits, _how(constant, slope, shared, neutral, raw, cutoff), alpha)
-    return result
+    weights = _weights(table, shared, neutral, raw, anchors, cuts, runs)
+    z: Tensor = implementations.chosen(impl, table.device).combine(logits, weights, rows)
+    return z
 
 
-@_combine.register_fake
-def _(logits: Sequence[Tensor], alpha: Tensor, *numbers: Any) -> Tensor:
-    return torch.empty(logits[0].shape, dtype=torch.float32, device=logits[0].device)
-
-
-def _combine_sample_now(
+@torch.library.custom_op("ensembler::combine_sample", mutates_args=())
+def _sample(
     logits: Sequence[Tensor],
-    alpha: Tensor,
-    temperature: Tensor,
-    seed: Tensor,
-    constant: Sequence[float],
-    slope: Sequence[float],
+    table: Tensor,
+    rows: Tensor | None,
+    temperature: Tensor | None,
+    noise: Tensor | None,
     shared: int | None,
     neutral: bool,
-    raw: Sequence[bool] | None,
-    cutoff: float | None,
+    raw: Sequence[bool],
+    anchors: Sequence[int],
+    cuts: bool,
+    runs: Sequence[float],
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
-    module = implementations.load(implementations.chosen(impl, alpha.device))
-    how = _how(constant, slope, shared, neutral, raw, cutoff)
-    tokens, logprobs = module.combine_sample(logits, how, alpha, temperature, seed)
-    check_sampled(tokens, logprobs)
+    weights = _weights(table, shared, neutral, raw, anchors, cuts, runs)
+    tokens, logprobs = implementations.chosen(impl, table.device).combine_sample(
+        logits, weights, rows, temperature, noise
+    )
     return tokens, logprobs
 
 
-_combine_sample = torch.library.custom_op("ensembler::combine_sample", _combine_sample_now, mutates_args=())
-
-
-@_combine_sample.register_fake
-def _(logits: Sequence[Tensor], alpha: Tensor, *numbers: Any) -> tuple[Tensor, Tensor]:
-    rows, device = logits[0].shape[0], logits[0].device
-    return torch.empty(rows, dtype=torch.int64, device=device), torch.empty(rows, dtype=torch.float32, device=device)
-
-
-def _combine_logprob_now(
+@torch.library.custom_op("ensembler::combine_logprob", mutates_args=())
+def _logprob(
     logits: Sequence[Tensor],
-    alphas: Tensor,
+    table: Tensor,
+    rows: Tensor | None,
     targets: Tensor,
-    constant: Sequence[float],
-    slope: Sequence[float],
+    log_z: bool,
     shared: int | None,
     neutral: bool,
-    raw: Sequence[bool] | None,
-    cutoff: float | None,
+    raw: Sequence[bool],
+    anchors: Sequence[int],
+    cuts: bool,
+    runs: Sequence[float],
     impl: str | None,
-) -> tuple[Tensor, Tensor]:
-    check_range(targets, logits[0].shape[-1])
-    module = implementations.load(implementations.chosen(impl, alphas.device))
-    how = _how(constant, slope, shared, neutral, raw, cutoff)
-    logprobs, greedy = module.combine_logprob(logits, how, alphas, targets)
-    check_scored(logprobs, alphas)
-    return logprobs, greedy
+) -> tuple[Tensor, Tensor, Tensor]:
+    weights = _weights(table, shared, neutral, raw, anchors, cuts, runs)
+    module = implementations.chosen(impl, table.device)
+    logprobs, greedy, totals = module.combine_logprob(logits, weights, targets, rows, log_z)
+    return logprobs, greedy, torch.empty_like(logprobs[:0]) if totals is None else totals
 
 
-_combine_logprob = torch.library.custom_op("ensembler::combine_logprob", _combine_logprob_now, mutates_args=())
+def _num_outputs(logits: Sequence[Tensor], rows: Tensor | None) -> int:
+    return logits[0].numel() // logits[0].shape[-1] if rows is None else rows.shape[0]
 
 
-@_combine_logprob.register_fake
-def _(logits: Sequence[Tensor], alphas: Tensor, targets: Tensor, *numbers: Any) -> tuple[Tensor, Tensor]:
-    shape, device = (alphas.shape[0], targets.shape[0]), logits[0].device
-    return torch.empty(shape, dtype=torch.float32, device=device), torch.empty(shape, dtype=torch.bool, device=device)
+@_combine.register_fake
+def _(logits: Sequence[Tensor], table: Tensor, rows: Tensor | None, *numbers: Any) -> Tensor:
+    width = _weights(table, *numbers[:-1]).width([z.shape[-1] for z in logits])
+    return table.new_empty((_num_outputs(logits, rows), width))
+
+
+@_sample.register_fake
+def _(logits: Sequence[Tensor], table: Tensor, rows: Tensor | None, *others: Any) -> tuple[Tensor, Tensor]:
+    outputs = _num_outputs(logits, rows)
+    return table.new_empty(outputs, dtype=torch.int64), table.new_empty(outputs)
+
+
+@_logprob.register_fake
+def _(
+    logits: Sequence[Tensor], table: Tensor, rows: Tensor | None, targets: Tensor, log_z: bool, *numbers: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    shape = (table.shape[0], targets.shape[0])
+    totals = table.new_empty(shape if log_z else (0, targets.shape[0]))
+    return table.new_empty(shape), table.new_empty(shape, dtype=torch.bool), totals
 
 
 # -- gradients: the reference is run again and differentiated, so that forward keeps nothing but its inputs ------------
 
 
 def _keep_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, alpha, *numbers, _ = inputs
-    ctx.save_for_backward(alpha, *logits)
-    ctx.how = _how(*numbers)
+    logits, table, rows, *numbers, _ = inputs
+    ctx.save_for_backward(table, *logits)
+    ctx.rows, ctx.numbers = rows, numbers
 
 
 def _combine_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    alpha, *logits = ctx.saved_tensors
-    return _differentiated(lambda alpha, *z: reference.combine(z, ctx.how, alpha), grad, alpha, logits)
+    def combined(table: Tensor, *z: Tensor) -> list[Tensor]:
+        return [reference.combine(z, _weights(table, *ctx.numbers), ctx.rows)]
+
+    by_table, by_logits = _differentiated(combined, ctx.saved_tensors, [grad])
+    return by_logits, by_table, *[None] * 8
 
 
-def _keep_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, alphas, targets, *numbers, _ = inputs
-    ctx.save_for_backward(targets, alphas, *logits)
-    ctx.how = _how(*numbers)
+def _keep_logprob(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, table, rows, targets, log_z, *numbers, _ = inputs
+    ctx.save_for_backward(table, *logits)
+    ctx.rows, ctx.targets, ctx.log_z, ctx.numbers = rows, targets, log_z, numbers
     ctx.mark_non_differentiable(output[1])
 
 
-def _logprob_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    targets, alphas, *logits = ctx.saved_tensors
+def _logprob_backward(ctx: Any, grad: Tensor, _: Tensor | None, by_total: Tensor) -> tuple[Any, ...]:
+    def scored(table: Tensor, *z: Tensor) -> list[Tensor]:
+        found = reference.combine_logprob(z, _weights(table, *ctx.numbers), ctx.targets, ctx.rows, ctx.log_z)
+        return [found.logprobs] if found.log_z is None else [found.logprobs, found.log_z]
 
-    def scored(alphas: Tensor, *z: Tensor) -> Tensor:
-        return reference.combine_logprob(z, ctx.how, alphas, targets)[0]
-
-    by_logits, by_alphas, *rest = _differentiated(scored, grad, alphas, logits)
-    return by_logits, by_alphas, None, *rest
+    by_table, by_logits = _differentiated(scored, ctx.saved_tensors, [grad, by_total] if ctx.log_z else [grad])
+    return by_logits, by_table, *[None] * 10
 
 
-def _differentiated(function: Any, grad: Tensor, alpha: Tensor, logits: list[Tensor]) -> tuple[Any, ...]:
-    """Gradients of function(alpha, *logits), as an op returns them: for logits, for alpha, None for seven constants."""
-    inputs = [t.detach().requires_grad_() for t in (alpha, *logits)]
+def _differentiated(function: Any, saved: Sequence[Tensor], grads: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Gradients of function(table, *logits) for the table and for the logits."""
+    inputs = [t.detach().requires_grad_() for t in saved]
     with torch.enable_grad():
-        result = function(*inputs)
-        by_alpha, *by_logits = torch.autograd.grad(result, inputs, grad, allow_unused=True, materialize_grads=True)
-    return by_logits, by_alpha, *[None] * 7
+        results = function(*inputs)
+        by_table, *by_logits = torch.autograd.grad(results, inputs, grads, allow_unused=True, materialize_grads=True)
+    return by_table, by_logits
 
 
 _combine.register_autograd(_combine_backward, setup_context=_keep_combine)
-_combine_logprob.register_autograd(_logprob_backward, setup_context=_keep_logprob)
+_logprob.register_autograd(_logprob_backward, setup_context=_keep_logprob)

@@ -1,74 +1,96 @@
 """The three operations: arguments are checked, an implementation is chosen by device and availability, and called.
 
 `impl` names one of `implementations.MODULES` and always wins; None takes the fastest that can run where the logits
-are. What the operations mean is written in `reference`, what an implementation has to offer in `combination`.
+are. What the operations mean is written in `reference`, what an implementation has to offer in `implementations`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from ensembler_kernels import custom_ops
-from ensembler_kernels.checks import (
-    check_logits,
-    check_targets,
-    check_temperature,
-    checked_seed,
-    per_grid,
-    per_row,
-)
-from ensembler_kernels.combination import Combination
+from ensembler_kernels.checks import check_call, check_targets, per_output, rows_of
+from ensembler_kernels.results import Sampled, Scored
+from ensembler_kernels.weights import Weights
 
 
-def combine(logits: Sequence[Tensor], how: Combination, alpha: float | Tensor, *, impl: str | None = None) -> Tensor:
-    """Return z = Σ_i constant_i · z_i + α · Σ_i slope_i · z_i, fp32 of the anchor's shape.
+def combine(
+    logits: Sequence[Tensor], weights: Weights, rows: Tensor | None = None, *, impl: str | None = None
+) -> Tensor:
+    """Return z = Σ_i constant_i · z_i + α · Σ_i slope_i · z_i of every output, fp32, in one launch.
 
-    `logits`: (rows, V_i) or (rows, positions, V_i) per member, fp32, bf16 or fp16, any strides. `alpha`: a number, or
-    (rows,). Differentiable in logits and alpha. Raises ValueError for arguments that do not fit.
+    `logits`: (rows, V_i) or (rows, positions, V_i) per member, fp32, bf16 or fp16, any strides. `weights`: a row per
+    output, or one for all. `rows` (outputs,): the row that each output reads, in any order; None: each row one output,
+    and the result has the shape of the anchor; else (outputs, V). Differentiable in logits and weights. Raises
+    ValueError for arguments that do not fit.
     """
-    check_logits(logits, how, dims=(2, 3))
-    alpha = per_row("alpha", alpha, logits[0])
-    return custom_ops.combine(list(logits), how, alpha, impl)
+    rows = check_call(logits, weights, rows)
+    return custom_ops.combine(logits, weights, rows, impl)
 
 
 def combine_sample(
     logits: Sequence[Tensor],
-    how: Combination,
-    alpha: float | Tensor,
+    weights: Weights,
+    rows: Tensor | None = None,
     *,
-    temperature: float | Tensor,
-    seed: int | Tensor,
+    temperature: float | Tensor = 1.0,
+    noise: Tensor | None = None,
     impl: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return one token per row, drawn from softmax(z / temperature), and its log-prob, without writing z.
+) -> Sampled:
+    """Return one token per output, drawn from softmax(z / temperature), and its log-prob, without writing z.
 
-    `logits`: (rows, V_i) per member. `temperature`: a number or (rows,); 0 is greedy. A draw depends on (seed, row,
-    token id) alone, so equal seeds give equal tokens. Returns (rows,) int64 and (rows,) fp32. Raises ValueError for
-    arguments that do not fit, and for a row in which everything is −inf or that holds NaN.
+    `noise` (outputs, 4) int64: seed, prompt, sample, position (`make_noise`), on which a draw depends and on nothing
+    else; None: the most likely token. `temperature`: a number, or (outputs,); 0 is greedy. Errors are values: token −1
+    where an output has no token, log-prob NaN where it holds NaN; `check_sampled` raises for them. Raises ValueError
+    for arguments that do not fit.
     """
-    check_logits(logits, how)
-    check_temperature(temperature)
-    alpha, temperature = per_row("alpha", alpha, logits[0]), per_row("temperature", temperature, logits[0])
-    return custom_ops.combine_sample(list(logits), how, alpha, temperature, checked_seed(seed), impl)
+    rows = check_call(logits, weights, rows)
+    if noise is not None:
+        outputs = rows_of(logits) if rows is None else rows.shape[0]
+        temperature, noise = per_output(temperature, noise, outputs, logits[0].device)
+        return custom_ops.combine_sample(logits, weights, rows, temperature, noise, impl)
+    return custom_ops.combine_sample(logits, weights, rows, None, None, impl)
 
 
 def combine_logprob(
     logits: Sequence[Tensor],
-    how: Combination,
-    alphas: Sequence[float] | Tensor,
+    weights: Weights,
     targets: Tensor,
+    rows: Tensor | None = None,
     *,
+    log_z: bool = False,
     impl: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Return log softmax(z(α_k))[target] for every α of a grid, and whether the target is the argmax.
+) -> Scored:
+    """Return log softmax(z)[target] under each of K points, and whether the target is the argmax, from one read.
 
-    `logits`: (rows, V_i) per member, read once. `alphas`: (K,). `targets`: (rows,) int64. Returns (K, rows) fp32 and
-    (K, rows) bool; of equal logits the lowest id is the argmax. Log-probs are differentiable in the logits. Raises
-    ValueError for arguments that do not fit, and for a row in which everything is −inf or that holds NaN.
+    `weights`: K rows, of any rules. `targets` (n,) int64; `rows` (n,): the row that each target reads (None: each its
+    own). Returns (K, n) fp32 and bool; of equal logits the lowest id is the argmax. `log_z`: also the logarithm of
+    Σ_v Π_i p_i(v)^w_i, 0 where members agree. Log-probs are differentiable. Errors are values: NaN, for which
+    `check_scored` raises. Raises ValueError for arguments that do not fit.
     """
-    check_logits(logits, how)
-    check_targets(targets, logits[0])
-    alphas = per_grid(alphas, logits[0])
-    return custom_ops.combine_logprob(list(logits), how, alphas, targets, impl)
+    rows = check_call(logits, weights, rows, per_point=True)
+    check_targets(targets, logits, weights, rows)
+    return custom_ops.combine_logprob(logits, weights, targets, rows, log_z, impl)
+
+
+def make_noise(
+    seed: int,
+    prompts: Tensor | Sequence[int],
+    samples: Tensor | Sequence[int] | None = None,
+    positions: Tensor | Sequence[int] | None = None,
+) -> Tensor:
+    """Return the noise of outputs, (outputs, 4) int64: seed, and the numbers of prompt, sample and position (0: None).
+
+    Seeds from 2⁶³ to 2⁶⁴ keep their 64 bits. Raises ValueError for a seed of more bits.
+    """
+    if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")
+    prompts = torch.as_tensor(prompts, dtype=torch.int64)
+    others = (
+        torch.zeros_like(prompts) if one is None else torch.as_tensor(one, dtype=torch.int64, device=prompts.device)
+        for one in (samples, positions)
+    )
+    return torch.stack([torch.full_like(prompts, seed - 2**64 if seed >= 2**63 else seed), prompts, *others], dim=-1)

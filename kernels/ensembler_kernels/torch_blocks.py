@@ -1,39 +1,113 @@
-"""Blocks of rows small enough to stay in a core's cache, and the combination of one block in scratch that is reused.
+"""Blocks of outputs small enough to stay in a core's cache, and their combination in scratch that is reused.
 
 What is not finite is found from the row maximum, which is needed anyway: a sum that holds +inf or NaN is where the
-plain sum and the stated meaning may differ, and only such a row goes through the reference. −inf alone is right as is.
+plain sum and the stated meaning may differ, and only such an output goes through the reference. −inf alone is right
+as it is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ensembler_kernels import reference
-from ensembler_kernels.combination import Combination
+from ensembler_kernels.weights import Weights
 
 ELEMENTS_PER_THREAD = 1 << 16  # 256 KB of fp32: a block of two or three buffers fits the second-level cache
 ELEMENTS_ON_DEVICE = 1 << 24  # elsewhere than on a CPU, launches count and caches do not
 LANE = 128  # columns whose maximum is taken together; finding an argmax then reads one lane instead of the row
 
 
-def blocks(logits: Sequence[Tensor]) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Yield row slices and the members' rows (n, V_i) in them, n being fit for the cache."""
-    rows = logits[0].shape[0]
-    size = rows_per_block(logits[0])
-    for start in range(0, rows, size):
-        here = slice(start, min(start + size, rows))
-        yield here, [z[here] for z in logits]
+@dataclass(frozen=True)
+class RuleWeights:
+    """The numbers that outputs of one rule have in common, for members of certain widths.
+
+    `held`: ids from here on are forbidden; `normalised`: the slope of each member that is normalised first.
+    """
+
+    constant: tuple[float, ...]
+    slope: tuple[float, ...]
+    normalised: tuple[float, ...]
+    log_cutoff: float
+    shared: int
+    held: int
+    width: int
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a cut-off forbids tokens."""
+        return self.log_cutoff > -math.inf
 
 
-def rows_per_block(anchor: Tensor) -> int:
-    """The number of rows of `anchor` (rows, V) that are handled together."""
-    rows, width = anchor.shape
-    on_cpu = anchor.device.type == "cpu"
-    elements = ELEMENTS_PER_THREAD * torch.get_num_threads() if on_cpu else ELEMENTS_ON_DEVICE
+def rule_of(weights: Weights, numbers: Sequence[float], widths: Sequence[int]) -> RuleWeights:
+    """Return the numbers of one row of the table, without α, for members of these widths."""
+    num = weights.num_members
+    constant, slope = tuple(numbers[:num]), tuple(numbers[num : 2 * num])
+    normalises = weights.normalises(widths)
+    normalised = tuple(s if normalises and not is_raw else 0.0 for s, is_raw in zip(slope, weights.raw, strict=True))
+    held = min([weights.held_width(widths), *(width for width, c in zip(widths, constant, strict=True) if c)])
+    return RuleWeights(
+        constant, slope, normalised, numbers[-1], weights.shared_width(widths), held, weights.width(widths)
+    )
+
+
+def split_by_rule(weights: Weights) -> list[tuple[list[float], Tensor | None]]:
+    """Return the different rows of the table, α aside, and which outputs have each; None: all of them."""
+    table = weights.table
+    if table.shape[0] < 2:
+        return [(row, None) for row in table.tolist()]
+    rules = table.clone()
+    rules[:, -2] = 0.0
+    if (rules == rules[0]).all():
+        return [(rules[0].tolist(), None)]
+    found, which = torch.unique(rules, dim=0, return_inverse=True)
+    return [(row, (which == index).nonzero().squeeze(-1)) for index, row in enumerate(found.tolist())]
+
+
+def flatten(logits: Sequence[Tensor]) -> list[Tensor]:
+    """Return logits (rows · positions, V_i): views, but of slices that no view can flatten."""
+    return [z.reshape(-1, z.shape[-1]) if z.dim() == 3 else z for z in logits]
+
+
+def existing(indices: Tensor | None, num: int) -> tuple[Any, Tensor | None]:
+    """Return indices below `num`, 0 in place of those that are not, and which these are; None: there are none."""
+    if indices is None:
+        return None, None
+    missing = (indices < 0) | (indices >= num)
+    return (indices.masked_fill(missing, 0), missing) if missing.any() else (indices, None)
+
+
+def blocks(
+    members: Sequence[Tensor], rows: Tensor | None, outputs: Tensor | None, width: int
+) -> Iterator[tuple[slice | Tensor, list[Tensor]]]:
+    """Yield which outputs and the members' rows (n, V_i) that they read, n being fit for the cache.
+
+    `outputs` (K,): the outputs to take (None: all). Rows that follow one another are not copied.
+    """
+    if outputs is not None:
+        rows = outputs if rows is None else rows[outputs]
+    count = members[0].shape[0] if rows is None else rows.shape[0]
+    size = rows_per_block(count, width, members[0].device)
+    for start in range(0, count, size):
+        here = slice(start, min(start + size, count))
+        which = here if outputs is None else outputs[here]
+        if rows is None:
+            yield which, [z[here] for z in members]
+            continue
+        first, num = int(rows[start]), here.stop - start
+        follow = num == 1 or torch.equal(rows[here], torch.arange(first, first + num, dtype=rows.dtype))
+        index = slice(first, first + num) if follow else rows[here].long()
+        yield which, [z[index] for z in members]
+
+
+def rows_per_block(rows: int, width: int, device: torch.device) -> int:
+    """Return the number of rows of a width that are handled together."""
+    elements = ELEMENTS_PER_THREAD * torch.get_num_threads() if device.type == "cpu" else ELEMENTS_ON_DEVICE
     return max(1, min(rows, elements // width))
 
 
@@ -43,10 +117,10 @@ class Scratch:
     Columns from the width on are −inf, and whoever writes to a buffer leaves them so, or says that it does not.
     """
 
-    def __init__(self, logits: Sequence[Tensor]) -> None:
-        self.width = logits[0].shape[-1]
-        self._shape = rows_per_block(logits[0]), -(-self.width // LANE) * LANE
-        self._device = logits[0].device
+    def __init__(self, rows: int, width: int, device: torch.device) -> None:
+        self.width = width
+        self._shape = rows_per_block(rows, width, device), -(-width // LANE) * LANE
+        self._device = device
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, rows: int) -> Tensor:
@@ -57,35 +131,47 @@ class Scratch:
         return self._buffers[name][:rows]
 
 
-def fill(block: Sequence[Tensor], how: Combination, alpha: Tensor, out: Tensor, ratio: Tensor) -> None:
+def fill(block: Sequence[Tensor], rule: RuleWeights, alpha: Tensor, out: Tensor, ratio: Tensor) -> None:
     """Write the combination of a block (n, V_i) at `alpha` (n,) to `out` (n, V), fp32; `ratio` (n, >= V) is scratch.
 
     Values are those of the reference but where it forbids or replaces +inf and NaN: `mend` does that.
     """
-    shared, width, held = how.shared_width(block), block[0].shape[-1], how.held_width(block)
-    base, differs = out[:, :shared], any(how.slope)
-    anchor = block[0][:, :shared]
-    if differs and anchor.dtype == torch.float32 and how.constant[0] == 1 and not any(how.constant[1:]):
-        base = anchor  # saves a pass
-    else:
-        weighted_sum(block, how.constant, base)
-    if differs:
-        log_ratio(block, how, ratio[:, :shared])
+    shared, held = rule.shared, rule.held
+    anchor = _sole_member(block, rule.constant)
+    if anchor is None or rule.cuts or shared < held or not any(rule.slope):
+        anchor = None
+        weighted_sum(block, rule.constant, out[:, :held])
+    base = out[:, :held].clone() if rule.cuts else None
+    if any(rule.slope):
+        log_ratio(block, rule, ratio[:, :shared])
         term = ratio[:, :shared].mul_(alpha.unsqueeze(-1))  # not addcmul: the bits, and so the ties, of the reference
-        torch.add(base, term, out=out[:, :shared])
-    if shared < held:
-        weighted_sum([z[:, shared:held] for z in block], how.constant, out[:, shared:held])
-    if held < width:
-        out[:, held:width] = -math.inf
-    if how.cutoff is not None:
-        _cut(block[0], how.cutoff, alpha, out)
+        first = out[:, :shared] if anchor is None else anchor[:, :shared]  # read as it is: saves a pass
+        torch.add(first, term, out=out[:, :shared])
+    if held < out.shape[-1]:
+        out[:, held:] = -math.inf
+    if base is not None:
+        scores = base.masked_fill_(out[:, :held] == -math.inf, -math.inf)
+        scores.masked_fill_(out[:, :held].isnan(), math.nan)  # then nothing is cut, and `mend` sees the NaN
+        implausible = scores < scores.amax(-1, keepdim=True) + rule.log_cutoff
+        out[:, :held].masked_fill_(implausible & (alpha != 0).unsqueeze(-1), -math.inf)
 
 
-def mend(block: Sequence[Tensor], how: Combination, alpha: Tensor, z: Tensor, largest: Tensor) -> list[int]:
-    """Write rows of `z` (n, V) anew by the reference where `largest` (n,) is +inf or NaN; return which they are."""
-    for row in (bad := [row for row, value in enumerate(largest.tolist()) if not value < math.inf]):
-        z[row] = reference.combine([member[row : row + 1] for member in block], how, alpha[row])[0]
-    return bad
+def _sole_member(block: Sequence[Tensor], constant: Sequence[float]) -> Tensor | None:
+    """The fp32 member that the first sum consists of, or None if it is more than that."""
+    used = [(z, weight) for z, weight in zip(block, constant, strict=True) if weight]
+    return used[0][0] if len(used) == 1 and used[0][1] == 1 and used[0][0].dtype == torch.float32 else None
+
+
+def mend(block: Sequence[Tensor], weights: Weights, which: Tensor, z: Tensor, largest: Tensor) -> bool:
+    """Write outputs of `z` (n, V) anew by the reference where `largest` (n,) is +inf or NaN; return if there were any.
+
+    `which` (n,): their rows in the table.
+    """
+    bad = [output for output, value in enumerate(largest.tolist()) if not value < math.inf]
+    for output in bad:
+        here = weights.replace_table(weights.table[which[output]].unsqueeze(0))
+        z[output] = reference.combine([member[output : output + 1] for member in block], here)[0]
+    return bool(bad)
 
 
 def weighted_sum(block: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> None:
@@ -107,14 +193,12 @@ def weighted_sum(block: Sequence[Tensor], weights: Sequence[float], out: Tensor)
         out.add_(z, alpha=weight)
 
 
-def log_ratio(block: Sequence[Tensor], how: Combination, out: Tensor) -> None:
-    """Write Σ slope · z to `out` (n, shared), of normalised members where `how` asks for it."""
-    weighted_sum(block, how.slope, out)
-    if how.normalises(block):
-        shared = out.shape[-1]
-        for z, slope in zip(block, how.normalised_slope, strict=True):
-            if slope:
-                out.sub_(slope * z[:, :shared].float().logsumexp(-1, keepdim=True))
+def log_ratio(block: Sequence[Tensor], rule: RuleWeights, out: Tensor) -> None:
+    """Write Σ slope · z to `out` (n, shared), of normalised members where the rule asks for it."""
+    weighted_sum(block, rule.slope, out)
+    for z, slope in zip(block, rule.normalised, strict=True):
+        if slope:
+            out.sub_(slope * z[:, : rule.shared].float().logsumexp(-1, keepdim=True))
 
 
 def lane_maxima(z: Tensor) -> Tensor:
@@ -127,10 +211,3 @@ def argmax(z: Tensor, lanes: Tensor) -> Tensor:
     lane = lanes.argmax(-1, keepdim=True)
     inside = z.view(z.shape[0], -1, LANE).gather(1, lane.unsqueeze(-1).expand(-1, 1, LANE)).squeeze(1)
     return (lane * LANE).squeeze(-1).add_(inside.argmax(-1))
-
-
-def _cut(anchor: Tensor, cutoff: float, alpha: Tensor, z: Tensor) -> None:
-    """Forbid in `z` what `anchor` finds implausible, in rows with α ≠ 0."""
-    scores = anchor.to(torch.float32, copy=True).masked_fill_(z == -math.inf, -math.inf)
-    implausible = scores < scores.amax(-1, keepdim=True) + math.log(cutoff)
-    z.masked_fill_(implausible & (alpha != 0).unsqueeze(-1), -math.inf)

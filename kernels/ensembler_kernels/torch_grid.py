@@ -17,35 +17,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ensembler_kernels.combination import Combination
-from ensembler_kernels.torch_blocks import LANE, Scratch, argmax, lane_maxima, log_ratio, weighted_sum
+from ensembler_kernels.torch_blocks import LANE, RuleWeights, Scratch, argmax, lane_maxima, log_ratio, weighted_sum
 
-LONGEST = 32  # α in one run of the recurrence, which bounds its rounding error
 _LOG2E = math.log2(math.e)  # torch's exp2 takes a quarter of the time of its exp
 _MATTERS = -83.0  # log2 of the smallest term that counts, where the sum itself is at least 2**_SMALLEST_SUM
 _SMALLEST_SUM = -58.0
 _NORMAL = -110.0  # log2 of a term that is still far from underflow (2**-126)
 
 
-def runs(alphas: Sequence[float]) -> list[slice]:
-    """Cut a grid into runs of at most LONGEST equally spaced α; a grid that is not equally spaced is one by one."""
-    num = len(alphas)
-    step = (alphas[-1] - alphas[0]) / max(1, num - 1)
-    slack = 4 * torch.finfo(torch.float32).eps * max(abs(alpha) for alpha in alphas)
-    is_even = all(abs(alphas[0] + k * step - alpha) <= slack for k, alpha in enumerate(alphas))
-    length = LONGEST if is_even and abs(step) > 100 * slack else 1
-    return [slice(start, min(start + length, num)) for start in range(0, num, length)]
-
-
 def scored(
-    block: Sequence[Tensor], how: Combination, alphas: Tensor, targets: Tensor, scratch: Scratch
-) -> tuple[Tensor, Tensor] | None:
-    """Return log-probs (K, n) fp32 and greedy flags (K, n) of a block (n, V_i), or None where only exact will do.
+    block: Sequence[Tensor], rule: RuleWeights, alphas: Tensor, targets: Tensor, scratch: Scratch
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return log-probs, greedy flags and log Σ exp z, (K, n), of a block (n, V_i), or None where only exact will do.
 
     `alphas` (K,), K >= 2, is equally spaced. None: something is not finite, or matters and would underflow.
     """
     a, d, first, last = (scratch.take(name, targets.shape[0]) for name in ("base", "ratio", "z", "last"))
-    _split(block, how, a, d)
+    _split(block, rule, a, d)
     torch.add(a, d, alpha=float(alphas[0]), out=first)
     torch.add(a, d, alpha=float(alphas[-1]), out=last)
     lanes = lane_maxima(first), lane_maxima(last)
@@ -56,7 +44,7 @@ def scored(
 
     rise = (tops[1] - tops[0]) / (alphas.shape[0] - 1)
     chord = tops[0] + torch.arange(alphas.shape[0], device=rise.device).unsqueeze(-1) * rise.double()
-    held = how.held_width(block)
+    held = rule.held
     if ((largest - chord) * _LOG2E < _SMALLEST_SUM).any() or _underflows(first[:, :held], last[:, :held], tops):
         return None
     sums = _sums(first, d, alphas, rise, last)
@@ -64,17 +52,16 @@ def scored(
         return None
     chosen = targets.unsqueeze(-1)
     logits = a.gather(-1, chosen).T.double() + alphas.double().unsqueeze(-1) * d.gather(-1, chosen).T.double()
-    logprobs = (logits - chord - sums.double().log()).clamp_(max=0.0)
-    return logprobs.float(), best == targets
+    totals = chord + sums.double().log()
+    return (logits - totals).clamp_(max=0.0).float(), best == targets, totals.float()
 
 
-def _split(block: Sequence[Tensor], how: Combination, a: Tensor, d: Tensor) -> None:
+def _split(block: Sequence[Tensor], rule: RuleWeights, a: Tensor, d: Tensor) -> None:
     """Write Σ constant · z to `a` and the log-ratio to `d`, (n, W) fp32; ids that are forbidden keep −inf and 0."""
-    shared, held = how.shared_width(block), how.held_width(block)
-    weighted_sum([z[:, :held] for z in block], how.constant, a[:, :held])
-    a[:, held:] = -math.inf
-    log_ratio(block, how, d[:, :shared])
-    d[:, shared:] = 0.0
+    weighted_sum(block, rule.constant, a[:, : rule.held])
+    a[:, rule.held :] = -math.inf
+    log_ratio(block, rule, d[:, : rule.shared])
+    d[:, rule.shared :] = 0.0
 
 
 def _largest(

@@ -1,26 +1,41 @@
-"""Launch configurations of the Triton kernels: how many token ids one program takes, and how many warps share them.
+"""Launch configurations of the Triton kernels: fixed by kind, width and number of outputs, never tuned at run time.
 
-Every configuration gives a thread at least 8 token ids, because 8 values of two bytes are one 16-byte load. One program
-takes one block of one row, so one row of 128,256 ids is 126 programs of 1,024 ids: about one for each of an
-H100's 132 multiprocessors. None of it has been timed on a GPU yet: the autotuner chooses at the first call.
+A thread has at least 8 token ids, because 8 values of two bytes are one 16-byte load. `combine` and `logprob` give
+every block of ids a program of its own. `sample` gives a program several blocks where there are more than fill the GPU,
+so that its reductions are paid once. Chosen by arithmetic on registers and bytes in flight (`compile_check.py`), and
+not yet measured one by one on a GPU: `python benchmarks/gpu.py --sections tune` does that.
 """
 
-import triton  # type: ignore[import-untyped]  # Triton has no type stubs
+from __future__ import annotations
 
-ALL_CONFIGS = [
-    triton.Config({"BLOCK": 1024}, num_warps=4),
-    triton.Config({"BLOCK": 2048}, num_warps=4),
-    triton.Config({"BLOCK": 2048}, num_warps=8),
-    triton.Config({"BLOCK": 4096}, num_warps=8),
-]
-CONFIGS = ALL_CONFIGS[:1] if triton.knobs.runtime.interpret else ALL_CONFIGS  # the interpreter has nothing to time
+from typing import NamedTuple
 
-AUTOTUNE_KEY = ["width", "row_bucket", "NUM_MEMBERS"]
-
-PREPASS_BLOCK = 2048
-"""Block of the two pre-passes, with Triton's default of 4 warps: 16 ids per thread."""
+MULTIPROCESSORS = 132  # of an H100
+PROGRAMS_EACH = 8  # programs of 128 threads that a multiprocessor is given, of 16 that fit
 
 
-def row_bucket(rows: int) -> int:
-    """The power of two at or above `rows`, at most 64: batch sizes that share one tuned configuration."""
-    return min(1 << max(rows - 1, 0).bit_length(), 64)
+class Launch(NamedTuple):
+    """Ids per block, warps of a program, and programs per row of ids."""
+
+    block: int
+    num_warps: int
+    splits: int
+
+
+FEW = 8
+CONFIGS = {  # kind: ids per block and warps for FEW outputs, for more
+    "combine": ((1024, 4), (2048, 4)),
+    "sample": ((1024, 4), (1024, 4)),
+    "logprob": ((1024, 4), (2048, 8)),
+    "prepass": ((2048, 4), (2048, 4)),
+}
+
+
+def launch(kind: str, outputs: int, width: int) -> Launch:
+    """Return how a kernel is launched for `outputs` rows of `width` ids."""
+    few, many = CONFIGS[kind]
+    block, num_warps = few if outputs <= FEW else many
+    splits = -(-width // block)
+    if kind == "sample":
+        splits = max(1, min(splits, MULTIPROCESSORS * PROGRAMS_EACH // max(outputs, 1)))
+    return Launch(block, num_warps, splits)

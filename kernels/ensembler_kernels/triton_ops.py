@@ -1,16 +1,14 @@
-"""The three operations by Triton kernels. It knows nothing of rules, models or tokenizers.
+"""The operations by Triton kernels, one launch each. It knows nothing of rules, models or tokenizers.
 
-A row is split over programs of one block of token ids each, so that one row fills a GPU. `combine` writes its block;
-the other two write one partial result per block, which a second kernel merges. Every logit is read once, but for two
-options that need a number of the whole row first: `neutral` reads the members of the ratio once more for their
-normalisers, `cutoff` all members once more for the anchor's largest logit.
+Every logit is read once, but for what needs a number of the whole row first: `neutral` and log Z read the members once
+more for their normalisers, a cut-off reads all members once more for the largest first sum. Nothing waits for the
+device, and all launches can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,8 +16,12 @@ import triton  # type: ignore[import-untyped]  # Triton has no type stubs
 from torch import Tensor
 
 from ensembler_kernels import triton_kernels as kernels
-from ensembler_kernels.combination import Combination
-from ensembler_kernels.triton_configs import PREPASS_BLOCK, row_bucket
+from ensembler_kernels.results import Sampled, Scored
+from ensembler_kernels.scratch import Scratch
+from ensembler_kernels.triton_configs import launch
+from ensembler_kernels.weights import Weights
+
+_scratch = Scratch()
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -29,160 +31,169 @@ def unavailable(device: torch.device) -> str | None:
     return f"Triton kernels run on a GPU, got device {device} (TRITON_INTERPRET=1 interprets them on the CPU)"
 
 
-def combine(logits: Sequence[Tensor], how: Combination, alpha: Tensor) -> Tensor:
-    """The combined logits, fp32, contiguous, of the anchor's shape; see `reference.combine`."""
-    call = _Call(logits, how)
-    out = torch.empty(logits[0].shape, dtype=torch.float32, device=logits[0].device)
-    alpha = alpha.contiguous()
-    thresholds = call.thresholds(alpha, per_row=True)
-    call.launch(
-        kernels.combine_kernel, call.grid, call.members, call.normalisers, thresholds, alpha, out,
-        call.width, call.row_bucket, call.positions, call.shared, call.held, **call.constants,
+def combine(logits: Sequence[Tensor], weights: Weights, rows: Tensor | None) -> Tensor:
+    """The combined logits, fp32, contiguous, (outputs, V); see `reference.combine`."""
+    call = _Call(logits, weights, rows)
+    out = torch.empty((call.outputs, call.width), device=call.device)
+    block, warps, splits = launch("combine", call.outputs, call.width)
+    _run(
+        kernels.combine_kernel, call.device, (call.outputs, splits), warps, call.members, call.table, call.rows,
+        *call.prepass(), out, call.table_stride, call.num_rows, call.positions, call.width, call.shared, call.held,
+        call.has_rows, call.raw, call.normalised, call.cuts, block,
     )  # fmt: skip
     return out
 
 
 def combine_sample(
-    logits: Sequence[Tensor], how: Combination, alpha: Tensor, temperature: Tensor, seed: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Tokens (rows,) int64, −1 where everything is forbidden, and log-probs (rows,) fp32; the row is never written."""
-    call = _Call(logits, how)
-    kernel = kernels.sample_kernel
-    splits = call.most_splits(kernel)
-    partial = call.empty(call.rows, 4, splits)
-    partial_ids = call.empty(call.rows, splits, dtype=torch.int32)
-    alpha, temperature, seed = alpha.contiguous(), temperature.contiguous(), seed.to(call.device)
-    thresholds = call.thresholds(alpha, per_row=True)
-    call.launch(
-        kernel, call.grid, call.members, call.normalisers, thresholds, alpha, temperature, seed, partial, partial_ids,
-        call.width, call.row_bucket, call.shared, call.held, splits, **call.constants,
+    logits: Sequence[Tensor],
+    weights: Weights,
+    rows: Tensor | None,
+    temperature: Tensor | None,
+    noise: Tensor | None,
+) -> Sampled:
+    """Tokens and log-probs; z is never written; see `reference.combine_sample`."""
+    call = _Call(logits, weights, rows)
+    block, warps, splits = launch("sample", call.outputs, call.width)
+    tokens = torch.empty(call.outputs, dtype=torch.int64, device=call.device)
+    logprobs = torch.empty(call.outputs, device=call.device)
+    partial, counters = _scratch.take(call.device, 5 * call.outputs * splits, call.outputs)
+    stride = 0 if temperature is None or temperature.shape[0] == 1 else 1
+    _run(
+        kernels.sample_kernel, call.device, (call.outputs, splits), warps, call.members, call.table, call.rows,
+        *call.prepass(), call.table if temperature is None else temperature, call.table if noise is None else noise,
+        partial, counters, tokens, logprobs, call.table_stride, stride, call.num_rows, call.positions,
+        call.width, call.shared, call.held, splits, -(-call.width // (block * splits)),
+        call.has_rows, call.raw, call.normalised, call.cuts, noise is not None, block, triton.next_power_of_2(splits),
     )  # fmt: skip
-    used = call.used_splits()
-    tokens, logprobs = call.empty(call.rows, dtype=torch.int64), call.empty(call.rows)
-    call.launch(
-        kernels.sample_merge_kernel, (call.rows,), partial, partial_ids, tokens, logprobs, splits, used,
-        SPLITS=triton.next_power_of_2(used),
-    )  # fmt: skip
-    return tokens, logprobs
+    return Sampled(tokens, logprobs)
 
 
 def combine_logprob(
-    logits: Sequence[Tensor], how: Combination, alphas: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Log-probs (K, rows) fp32 of `targets`, and whether each is the most likely token; members are read once."""
-    call = _Call(logits, how)
-    kernel = kernels.logprob_kernel
-    splits = call.most_splits(kernel)
-    alphas, targets = alphas.contiguous(), targets.contiguous()
-    num_alphas = alphas.shape[0]
-    partial = call.empty(num_alphas, call.rows, 2, splits)
-    partial_ids = call.empty(num_alphas, call.rows, splits, dtype=torch.int32)
-    at_target = call.empty(num_alphas, call.rows)
-    thresholds = call.thresholds(alphas, per_row=False)
-    call.launch(
-        kernel, call.grid, call.members, call.normalisers, thresholds, alphas, targets, partial, partial_ids, at_target,
-        call.width, call.row_bucket, call.shared, call.held, num_alphas, splits, **call.constants,
+    logits: Sequence[Tensor], weights: Weights, targets: Tensor, rows: Tensor | None, log_z: bool
+) -> Scored:
+    """Log-probs (K, n) of `targets`, and whether each is the most likely token; see `reference.combine_logprob`."""
+    call = _Call(logits, weights, rows)
+    points, num, targets = len(weights), call.outputs, targets.contiguous()
+    block, warps, splits = launch("logprob", num, call.width)
+    runs, steps, longest = _runs(weights, call.device)
+    logprobs = torch.empty((points, num), device=call.device)
+    greedy = torch.empty((points, num), dtype=torch.bool, device=call.device)
+    totals = torch.empty_like(logprobs) if log_z else logprobs
+    pairs = len(weights.runs) * num
+    partial, counters = _scratch.take(call.device, (2 * points * num + pairs) * splits, pairs)
+    _run(
+        kernels.logprob_kernel, call.device, (num, splits, len(weights.runs)), warps, call.members, call.table,
+        call.rows, *call.prepass(points), targets, runs, steps, partial, counters, logprobs, greedy, totals,
+        num, points, call.num_rows, call.positions, call.width, call.shared, call.held, splits,
+        call.has_rows, call.raw, call.normalised, call.cuts, log_z, block, triton.next_power_of_2(splits), longest,
     )  # fmt: skip
-    used = call.used_splits()
-    logprobs, greedy = call.empty(num_alphas, call.rows), call.empty(num_alphas, call.rows, dtype=torch.bool)
-    call.launch(
-        kernels.logprob_merge_kernel, (call.rows, num_alphas), partial, partial_ids, at_target, targets,
-        logprobs, greedy, splits, used, SPLITS=triton.next_power_of_2(used),
-    )  # fmt: skip
-    return logprobs, greedy
+    return Scored(logprobs, greedy, totals - call.log_normalisers() if log_z else None)
 
 
 class _Call:
-    """What all kernels of one call are told about the members: (rows, V_i) or (rows, positions, V_i) each."""
+    """What the kernels of one call are told: (rows, V_i) or (rows, positions, V_i) of each member, and its weights."""
 
-    def __init__(self, logits: Sequence[Tensor], how: Combination) -> None:
+    def __init__(self, logits: Sequence[Tensor], weights: Weights, rows: Tensor | None) -> None:
         anchor = logits[0]
-        self.device = anchor.device
-        self.width = anchor.shape[-1]
+        self._logits, self._weights = logits, weights
+        self.device, self.table = anchor.device, weights.table
+        widths = tuple([z.shape[-1] for z in logits])
+        known: tuple[int, int, int, tuple[int, ...], bool, int] | None = weights.known.get(widths)
+        if known is None:
+            known = weights.known[widths] = (
+                weights.width(widths), weights.shared_width(widths), weights.held_width(widths),
+                weights.limits(widths), weights.normalises(widths),
+                sum(1 << i for i, is_raw in enumerate(weights.raw) if is_raw),
+            )  # fmt: skip
+        self.width, self.shared, self.held, self._limits, self.normalised, self.raw = known
         self.positions = anchor.shape[1] if anchor.dim() == 3 else 1
-        self.rows = anchor.shape[0] * self.positions  # of the grid: every position is one
-        self.row_bucket = row_bucket(self.rows)
-        self._block = self.width
-        self.shared, self.held = how.shared_width(logits), how.held_width(logits)
-        self._cutoff = how.cutoff
-        readable = [z if z.stride(-1) == 1 or z.shape[-1] == 1 else z.contiguous() for z in logits]
-        self.members = tuple(
-            (z, *_strides(z), constant, slope)
-            for z, constant, slope in zip(readable, how.constant, how.slope, strict=True)
-        )
-        slopes = how.normalised_slope if how.normalises(logits) else (0.0,) * len(logits)
-        self.normalisers = self._normalise(slopes) if any(slopes) else anchor
-        self._sums: dict[str, Any] = {
-            "IN_BASE": _bits(how.constant),
-            "IN_RATIO": _bits(how.slope),
-            "NORMALISED": any(slopes),
-        }
+        self.num_rows = anchor.shape[0] * self.positions
+        self.outputs = self.num_rows if rows is None else rows.shape[0]
+        self.has_rows, self.rows = rows is not None, self.table if rows is None else rows
+        self.table_stride = 0 if self.table.shape[0] == 1 else self.table.shape[1]
+        self.cuts, self.members = weights.cuts, _members(logits, self._limits)
 
-    @property
-    def constants(self) -> dict[str, Any]:
-        """Compile-time arguments of the three kernels that the autotuner launches."""
-        return {**self._sums, "CUT": self._cutoff is not None, "NUM_MEMBERS": len(self.members)}
+    def prepass(self, points: int | None = None) -> tuple[Tensor, Tensor]:
+        """Return log-sums of members (rows, members) and thresholds (outputs,), where they are needed.
 
-    def grid(self, meta: dict[str, Any]) -> tuple[int, int]:
-        """The grid for the block of a configuration; the last one asked for is the one that is launched."""
-        self._block = meta["BLOCK"]
-        return self.rows, triton.cdiv(self.width, self._block)
-
-    def launch(self, kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
-        """Queue a kernel on the current stream of the members' device, which may not be the current device."""
-        if not self.rows:
-            return
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            # no fused multiply-add: one rounding per operation, as in the reference; the kernels wait for memory anyway
-            kernel[grid](*arguments, **constants, enable_fp_fusion=False)
-
-    def most_splits(self, kernel: Any) -> int:
-        """Blocks per row under the smallest block that the autotuner may choose: room for partial results."""
-        smallest: int = min(config.kwargs["BLOCK"] for config in kernel.configs)
-        return -(-self.width // smallest)
-
-    def used_splits(self) -> int:
-        """Blocks per row of this call's own launch: the autotuner's last choice may be another thread's."""
-        return -(-self.width // self._block)
-
-    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
-
-    def thresholds(self, alphas: Tensor, *, per_row: bool) -> Tensor:
-        """(num_alphas, rows): the anchor logit below which a token is forbidden; unread without a cutoff."""
-        if self._cutoff is None:
-            return alphas
-        splits, num_alphas = triton.cdiv(self.width, PREPASS_BLOCK), 1 if per_row else alphas.shape[0]
-        partial = self.empty(num_alphas, self.rows, splits)
-        self.launch(
-            kernels.anchor_max_kernel, (self.rows, splits), self.members, self.normalisers,
-            alphas, int(not per_row), int(per_row), partial,
-            self.positions, self.shared, self.held, num_alphas, splits, **self._sums, BLOCK=PREPASS_BLOCK,
+        With `points`, thresholds (points, outputs): every row of the table for every output.
+        """
+        log_sums = self._log_sums((self.shared,) * len(self.members)) if self.normalised else self.table
+        if not self.cuts:
+            return log_sums, self.table
+        table, rows, stride = self.table, self.rows, self.table_stride
+        if points is not None:
+            if not self.has_rows:
+                rows = torch.arange(self.outputs, dtype=torch.int32, device=self.device)
+            table, rows, stride = table.repeat_interleave(self.outputs, 0), rows.repeat(points), table.shape[1]
+        outputs = self.outputs * (1 if points is None else points)
+        block, warps, splits = launch("prepass", outputs, self.width)
+        partial = torch.empty((outputs, splits), device=self.device)
+        _run(
+            kernels.threshold_kernel, self.device, (outputs, splits), warps, self.members, table, rows, log_sums,
+            partial, stride, self.num_rows, self.positions, self.shared, self.held, splits,
+            self.has_rows or points is not None, self.raw, self.normalised, block,
         )  # fmt: skip
         largest = partial.amax(-1)
-        return largest.masked_fill(largest == math.inf, math.nan) + math.log(self._cutoff)
+        return log_sums, largest.masked_fill_(largest == math.inf, math.nan).add_(table[:, -1])
 
-    def _normalise(self, slopes: Sequence[float]) -> Tensor:
-        """(rows,): Σ slope · log Σ exp of the shared logits."""
-        splits = triton.cdiv(self.shared, PREPASS_BLOCK)
-        partial = self.empty(self.rows, len(slopes), splits)
-        self.launch(
-            kernels.normaliser_kernel, (self.rows, splits), self.members, partial, self.positions, self.shared, splits,
-            IN_NORMALISER=_bits(slopes), NUM_MEMBERS=len(slopes), BLOCK=PREPASS_BLOCK,
+    def log_normalisers(self) -> Tensor:
+        """Return Σ_i w_i · log Σ exp z_i (K, outputs) over the distributions that z has not normalised."""
+        num, table = len(self.members), self.table
+        rest = table[:, :num]
+        if not self.normalised:
+            rest = rest + self._weights.alphas.unsqueeze(1) * table[:, num : 2 * num]
+        key = ("raw", self.device)  # kept: a copy from the host waits, and cannot be captured
+        if key not in self._weights.known:
+            self._weights.known[key] = torch.tensor(self._weights.raw, device=self.device)
+        is_raw = self._weights.known[key]
+        log_sums = self._log_sums(tuple(z.shape[-1] for z in self._logits))
+        log_sums = log_sums[self.rows.long().clamp(0, self.num_rows - 1)] if self.has_rows else log_sums
+        return (rest.unsqueeze(1) * log_sums).masked_fill_((is_raw | (rest == 0)).unsqueeze(1), 0.0).sum(-1)
+
+    def _log_sums(self, limits: Sequence[int]) -> Tensor:
+        """Return log Σ exp of the first `limits` ids of every member, (rows, members)."""
+        block, warps, splits = launch("prepass", self.num_rows, max(limits))
+        partial = torch.empty((self.num_rows, len(limits), splits), device=self.device)
+        _run(
+            kernels.normaliser_kernel, self.device, (self.num_rows, splits), warps, _members(self._logits, limits),
+            partial, self.num_rows, self.positions, splits, block,
         )  # fmt: skip
-        total = self.empty(self.rows).zero_()
-        for slope, log_sum in zip(slopes, partial.logsumexp(-1).unbind(-1), strict=True):
-            if slope:  # one with none is not looked at: its log-sum may be infinite
-                total += slope * log_sum
-        return total
+        return partial.logsumexp(-1)
 
 
-def _strides(z: Tensor) -> tuple[int, int]:
-    """Row and position stride in elements; 0 where there is one row, because 0 keeps every load aligned."""
-    row = z.stride(0) if z.shape[0] > 1 else 0
-    return row, z.stride(1) if z.dim() == 3 and z.shape[1] > 1 else 0
+def _members(logits: Sequence[Tensor], limits: Sequence[int]) -> tuple[tuple[Any, ...], ...]:
+    """What kernels are told of members. A stride of 0 where there is one row keeps every load aligned."""
+    members = []
+    for z, limit in zip(logits, limits, strict=True):
+        shape, strides = z.shape, z.stride()
+        if strides[-1] != 1 and shape[-1] > 1:
+            z = z.contiguous()
+            strides = z.stride()
+        row = strides[0] if shape[0] > 1 else 0
+        members.append((z, row, strides[1] if len(shape) == 3 and shape[1] > 1 else 0, limit))
+    return tuple(members)
 
 
-def _bits(weights: Sequence[float]) -> int:
-    """Bit i is set where weight i is not 0."""
-    return sum(1 << i for i, weight in enumerate(weights) if weight)
+def _runs(weights: Weights, device: torch.device) -> tuple[Tensor, Tensor, int]:
+    """Return first and count of every run (R, 2) int32, steps (R,), and the longest count up to a power of two."""
+    key = ("runs", weights.runs, device)
+    if key not in weights.known:
+        numbers = torch.tensor([[run.first, run.count] for run in weights.runs], dtype=torch.int32, device=device)
+        steps = torch.tensor([run.step for run in weights.runs], device=device)
+        longest = max(run.count for run in weights.runs)
+        weights.known[key] = numbers, steps, triton.next_power_of_2(longest)
+    runs: tuple[Tensor, Tensor, int] = weights.known[key]
+    return runs
+
+
+def _run(kernel: Any, device: torch.device, grid: tuple[int, ...], num_warps: int, *arguments: Any) -> None:
+    """Queue a kernel on the current stream of the members' device, which may not be the current device."""
+    if not grid[0]:
+        return
+    # no fused multiply-add: one rounding per operation, as in the reference; the kernels wait for memory anyway
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=False)
+        return
+    with torch.cuda.device(device):
+        kernel[grid](*arguments, num_warps=num_warps, enable_fp_fusion=False)

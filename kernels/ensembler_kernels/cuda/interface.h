@@ -1,24 +1,26 @@
-// The C interface of both libraries: the CUDA one, whose pointers are on the current device, and the host harness.
-// Every function returns 0, or an error code that ens_error() explains. Work is queued on `stream`.
+// The C interface of both libraries: the CUDA one, whose pointers are on the current device, and the host harness. Each
+// kernel is int ens_<name>(const Problem*, void* stream), which returns 0 or an error code that ens_error() explains.
+// Work is queued on `stream`.
 #pragma once
 
 #include <type_traits>
 
 #include "bodies.h"
+#include "logprob.h"
+
+// Every kernel and what its threads share.
+#define FOR_EACH_KERNEL(X)    \
+    X(combine, RowShared)     \
+    X(sample, RowShared)      \
+    X(logprob, LogprobShared) \
+    X(normaliser, RowShared)  \
+    X(threshold, RowShared)
 
 extern "C" {
-int ens_problem_size();
-int ens_partial_size();
-int ens_num_splits(int width);
+inline __attribute__((used)) int ens_problem_size() { return sizeof(Problem); }
+inline __attribute__((used)) int ens_tile() { return TILE; }
+inline __attribute__((used)) int ens_best_size() { return sizeof(Best); }
 const char* ens_error(int code);
-
-int ens_combine(const Problem* problem, float* out, void* stream);
-int ens_sample(const Problem* problem, const float* temperatures, const int64_t* seed, Partial* partials,
-               int64_t* tokens, float* logprobs, void* stream);
-int ens_logprob(const Problem* problem, const int64_t* targets, Partial* partials, float* at_target, float* logprobs,
-                uint8_t* greedy, void* stream);
-int ens_normalisers(const Problem* problem, float* out, void* stream);
-int ens_anchor_max(const Problem* problem, float* out, void* stream);
 }
 
 // Call f with the dtype as a compile-time constant.

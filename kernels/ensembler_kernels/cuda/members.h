@@ -38,6 +38,9 @@ HD float infinity() { return as_float(0x7f800000u); }
 HD float not_a_number() { return as_float(0x7fc00000u); }
 HD float largest_float() { return as_float(0x7f7fffffu); }
 
+// The larger; of NaN and a number the number, if it is `b`.
+HD float max_of(float a, float b) { return a > b ? a : b; }
+
 HD float from_bf16(uint32_t bits) { return as_float(bits << 16); }
 
 HD float from_fp16(uint32_t bits) {
@@ -46,117 +49,201 @@ HD float from_fp16(uint32_t bits) {
     return as_float(sign | 0x3f800000u) * (as_float(magnitude) * as_float(0x77800000u));  // exponents differ by 112
 }
 
-template <int DTYPE>
-HD int element_size(const Member& m) {
-    return (DTYPE == MIXED ? m.dtype : DTYPE) == FP32 ? 4 : 2;
-}
-
-template <int DTYPE>
-HD const char* row_start(const Problem& p, const Member& m, int row) {
-    const int64_t offset = (row / p.positions) * m.row_stride + (row % p.positions) * m.position_stride;
-    return (const char*)m.data + offset * element_size<DTYPE>(m);
-}
-
-HD void unpack(const Vector& v, int dtype, float* z) {
-    UNROLL
-    for (int i = 0; i < 4; ++i) {
-        const uint32_t low = v.word[i] & 0xffffu, high = v.word[i] >> 16;
-        z[2 * i] = dtype == BF16 ? from_bf16(low) : from_fp16(low);
-        z[2 * i + 1] = dtype == BF16 ? from_bf16(high) : from_fp16(high);
-    }
-}
-
 HD float load_one(const char* start, int dtype, int id) {
     if (dtype == FP32) return ((const float*)start)[id];
     const uint32_t bits = ((const uint16_t*)start)[id];
     return dtype == BF16 ? from_bf16(bits) : from_fp16(bits);
 }
 
-// z[0..LANES): logits of ids first .. first + LANES - 1, `other` for those outside [0, limit), which are not read.
 template <int DTYPE>
-HD void load_lanes(const Problem& p, const Member& m, int row, int first, int limit, float other, float* z) {
-    const int dtype = DTYPE == MIXED ? m.dtype : DTYPE;
-    const char* start = row_start<DTYPE>(p, m, row);
-    const char* at = start + (int64_t)first * element_size<DTYPE>(m);
-    if (first >= 0 && first + LANES <= limit && ((uintptr_t)at & 15) == 0) {
-        COUNT(slots_by_vector);
-        if (dtype == FP32) {
-            const Vector a = load_vector(at), b = load_vector(at + sizeof(Vector));
-            UNROLL
-            for (int i = 0; i < 4; ++i) {
-                z[i] = as_float(a.word[i]);
-                z[4 + i] = as_float(b.word[i]);
-            }
-        } else {
-            unpack(load_vector(at), dtype, z);
-        }
-        return;
-    }
-    COUNT(slots_by_value);
-    UNROLL
-    for (int i = 0; i < LANES; ++i)
-        z[i] = first + i >= 0 && first + i < limit ? load_one(start, dtype, first + i) : other;
+HD int dtype_of(const Problem& p, int n) {
+    return DTYPE == MIXED ? p.members[n].dtype : DTYPE;
 }
 
-// The first id of a thread's slot. The slots follow the alignment of the first two-byte member, or of the anchor where
-// all are fp32; a member whose rows are aligned otherwise is read value by value.
 template <int DTYPE>
-HD int first_id(const Problem& p, int row, int split, int thread) {
-    int leader = 0;
-    if (DTYPE == MIXED)
-        while (leader < p.num_members - 1 && p.members[leader].dtype == FP32) ++leader;
-    const Member& m = p.members[leader];
-    const int past = (int)((uintptr_t)row_start<DTYPE>(p, m, row) & 15);
-    const int head = past ? (16 - past) / element_size<DTYPE>(m) : 0;
-    return head - LANES + (split * THREADS + thread) * LANES;
+HD int size_of(const Problem& p, int n) {
+    return dtype_of<DTYPE>(p, n) == FP32 ? 4 : 2;
 }
 
-// First sum, log-ratio and anchor logits of one slot, made such that combined() holds for every alpha: a NaN that a
-// member gave is in `base`; `ratio` is 0 where it is undefined and outside the shared ids.
-struct Slot {
-    float base[LANES], ratio[LANES], anchor[LANES];
+// What a block knows of its output, in shared memory: where its row of each member starts, and its weights.
+struct Output {
+    const char* start[MAX_MEMBERS];
+    float constant[MAX_MEMBERS], slope[MAX_MEMBERS];
+    int32_t end[MAX_MEMBERS];  // ids that are read: none of a member without weight, or if there is no such row
+    float alpha, threshold, normaliser;
+    int32_t allowed;           // ids that every member of the first sum holds
+    int32_t offset;            // the first id of slot 0
+    int32_t exists;
 };
 
 template <int DTYPE>
-HD void load_slot(const Problem& p, int row, int first, bool needs_anchor, Slot& s) {
-    uint32_t given_nan = 0;
-    UNROLL
-    for (int i = 0; i < LANES; ++i) s.base[i] = s.ratio[i] = s.anchor[i] = 0.0f;
-    if (first < p.held)
-        for (int n = 0; n < p.num_members; ++n) {
-            const Member& m = p.members[n];
-            const bool is_anchor = n == 0 && needs_anchor, in_base = m.constant != 0.0f, in_ratio = m.slope != 0.0f;
-            if (!(is_anchor || in_base || in_ratio)) continue;
-            float z[LANES];
-            load_lanes<DTYPE>(p, m, row, first, is_anchor || in_base ? p.held : p.shared, 0.0f, z);
-            UNROLL
-            for (int i = 0; i < LANES; ++i) {
-                const bool shared = first + i < p.shared, is_nan = z[i] != z[i];
-                if (is_anchor) s.anchor[i] = z[i];
-                if (in_base) s.base[i] += z[i] * m.constant;
-                if (in_ratio) s.ratio[i] += z[i] * m.slope;
-                given_nan |= (uint32_t)(is_nan && (in_base || (in_ratio && shared))) << i;
-            }
+HD const char* row_start(const Problem& p, int n, int row) {
+    const Member& m = p.members[n];
+    const int64_t offset = (row / p.positions) * m.row_stride + (row % p.positions) * m.position_stride;
+    return (const char*)m.data + offset * size_of<DTYPE>(p, n);
+}
+
+// Token ids in slots of LANES. Slot 0 starts at or before id 0 where the row is aligned to 16 bytes, so that all slots
+// but the first and the last are whole and aligned, whatever the row's address. The slots follow the first two-byte
+// member, or the first of all if there is none; a member whose rows are aligned otherwise is read value by value.
+template <int DTYPE>
+HD int slot_offset(const Problem& p, int row) {
+    int leader = 0;
+    if (DTYPE == MIXED)
+        while (leader < p.num_members - 1 && p.members[leader].dtype == FP32) ++leader;
+    return -(int)((uintptr_t)row_start<DTYPE>(p, leader, row) & 15) / size_of<DTYPE>(p, leader);
+}
+
+// Fill in what a block knows of its output; `point` is the row of the table if points have rows of their own.
+template <int DTYPE, class Block>
+HD void begin(Block& block, const Problem& p, int output, int point, Output& o) {
+    block.each([&](int thread) {
+        const int n = thread, num = p.num_members;
+        if (n >= num && n != THREADS - 1) return;
+        const int row = p.rows ? p.rows[output] : output;
+        const bool exists = row >= 0 && row < p.num_rows;
+        const float* weights = p.table + (int64_t)output * p.table_stride + (int64_t)point * p.point_stride;
+        if (n < num) {
+            const int limit = p.members[n].limit;
+            o.constant[n] = p.table ? weights[n] : 1.0f;  // the normalisers know no weights
+            o.slope[n] = p.table ? weights[num + n] : 0.0f;
+            o.start[n] = exists ? row_start<DTYPE>(p, n, row) : nullptr;
+            const int of_ratio = o.slope[n] == 0.0f ? 0 : limit < p.shared ? limit : p.shared;
+            o.end[n] = !exists ? 0 : o.constant[n] != 0.0f ? limit : of_ratio;
+            return;
         }
-    const float normaliser = p.normalisers ? p.normalisers[row] : 0.0f;
+        o.exists = exists;
+        o.offset = exists ? slot_offset<DTYPE>(p, row) : 0;
+        o.allowed = p.held;
+        o.normaliser = 0.0f;
+        o.alpha = p.table ? weights[2 * num] : 0.0f;
+        o.threshold = p.thresholds ? p.thresholds[output] : -infinity();
+        for (int i = 0; i < num && p.table && exists; ++i) {
+            if (weights[i] != 0.0f && p.members[i].limit < o.allowed) o.allowed = p.members[i].limit;
+            if (p.log_sums && !(p.raw >> i & 1) && weights[num + i] != 0.0f)
+                o.normaliser += p.log_sums[(int64_t)row * num + i] * weights[num + i];
+        }
+    });
+}
+
+// First sum and log-ratio of id first + i, made such that combined() holds for every alpha: the log-ratio is 0 where it
+// is undefined and outside the shared ids, and a NaN that a member gave (bit i of `given_nan`) is in the first sum.
+HD void finish(const Problem& p, const Output& o, int first, int i, uint32_t given_nan, float& base, float& ratio) {
+    const int id = first + i;
+    const bool forbidden = base == infinity() || base != base || (uint32_t)id >= (uint32_t)o.allowed;
+    ratio -= o.normaliser;
+    base = given_nan >> i & 1 || !o.exists ? not_a_number() : forbidden ? -infinity() : base;
+    ratio = ratio != ratio || id >= p.shared ? 0.0f : ratio;
+}
+
+// Add logit i of member n; returns its bit of `given_nan`.
+HD uint32_t add_weighted(const Output& o, int n, int i, float z, float& base, float& ratio) {
+    if (o.constant[n] != 0.0f) base += z * o.constant[n];
+    if (o.slope[n] != 0.0f) ratio += z * o.slope[n];
+    return (uint32_t)(z != z) << i;
+}
+
+template <int DTYPE>
+HD void load_single(const Problem& p, const Output& o, int id, float& base, float& ratio) {
+    uint32_t given_nan = 0;
+    base = ratio = 0.0f;
+    for (int n = 0; n < p.num_members; ++n)
+        if (id < o.end[n])
+            given_nan |= add_weighted(o, n, 0, load_one(o.start[n], dtype_of<DTYPE>(p, n), id), base, ratio);
+    finish(p, o, id, 0, given_nan, base, ratio);
+}
+
+// The bits of one slot of a member, loaded before they are looked at.
+template <int DTYPE>
+struct Bits {
+    static constexpr int PARTS = DTYPE == FP32 || DTYPE == MIXED ? 2 : 1;
+    Vector part[PARTS];
+    bool is_whole;
+};
+
+template <int DTYPE>
+HD void load_bits(const Problem& p, const Output& o, int n, int first, Bits<DTYPE>& bits) {
+    const char* at = o.start[n] + (int64_t)first * size_of<DTYPE>(p, n);
+    bits.is_whole = first >= 0 && first + LANES <= o.end[n] && ((uintptr_t)at & 15) == 0;
+    if (!bits.is_whole) return;
+    COUNT(slots_by_vector);
+    bits.part[0] = load_vector(at);
+    if (dtype_of<DTYPE>(p, n) == FP32) bits.part[Bits<DTYPE>::PARTS - 1] = load_vector(at + sizeof(Vector));
+}
+
+// z[0..LANES): logits of the slot, `other` for ids that are not read.
+template <int DTYPE>
+HD void values_of(const Problem& p, const Output& o, int n, int first, const Bits<DTYPE>& bits, float other, float* z) {
+    const int dtype = dtype_of<DTYPE>(p, n);
+    if (!bits.is_whole) {
+        COUNT(slots_by_value);
+        UNROLL
+        for (int i = 0; i < LANES; ++i) {
+            const int id = first + i;
+            z[i] = id >= 0 && id < o.end[n] ? load_one(o.start[n], dtype, id) : other;
+        }
+        return;
+    }
     UNROLL
     for (int i = 0; i < LANES; ++i) {
-        const bool nan = given_nan >> i & 1;
-        const float base = s.base[i], ratio = s.ratio[i] - normaliser;
-        const bool forbidden = base == infinity() || base != base || first + i >= p.held;
-        s.base[i] = nan ? not_a_number() : forbidden ? -infinity() : base;
-        s.ratio[i] = nan || ratio != ratio || first + i >= p.shared ? 0.0f : ratio;
+        if (dtype == FP32) {
+            z[i] = as_float(bits.part[i / 4 % Bits<DTYPE>::PARTS].word[i % 4]);
+        } else {
+            const uint32_t word = bits.part[0].word[i / 2], half = i % 2 ? word >> 16 : word & 0xffffu;
+            z[i] = dtype == BF16 ? from_bf16(half) : from_fp16(half);
+        }
     }
 }
 
-// base + alpha * ratio: an undefined or infinite term counts as 0, a finite ratio that overflows as the largest float.
+// First sums and log-ratios of one slot; ids outside the result are forbidden ones.
+struct Slot {
+    float base[LANES], ratio[LANES];
+};
+
+template <int DTYPE>
+HD void load_slot(const Problem& p, const Output& o, int first, Slot& s) {
+    constexpr int GROUP = DTYPE == BF16 || DTYPE == FP16 ? 4 : 2;  // members whose loads are under way at once
+    uint32_t given_nan = 0;
+    UNROLL
+    for (int i = 0; i < LANES; ++i) s.base[i] = s.ratio[i] = 0.0f;
+    for (int start = 0; start < p.num_members; start += GROUP) {
+        Bits<DTYPE> bits[GROUP];
+        UNROLL
+        for (int j = 0; j < GROUP; ++j)
+            if (start + j < p.num_members) load_bits<DTYPE>(p, o, start + j, first, bits[j]);
+        UNROLL
+        for (int j = 0; j < GROUP; ++j) {
+            const int n = start + j;
+            if (n >= p.num_members || first >= o.end[n]) continue;
+            float z[LANES];
+            values_of<DTYPE>(p, o, n, first, bits[j], 0.0f, z);
+            UNROLL
+            for (int i = 0; i < LANES; ++i) given_nan |= add_weighted(o, n, i, z[i], s.base[i], s.ratio[i]);
+        }
+    }
+    UNROLL
+    for (int i = 0; i < LANES; ++i) finish(p, o, first, i, given_nan, s.base[i], s.ratio[i]);
+}
+
+// Call f with the first id of every slot of a thread, ascending.
+template <class F>
+HD void each_slot(const Problem& p, const Output& o, int split, int thread, F f) {
+    for (int first = o.offset + split * TILE + thread * LANES; first < p.width; first += p.splits * TILE) f(first);
+}
+
+// base + alpha * ratio: an infinite term, or that of an infinite ratio and alpha 0, counts as 0; a finite ratio that
+// overflows as the largest float.
 HD float combined(float base, float ratio, float alpha) {
     float term = alpha * ratio;
     if (term == infinity()) term = fabsf(ratio) < infinity() ? largest_float() : 0.0f;
-    return base + (term != term ? 0.0f : term);
+    return base + (term != term && ratio == ratio ? 0.0f : term);
 }
 
-// The combined logit, forbidden where alpha is not 0 and the anchor's logit is below the cutoff's threshold.
-HD float cut(float z, float anchor, float threshold, float alpha) {
-    return alpha != 0.0f && anchor < threshold ? -infinity() : z;
+// The combined logit, forbidden where alpha is not 0 and the first sum is below the threshold.
+HD float combined_and_cut(float base, float ratio, float alpha, float threshold) {
+    return alpha != 0.0f && base < threshold ? -infinity() : combined(base, ratio, alpha);
+}
+
+HD float logit(const Output& o, const Slot& s, int i) {
+    return combined_and_cut(s.base[i], s.ratio[i], o.alpha, o.threshold);
 }

@@ -1,8 +1,9 @@
-"""The three operations by the CUDA library, queued on torch's current stream. It knows nothing of rules or models.
+"""The operations by the CUDA library, one launch each, queued on torch's current stream. It knows nothing of rules.
 
-Every logit is read once, but for what needs a number of the whole row first: `neutral` reads the members of the ratio
-once more for their normalisers, `cutoff` all members once more for the anchor's largest logit; and a grid of more than
-32 α is read once per 32. On the CPU the host harness runs the same kernel bodies, for tests.
+Every logit is read once, but for what needs a number of the whole row first: `neutral` and log Z read the members once
+more for their normalisers, a cut-off reads all members once more for the largest first sum. Nothing waits for the
+device, and all launches can be captured in a CUDA graph. On the CPU the host harness runs the same kernel bodies, for
+tests.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ensembler_kernels.combination import Combination
 from ensembler_kernels.cuda import library
+from ensembler_kernels.results import Sampled, Scored
+from ensembler_kernels.scratch import Scratch
+from ensembler_kernels.weights import Weights
+
+_scratch = Scratch()
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why the kernels cannot run on `device`, or None if they can."""
+    """Return why the kernels cannot run on `device`, or None if they can."""
     if device.type not in ("cuda", "cpu"):
         return f"CUDA kernels run on an NVIDIA GPU, got device {device}"
     path = library.path_for(device)
@@ -32,119 +37,157 @@ def unavailable(device: torch.device) -> str | None:
     return None
 
 
-def combine(logits: Sequence[Tensor], how: Combination, alpha: Tensor) -> Tensor:
-    """The combined logits, fp32, contiguous, of the anchor's shape; see `reference.combine`."""
-    call = _Call(logits, how, alpha, per_row=True)
-    out = torch.empty(logits[0].shape, dtype=torch.float32, device=call.device)
-    call.run("ens_combine", out)
+def combine(logits: Sequence[Tensor], weights: Weights, rows: Tensor | None) -> Tensor:
+    """Return the combined logits, fp32, contiguous, (outputs, V); see `reference.combine`."""
+    call = _Call(logits, weights, rows)
+    problem = call.problem
+    out = call.empty(problem.outputs, problem.width)
+    problem.out = out.data_ptr()
+    call.launch("combine")
     return out
 
 
 def combine_sample(
-    logits: Sequence[Tensor], how: Combination, alpha: Tensor, temperature: Tensor, seed: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Tokens (rows,) int64, −1 where everything is forbidden, and log-probs (rows,) fp32; the row is never written."""
-    call = _Call(logits, how, alpha, per_row=True)
-    tokens, logprobs = call.empty(call.rows, dtype=torch.int64), call.empty(call.rows)
-    call.run("ens_sample", temperature.contiguous(), seed.to(call.device), call.partials(), tokens, logprobs)
-    return tokens, logprobs
+    logits: Sequence[Tensor],
+    weights: Weights,
+    rows: Tensor | None,
+    temperature: Tensor | None,
+    noise: Tensor | None,
+) -> Sampled:
+    """Return tokens and log-probs; z is never written; see `reference.combine_sample`."""
+    call = _Call(logits, weights, rows)
+    problem = call.problem
+    tokens, logprobs = call.empty(problem.outputs, dtype=torch.int64), call.empty(problem.outputs)
+    if temperature is not None and noise is not None:
+        problem.temperature, problem.noise = temperature.data_ptr(), noise.data_ptr()
+        problem.temperature_stride = 0 if temperature.shape[0] == 1 else 1
+    count = call.library.best_floats * problem.outputs * problem.splits
+    partials, counters = _scratch.take(call.device, count, problem.outputs)
+    problem.partials, problem.counters = partials.data_ptr(), counters.data_ptr()
+    problem.tokens, problem.logprobs = tokens.data_ptr(), logprobs.data_ptr()
+    call.launch("sample")
+    return Sampled(tokens, logprobs)
 
 
 def combine_logprob(
-    logits: Sequence[Tensor], how: Combination, alphas: Tensor, targets: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Log-probs (K, rows) fp32 of `targets`, and whether each is the most likely token."""
-    grids = [alphas[k : k + library.MAX_ALPHAS] for k in range(0, alphas.shape[0], library.MAX_ALPHAS)]
-    parts = [_logprob_part(logits, how, grid, targets.contiguous()) for grid in grids]
-    return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([greedy for _, greedy in parts])
-
-
-def _logprob_part(logits: Sequence[Tensor], how: Combination, alphas: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """`combine_logprob` of at most 32 α, from one read."""
-    call = _Call(logits, how, alphas, per_row=False)
-    shape = (alphas.shape[0], call.rows)
-    at_target, logprobs, greedy = call.empty(*shape), call.empty(*shape), call.empty(*shape, dtype=torch.bool)
-    call.run("ens_logprob", targets, call.partials(), at_target, logprobs, greedy)
-    return logprobs, greedy
+    logits: Sequence[Tensor], weights: Weights, targets: Tensor, rows: Tensor | None, log_z: bool
+) -> Scored:
+    """Return log-probs (K, n), and whether each target is the most likely token; see `reference.combine_logprob`."""
+    call = _Call(logits, weights, rows, per_point=True)
+    problem, points = call.problem, len(weights)
+    shape = points, problem.outputs
+    logprobs, greedy = call.empty(*shape), call.empty(*shape, dtype=torch.bool)
+    totals = call.empty(*shape) if log_z else None
+    problem.logprobs, problem.greedy = logprobs.data_ptr(), greedy.data_ptr()
+    problem.totals = None if totals is None else totals.data_ptr()
+    problem.targets = targets.data_ptr()
+    for start in range(0, len(weights.runs), library.MAX_RUNS):
+        runs = weights.runs[start : start + library.MAX_RUNS]
+        for i, run in enumerate(runs):
+            problem.runs[i] = library.Run(run.first, run.count, int(run.step != 0))
+        problem.layers = len(runs)
+        pairs = len(runs) * problem.outputs
+        splits = problem.splits = call.library.num_splits(pairs, problem.width)
+        sums = 2 * points * problem.outputs * splits
+        partials, counters = _scratch.take(call.device, sums + pairs * splits, pairs)
+        problem.partials, problem.beaten = partials.data_ptr(), partials[sums:].data_ptr()  # beaten: 32-bit masks
+        problem.counters = counters.data_ptr()
+        call.launch("logprob")
+    return Scored(logprobs, greedy, None if totals is None else totals - call.log_normalisers())
 
 
 class _Call:
-    """One problem: the members, (rows, V_i) or (rows, positions, V_i) each, and what the pre-passes found."""
+    """What the kernels of one call are told, and the tensors that this points to.
 
-    def __init__(self, logits: Sequence[Tensor], how: Combination, alphas: Tensor, *, per_row: bool) -> None:
+    `per_point`: every row of the table counts for every output.
+    """
+
+    def __init__(
+        self, logits: Sequence[Tensor], weights: Weights, rows: Tensor | None, *, per_point: bool = False
+    ) -> None:
         if len(logits) > library.MAX_MEMBERS:
-            raise ValueError(f"expected at most {library.MAX_MEMBERS} members, got {len(logits)}")
+            raise ValueError(f"the CUDA kernels take at most {library.MAX_MEMBERS} members, got {len(logits)}")
         anchor = logits[0]
         self.device = anchor.device
-        self._library = library.load(library.path_for(self.device))
+        self.library = library.load(library.path_for(self.device))
+        self._logits = [z if z.stride(-1) == 1 or z.shape[-1] == 1 else z.contiguous() for z in logits]
+        self._weights, self._rows = weights, rows
+        self._widths = [z.shape[-1] for z in logits]
         positions = anchor.shape[1] if anchor.dim() == 3 else 1
-        self.rows = anchor.shape[0] * positions  # of the grid: every position is one
-        self._splits = self._library.num_splits(anchor.shape[-1])
-        normalised = how.normalised_slope if how.normalises(logits) else (0.0,) * len(logits)
-        self._readable = [z if z.stride(-1) == 1 or z.shape[-1] == 1 else z.contiguous() for z in logits]
-        self._alphas = alphas.contiguous()
-        self._problem = library.Problem(
+        num_rows, columns = anchor.shape[0] * positions, weights.table.shape[1]
+        self.problem = library.Problem(
             num_members=len(logits),
             dtype=library.dtype_code({z.dtype for z in logits}),
-            rows=self.rows,
+            outputs=num_rows if rows is None else rows.shape[0],
+            layers=1,
+            num_rows=num_rows,
             positions=positions,
-            width=anchor.shape[-1],
-            shared=how.shared_width(logits),
-            held=how.held_width(logits),
-            num_alphas=1 if per_row else alphas.shape[0],
-            alpha_step=0 if per_row else 1,
-            row_step=1 if per_row else 0,
-            alphas=self._alphas.data_ptr(),
+            width=weights.width(self._widths),
+            shared=weights.shared_width(self._widths),
+            held=weights.held_width(self._widths),
+            raw=sum(1 << i for i, is_raw in enumerate(weights.raw) if is_raw),
+            table_stride=0 if per_point or weights.table.shape[0] == 1 else columns,
+            point_stride=columns if per_point else 0,
+            table=weights.table.data_ptr(),
+            rows=None if rows is None else rows.data_ptr(),
         )
-        for i, z in enumerate(self._readable):
-            self._problem.members[i] = _member(z, how.constant[i], how.slope[i], bool(normalised[i]))
-        self._normalisers = self._normalise(normalised)
-        self._thresholds = self._threshold(how.cutoff)
+        for i, (z, limit) in enumerate(zip(self._logits, weights.limits(self._widths), strict=True)):
+            position_stride = z.stride(1) if z.dim() == 3 else 0
+            self.problem.members[i] = library.Member(
+                z.data_ptr(), z.stride(0), position_stride, limit, library.dtype_code({z.dtype})
+            )
+        if weights.normalises(self._widths):
+            self._normalisers = self._log_sums([self.problem.shared] * len(logits))
+            self.problem.log_sums = self._normalisers.data_ptr()
+        self.problem.splits = self.library.num_splits(self.problem.outputs, self.problem.width)
+        if weights.cuts:
+            self._thresholds = self._find_thresholds(len(weights) if per_point else 1)
+            self.problem.thresholds = self._thresholds.data_ptr()
 
-    def run(self, name: str, *tensors: Tensor) -> None:
-        if self.rows:  # CUDA refuses an empty grid
-            self._library.call(name, self._problem, *tensors)
+    def launch(self, name: str) -> None:
+        self.library.launch(name, self.problem, self.device)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def partials(self) -> Tensor:
-        """Room for one partial result per (α, row, split)."""
-        count = self._problem.num_alphas * self.rows * self._splits
-        return self.empty(count * self._library.partial_size, dtype=torch.uint8)
-
-    def _normalise(self, slopes: Sequence[float]) -> Tensor | None:
-        """(rows,): Σ slope · log Σ exp of the shared logits, where members are normalised."""
-        if not any(slopes):
-            return None
-        partial = self.empty(self.rows, library.MAX_MEMBERS, self._splits)
-        self.run("ens_normalisers", partial)
-        total = self.empty(self.rows).zero_()
-        for slope, log_sum in zip(slopes, partial.logsumexp(-1).unbind(-1), strict=False):
-            if slope:  # the others were not written
-                total += slope * log_sum
-        self._problem.normalisers = total.data_ptr()
+    def log_normalisers(self) -> Tensor:
+        """Return Σ_i w_i · log Σ exp z_i (K, outputs) over the distributions that z has not normalised."""
+        num, table = len(self._logits), self._weights.table
+        rest = table[:, :num]
+        if not self.problem.log_sums:
+            rest = rest + self._weights.alphas.unsqueeze(1) * table[:, num : 2 * num]
+        log_sums = self._log_sums(self._widths)
+        if self._rows is not None:
+            log_sums = log_sums[self._rows.long().clamp(0, self.problem.num_rows - 1)]
+        total = table.new_zeros(table.shape[0], log_sums.shape[0])
+        for weight, log_sum, is_raw in zip(rest.unbind(1), log_sums.unbind(1), self._weights.raw, strict=True):
+            if not is_raw:
+                weight = weight.unsqueeze(1)
+                total = total + (weight * log_sum).masked_fill(weight == 0, 0.0)
         return total
 
-    def _threshold(self, cutoff: float | None) -> Tensor | None:
-        """(num_alphas, rows): the anchor logit below which a token is forbidden."""
-        if cutoff is None:
-            return None
-        partial = self.empty(self._problem.num_alphas, self.rows, self._splits)
-        self.run("ens_anchor_max", partial)
+    def _log_sums(self, limits: Sequence[int]) -> Tensor:
+        """Return log Σ exp of the first `limits` ids of every member, (rows, members)."""
+        problem = library.Problem.from_buffer_copy(self.problem)
+        problem.outputs, problem.width = problem.num_rows, max(limits)
+        problem.rows = problem.table = problem.log_sums = problem.thresholds = None
+        problem.layers, problem.splits = 1, self.library.num_splits(problem.outputs, problem.width)
+        for i, limit in enumerate(limits):
+            problem.members[i].limit = limit
+        partial = self.empty(problem.outputs, len(limits), problem.splits)
+        problem.out = partial.data_ptr()
+        self.library.launch("normaliser", problem, self.device)
+        return partial.logsumexp(-1)
+
+    def _find_thresholds(self, layers: int) -> Tensor:
+        """Return the first sum below which a token is forbidden, (layers, outputs)."""
+        problem = library.Problem.from_buffer_copy(self.problem)
+        problem.layers = layers
+        partial = self.empty(layers, problem.outputs, problem.splits)
+        problem.out = partial.data_ptr()
+        self.library.launch("threshold", problem, self.device)
         largest = partial.amax(-1)
-        thresholds = largest.masked_fill(largest == math.inf, math.nan) + math.log(cutoff)
-        self._problem.thresholds = thresholds.data_ptr()
-        return thresholds
-
-
-def _member(z: Tensor, constant: float, slope: float, in_normaliser: bool) -> library.Member:
-    return library.Member(
-        data=z.data_ptr(),
-        row_stride=z.stride(0),
-        position_stride=z.stride(1) if z.dim() == 3 else 0,
-        constant=constant,
-        slope=slope,
-        dtype=library.dtype_code({z.dtype}),
-        in_normaliser=in_normaliser,
-    )
+        cutoffs = self._weights.table[:, -1]
+        return largest.masked_fill_(largest == math.inf, math.nan).add_(
+            cutoffs.unsqueeze(1) if problem.point_stride else cutoffs
+        )

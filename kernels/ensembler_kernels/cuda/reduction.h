@@ -1,28 +1,47 @@
-// Partial results of a row and how two of them make one.
+// Partial results, how two of them make one, and how the threads and then the blocks of an output merge theirs.
 #pragma once
 
 #include <climits>
 
 #include "members.h"
 
-// Largest z, sum of exp(z - largest); the best score of all ids, the lowest id on a tie, and its z.
-struct Partial {
-    float largest, total, score, z;
+// Sum of exp((z - largest) / T).
+struct Sum {
+    float largest, total;
+};
+
+// And the best score of all ids, relative to `largest`; the lowest id on a tie, and its z.
+struct Best {
+    Sum sum;
+    float score, z;
     int32_t id;
 };
 
-HD Partial nothing() { return {-infinity(), 0.0f, -infinity(), -infinity(), INT_MAX}; }
+HD float share_of(const Sum& a, float top, float inverse) {
+    return a.largest == top ? 0.0f : (a.largest - top) * inverse;  // equal: inf - inf is undefined
+}
 
-HD void take_better(Partial& a, float score, float z, int id) {
-    if (score > a.score || (score == a.score && id < a.id)) {
+HD void merge(Sum& a, const Sum& b, float inverse = 1.0f) {
+    const float top = max_of(a.largest, b.largest);
+    a.total = a.total * expf(share_of(a, top, inverse)) + b.total * expf(share_of(b, top, inverse));
+    a.largest = top;
+}
+
+// The winner of two keeps its score as it is where it has the largest z, so that greedy choices are exact.
+HD void merge(Best& a, const Best& b, float inverse) {
+    const float top = max_of(a.sum.largest, b.sum.largest);
+    const float score = b.score + share_of(b.sum, top, inverse);
+    a.score += share_of(a.sum, top, inverse);
+    if (score > a.score || (score == a.score && b.id < a.id)) {
         a.score = score;
-        a.z = z;
-        a.id = id;
+        a.z = b.z;
+        a.id = b.id;
     }
+    merge(a.sum, b.sum, inverse);
 }
 
 // One more z into the running sum: NaN stays, a forbidden token adds nothing.
-HD void add(Partial& a, float z) {
+HD void add(Sum& a, float z) {
     if (z != z) {
         a.total = z;
     } else if (z > a.largest) {
@@ -33,23 +52,40 @@ HD void add(Partial& a, float z) {
     }
 }
 
-HD void merge(Partial& a, const Partial& b) {
-    const float top = a.largest > b.largest ? a.largest : b.largest;
-    const float a_share = a.largest == top ? 1.0f : expf(a.largest - top);  // equal: inf - inf has no exponential
-    const float b_share = b.largest == top ? 1.0f : expf(b.largest - top);
-    a.total = a.total * a_share + b.total * b_share;
-    a.largest = top;
-    take_better(a, b.score, b.z, b.id);
+// Join the values of all threads into values[0]; join(a, b) puts b into a.
+template <class Block, class T, class Join>
+HD void reduce(Block& block, T* values, Join join) {
+    for (int stride = THREADS / 2; stride > 0; stride /= 2)
+        block.each([&](int thread) {
+            if (thread < stride) join(values[thread], values[thread + stride]);
+        });
 }
 
-// log of the softmax at z: (z - largest) - log total keeps what z - (largest + log total) would round away.
-HD float log_softmax(float z, const Partial& a) { return (z - a.largest) - logf(a.total); }
+// Count a block that has stored its partial results; true for the last of `num`, which sees those of all others. The
+// count goes back to 0 by itself. One thread calls it, after a barrier.
+HD bool is_last(uint32_t* counter, uint32_t num) {
+#ifdef __CUDA_ARCH__
+    __threadfence();
+    const bool last = atomicInc(counter, num - 1) == num - 1;
+    __threadfence();
+    return last;
+#else
+    *counter = (*counter + 1) % num;
+    return *counter == 0;
+#endif
+}
 
-// Merge the partials of all threads that are equal modulo `groups`, a power of two, into those below `groups`.
-template <class Block>
-HD void reduce(Block& block, Partial* partials, int groups) {
-    for (int stride = THREADS / 2; stride >= groups; stride /= 2)
-        block.each([&](int thread) {
-            if (thread < stride) merge(partials[thread], partials[thread + stride]);
-        });
+// What another block of this launch has stored: past the L1 cache, which may hold what was there before.
+template <class T>
+HD T load_fresh(const T* from) {
+#ifdef __CUDA_ARCH__
+    uint32_t words[sizeof(T) / 4];
+    UNROLL
+    for (int i = 0; i < (int)(sizeof(T) / 4); ++i) words[i] = __ldcg((const uint32_t*)from + i);
+    T value;
+    memcpy(&value, words, sizeof value);
+    return value;
+#else
+    return *from;
+#endif
 }
