@@ -108,7 +108,10 @@ def combine_logprob(
     for absent in (missing, no_ids):
         if absent is not None:
             logprobs[:, absent], greedy[:, absent] = math.nan, False
-    return Scored(logprobs, greedy, totals - _log_normalisers(members, rows, weights) if log_z else None)
+    if not log_z:
+        return Scored(logprobs, greedy, None)
+    log_sums = [torch.cat([part.float().logsumexp(-1) for part in torch.split(z, 64)]) for z in members]
+    return Scored(logprobs, greedy, totals - weights.log_normalisers(torch.stack(log_sums, 1), rows, widths))
 
 
 class _Work:
@@ -177,17 +180,3 @@ def _scored_exactly(
         found.append((logprob, (best == targets) & ~logprob.isnan(), top + log_total))
     logprobs, greedy, totals = zip(*found, strict=True)
     return torch.stack(logprobs), torch.stack(greedy), torch.stack(totals)
-
-
-def _log_normalisers(members: Sequence[Tensor], rows: Tensor | None, weights: Weights) -> Tensor:
-    """Σ_i w_i · log Σ exp z_i (K, n) over the members that are distributions and that z has not normalised."""
-    num, alphas = weights.num_members, weights.alphas
-    normalised = weights.normalises([z.shape[-1] for z in members])
-    total = torch.zeros((), device=alphas.device)
-    for i, z in enumerate(members):
-        weight = weights.table[:, i] if normalised else weights.table[:, i] + alphas * weights.table[:, num + i]
-        if not weights.raw[i] and weight.any():
-            log_sum = torch.cat([part.float().logsumexp(-1) for part in torch.split(z, 64)])
-            log_sum = log_sum if rows is None else log_sum[rows.long()]
-            total = total + (weight.unsqueeze(1) * log_sum).masked_fill_((weight == 0).unsqueeze(1), 0.0)
-    return total

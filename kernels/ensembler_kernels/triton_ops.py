@@ -87,7 +87,10 @@ def combine_logprob(
         num, points, call.num_rows, call.positions, call.width, call.shared, call.held, splits,
         call.has_rows, call.raw, call.normalised, call.cuts, log_z, block, triton.next_power_of_2(splits), longest,
     )  # fmt: skip
-    return Scored(logprobs, greedy, totals - call.log_normalisers() if log_z else None)
+    if not log_z:
+        return Scored(logprobs, greedy, None)
+    widths = [z.shape[-1] for z in logits]
+    return Scored(logprobs, greedy, totals - weights.log_normalisers(call.log_sums(widths), rows, widths))
 
 
 class _Call:
@@ -95,7 +98,7 @@ class _Call:
 
     def __init__(self, logits: Sequence[Tensor], weights: Weights, rows: Tensor | None) -> None:
         anchor = logits[0]
-        self._logits, self._weights = logits, weights
+        self._logits = logits
         self.device, self.table = anchor.device, weights.table
         widths = tuple([z.shape[-1] for z in logits])
         known: tuple[int, int, int, tuple[int, ...], bool, int] | None = weights.known.get(widths)
@@ -118,7 +121,7 @@ class _Call:
 
         With `points`, thresholds (points, outputs): every row of the table for every output.
         """
-        log_sums = self._log_sums((self.shared,) * len(self.members)) if self.normalised else self.table
+        log_sums = self.log_sums((self.shared,) * len(self.members)) if self.normalised else self.table
         if not self.cuts:
             return log_sums, self.table
         table, rows, stride = self.table, self.rows, self.table_stride
@@ -137,21 +140,7 @@ class _Call:
         largest = partial.amax(-1)
         return log_sums, largest.masked_fill_(largest == math.inf, math.nan).add_(table[:, -1])
 
-    def log_normalisers(self) -> Tensor:
-        """Return Σ_i w_i · log Σ exp z_i (K, outputs) over the distributions that z has not normalised."""
-        num, table = len(self.members), self.table
-        rest = table[:, :num]
-        if not self.normalised:
-            rest = rest + self._weights.alphas.unsqueeze(1) * table[:, num : 2 * num]
-        key = ("raw", self.device)  # kept: a copy from the host waits, and cannot be captured
-        if key not in self._weights.known:
-            self._weights.known[key] = torch.tensor(self._weights.raw, device=self.device)
-        is_raw = self._weights.known[key]
-        log_sums = self._log_sums(tuple(z.shape[-1] for z in self._logits))
-        log_sums = log_sums[self.rows.long().clamp(0, self.num_rows - 1)] if self.has_rows else log_sums
-        return (rest.unsqueeze(1) * log_sums).masked_fill_((is_raw | (rest == 0)).unsqueeze(1), 0.0).sum(-1)
-
-    def _log_sums(self, limits: Sequence[int]) -> Tensor:
+    def log_sums(self, limits: Sequence[int]) -> Tensor:
         """Return log Σ exp of the first `limits` ids of every member, (rows, members)."""
         block, warps, splits = launch("prepass", self.num_rows, max(limits))
         partial = torch.empty((self.num_rows, len(limits), splits), device=self.device)

@@ -126,6 +126,22 @@ class Weights:
         """Return whether members of the log-ratio are normalised over the shared ids before they are combined."""
         return self.neutral and self.shared_width(widths) < self.width(widths) and not all(self.raw)
 
+    def log_normalisers(self, log_sums: Tensor, rows: Tensor | None, widths: Sequence[int]) -> Tensor:
+        """Return Σ_i w_i · log Σ exp z_i (K, outputs) over the distributions that z has not normalised, for log Z.
+
+        `log_sums` (rows, members): log Σ exp of all ids of a member; `rows` (outputs,): the row that each output reads.
+        """
+        if rows is not None:
+            log_sums = log_sums[rows.long().clamp(0, log_sums.shape[0] - 1)]
+        constants, slopes = (self.table[:, start : start + self.num_members] for start in (0, self.num_members))
+        rest = constants if self.normalises(widths) else constants + self.alphas.unsqueeze(1) * slopes
+        total = self.table.new_zeros(len(self), log_sums.shape[0])
+        for weight, log_sum, is_raw in zip(rest.unbind(1), log_sums.unbind(1), self.raw, strict=True):
+            if not is_raw:
+                weight = weight.unsqueeze(1)
+                total = total + (weight * log_sum).masked_fill(weight == 0, 0.0)
+        return total
+
 
 def _checked_alphas(alpha: float | Sequence[float] | Tensor) -> Tensor:
     """Return α as fp32 (K,)."""

@@ -93,7 +93,9 @@ def combine_logprob(
         problem.partials, problem.beaten = partials.data_ptr(), partials[sums:].data_ptr()  # beaten: 32-bit masks
         problem.counters = counters.data_ptr()
         call.launch("logprob")
-    return Scored(logprobs, greedy, None if totals is None else totals - call.log_normalisers())
+    if totals is not None:
+        totals -= weights.log_normalisers(call.log_sums(call.widths), rows, call.widths)
+    return Scored(logprobs, greedy, totals)
 
 
 class _Call:
@@ -112,7 +114,7 @@ class _Call:
         self.library = library.load(library.path_for(self.device))
         self._logits = [z if z.stride(-1) == 1 or z.shape[-1] == 1 else z.contiguous() for z in logits]
         self._weights, self._rows = weights, rows
-        self._widths = [z.shape[-1] for z in logits]
+        self.widths = [z.shape[-1] for z in logits]
         positions = anchor.shape[1] if anchor.dim() == 3 else 1
         num_rows, columns = anchor.shape[0] * positions, weights.table.shape[1]
         self.problem = library.Problem(
@@ -122,22 +124,22 @@ class _Call:
             layers=1,
             num_rows=num_rows,
             positions=positions,
-            width=weights.width(self._widths),
-            shared=weights.shared_width(self._widths),
-            held=weights.held_width(self._widths),
+            width=weights.width(self.widths),
+            shared=weights.shared_width(self.widths),
+            held=weights.held_width(self.widths),
             raw=sum(1 << i for i, is_raw in enumerate(weights.raw) if is_raw),
             table_stride=0 if per_point or weights.table.shape[0] == 1 else columns,
             point_stride=columns if per_point else 0,
             table=weights.table.data_ptr(),
             rows=None if rows is None else rows.data_ptr(),
         )
-        for i, (z, limit) in enumerate(zip(self._logits, weights.limits(self._widths), strict=True)):
+        for i, (z, limit) in enumerate(zip(self._logits, weights.limits(self.widths), strict=True)):
             position_stride = z.stride(1) if z.dim() == 3 else 0
             self.problem.members[i] = library.Member(
                 z.data_ptr(), z.stride(0), position_stride, limit, library.dtype_code({z.dtype})
             )
-        if weights.normalises(self._widths):
-            self._normalisers = self._log_sums([self.problem.shared] * len(logits))
+        if weights.normalises(self.widths):
+            self._normalisers = self.log_sums([self.problem.shared] * len(logits))
             self.problem.log_sums = self._normalisers.data_ptr()
         self.problem.splits = self.library.num_splits(self.problem.outputs, self.problem.width)
         if weights.cuts:
@@ -150,23 +152,7 @@ class _Call:
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def log_normalisers(self) -> Tensor:
-        """Return Σ_i w_i · log Σ exp z_i (K, outputs) over the distributions that z has not normalised."""
-        num, table = len(self._logits), self._weights.table
-        rest = table[:, :num]
-        if not self.problem.log_sums:
-            rest = rest + self._weights.alphas.unsqueeze(1) * table[:, num : 2 * num]
-        log_sums = self._log_sums(self._widths)
-        if self._rows is not None:
-            log_sums = log_sums[self._rows.long().clamp(0, self.problem.num_rows - 1)]
-        total = table.new_zeros(table.shape[0], log_sums.shape[0])
-        for weight, log_sum, is_raw in zip(rest.unbind(1), log_sums.unbind(1), self._weights.raw, strict=True):
-            if not is_raw:
-                weight = weight.unsqueeze(1)
-                total = total + (weight * log_sum).masked_fill(weight == 0, 0.0)
-        return total
-
-    def _log_sums(self, limits: Sequence[int]) -> Tensor:
+    def log_sums(self, limits: Sequence[int]) -> Tensor:
         """Return log Σ exp of the first `limits` ids of every member, (rows, members)."""
         problem = library.Problem.from_buffer_copy(self.problem)
         problem.outputs, problem.width = problem.num_rows, max(limits)
