@@ -1,6 +1,8 @@
 """Check and measure the kernels on a GPU without a network: python benchmarks/gpu.py [--sections kernels,table,tune].
 
-It needs torch, Triton, pytest and hypothesis, and installs nothing. Every section appends its rows to
+kernels: the cases of the tests on the device. table: times over the floor, goals. tune: candidates of the launch
+table (block, warps, splits). Build the CUDA kernels first (kernels/ensembler_kernels/cuda/build.py): else they are
+skipped. It needs torch, Triton, pytest and hypothesis, and installs nothing. Every section appends its rows to
 OUT/SECTION.jsonl as they are made, and prints its table at the end. On a CPU it runs with --device cpu --small.
 """
 
@@ -122,10 +124,10 @@ SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", default=",".join(SECTIONS), help="some of %(default)s")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"), help="cuda:1, or cpu with --small")
     parser.add_argument("--small", action="store_true", help="tiny shapes: whether it runs, not how fast")
-    parser.add_argument("--minutes", type=float, default=8, help="start nothing after these")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
+    parser.add_argument("--minutes", type=float, default=8, help="start nothing after these (%(default)s)")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu", help="folder for the rows")
     given = parser.parse_args()
     sections = given.sections.split(",")
     if unknown := [name for name in sections if name not in SECTIONS]:
@@ -151,7 +153,9 @@ def run(options: Options, out: Path, limit: str) -> int:
         with torch.inference_mode(), (out / f"{section}.jsonl").open("a", encoding="utf-8") as file:
             for row in _rows(section, options):
                 when = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-                file.write(json.dumps({"case": row.case, **row.fields, **where, "time": when}) + "\n")
+                file.write(
+                    json.dumps({"case": row.case, "small": options.small, **row.fields, **where, "time": when}) + "\n"
+                )
                 file.flush()
                 print(f"{section}: {row.case}: {', '.join(f'{k} {v}' for k, v in row.cells.items())}", flush=True)
                 rows.append(row)

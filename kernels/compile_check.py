@@ -132,7 +132,7 @@ def _source(kernel: Any, job: Job) -> Any:
         **dict.fromkeys(floats, "*fp32"),
         **dict.fromkeys(("width", "shared", "held"), "i32d"),
         "members": (member,) * NUM_MEMBERS,
-        **dict.fromkeys(("rows", "runs", "partial_ids", "partial_beaten", "counters"), "*i32"),
+        **dict.fromkeys(("rows", "runs", "counters"), "*i32"),
         "greedy": "*i1",
         **dict.fromkeys(("noise", "targets", "tokens"), "*i64"),
     }
@@ -254,7 +254,7 @@ def table(codes: Sequence[Code]) -> str:
     lines = [
         f"Computed, not measured: what {compilers} make for {NUM_MEMBERS} members, V = {WIDTH:,}, {NUM_ALPHAS} α.",
         "The floor is bytes ÷ 3.35 TB/s, the memory bandwidth that NVIDIA states for an H100 SXM5: no kernel can be",
-        "faster there, and none has been timed there. Shared memory in bytes, the largest of the three architectures.",
+        "faster there, and these were not timed there. Shared memory in bytes, the largest of the three architectures.",
         "",
         "| | kernel | dtype | block | registers sm_80 / 90 / 100 | shared memory | bytes per row | floor per row |",
         "|---|---|---|---|---|---|---|---|",

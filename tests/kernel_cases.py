@@ -132,6 +132,15 @@ class KernelCases:
         scored = run(ops.combine_logprob, logits, weights, torch.zeros(3, dtype=torch.int64), None, False)
         assert scored.logprobs.isnan().tolist() == [[False, True, True]]
 
+    def test_a_logit_that_overflows_between_the_ends_of_a_grid(self, ops: ModuleType) -> None:
+        """One allowed id, whose log-ratio is finite and huge: its log-prob is 0 at every α."""
+        anchor, up = torch.full((1, 600), -INF), torch.zeros(1, 600)
+        anchor[0, 7], up[0, 7] = 0.0, 1e38
+        weights = Weights.of((Combination((1, 0), (0, 1)), [1.0, 2.0, 3.0, 4.0]))
+        scored = run(ops.combine_logprob, [anchor, up], weights, torch.tensor([7]), None, False)
+        assert scored.logprobs.flatten().tolist() == [0.0] * 4
+        assert scored.greedy.all()
+
     # -- choosing -----------------------------------------------------------------------------------------------------
 
     @pytest.mark.parametrize("tie", [[7, 2900], [2047, 2048], [0, 4999]])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import warnings
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from ensembler_kernels import (
     make_noise,
     reference,
 )
+from ensembler_kernels.checks import check_targets
+from ensembler_kernels.scratch import Scratch
 from member_cases import FP32, INF, NAN, RATIO, assert_same_draws, assert_same_scores, make_logits, rules
 from torch import Tensor
 from torch.testing import assert_close
@@ -157,7 +160,7 @@ def test_a_number_of_weights_that_does_not_fit() -> None:
         (TWO, torch.tensor([0, 1, 1, 0]), 4),
         ([torch.zeros(2, 2, 4)] * 2, None, 4),
     ):
-        message = f"weights: expected one row, or one for each of {outputs} outputs, got 3"
+        message = f"weights: expected 1 row, or one for each of {outputs} outputs, got 3"
         with pytest.raises(ValueError, match=message):
             combine(logits, three, rows)
         with pytest.raises(ValueError, match=message):
@@ -207,15 +210,15 @@ def test_errors_are_values_that_a_check_reads(impl: str, noise: Tensor | None) -
     logits = [torch.tensor([[0.0, 1.0], [-INF, -INF]]), torch.zeros(2, 2)]
     sampled = combine_sample(logits, HALF, noise=noise, impl=impl)
     assert (sampled.tokens < 0).tolist() == [False, True]
-    with pytest.raises(ValueError, match="row 1 has no token to choose: all its combined logits are -inf"):
+    with pytest.raises(ValueError, match="output 1 has no token to choose: all its combined logits are -inf"):
         check_sampled(sampled)
     grid = Weights.of((HOW, [0.5, 1.0]))
     scored = combine_logprob(logits, grid, TARGETS, impl=impl)
     assert scored.logprobs.isnan().tolist() == [[False, True]] * 2
-    with pytest.raises(ValueError, match=r"row 1 at alpha 0.5: all its combined logits are -inf, or one"):
+    with pytest.raises(ValueError, match=r"target 1 has no log-prob at point 0 \(alpha 0.5\): all combined logits"):
         check_scored(scored, grid.alphas)
     logits[0][1, 0] = NAN
-    with pytest.raises(ValueError, match="row 1 holds NaN"):
+    with pytest.raises(ValueError, match="output 1 holds NaN"):
         check_sampled(combine_sample(logits, HALF, noise=noise, impl=impl))
     whole = torch.tensor([0, 0])
     check_sampled(combine_sample(logits, HALF, whole, noise=noise, impl=impl))
@@ -348,3 +351,56 @@ print(grown / (result.numel() * 4))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 1.25, f"grew by {done.stdout.strip()} results"
+
+
+def test_a_draw_from_logits_that_require_a_gradient() -> None:
+    logits = [z.requires_grad_() for z in make_logits(2, 11, 3, torch.float32)]
+    weights = Weights.of((RATIO, torch.tensor([0.5], requires_grad=True)))
+    noise = make_noise(1, [0, 1])
+    sampled = combine_sample(logits, weights, temperature=0.7, noise=noise)
+    assert torch.equal(
+        sampled.tokens, combine_sample(logits, weights, temperature=0.7, noise=noise, impl="reference")[0]
+    )
+    assert not sampled.logprobs.requires_grad
+
+
+def test_targets_of_any_stride() -> None:
+    logits, targets = make_logits(4, 50, 3, torch.float32), (torch.arange(12).view(4, 3) * 4)[:, 0]
+    weights = Weights.of((RATIO, 0.5))
+    assert_close(combine_logprob(logits, weights, targets), combine_logprob(logits, weights, targets.clone()))
+    assert check_targets(targets, logits, weights, None).is_contiguous()
+
+
+@pytest.mark.parametrize(("weights", "rows", "message"), [
+    (RATIO, None, "weights: expected Weights, got a Combination"),
+    (None, [0, 1], "rows: expected a tensor of int32 or int64"),
+])  # fmt: skip
+def test_what_is_no_tensor_is_refused_in_words(weights: Any, rows: Any, message: str) -> None:
+    weights = Weights.of((RATIO, 0.5)) if weights is None else weights
+    with pytest.raises(ValueError, match=message):
+        combine(make_logits(2, 11, 3, torch.float32), weights, rows)
+    with pytest.raises(ValueError, match="expected pairs"):
+        Weights.of(RATIO, 0.5)  # type: ignore[arg-type]
+
+
+def test_scratch_that_is_captured_is_aligned_and_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, with what it asks of torch replaced: counters are cut from a pool, or set to 0 by the graph."""
+    capturing = False
+    pool, allocate = Scratch(), torch.empty
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **given: allocate(*sizes))
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda size, **given: zeros(size, dtype=torch.int32))
+    gpu = torch.device("cuda", 0)
+    kept = pool.take(gpu, 100, 10)
+    assert all(one is other for one, other in zip(kept, pool.take(gpu, 50, 5), strict=True))
+    assert pool.take(gpu, 200, 10)[0].shape[0] == 200
+    capturing = True
+    found = [pool.take(gpu, 100, num)[1] for num in (1, 1, 8, 5, 3)]
+    starts = [one.data_ptr() for one in found]
+    assert [(start - starts[0]) % 16 for start in starts] == [0] * 5
+    for one, other in itertools.pairwise(found):
+        assert one.data_ptr() + 4 * len(one) <= other.data_ptr()
+    assert all(not one.any() for one in found)
+    assert pool.take(gpu, 100, 1 << 20)[1].shape[0] == 1 << 20  # more than the pool has

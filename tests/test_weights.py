@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ensembler_kernels import Combination, Weights
+from ensembler_kernels import Combination, Weights, combine
 from ensembler_kernels.weights import LONGEST_RUN, Run
 from member_cases import INF, NAN, RATIO, rules
 from torch.testing import assert_close
@@ -119,3 +119,19 @@ def test_bad_tables() -> None:
 def test_bad_combination(numbers: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Combination(**numbers)
+
+
+def test_a_table_is_taken_as_a_kernel_can_read_it() -> None:
+    weights = Weights.of((Combination((1, 0), (0, 1)), 0.5))
+    assert weights.replace_table(weights.table.expand(3, -1)).table.is_contiguous()
+    with pytest.raises(ValueError, match="weights: expected rows on cpu, got meta"):
+        weights.replace_table(weights.table.to("meta"))
+
+
+def test_a_cutoff_in_a_table_of_weights_without_one_does_not_count() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = [torch.randn(1, 50, generator=generator) for _ in range(2)]
+    plain, cut = (Weights.of((Combination((1, 0), (0, 1), cutoff=cutoff), 0.5)) for cutoff in (None, 0.5))
+    for impl in ("reference", "torch"):
+        assert combine(logits, plain.replace_table(cut.table), impl=impl).isfinite().all()
+        assert not combine(logits, cut, impl=impl).isfinite().all()

@@ -121,7 +121,7 @@ class Chooser:
         """The same by way of scores, which are made and processed once for the tracks of a point on one row."""
         pairs, which = torch.unique(torch.stack([points, rows], dim=-1), dim=0, return_inverse=True)
         prompts = torch.empty(pairs.shape[0], dtype=torch.int64).scatter_(0, which, tracks.prompt_of[streams])
-        chosen = torch.empty_like(rows)
+        chosen = torch.empty(rows.shape, dtype=torch.int64, device=ids.device)
         for start in range(0, pairs.shape[0], _MOST):
             here = slice(start, start + _MOST)
             of_point, of_row = pairs[here].unbind(-1)
@@ -129,5 +129,5 @@ class Chooser:
             scores = self._processors(ids[of_row.to(ids.device)], z, prompts[here])
             inside = ((which >= start) & (which < start + _MOST)).nonzero().squeeze(-1)
             found = self._choose_among([scores.float()], self._scores, which[inside] - start, streams[inside])
-            chosen[inside] = found.cpu()
+            chosen[inside.to(ids.device)] = found
         return chosen

@@ -6,6 +6,7 @@ An eager call without gradients goes straight to the implementation; an op costs
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,11 +35,10 @@ def combine_sample(
     impl: str | None,
 ) -> Sampled:
     """`reference.combine_sample` on checked arguments."""
+    if _is_traced(logits, weights):  # a draw has no gradient
+        logits, weights = [z.detach() for z in logits], replace(weights, table=weights.table.detach())
     if torch.compiler.is_compiling():
-        return Sampled(
-            *_sample([z.detach() for z in logits], weights.table.detach(), rows, temperature, noise,
-                     *_flat(weights), impl)
-        )  # fmt: skip
+        return Sampled(*_sample(logits, weights.table, rows, temperature, noise, *_flat(weights), impl))
     sampled: Sampled = implementations.chosen(impl, logits[0].device).combine_sample(
         logits, weights, rows, temperature, noise
     )

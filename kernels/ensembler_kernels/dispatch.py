@@ -36,19 +36,25 @@ def combine_sample(
     weights: Weights,
     rows: Tensor | None = None,
     *,
-    temperature: float | Tensor = 1.0,
+    temperature: float | Tensor | None = None,
     noise: Tensor | None = None,
     impl: str | None = None,
 ) -> Sampled:
-    """Return one token per output, drawn from softmax(z / temperature), and its log-prob, without writing z.
+    """Return one token per output and its log-prob, without writing z.
 
-    `noise` (outputs, 4) int64: seed, prompt, sample, position (`make_noise`), on which a draw depends and on nothing
-    else; None: the most likely token. `temperature`: a number, or (outputs,); 0 is greedy. Errors are values: token −1
-    where an output has no token, log-prob NaN where it holds NaN; `check_sampled` raises for them. Raises ValueError
-    for arguments that do not fit.
+    With `noise` (outputs, 4) int64: seed, prompt, sample, position (`make_noise`), the token is drawn from
+    softmax(z / temperature), of which it has the log-prob; a draw depends on the noise and on nothing else.
+    `temperature`: a number, or (outputs,), 0: greedy; None: 1. Without noise: the most likely token, and its log-prob
+    under softmax(z). Errors are values: token −1 where everything is forbidden, log-prob NaN where a member gave NaN
+    (the token then means nothing); `check_sampled` raises for both. Not differentiable. Raises ValueError for arguments
+    that do not fit.
     """
     rows = check_call(logits, weights, rows)
+    if noise is None and temperature is not None:
+        wanted = "expected noise=make_noise(seed, prompts) beside it to sample, or neither for the most likely token"
+        raise ValueError(f"temperature is {temperature} and there is no noise: {wanted}")
     if noise is not None:
+        temperature = 1.0 if temperature is None else temperature
         outputs = rows_of(logits) if rows is None else rows.shape[0]
         temperature, noise = per_output(temperature, noise, outputs, logits[0].device)
         return custom_ops.combine_sample(logits, weights, rows, temperature, noise, impl)
@@ -72,7 +78,7 @@ def combine_logprob(
     `check_scored` raises. Raises ValueError for arguments that do not fit.
     """
     rows = check_call(logits, weights, rows, per_point=True)
-    check_targets(targets, logits, weights, rows)
+    targets = check_targets(targets, logits, weights, rows)
     return custom_ops.combine_logprob(logits, weights, targets, rows, log_z, impl)
 
 
@@ -84,7 +90,8 @@ def make_noise(
 ) -> Tensor:
     """Return the noise of outputs, (outputs, 4) int64: seed, and the numbers of prompt, sample and position (0: None).
 
-    Seeds from 2⁶³ to 2⁶⁴ keep their 64 bits. Raises ValueError for a seed of more bits.
+    Give the position of the token that is chosen: without it every step of a text is drawn with the same noise. Of each
+    number 32 bits count, of the seed 64: those from 2⁶³ to 2⁶⁴ keep them. Raises ValueError for a seed of more bits.
     """
     if not isinstance(seed, int) or not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: expected an integer of 64 bits, got {seed}")

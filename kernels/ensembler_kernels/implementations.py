@@ -3,7 +3,8 @@
 An implementation is a module with these functions. `dispatch` has checked the arguments: logits on one device,
 (rows, V_i) or (rows, positions, V_i), any strides, fp32, bf16 or fp16 mixed; `rows` int32 (outputs,) or None;
 `weights.table` contiguous; `temperature` fp32, one per output or one for all, and `noise` int64 (outputs, 4), both
-contiguous or both None; `targets` int64 (n,); all on that device. Nothing waits for the device.
+contiguous or both None; `targets` int64 (n,), contiguous; all on that device. Kernels of a GPU wait for nothing, and
+can be captured in a CUDA graph after one call with the same weights.
 
     unavailable(device) -> str | None                            the reason why it cannot run there, in one line
     combine(logits, weights, rows) -> Tensor                     fp32, contiguous, (outputs, V)

@@ -29,12 +29,13 @@ def check_sampled(sampled: Sampled) -> None:
         output = int(bad.nonzero()[0])
         no_token = sampled.tokens[output] < 0
         what = "has no token to choose: all its combined logits are -inf" if no_token else "holds NaN"
-        raise ValueError(f"row {output} {what}")
+        raise ValueError(f"output {output} {what}; look at the members' logits in the row that it reads")
 
 
 def check_scored(scored: Scored, alphas: Tensor) -> None:
     """Raise ValueError naming the first target that has no log-prob; `alphas` (K,). Waits for the device."""
     bad = scored.logprobs.isnan()
     if bad.any():
-        k, row = bad.nonzero()[0].tolist()
-        raise ValueError(f"row {row} at alpha {alphas[k]:g}: all its combined logits are -inf, or one of them is NaN")
+        k, target = bad.nonzero()[0].tolist()
+        what = "all combined logits of the row that it reads are -inf, or one of them is NaN"
+        raise ValueError(f"target {target} has no log-prob at point {k} (alpha {alphas[k]:g}): {what}")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_FOR_GRAPHS = 1 << 18
+_FOR_GRAPHS = 1 << 18  # counters
+_MOST_KEPT = 1 << 24  # fp32 numbers, 64 MB: partial results of a large scoring call are not kept
 
 
 class Scratch:
@@ -27,20 +28,22 @@ class Scratch:
             if torch.cuda.is_current_stream_capturing():
                 return torch.empty(floats, device=device), self._cut(device, counters)
             stream = torch.cuda.current_stream(device).cuda_stream
+        if floats > _MOST_KEPT:
+            return _allocate(device, floats, counters)
         kept = self._kept.get((device, stream))
         if kept is None or kept[0].shape[0] < floats or kept[1].shape[0] < counters:
             if kept is not None:
                 floats, counters = max(kept[0].shape[0], floats), max(kept[1].shape[0], counters)
             kept = self._kept[device, stream] = _allocate(device, floats, counters)
-            if device.type == "cuda":
-                self._for_graphs.setdefault(device, torch.zeros(_FOR_GRAPHS, dtype=torch.int32, device=device))
+            if device.type == "cuda" and device not in self._for_graphs:
+                self._for_graphs[device] = torch.zeros(_FOR_GRAPHS, dtype=torch.int32, device=device)
         return kept
 
     def _cut(self, device: torch.device, counters: int) -> Tensor:
         left = self._for_graphs.get(device)
         if left is None or left.shape[0] < counters:  # set to 0 at every replay
             return torch.zeros(counters, dtype=torch.int32, device=device)
-        self._for_graphs[device] = left[counters:]
+        self._for_graphs[device] = left[-(-counters // 4) * 4 :]  # aligned to 16 bytes, for which Triton has compiled
         return left[:counters]
 
 

@@ -52,7 +52,13 @@ def rule_of(weights: Weights, numbers: Sequence[float], widths: Sequence[int]) -
     normalised = tuple(s if normalises and not is_raw else 0.0 for s, is_raw in zip(slope, weights.raw, strict=True))
     held = min([weights.held_width(widths), *(width for width, c in zip(widths, constant, strict=True) if c)])
     return RuleWeights(
-        constant, slope, normalised, numbers[-1], weights.shared_width(widths), held, weights.width(widths)
+        constant,
+        slope,
+        normalised,
+        numbers[-1] if weights.cuts else -math.inf,
+        weights.shared_width(widths),
+        held,
+        weights.width(widths),
     )
 
 
@@ -99,10 +105,16 @@ def blocks(
         if rows is None:
             yield which, [z[here] for z in members]
             continue
-        first, num = int(rows[start]), here.stop - start
-        follow = num == 1 or torch.equal(rows[here], torch.arange(first, first + num, dtype=rows.dtype))
-        index = slice(first, first + num) if follow else rows[here].long()
-        yield which, [z[index] for z in members]
+        yield which, [z[_index(rows[here])] for z in members]
+
+
+def _index(rows: Tensor) -> slice | Tensor:
+    """`rows` as an index: a slice, which copies nothing, where they follow one another on a CPU."""
+    if rows.device.type == "cpu":
+        first, num = int(rows[0]), rows.shape[0]
+        if num == 1 or torch.equal(rows, torch.arange(first, first + num, dtype=rows.dtype)):
+            return slice(first, first + num)
+    return rows.long()
 
 
 def rows_per_block(rows: int, width: int, device: torch.device) -> int:

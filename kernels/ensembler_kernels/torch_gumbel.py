@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 _LOW = 0xFFFFFFFF
-_TOGETHER = (
-    1 << 12
-)  # tokens below which the noise of several outputs is made at once: for more, a key for all is faster
-_LEAST = math.exp(
-    -20.5
-)  # Gumbel noise lies between −2.85 and 16.64: with a share below this of the best p none is drawn
+# Tokens below which the noise of several outputs is made at once: for more, one key for all tokens is faster.
+_TOGETHER = 1 << 12
+# Gumbel noise lies between −2.85 and 16.64: a token whose share of the best p is below this can never be drawn.
+_LEAST = math.exp(-20.5)
 
 
 def race(p: Tensor, best: Tensor, noise: Tensor) -> Tensor:

@@ -37,5 +37,6 @@ def launch(kind: str, outputs: int, width: int) -> Launch:
     block, num_warps = few if outputs <= FEW else many
     splits = -(-width // block)
     if kind == "sample":
-        splits = max(1, min(splits, MULTIPROCESSORS * PROGRAMS_EACH // max(outputs, 1)))
+        blocks_each = -(-splits // max(1, MULTIPROCESSORS * PROGRAMS_EACH // max(outputs, 1)))
+        splits = -(-splits // blocks_each)  # none of them idle
     return Launch(block, num_warps, splits)

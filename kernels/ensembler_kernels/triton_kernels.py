@@ -5,6 +5,9 @@ elements; row r is row r // positions, position r % positions, and ids from `lim
 (outputs, 2 · members + 2) holds the weights: constants, slopes, α, log of the cut-off.
 """
 
+# A number that changes from step to step is not specialised: a value of 1, or a multiple of 16, would be another kernel
+# to compile while a text is made.
+#
 # Triton compiles these functions from their text; their arguments have no Python types, and Triton no type stubs.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator,import-untyped"
 
@@ -15,6 +18,7 @@ from triton.language.random import philox_impl
 INF = tl.constexpr(float("inf"))
 LARGEST = tl.constexpr(3.4028234663852886e38)  # the largest finite float32
 NO_ID = tl.constexpr(2147483647)
+SAFE_SIZE = tl.constexpr(1e30)  # of logits: far from overflow between both ends of a run
 SAFE_SPREAD = tl.constexpr(60.0)  # nats: exp(-60 / 2) is far above the smallest float32
 
 
@@ -159,7 +163,7 @@ def _merge_logprob(partial, masks, outputs, is_point, num_splits, SPLITS: tl.con
     return top, tl.log(tl.sum(sums * tl.exp(pivots - shift[:, None]), axis=1)), beaten
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_rows"])
 def combine_kernel(
     members, table, rows, log_sums, thresholds, out,
     table_stride, num_rows, positions, width, shared, held,
@@ -178,7 +182,7 @@ def combine_kernel(
     tl.store(out + output * width + ids, z, mask=ids < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "temperature_stride", "num_rows", "num_splits", "blocks_each"])
 def sample_kernel(
     members, table, rows, log_sums, thresholds, temperatures, noise, partial, counters, tokens, logprobs,
     table_stride, temperature_stride, num_rows, positions, width, shared, held, num_splits, blocks_each,
@@ -249,7 +253,7 @@ def sample_kernel(
         _merge_sample(partial, tokens, logprobs, output, inverse, num_splits, SPLITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_targets", "num_points", "num_rows", "num_splits"])
 def logprob_kernel(
     members, table, rows, log_sums, thresholds, targets, runs, steps, partial, counters,
     logprobs, greedy, totals,
@@ -285,11 +289,13 @@ def logprob_kernel(
     top, top_last = tl.max(z, axis=0), tl.max(z_last, axis=0)
     bend = tl.abs((z_last - top_last) - (z - top))
     spread = tl.max(tl.where(bend == bend, bend, 0.0), axis=0)
-    is_even = (tl.load(steps + run) != 0) & (spread <= SAFE_SPREAD) & (tl.abs(top) < INF) & (tl.abs(top_last) < INF)
+    size = tl.maximum(tl.abs(top), tl.abs(top_last))
+    is_even = (tl.load(steps + run) != 0) & (spread <= SAFE_SPREAD) & (size < SAFE_SIZE)
     if CUT:
         is_even = is_even & False
 
-    at = partial + (first * num_targets + target_index) * 2 * num_splits + split
+    hop = num_targets.to(tl.int64) * 2 * num_splits  # from a point's partial result to the next point's
+    at = partial + first * hop + target_index * 2 * num_splits + split
     beaten = split * 0  # bits, a tensor from the start
     compares = True
     if is_even:
@@ -298,8 +304,8 @@ def logprob_kernel(
         factor = tl.where(factor == factor, factor, 0.0)
         term = tl.exp(z - top)
         for k in range(count):
-            tl.store(at + k * num_targets * 2 * num_splits, top + k * rise)
-            tl.store(at + k * num_targets * 2 * num_splits + num_splits, tl.sum(term, axis=0))
+            tl.store(at + k * hop, top + k * rise)
+            tl.store(at + k * hop + num_splits, tl.sum(term, axis=0))
             term = term * factor
         # an id is above the target somewhere only if it is at one end, and everywhere if it is at both
         z_at, z_at_last = _combined(base_at, ratio_at, first_alpha), _combined(base_at, ratio_at, last_alpha)
@@ -323,8 +329,8 @@ def logprob_kernel(
             if not is_even:
                 top = tl.max(z, axis=0)
                 shift = tl.where(top == -INF, 0.0, top)
-                tl.store(at + k * num_targets * 2 * num_splits, top)
-                tl.store(at + k * num_targets * 2 * num_splits + num_splits, tl.sum(tl.exp(z - shift), axis=0))
+                tl.store(at + k * hop, top)
+                tl.store(at + k * hop + num_splits, tl.sum(tl.exp(z - shift), axis=0))
     masks = partial + ((num_points * 2 + run) * num_targets + target_index) * num_splits
     tl.store(masks + split, beaten.to(tl.float32, bitcast=True))
 
@@ -345,7 +351,7 @@ def logprob_kernel(
             tl.store(totals + outputs, tops + log_sum, mask=is_point)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "num_splits"])
 def normaliser_kernel(members, partial, num_rows, positions, num_splits, BLOCK: tl.constexpr):
     """Pre-pass for `neutral` and log Z: partial (rows, members, num_splits), log Σ exp of the ids of one block."""
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -358,7 +364,7 @@ def normaliser_kernel(members, partial, num_rows, positions, num_splits, BLOCK: 
         tl.store(partial + (row * len(members) + i) * num_splits + split, tl.log(total) + shift)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride", "num_rows", "num_splits"])
 def threshold_kernel(
     members, table, rows, log_sums, partial, table_stride, num_rows, positions, shared, held, num_splits,
     HAS_ROWS: tl.constexpr, RAW: tl.constexpr, NORMALISED: tl.constexpr, BLOCK: tl.constexpr,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ensembler_kernels import triton_kernels as kernels
 from ensembler_kernels.results import Sampled, Scored
 from ensembler_kernels.scratch import Scratch
 from ensembler_kernels.triton_configs import launch
-from ensembler_kernels.weights import Weights
+from ensembler_kernels.weights import Run, Weights
 
 _scratch = Scratch()
 
@@ -57,13 +58,14 @@ def combine_sample(
     tokens = torch.empty(call.outputs, dtype=torch.int64, device=call.device)
     logprobs = torch.empty(call.outputs, device=call.device)
     partial, counters = _scratch.take(call.device, 5 * call.outputs * splits, call.outputs)
+    most_splits = triton.next_power_of_2(-(-call.width // block))  # of any number of outputs: one kernel serves all
     stride = 0 if temperature is None or temperature.shape[0] == 1 else 1
     _run(
         kernels.sample_kernel, call.device, (call.outputs, splits), warps, call.members, call.table, call.rows,
         *call.prepass(), call.table if temperature is None else temperature, call.table if noise is None else noise,
         partial, counters, tokens, logprobs, call.table_stride, stride, call.num_rows, call.positions,
         call.width, call.shared, call.held, splits, -(-call.width // (block * splits)),
-        call.has_rows, call.raw, call.normalised, call.cuts, noise is not None, block, triton.next_power_of_2(splits),
+        call.has_rows, call.raw, call.normalised, call.cuts, noise is not None, block, most_splits,
     )  # fmt: skip
     return Sampled(tokens, logprobs)
 
@@ -73,17 +75,18 @@ def combine_logprob(
 ) -> Scored:
     """Log-probs (K, n) of `targets`, and whether each is the most likely token; see `reference.combine_logprob`."""
     call = _Call(logits, weights, rows)
-    points, num, targets = len(weights), call.outputs, targets.contiguous()
+    points, num = len(weights), call.outputs
     block, warps, splits = launch("logprob", num, call.width)
-    runs, steps, longest = _runs(weights, call.device)
+    runs = weights.runs
+    numbers, steps, longest = _runs(runs, call.device)
     logprobs = torch.empty((points, num), device=call.device)
     greedy = torch.empty((points, num), dtype=torch.bool, device=call.device)
     totals = torch.empty_like(logprobs) if log_z else logprobs
-    pairs = len(weights.runs) * num
+    pairs = len(runs) * num
     partial, counters = _scratch.take(call.device, (2 * points * num + pairs) * splits, pairs)
     _run(
-        kernels.logprob_kernel, call.device, (num, splits, len(weights.runs)), warps, call.members, call.table,
-        call.rows, *call.prepass(points), targets, runs, steps, partial, counters, logprobs, greedy, totals,
+        kernels.logprob_kernel, call.device, (num, splits, len(runs)), warps, call.members, call.table,
+        call.rows, *call.prepass(points), targets, numbers, steps, partial, counters, logprobs, greedy, totals,
         num, points, call.num_rows, call.positions, call.width, call.shared, call.held, splits,
         call.has_rows, call.raw, call.normalised, call.cuts, log_z, block, triton.next_power_of_2(splits), longest,
     )  # fmt: skip
@@ -164,16 +167,12 @@ def _members(logits: Sequence[Tensor], limits: Sequence[int]) -> tuple[tuple[Any
     return tuple(members)
 
 
-def _runs(weights: Weights, device: torch.device) -> tuple[Tensor, Tensor, int]:
+@lru_cache(maxsize=64)
+def _runs(runs: tuple[Run, ...], device: torch.device) -> tuple[Tensor, Tensor, int]:
     """Return first and count of every run (R, 2) int32, steps (R,), and the longest count up to a power of two."""
-    key = ("runs", weights.runs, device)
-    if key not in weights.known:
-        numbers = torch.tensor([[run.first, run.count] for run in weights.runs], dtype=torch.int32, device=device)
-        steps = torch.tensor([run.step for run in weights.runs], device=device)
-        longest = max(run.count for run in weights.runs)
-        weights.known[key] = numbers, steps, triton.next_power_of_2(longest)
-    runs: tuple[Tensor, Tensor, int] = weights.known[key]
-    return runs
+    numbers = torch.tensor([[run.first, run.count] for run in runs], dtype=torch.int32, device=device)
+    steps = torch.tensor([run.step for run in runs], device=device)
+    return numbers, steps, triton.next_power_of_2(max(run.count for run in runs))
 
 
 def _run(kernel: Any, device: torch.device, grid: tuple[int, ...], num_warps: int, *arguments: Any) -> None:

@@ -33,8 +33,8 @@ class Weights:
 
     `table` (outputs, 2 · members + 2) fp32: constants, slopes, α, and the logarithm of the cut-off (−inf: none). One
     row counts for every output. `shared`, `neutral`, `raw` and `anchors` (the members whose widths the result must
-    hold) are those of `Combination`, and of all rows; `cuts`: a row has a cut-off. `runs` split the rows by rule for
-    `combine_logprob`.
+    hold) are those of `Combination`, and of all rows; without `cuts` cut-offs of rows do not count. `rule_runs` split
+    the rows by rule; None: each row is by itself.
     """
 
     table: Tensor
@@ -44,7 +44,7 @@ class Weights:
     raw: tuple[bool, ...]
     anchors: tuple[int, ...]
     cuts: bool
-    runs: tuple[Run, ...]
+    rule_runs: tuple[Run, ...] | None
     known: dict[object, Any] = field(default_factory=dict, repr=False)  # what calls found out about logits of a shape
 
     @classmethod
@@ -58,6 +58,8 @@ class Weights:
         """
         if not points:
             raise ValueError("expected at least one rule with its alphas, got none")
+        if not all(isinstance(point, tuple) and isinstance(point[0], Combination) for point in points):
+            raise ValueError(f"expected pairs (Combination, alphas), got {points}")
         first = points[0][0]
         for how, _ in points:
             if (how.shared, how.neutral, how.raw, len(how.slope)) != (
@@ -76,21 +78,28 @@ class Weights:
             raw=first.raw or (False,) * len(first.slope),
             anchors=tuple(dict.fromkeys(how.anchor for how in hows)),
             cuts=any(how.cutoff is not None for how in hows),
-            runs=_runs(grids),
+            rule_runs=_runs(grids),
         )
 
-    def replace_table(self, table: Tensor) -> Weights:
-        """Return weights with other rows, fp32 (outputs, 2 · members + 2), which are taken as they are.
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The rows split by rule, for `combine_logprob`; rows of a table that was replaced are each by themselves."""
+        return tuple(Run(k, 1, 0.0) for k in range(len(self))) if self.rule_runs is None else self.rule_runs
 
-        For rows that are made on a device (by index, or per request): nothing waits for the device to look at them.
+    def replace_table(self, table: Tensor) -> Weights:
+        """Return weights with other rows on the same device, fp32 (outputs, 2 · members + 2).
+
+        For rows that are made on a device, by index or per request: there nothing waits to see if they are finite.
+        Raises ValueError for a table of another shape, dtype or device, and on a CPU for numbers that are not finite.
         """
         if table.dim() != 2 or table.shape[1] != self.table.shape[1] or table.dtype != torch.float32:
             shape = f"float32 (outputs, {self.table.shape[1]})"
             raise ValueError(f"weights: expected {shape}, got {table.dtype} {tuple(table.shape)}")
+        if table.device != self.table.device:
+            raise ValueError(f"weights: expected rows on {self.table.device}, got {table.device}")
         if table.device.type == "cpu" and not torch.compiler.is_compiling() and not table[:, :-1].isfinite().all():
             raise ValueError(f"weights: expected finite numbers, got {table[:, :-1].tolist()}")
-        runs = tuple(Run(k, 1, 0.0) for k in range(table.shape[0]))
-        return replace(self, table=table, runs=runs)
+        return replace(self, table=table.contiguous(), rule_runs=None)
 
     def to(self, device: torch.device | str) -> Weights:
         """Return the same weights on a device."""
