@@ -4,7 +4,7 @@
 
 MODEL is a folder (default: models/smollm2), loaded three times, as source FT, source PT and target PT. Greedy decoding
 of one text, timed by turns; the time per token is that between two tokens of `generate`. Prompts have other
-lengths in every repeat, all in one bucket of the static cache: compilations are counted after the first and after the
+lengths in every repeat, all in one bucket of the cache: compilations are counted after the first and after the
 last. Peak memory is the largest resident size of a fresh process, compiling included, less that of one that only
 imports. One JSON row is appended to benchmarks/results/compiled_decode.jsonl.
 """
@@ -24,7 +24,7 @@ from measuring import RESULTS, Measured, printed_by, resident_mb, spread
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ensembler import EnsembleForCausalLM
-from ensembler.compiling import bucket
+from ensembler.engine.row_cache import bucket
 
 OUT = RESULTS / "compiled_decode.jsonl"
 KINDS = ("eager", "compiled")

@@ -23,10 +23,11 @@ from measuring import RESULTS, Measured, spread
 
 from ensembler import EnsembleForCausalLM
 from ensembler.adapters import ADAPTER_CONFIG
-from ensembler.decoding.grid_texts import GridBatch, complete_grid
-from ensembler.decoding.points import GridPoint
+from ensembler.decoding.generate import Decoder
+from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt, text_ids
-from ensembler.decoding.texts import DecodingOptions, complete_batches
+from ensembler.decoding.texts import GridCompletion, complete_grid, complete_prompts, decoder_of
+from ensembler.engine.grid import GridPoint
 
 OUT = RESULTS / "grid_generate.jsonl"
 
@@ -47,7 +48,6 @@ class Row(Measured):
     ratio: float
     ratio_spread: tuple[float, float]
     mean_rows: float
-    last_rows: int
 
 
 def read_questions(data: Path, model: EnsembleForCausalLM, num_prompts: int) -> list[EncodedPrompt]:
@@ -58,10 +58,13 @@ def read_questions(data: Path, model: EnsembleForCausalLM, num_prompts: int) -> 
 
 def run_grid(
     model: EnsembleForCausalLM, prompts: list[EncodedPrompt], points: list[GridPoint], options: DecodingOptions
-) -> tuple[float, GridBatch]:
+) -> tuple[float, list[GridCompletion], Decoder]:
+    decoder = decoder_of(options, points=points)
     start = time.perf_counter()
-    (batch,) = complete_grid(model, model.tokenizer, prompts, points, options, batch_size=len(prompts))
-    return time.perf_counter() - start, batch
+    found = list(
+        complete_grid(model, model.tokenizer, prompts, points, options, batch_size=len(prompts), decoder=decoder)
+    )
+    return time.perf_counter() - start, found, decoder
 
 
 def run_one(
@@ -69,12 +72,13 @@ def run_one(
 ) -> tuple[float, dict[int, list[int]]]:
     model.alpha = alpha
     start = time.perf_counter()
-    (batch,) = complete_batches(model, model.tokenizer, prompts, options, batch_size=len(prompts))
-    return time.perf_counter() - start, {completion.number: completion.samples[0].ids for completion in batch}
+    found = complete_prompts(model, model.tokenizer, prompts, options, batch_size=len(prompts))
+    texts = {completion.number: completion.samples[0].ids for completion in found}
+    return time.perf_counter() - start, texts
 
 
-def check_equal(batch: GridBatch, point: GridPoint, alone: dict[int, list[int]]) -> None:
-    for completion in batch.completions:
+def check_equal(grid: list[GridCompletion], point: GridPoint, alone: dict[int, list[int]]) -> None:
+    for completion in grid:
         if completion.samples[point][0].ids != alone[completion.number]:
             sys.exit(f"prompt {completion.number} has other tokens in the grid than alone, at {point}")
 
@@ -100,13 +104,13 @@ def main() -> None:
     prompts = read_questions(args.data, model, args.prompts)
     alphas = [round(0.1 * index, 1) for index in range(args.alphas)]
     points = [GridPoint(rule, alpha) for rule in rules for alpha in alphas]
-    options = DecodingOptions(max_new_tokens=args.tokens)
+    options = DecodingOptions(max_new_tokens=args.tokens, draft="none")
     grids, ones = [], []
     for repeat in range(args.repeats + 1):
         alpha = alphas[(7 + 5 * repeat) % len(alphas)]
-        grid_seconds, batch = run_grid(model, prompts, points, options)
+        grid_seconds, grid, decoder = run_grid(model, prompts, points, options)
         one_seconds, alone = run_one(model, prompts, alpha, options)
-        check_equal(batch, GridPoint(rules[0], alpha), alone)
+        check_equal(grid, GridPoint(rules[0], alpha), alone)
         if repeat:  # the first is a warm-up
             grids.append(grid_seconds)
             ones.append(one_seconds)
@@ -124,13 +128,12 @@ def main() -> None:
         grid_seconds=round(statistics.median(grids), 3),
         ratio=round(statistics.median(ratios), 3),
         ratio_spread=spread(ratios),
-        mean_rows=round(batch.mean_rows, 2),
-        last_rows=batch.rows_per_step[-1],
+        mean_rows=decoder.stats.to_row()["rows_per_step"],
     )
     row.append(args.results)
     low, high = row.ratio_spread
     print(f"{len(points)} points over one α ({row.one_seconds} s): {row.ratio:.2f} ({low:.2f} to {high:.2f})")
-    print(f"mean number of different texts {row.mean_rows} of {len(points) * len(prompts)}, at the end {row.last_rows}")
+    print(f"mean number of different texts {row.mean_rows} of {len(points) * len(prompts)}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from ensembler import EnsembleForImageClassification
-from ensembler.decoding.points import GridPoint, make_grid
+from ensembler.engine.grid import GridPoint, make_grid
 from ensembler.evaluation.examples import Example
 from ensembler.vision.sweep import ImageChunk
 

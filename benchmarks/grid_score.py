@@ -22,7 +22,7 @@ from pathlib import Path
 from measuring import RESULTS, Measured, printed_by, resident_mb, spread
 
 from ensembler import EnsembleForCausalLM
-from ensembler.decoding.points import GridPoint, make_grid
+from ensembler.engine.grid import GridPoint, make_grid
 from ensembler.evaluation.batches import Batch, make_batches
 from ensembler.evaluation.requests import Question, encode_questions
 from ensembler.evaluation.scoring import score_together

@@ -29,8 +29,9 @@ from transformers import AutoTokenizer
 
 from ensembler import EnsembleForCausalLM
 from ensembler.decoding.batches import pad_left
+from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
-from ensembler.decoding.texts import DecodingOptions, complete_batches
+from ensembler.decoding.texts import complete_prompts
 
 OUT = RESULTS / "prefix_reuse.jsonl"
 KINDS = ("shared", "whole", "loop")
@@ -77,8 +78,12 @@ def prefills(model: EnsembleForCausalLM, tokenizer: Any, prompts: list[EncodedPr
     options = DecodingOptions(max_new_tokens=1)
 
     def engine(share: bool) -> list[int]:
-        batches = complete_batches(model, tokenizer, prompts, options, batch_size=len(prompts), share_headers=share)
-        found = {one.number: one.samples[0].ids[0] for batch in batches for one in batch}
+        found = {
+            one.number: one.samples[0].ids[0]
+            for one in complete_prompts(
+                model, tokenizer, prompts, options, batch_size=len(prompts), share_headers=share
+            )
+        }
         return [found[prompt.number] for prompt in prompts]
 
     @torch.inference_mode()

@@ -24,11 +24,12 @@ import torch
 from measuring import RESULTS, Measured, printed_by, resident_mb, spread
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 
 from ensembler import MemberConfig
-from ensembler.members import MemberFiles, check_member, load_group
-from ensembler.runners import SerialRunner, Step, plan_forwards
+from ensembler.engine.forward import Step
+from ensembler.engine.member_set import MemberSet
+from ensembler.engine.members import MemberFiles, check_member, load_group
 from ensembler.vocab import make_contract
 
 OUT = RESULTS / "shared_backbone.jsonl"
@@ -75,14 +76,15 @@ def starts(kind: str, model: Path, adapter: Path) -> Callable[[], StepFunction]:
     loaded = [load_group(group) for group in groups]
     models = {role: made for group in loaded for role, made in group.models.items()}
     backbones = [group.backbone for group in loaded if group.backbone is not None]
-    planned = plan_forwards(models, backbones, make_contract([member.vocabulary for member in files.values()]))
-    runner = SerialRunner()
+    member_set = MemberSet(models, backbones, make_contract([member.vocabulary for member in files.values()]))
 
     def start() -> StepFunction:
-        caches = {forward.roles: DynamicCache(config=forward.model.config) for group in planned for forward in group}
+        cache = member_set.row_cache(1, 512)
 
         def step(ids: Tensor) -> Tensor:
-            logits = runner.run(planned, Step(ids, logits_to_keep=1), caches)
+            start, cache.lengths[0] = cache.lengths[0], cache.lengths[0] + ids.shape[1]
+            positions = torch.arange(start, cache.lengths[0])[None]
+            logits = member_set.logits(Step(ids, position_ids=positions, logits_to_keep=1), cache)
             return logits["source_pt"][:, -1].argmax(-1, keepdim=True)
 
         return step

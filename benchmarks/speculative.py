@@ -38,7 +38,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from ensembler import EnsembleForCausalLM, MemberConfig
-from ensembler.decoding.speculative import SpeculativeDecoder
+from ensembler.decoding.generate import Decoder
 from ensembler.demo import demo_folder
 from ensembler.rules import get_rule
 
@@ -97,8 +97,8 @@ class Setting:
         return {"max_new_tokens": self.num_tokens, "min_new_tokens": self.num_tokens, **how}
 
 
-def drafting(setting: Setting, model: EnsembleForCausalLM, draft: str) -> tuple[Way, SpeculativeDecoder]:
-    decoder = SpeculativeDecoder(draft)
+def drafting(setting: Setting, model: EnsembleForCausalLM, draft: str) -> tuple[Way, Decoder]:
+    decoder = Decoder(draft)
     return lambda ids: model.generate(ids, **setting.options(), custom_generate=decoder), decoder
 
 

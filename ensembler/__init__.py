@@ -17,14 +17,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from ensembler.cache import EnsembleCache
     from ensembler.config import EnsembleConfig, MemberConfig
+    from ensembler.engine.ensemble_cache import EnsembleCache
     from ensembler.errors import EnsemblerError
     from ensembler.modeling import EnsembleForCausalLM
     from ensembler.vision.modeling import EnsembleForImageClassification
 
 _MODULES = {
-    "EnsembleCache": "ensembler.cache",
+    "EnsembleCache": "ensembler.engine.ensemble_cache",
     "EnsembleConfig": "ensembler.config",
     "EnsembleForCausalLM": "ensembler.modeling",
     "EnsembleForImageClassification": "ensembler.vision.modeling",

@@ -13,17 +13,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ensembler.config import EnsembleConfig, MemberConfig
+from ensembler.config import EnsembleConfig, MemberConfig, check_known
 from ensembler.errors import ConfigError, OutputError
 from ensembler.preflight import CheckedEnsemble
 
 CONFIG = "config.json"
 IN_MEMORY = "<in memory>"
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+_OPTIONS_OF_AUTO = {"_from_auto", "_commit_hash", "adapter_kwargs", "low_cpu_mem_usage", *HUB_OPTIONS}
 # Files that belong to an ensemble: where it is overwritten, those of the old anchor must not outlive it.
 REPLACED = {
     "added_tokens.json",
@@ -58,6 +61,16 @@ class Copy:
             self.tokenizer.save_pretrained(folder)
 
 
+def named(member: object) -> Any:
+    """Return what config.json holds for a member that was given as a path, a MemberConfig, a mapping or a model."""
+    if isinstance(member, PreTrainedModel):
+        return MemberConfig(IN_MEMORY)
+    if isinstance(member, nn.Module):
+        kind = type(member).__name__
+        raise ConfigError(f"a member is a {kind}; expected a PreTrainedModel (of a PeftModel: merge_and_unload())")
+    return str(member) if isinstance(member, Path) else member
+
+
 def find(name: str | Path, **hub_options: Any) -> Path:
     """Return the folder called `name`, fetched from the hub (`revision`, `token` ...) where it is not a local one."""
     path = Path(name).expanduser()
@@ -74,6 +87,37 @@ def find(name: str | Path, **hub_options: Any) -> Path:
         offline = isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled)
         reason = "the hub cannot be reached (offline)" if offline else "it is not on the hub either"
         raise ConfigError(f"{str(name)!r} is no folder here, and {reason}; make one with: ensembler create") from error
+
+
+def load(
+    name: str | Path,
+    config: EnsembleConfig | None,
+    *,
+    alpha: float | None,
+    dtype: str | torch.dtype | None,
+    device_map: str | torch.device | Mapping[str, str | torch.device] | None,
+    options: dict[str, Any],
+) -> EnsembleConfig:
+    """Return the configuration of the ensemble called `name` as `from_pretrained` takes it, changed as it asks.
+
+    `config` stands in for the folder's own. Raises ConfigError for `options` that are none of the hub's.
+    """
+    dtype = options.pop("torch_dtype", None) if dtype is None else dtype
+    hub_options = {name: options.pop(name) for name in HUB_OPTIONS if options.get(name) is not None}
+    unknown = [name for name, value in options.items() if value is not None and name not in _OPTIONS_OF_AUTO]
+    if unknown:
+        raise ConfigError(f"from_pretrained of an ensemble takes no {unknown[0]!r}; set it for each member instead")
+    folder = find(name, **hub_options)
+    config = read(folder) if config is None else located(config, folder)
+    if alpha is not None:
+        config = config.replaced(alpha=alpha)
+    if dtype not in (None, "auto"):
+        config.change_members(dtype=str(dtype).removeprefix("torch."))
+    if device_map is not None:
+        places = device_map if isinstance(device_map, Mapping) else dict.fromkeys(config.members, device_map)
+        check_known(places, config.members)
+        config.members |= {role: config.members[role].placed(str(place)) for role, place in places.items()}
+    return config
 
 
 def read(folder: Path) -> EnsembleConfig:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ensembler.engine.members import MemberFiles, group_members
 from ensembler.errors import MemberError
-from ensembler.members import MemberFiles, group_members
 from ensembler.planning.measuring import loaded_bytes, measure_group, member_dtype, stored_parameters
 from ensembler.preflight import CheckedEnsemble
 

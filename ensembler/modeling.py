@@ -1,49 +1,48 @@
 """EnsembleForCausalLM: several causal language models, combined by a rule, as one `transformers` model.
 
-It runs the members, combines their logits and hands the result to `transformers`, whose `generate` does the rest. It
-does not know how members are loaded (`members`), what the arithmetic is (`ensembler_kernels`) or what a rule means.
+The face of a member set and a rule: config, forward, save, load, `generate`. Members are found, loaded and run in
+`engine`, the arithmetic is in `ensembler_kernels`, texts are decoded in `decoding`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from ensembler_kernels import Combination, Weights, combine
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Cache, GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.generation import GenerationMode, StoppingCriteriaList
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 from ensembler import folder as folders
-from ensembler.backbones import Backbone
-from ensembler.cache import EnsembleCache, Roles
-from ensembler.compiling import Backend, CompiledMembers
-from ensembler.config import EnsembleConfig, MemberConfig, check_known, check_roles
-from ensembler.distributed import World, combine_over_ranks, gather_over_ranks
+from ensembler.config import EnsembleConfig, MemberConfig, check_roles
+from ensembler.engine.backbone import Backbone
+from ensembler.engine.distributed import RankedMembers, World
+from ensembler.engine.ensemble_cache import EnsembleCache
+from ensembler.engine.forward import Step
+from ensembler.engine.grid import combine_members, make_combination
+from ensembler.engine.member_set import MemberSet
+from ensembler.engine.members import MemberFiles, load_members, load_whole, shortest_context
+from ensembler.engine.row_cache import RowCache
 from ensembler.errors import ConfigError, InputError
-from ensembler.members import LoadedGroup, MemberFiles, check_places, group_members, load_group, shortest_context
+from ensembler.generation import EnsembleGeneration
 from ensembler.preflight import CheckedEnsemble, check_ensemble
-from ensembler.rules import Rule
-from ensembler.runners import Group, Runner, SerialRunner, Step, check_nan, choose_runner, plan_forwards
 from ensembler.vocab import VocabularyContract
-from ensembler.watching import NanWatch
+
+_logger = logging.get_logger(__name__)
 
 
-class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc,unused-ignore]
+class EnsembleForCausalLM(PreTrainedModel, EnsembleGeneration, GenerationMixin):  # type: ignore[misc,unused-ignore]
     """Members combined by a rule, as one causal language model.
 
     Make one with `from_members` or `from_pretrained`. `members` is a ModuleDict by role, the anchor first; `contract`
     says what their vocabularies share, `combination` what the operations of `ensembler_kernels` take; `tokenizer` is
     the anchor's, where it is known. `alpha` may be set between calls: a number, or a tensor (rows,) with one per row.
-    `runner` runs the members: those on different devices at the same time, unless another one is set. With a `world`
-    of several processes, `members` has those of this one.
+    `member_set` runs the members. With a `world` of several processes, `members` has those of this one.
     """
 
     config_class = EnsembleConfig
@@ -70,14 +69,11 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         self.contract = contract
         self.world = world
         self.members = nn.ModuleDict({role: members[role] for role in rule.roles if role in members})
-        self.combination = make_combination(rule, contract, config.outside)
+        self.combination = make_combination(rule, contract, config.outside, tuple(contract.widths))
         self.tokenizer: Any | None = None
         self._files: dict[str, MemberFiles] = {}
-        self._backbones = tuple(backbones)
-        self._watch: NanWatch | None = None
-        self._compiled: CompiledMembers | None = None
-        self._planned: tuple[list[PreTrainedModel], list[Group]] = ([], [])
-        self.runner: Runner = choose_runner(self.groups)
+        make = MemberSet if world is None else partial(RankedMembers, world)
+        self.member_set: MemberSet = make(self.members, backbones, contract)
         self._row_alpha: Tensor | None = None
         if rule.anchor in self.members:
             self.generation_config = deepcopy(self.anchor.generation_config)
@@ -106,7 +102,7 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         any weight is loaded.
         """
         loaded = {role: member for role, member in members.items() if isinstance(member, PreTrainedModel)}
-        named = {role: _named(member) for role, member in members.items()}
+        named = {role: folders.named(member) for role, member in members.items()}
         config = EnsembleConfig(
             rule=rule,
             alpha=alpha,
@@ -141,22 +137,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     def from_checked(
         cls, checked: CheckedEnsemble, *, attn_implementation: str | None = None, world: World | None = None
     ) -> EnsembleForCausalLM:
-        """Load the members of a checked ensemble, one after another, those that share a backbone together.
-
-        With a `world` of several processes each loads its part of them.
-        """
-        groups = group_members(checked.files)
-        if world is not None:
-            groups = [groups[index] for index in world.divide([[files.role for files in group] for group in groups])]
-
-        def load() -> list[LoadedGroup]:
-            check_places(files for group in groups for files in group)
-            return [load_group(group, attn_implementation=attn_implementation) for group in groups]
-
-        loaded = load() if world is None else world.together(load)
-        models = {role: model for group in loaded for role, model in group.models.items()} | checked.loaded
-        backbones = [group.backbone for group in loaded if group.backbone is not None]
-        model = cls(checked.config, models, checked.contract, backbones, world)
+        """Load the members of a checked ensemble; with a `world` of several processes each loads its part of them."""
+        models, backbones = load_members(checked.files, world, attn_implementation=attn_implementation)
+        model = cls(checked.config, models | checked.loaded, checked.contract, backbones, world)
         model.tokenizer = checked.tokenizer
         model._files = checked.files
         if checked.generation_config is not None:
@@ -184,21 +167,9 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         these. `world`: the processes that share the members. The hub's options (`revision`, `token` ...) say which
         folder; any other is refused.
         """
-        dtype = options.pop("torch_dtype", None) if dtype is None else dtype
-        hub_options = {name: options.pop(name) for name in folders.HUB_OPTIONS if options.get(name) is not None}
-        unknown = [name for name, value in options.items() if value is not None and name not in _OPTIONS_OF_AUTO]
-        if unknown:
-            raise ConfigError(f"from_pretrained of an ensemble takes no {unknown[0]!r}; set it for each member instead")
-        folder = folders.find(pretrained_model_name_or_path, **hub_options)
-        config = folders.read(folder) if config is None else folders.located(config, folder)
-        if alpha is not None:
-            config = config.replaced(alpha=alpha)
-        if dtype not in (None, "auto"):
-            config.change_members(dtype=str(dtype).removeprefix("torch."))
-        if device_map is not None:
-            places = device_map if isinstance(device_map, Mapping) else dict.fromkeys(config.members, device_map)
-            check_known(places, config.members)
-            config.members |= {role: config.members[role].placed(str(place)) for role, place in places.items()}
+        config = folders.load(
+            pretrained_model_name_or_path, config, alpha=alpha, dtype=dtype, device_map=device_map, options=options
+        )
         attn_implementation = attn_implementation or config._attn_implementation_internal
         return cls.from_config(
             config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code, world=world
@@ -230,14 +201,8 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         )
 
     def _whole(self, role: str) -> PreTrainedModel:
-        """The member as one model with its adapter merged: read again where weights are shared, quantised or spread."""
-        model = getattr(self.members[role], "_orig_mod", self.members[role])  # of a compiled one the model itself
-        member = self._files[role].config if role in self._files else self.config.members[role]
-        shared = any(backbone.views.get(role) is model for backbone in self._backbones)
-        if not shared and member.quantization is None and member.device_map is None:
-            return model
-        plain = replace(member.placed("cpu"), quantization=None)
-        return load_group([replace(self._files[role], config=plain)]).models[role]
+        """The member as one model with its adapter merged."""
+        return load_whole(self.members[role], self._files.get(role), self.member_set.backbones)
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 
@@ -274,14 +239,13 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
     @property
     def device(self) -> torch.device:
         """Where inputs are expected and combined logits are made: the anchor's device."""
-        forwards = [forward for group in self.groups for forward in group]
+        forwards = self.member_set.forwards
         return next((forward.device for forward in forwards if self.rule.anchor in forward.roles), forwards[0].device)
 
     @property
     def dtype(self) -> torch.dtype:
         """The anchor's dtype; combined logits are float32 whatever it is."""
-        dtype: torch.dtype = self.anchor.dtype
-        return dtype
+        return self.anchor.dtype  # type: ignore[no-any-return]
 
     def get_input_embeddings(self) -> nn.Module:
         """The anchor's: `transformers` asks for it; members embed tokens by themselves."""
@@ -316,23 +280,14 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         `labels` (rows, positions; −100 is ignored) adds the loss. Raises LogitsError where a member computed NaN; the
         cache then is as it was before.
         """
-        _refuse(unused)
+        self.check_arguments(unused)
         if input_ids is None:
             raise InputError("an ensemble's forward needs input_ids; its members embed tokens by themselves")
         if past_key_values is None and use_cache:
             past_key_values = self.new_cache()
         step = Step(input_ids, attention_mask, position_ids, logits_to_keep if labels is None else 0)
-        with self._advancing(past_key_values) as marks:
-            if self.world is None:
-                logits = self._own_logits(step, past_key_values)
-                combined = self.combine(logits)
-                if self._watch is not None:
-                    self._watch.note(logits, combined, past_key_values, marks)
-            else:
-                run = partial(self._own_logits, step, past_key_values)
-                combined = combine_over_ranks(
-                    self.world, run, step, self.combination, self.contract, self.alpha_of_rows(input_ids.shape[0])
-                )
+        alpha = self.alpha_of_rows(input_ids.shape[0])
+        combined = self.member_set.combined(step, past_key_values, self.combination, alpha)
         loss = None
         if labels is not None:
             loss = nn.functional.cross_entropy(
@@ -341,206 +296,53 @@ class EnsembleForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[mis
         output = CausalLMOutputWithPast(loss=loss, logits=combined, past_key_values=past_key_values)
         return output if return_dict is not False else output.to_tuple()
 
-    def member_logits(self, step: Step, cache: EnsembleCache | None = None) -> dict[str, Tensor]:
+    def member_logits(self, step: Step, cache: EnsembleCache | RowCache | None = None) -> dict[str, Tensor]:
         """Return every member's own logits (rows, kept positions, V_member) by role; all caches advance, or none."""
-        with self._advancing(cache):
-            if self.world is None:
-                return self._own_logits(step, cache)
-            return gather_over_ranks(self.world, partial(self._own_logits, step, cache), step, self.contract)
-
-    @contextmanager
-    def _advancing(self, cache: EnsembleCache | None) -> Iterator[dict[Roles, int | Tensor] | None]:
-        """All caches advance inside, or none: where it fails they are as they were before, at the marks yielded."""
-        if cache is None:
-            yield None
-            return
-        self._check_cache(cache)
-        marks = cache.marks()
-        try:
-            yield marks
-        except BaseException:
-            cache.restore(marks)
-            raise
-
-    def _own_logits(self, step: Step, cache: EnsembleCache | None) -> dict[str, Tensor]:
-        """The logits of this process's members."""
-        if self._compiled is not None:
-            self._compiled.begin_step()
-        logits = self.runner.run(self.groups, step, None if cache is None else cache.parts)
-        if self._watch is None:
-            check_nan(logits)
-        return logits
-
-    def _sample(self, input_ids: Tensor, *, stopping_criteria: StoppingCriteriaList, **others: Any) -> Any:
-        """Decode greedily or by sampling, as `transformers` does; NaN of members is looked at with the tokens.
-
-        Ranks tell each other about failures at every step, and `mps` goes on for a step behind the end: both look at
-        once.
-        """
-        if self.world is not None or self.device.type == "mps":
-            return super()._sample(input_ids, stopping_criteria=stopping_criteria, **others)
-        before, self._watch = self._watch, NanWatch()
-        try:
-            watched = StoppingCriteriaList([*stopping_criteria, self._watch])
-            output = super()._sample(input_ids, stopping_criteria=watched, **others)
-            self._watch.check()
-        finally:
-            self._watch = before
-        return output
+        return self.member_set.logits(step, cache)
 
     def combine(self, logits: Mapping[str, Tensor], alpha: float | Tensor | None = None) -> Tensor:
         """Return the combination of member logits (rows, positions, V_member) by the rule, (rows, positions, V) fp32.
 
         `alpha` defaults to the ensemble's; one value per row is repeated for beams and for several returned sequences.
         """
-        device = self.device  # looked up once: it walks through the modules
-        ordered = [logits[role].to(device) for role in self.rule.roles]
-        return combine(
-            ordered, weights_for(self.combination, self.alpha_of_rows(ordered[0].shape[0], alpha), ordered[0])
-        )
+        num_rows = next(iter(logits.values())).shape[0]
+        return combine_members(logits, self.combination, self.alpha_of_rows(num_rows, alpha), self.contract)
 
     def alpha_of_rows(self, num_rows: int, alpha: float | Tensor | None = None) -> float | Tensor:
-        """`alpha`, or the ensemble's, as a number or one value for each of `num_rows` rows."""
+        """Return `alpha`, or the ensemble's, as a number or one value for each of `num_rows` rows."""
         alpha = self.alpha if alpha is None else alpha
-        return _spread(alpha, num_rows) if isinstance(alpha, Tensor) else alpha
+        if not isinstance(alpha, Tensor):
+            return alpha
+        repeats, rest = divmod(num_rows, alpha.shape[0])  # beams and returned sequences of a row stand side by side
+        if rest:
+            raise InputError(
+                f"alpha has {alpha.shape[0]} values for {num_rows} rows; expected one per row of the batch"
+            )
+        return alpha.repeat_interleave(repeats)
 
-    @property
-    def groups(self) -> list[Group]:
-        """The forwards of a step; planned anew when something was replaced in `members` (by a compiled one, say)."""
-        models = list(self.members.values())
-        known = self._planned[0]
-        if len(known) != len(models) or any(one is not other for one, other in zip(known, models, strict=True)):
-            planned = plan_forwards(dict(self.members.items()), self._backbones, self.contract)
-            compiled = self._compiled
-            self._planned = models, planned if compiled is None else compiled.plan(planned, self._backbones)
-        return self._planned[1]
-
-    def compile_members(self, backend: Backend = "inductor") -> None:
-        """Let greedy decoding and sampling run each member's steps as a graph of its own, on a static cache.
-
-        Compiling happens at the second token of a text, once for each number of rows and each power of two of its
-        length. `backend`: of torch.compile. What a call returns under `past_key_values` the next one overwrites.
-        Raises ConfigError where there is no C++ compiler.
-        """
-        self._compiled = CompiledMembers(backend)
-        self._planned = ([], [])
-        self.runner = SerialRunner()  # CUDA graphs belong to a thread; launching one takes next to no time
+    @staticmethod
+    def check_arguments(unused: Mapping[str, Any]) -> None:
+        """Raise InputError for arguments that an ensemble cannot honour; None and False ask for nothing."""
+        for name, value in unused.items():
+            if value is not None and value is not False and name not in _LEFT_BY_GENERATE:
+                raise InputError(
+                    f"an ensemble's forward takes no {name!r}; its members differ in hidden size and layers"
+                )
 
     def new_cache(self) -> EnsembleCache:
         """Return an empty growing cache for the members."""
-        return EnsembleCache.dynamic({forward.roles: forward.model for group in self.groups for forward in group})
+        return self.member_set.new_cache()
 
-    def decoding_cache(self, num_rows: int, num_positions: int) -> EnsembleCache:
-        """Return an empty cache for texts of at most `num_positions`: static where members are compiled."""
-        if self._compiled is None:
-            return self.new_cache()
-        return self._compiled.cache(self.groups, num_rows, num_positions)
+    def compile_members(self, backend: Any = "inductor") -> None:
+        """Compile each member's decode steps; members that cannot be compiled run as they are, with a warning.
 
-    def _check_cache(self, cache: object) -> None:
-        if not isinstance(cache, EnsembleCache):
-            raise InputError(f"past_key_values is a {type(cache).__name__}; an ensemble takes an EnsembleCache")
-        expected = {forward.roles for group in self.groups for forward in group}
-        if cache.parts.keys() != expected:
-            found, wanted = (", ".join("+".join(roles) for roles in sorted(parts)) for parts in (cache.parts, expected))
-            raise InputError(f"the cache is for {found}; the members run as {wanted}: make one with new_cache()")
-
-    def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: Any,
-        batch_size: int,
-        max_cache_length: int,
-    ) -> None:
-        """Let every member prepare the cache it would prepare alone (dynamic, static, quantised) and join them."""
-        given = model_kwargs.get("past_key_values")
-        if given is not None:
-            self._check_cache(given)
-            super()._prepare_cache_for_generation(
-                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
-            )
-            return
-        if generation_config.use_cache is False:
-            return
-        one_by_one = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-        if self._compiled is not None and generation_config.cache_implementation is None and one_by_one:
-            num_rows = batch_size * generation_config.num_return_sequences
-            model_kwargs["past_key_values"] = self.decoding_cache(num_rows, max_cache_length)
-            return
-        caches: dict[tuple[str, ...], Cache] = {}
-        for forward in (forward for group in self.groups for forward in group):
-            model: Any = forward.model
-            own = {**model_kwargs, "past_key_values": None}
-            model._prepare_cache_for_generation(
-                generation_config, own, generation_mode, batch_size * len(forward.roles), max_cache_length
-            )
-            if own["past_key_values"] is None:
-                kind = type(model).__name__
-                roles = " and ".join(forward.roles)
-                raise InputError(f"{roles} ({kind}) keeps no key-value cache; call generate with use_cache=False")
-            caches[forward.roles] = own["past_key_values"]
-        model_kwargs["past_key_values"] = EnsembleCache(caches)
-
-
-def make_combination(
-    rule: Rule, contract: VocabularyContract, outside: str, roles: Sequence[str] | None = None
-) -> Combination:
-    """Return the numbers of a rule for `ensembler_kernels`, with members in the order of `roles` (None: the rule's)."""
-    roles = rule.roles if roles is None else roles
-    return Combination(
-        constant=tuple(rule.constant.get(role, 0.0) for role in roles),
-        slope=tuple(rule.slope.get(role, 0.0) for role in roles),
-        shared=contract.shared,
-        neutral=outside == "neutral",
-        raw=tuple(role in rule.raw_roles for role in roles),
-        cutoff=rule.cutoff,
-        anchor=roles.index(rule.anchor),
-    )
-
-
-def weights_for(how: Combination, alpha: float | Tensor, logits: Tensor) -> Weights:
-    """Return the weights for `logits` (rows, V) or (rows, positions, V) at `alpha`, a number or one for each row."""
-    if not isinstance(alpha, Tensor):
-        return _weights_of_number(how, float(alpha), logits.device)
-    if alpha.dim() and logits.dim() == 3:
-        alpha = alpha.repeat_interleave(logits.shape[1])
-    return Weights.of((how, alpha), device=logits.device)
-
-
-@lru_cache(maxsize=64)
-def _weights_of_number(how: Combination, alpha: float, device: torch.device) -> Weights:
-    """The same at every step of a text."""
-    with torch.inference_mode(mode=False):  # kept for calls that differentiate, too
-        return Weights.of((how, alpha), device=device)
+        Compiling happens at the first step of its shape: rows and positions count in powers of two. `backend`: of
+        torch.compile. Raises ConfigError where there is no C++ compiler.
+        """
+        for line in self.member_set.compile(backend):
+            _logger.warning(line)
 
 
 _LEFT_BY_GENERATE = {"tokenizer", "assistant_tokenizer"}  # generate hands its own arguments on to forward
-_OPTIONS_OF_AUTO = {"_from_auto", "_commit_hash", "adapter_kwargs", "low_cpu_mem_usage", *folders.HUB_OPTIONS}
-
-
-def _named(member: object) -> Any:
-    """What config.json holds for a member that was given as a path, a MemberConfig, a mapping or a model."""
-    if isinstance(member, PreTrainedModel):
-        return MemberConfig(folders.IN_MEMORY)
-    if isinstance(member, nn.Module):
-        kind = type(member).__name__
-        raise ConfigError(f"a member is a {kind}; expected a PreTrainedModel (of a PeftModel: merge_and_unload())")
-    return str(member) if isinstance(member, Path) else member
-
-
-def _spread(alpha: Tensor, num_rows: int) -> Tensor:
-    """One α per row of the batch; beams and returned sequences of a row stand next to each other."""
-    repeats, rest = divmod(num_rows, alpha.shape[0])
-    if rest:
-        raise InputError(f"alpha has {alpha.shape[0]} values for {num_rows} rows; expected one per row of the batch")
-    return alpha.repeat_interleave(repeats)
-
-
-def _refuse(unused: Mapping[str, Any]) -> None:
-    """Raise for arguments that an ensemble cannot honour; None and False ask for nothing."""
-    for name, value in unused.items():
-        if value is not None and value is not False and name not in _LEFT_BY_GENERATE:
-            raise InputError(f"an ensemble's forward takes no {name!r}; its members differ in hidden size and layers")
-
 
 AutoModelForCausalLM.register(EnsembleConfig, EnsembleForCausalLM, exist_ok=True)

@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ensembler.config import TEXTS, EnsembleConfig, check_roles
+from ensembler.engine.members import MemberFiles, check_member, shortest_context, split_backbones
 from ensembler.errors import ConfigError, MemberError, VocabularyError
-from ensembler.members import MemberFiles, check_member, shortest_context, split_backbones
 from ensembler.sources import one_line
 from ensembler.vocab import VocabularyContract, make_contract, read_vocabulary
 

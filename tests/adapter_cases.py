@@ -112,9 +112,9 @@ def weight_bytes(model: nn.Module) -> int:
     return sum(storages.values())
 
 
-def roles_of_forwards(model: EnsembleForCausalLM) -> list[list[tuple[str, ...]]]:
+def roles_of_forwards(model: EnsembleForCausalLM) -> list[tuple[str, ...]]:
     """Which members run together, group by group."""
-    return [[forward.roles for forward in group] for group in model.groups]
+    return [forward.roles for forward in model.member_set.forwards]
 
 
 @torch.no_grad()

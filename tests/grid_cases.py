@@ -1,21 +1,23 @@
-"""Ensembles for the tests of grids, and what one point gives alone."""
+"""Ensembles for the tests of grids, what one point gives alone, and `transformers`' own loop as the reference."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from tiny import make_model
+from tiny import make_model, random_ids
 
 from ensembler import EnsembleForCausalLM
-from ensembler.decoding.grid_texts import GridBatch, complete_grid
-from ensembler.decoding.points import GridPoint
+from ensembler.decoding.generate import Decoder
+from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import Sample
-from ensembler.decoding.texts import DecodingOptions, complete_batches
-from ensembler.runners import Step
+from ensembler.decoding.stats import DecodingStats
+from ensembler.decoding.texts import complete_grid, complete_prompts, decoder_of
+from ensembler.engine.forward import Step
+from ensembler.engine.grid import GridPoint
 
 RULES = ("base-change", "eft")
 ALPHAS = [round(0.1 * index, 1) for index in range(16)]
@@ -33,18 +35,30 @@ def make_trio(widths: Sequence[int], *, outside: str = "mask") -> EnsembleForCau
     return EnsembleForCausalLM.from_members(members=members, outside=outside)
 
 
+def prompts_of(count: int, seed: int = 3, longest: int = 9) -> list[EncodedPrompt]:
+    """Random prompts of 1 to `longest` tokens; the last is the first again."""
+    rows = [random_ids(1, 1 + (5 * i + seed) % longest, seed=100 * seed + i)[0].tolist() for i in range(count - 1)]
+    return [EncodedPrompt(number, ids) for number, ids in enumerate([*rows, rows[0]])]
+
+
 def run_grid(
-    model: EnsembleForCausalLM, tokenizer: Any, prompts: list[EncodedPrompt], options: DecodingOptions, **more: Any
-) -> tuple[Texts, list[GridBatch]]:
-    """The samples of each point and prompt, and the batches they came in; `more` may hold other `points`."""
-    batches = list(complete_grid(model, tokenizer, prompts, more.pop("points", POINTS), options, **more))
+    model: EnsembleForCausalLM,
+    tokenizer: Any,
+    prompts: list[EncodedPrompt],
+    options: DecodingOptions,
+    points: Sequence[GridPoint] = POINTS,
+    decoder: Decoder | None = None,
+    **more: Any,
+) -> tuple[Texts, DecodingStats]:
+    """The samples of each point and prompt, and what the decoder counted."""
+    decoder = decoder_of(options, points=points) if decoder is None else decoder
     texts = {
         (point, completion.number): samples
-        for batch in batches
-        for completion in batch.completions
+        for completion in complete_grid(model, tokenizer, prompts, points, options, decoder=decoder, **more)
         for point, samples in completion.samples.items()
     }
-    return texts, batches
+    assert not decoder.stats.by_transformers
+    return texts, decoder.stats
 
 
 def run_alone(
@@ -55,15 +69,16 @@ def run_alone(
     points: Sequence[GridPoint] = POINTS,
     **more: Any,
 ) -> Texts:
-    """The same by one `generate` of transformers for each point."""
+    """The same by `transformers`' own loop, on its own caches, for each point."""
     texts: Texts = {}
     for point in points:
         one = EnsembleForCausalLM.from_members(
             rule=point.rule, alpha=point.alpha, members=dict(model.members.items()), outside=model.config.outside
         )
         one.generation_config = model.generation_config
-        for batch in complete_batches(one, tokenizer, prompts, options, **more):
-            texts |= {(point, completion.number): completion.samples for completion in batch}
+        with by_transformers(one):
+            completions = list(complete_prompts(one, tokenizer, prompts, options, **more))
+        texts |= {(point, completion.number): completion.samples for completion in completions}
     return texts
 
 
@@ -74,27 +89,34 @@ def assert_same(found: Texts, expected: Texts) -> None:
 
 
 @contextmanager
-def spied(model: EnsembleForCausalLM) -> Any:
+def by_transformers(model: EnsembleForCausalLM) -> Iterator[None]:
+    """Inside, `transformers`' own loop decodes: what it samples has the noise of the decode loop."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.member_set, "why_not_by_row", lambda: "it is the reference")
+        yield
+
+
+@contextmanager
+def spied(model: EnsembleForCausalLM) -> Iterator[list[Step]]:
     """A list of the steps that the members of `model` are given inside."""
     steps: list[Step] = []
-    run = model.member_logits
+    run = model.member_set.logits
 
-    def noting(step: Step, cache: Any = None) -> Any:
+    def noting(step: Step, *others: Any) -> Any:
         steps.append(step)
-        return run(step, cache)
+        return run(step, *others)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "member_logits", noting)
+        patch.setattr(model.member_set, "logits", noting)
         yield steps
 
 
-def distinct_texts(batch: GridBatch, step: int) -> int:
-    """How many different texts of `step` tokens a batch has that were not complete with them."""
+def distinct_texts(texts: Texts, step: int) -> int:
+    """How many different texts of `step` tokens there are that were not complete with them."""
     return len(
         {
-            (completion.number, tuple(sample.ids[:step]))
-            for completion in batch.completions
-            for samples in completion.samples.values()
+            (number, tuple(sample.ids[:step]))
+            for (_, number), samples in texts.items()
             for sample in samples
             if len(sample.ids) > step
         }

@@ -15,7 +15,7 @@ from scoring_cases import save_models
 from task_cases import write_rows
 
 from ensembler import EnsembleConfig, EnsembleForCausalLM
-from ensembler.decoding.points import GridPoint
+from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.backends import TransformersBackend
 from ensembler.evaluation.rows_folder import Row, RowsFolder
 from ensembler.evaluation.summary import TaskSummary, summarise

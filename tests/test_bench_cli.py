@@ -182,7 +182,7 @@ def test_another_recipe_on_the_folder_is_refused_by_its_difference(models: dict[
 def test_a_dry_run_says_what_would_run_and_reads_no_weights(
     models: dict[str, Any], task: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ensembler.modeling.load_group", lambda *a, **k: pytest.fail("weights were read"))
+    monkeypatch.setattr("ensembler.engine.members.load_group", lambda *a, **k: pytest.fail("weights were read"))
     write_recipe(Path("r.yaml"), recipe(models, task))
     printed = run("r.yaml", "--dry-run")
     assert run("--dry-run", "r.yaml") == printed

@@ -36,7 +36,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gpu")
-    done = bench("--out", folder)
+    done = bench("--out", folder, "--sections", "kernels,table,tune")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     (folder / "stdout").write_text(done.stdout, encoding="utf-8")
     return folder
@@ -77,6 +77,22 @@ def test_tuning_names_the_fastest(out: Path) -> None:
         assert 0 < row["fastest_us"] == min(row["all_us"].values()) <= row["in_table_us"]
 
 
+def test_the_engine_is_timed_with_what_it_is_measured_against(tmp_path: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--device", "cpu", "--small", "--sections", "engine"]
+    done = subprocess.run([*map(str, command), "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    rows = rows_of(tmp_path / "engine.jsonl")
+    assert all(row.keys() >= WHERE and not row.get("goals") for row in rows)  # no goal is met by tiny shapes
+    ways = {row["way"] for row in rows if "way" in row}
+    assert ways == {"eager", "loop", "target alone", "compiled"}  # graphs need a GPU
+    assert {row["of"] for row in rows if "of" in row} == {"generation", "log-probs of choices", "log-probs of texts"}
+    drafted = [row for row in rows if "acceptance" in row]
+    assert len(drafted) == 2
+    assert all(0 < row["acceptance"] <= 1 for row in drafted)
+    for row in rows:
+        assert all(numbers == sorted(numbers) for numbers in row.values() if isinstance(numbers, list))
+
+
 def test_without_time_everything_is_left_out_and_said(tmp_path: Path) -> None:
     done = bench("--out", tmp_path, "--minutes", 0, "--sections", "table,kernels")
     assert done.returncode == 0, done.stderr
@@ -89,7 +105,7 @@ def test_without_time_everything_is_left_out_and_said(tmp_path: Path) -> None:
 def test_a_section_that_is_not_there_and_a_gpu_that_is_not(tmp_path: Path) -> None:
     done = bench("--out", tmp_path, "--sections", "tables")
     assert done.returncode == 2
-    assert "expected some of kernels, table, tune, got tables" in done.stderr
+    assert "expected some of kernels, table, tune, engine, got tables" in done.stderr
     if not torch.cuda.is_available():
         assert "torch finds no GPU here" in bench("--device", "cuda").stderr
 

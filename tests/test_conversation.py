@@ -15,8 +15,10 @@ from transformers import PreTrainedTokenizerFast
 
 from ensembler import EnsembleForCausalLM, MemberConfig
 from ensembler.decoding.conversation import Conversation
+from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.prefixes import common_length
 from ensembler.decoding.prompts import EncodedPrompt, chat_ids
-from ensembler.decoding.texts import DecodingOptions, complete_batches
+from ensembler.decoding.texts import complete_prompts
 from ensembler.errors import RunError
 
 ROLES = ("source_ft", "source_pt", "target_pt")
@@ -64,7 +66,7 @@ def replies_read_anew(
     for text in texts:
         messages.append({"role": "user", "content": text})
         prompt = EncodedPrompt(0, chat_ids(tokenizer, messages))
-        (completion,) = next(complete_batches(model, tokenizer, [prompt], options))
+        (completion,) = complete_prompts(model, tokenizer, [prompt], options)
         messages.append({"role": "assistant", "content": completion.samples[0].text})
     return [message["content"] for message in messages[1::2]]
 
@@ -72,7 +74,14 @@ def replies_read_anew(
 @pytest.mark.parametrize("template", [TEMPLATE, FORGETFUL], ids=["grows", "changes"])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"temperature": 1.0, "seed": 4}, {"stop": ("a", "e", "1")}, {"prefill_chunk": 3}, {"repetition_penalty": 1.8}],
+    [
+        {},
+        {"temperature": 1.0, "seed": 4},
+        {"temperature": 1.0, "seed": 4, "draft": "source_pt"},
+        {"stop": ("a", "e", "1")},
+        {"prefill_chunk": 3},
+        {"repetition_penalty": 1.8},
+    ],
     ids=lambda options: "+".join(options) or "greedy",
 )
 @pytest.mark.parametrize("kind", ["llama", "windows", "shared", "dora", "padded"])
@@ -118,14 +127,17 @@ def test_after_reset_the_system_message_is_not_read_again() -> None:
     assert seen[0] == len("bye.a:")  # behind "s:be very kind.u:", a character a token
 
 
-def test_a_window_that_cannot_go_back_starts_anew_and_one_that_need_not_goes_on() -> None:
-    model = ensemble("mistral", "llama", "llama")  # a window of 6
+def test_a_template_that_changes_what_was_said_reads_from_there_on() -> None:
+    model = ensemble("mistral", "gemma2", "llama")  # windows of 6 go back, too
     tokenizer = chat_tokenizer(FORGETFUL)
     conversation = Conversation(model, tokenizer, DecodingOptions(max_new_tokens=3))
     conversation.reply("hello you")
+    before = chat_ids(tokenizer, conversation.messages[:-1])
     with widths(model) as seen:
         conversation.reply("bye")
-    assert seen[0] == len(chat_ids(tokenizer, conversation.messages[:-1]))
+    prompt = chat_ids(tokenizer, conversation.messages[:-1])
+    assert 0 < common_length([before, prompt]) < len(before)
+    assert seen[0] == len(prompt) - common_length([before, prompt])
 
 
 def test_the_same_message_again_reads_one_token() -> None:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import multiprocessing
 import os
-import re
-import signal
 import socket
-import subprocess
-import sys
 import time
 import traceback
 import zlib
@@ -22,20 +16,23 @@ import pytest
 import torch
 from conftest import SaveMember
 from peft import LoraConfig, get_peft_model
-from tiny import TableModel, make_model, random_ids
+from tiny import TableModel, make_model, make_tokenizer, random_ids
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 from ensembler import EnsembleForCausalLM, MemberConfig
 from ensembler.config import EnsembleConfig
-from ensembler.distributed import World
-from ensembler.errors import EnsemblerError, MemberError, MissingExtraError, RankError, RunError
-from ensembler.members import load_group
-from ensembler.preflight import check_ensemble
-from ensembler.runners import Step
+from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.prompts import EncodedPrompt
+from ensembler.decoding.texts import complete_grid, complete_prompts
+from ensembler.engine.distributed import RankedMembers, World
+from ensembler.engine.forward import Step
+from ensembler.engine.grid import GridPoint
+from ensembler.errors import EnsemblerError
 
 ROLES = ("source_ft", "target_pt", "source_pt")
 OPTIONS = {"max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 3}
+POINTS = [GridPoint(rule, alpha) for rule in ("base-change", "eft") for alpha in (0.0, 0.5, 1.0, 1.4)]
 Task = Callable[[World], Any]
 
 
@@ -82,7 +79,7 @@ def spread(
 ) -> EnsembleForCausalLM:
     """The ensemble `whole` over the ranks of `world`: its members are given out as they are loaded otherwise."""
     groups = [[role] for role in whole.rule.roles]
-    mine = [role for index in world.divide(groups) for role in groups[index]]
+    mine = [role for index in world.divide(groups, [1] * len(groups)) for role in groups[index]]
     model = EnsembleForCausalLM(
         whole.config, {role: members[role] for role in mine}, whole.contract, world=world, **changes
     )
@@ -90,18 +87,17 @@ def spread(
     return model
 
 
-def digests(model: EnsembleForCausalLM) -> list[int]:
-    """A list that grows by one checksum of the combined logits with each forward of `model`."""
+def digests() -> list[int]:
+    """A list that grows by one checksum of the combined logits with each forward of this process from now on."""
     seen: list[int] = []
-    forward = model.forward
+    combined = RankedMembers.combined
 
-    @functools.wraps(forward)  # generate looks at its arguments
-    def noting(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        seen.append(zlib.crc32(output.logits.numpy().tobytes()))
-        return output
+    def noting(self: RankedMembers, *inputs: Any) -> Any:
+        logits = combined(self, *inputs)
+        seen.append(zlib.crc32(logits.numpy().tobytes()))
+        return logits
 
-    model.forward = noting
+    RankedMembers.combined = noting  # type: ignore[method-assign]  # the process ends with its test
     return seen
 
 
@@ -113,6 +109,7 @@ DECODING: dict[str, dict[str, Any]] = {
     "sequences": {"do_sample": True, "num_return_sequences": 2, "seed": 4},
     "beams": {"num_beams": 3, "do_sample": False},
     "padding": {"attention_mask": MASK},
+    "processors": {"no_repeat_ngram_size": 1, "repetition_penalty": 1.4, "do_sample": True, "seed": 5},
     "static": {"cache_implementation": "static", "max_new_tokens": 5},
     "uncached": {"use_cache": False},
 }
@@ -129,6 +126,20 @@ def decode_all(model: EnsembleForCausalLM) -> dict[str, list[list[int]]]:
     return texts
 
 
+def decode_prompts(model: EnsembleForCausalLM, draft: str = "auto") -> dict[str, list[list[int]]]:
+    """The texts of prompts that take each other's places, plain and at the points of a grid, greedy and sampled."""
+    tokenizer = make_tokenizer()
+    prompts = [EncodedPrompt(i, random_ids(1, 1 + 3 * i % 8, seed=i)[0].tolist()) for i in range(9)]
+    texts = {}
+    for temperature in (0.0, 0.9):
+        options = DecodingOptions(max_new_tokens=9, temperature=temperature, seed=3, draft=draft)
+        for one in complete_prompts(model, tokenizer, prompts, options, batch_size=4):
+            texts[f"plain {temperature} {one.number}"] = [sample.ids for sample in one.samples]
+        for at in complete_grid(model, tokenizer, prompts, POINTS, options, batch_size=4):
+            texts[f"grid {temperature} {at.number}"] = [sample.ids for one in at.samples.values() for sample in one]
+    return texts
+
+
 @pytest.mark.parametrize("size", [2, 3])
 @pytest.mark.parametrize("rule", ["base-change", "eft"])
 def test_ranks_decode_what_one_process_decodes(trio: dict[str, PreTrainedModel], size: int, rule: str) -> None:
@@ -140,7 +151,7 @@ def test_ranks_decode_what_one_process_decodes(trio: dict[str, PreTrainedModel],
 
     def task(world: World) -> Any:
         model = spread(world, trio, whole)
-        seen = digests(model)
+        seen = digests()
         texts = decode_all(model)
         with torch.no_grad():
             own = model(IDS, attention_mask=MASK).logits
@@ -153,6 +164,18 @@ def test_ranks_decode_what_one_process_decodes(trio: dict[str, PreTrainedModel],
         assert len(seen) > 40
         assert seen == results[0][2]
     assert sorted(role for _, _, _, roles in results for role in roles) == sorted(ROLES)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_prompts_over_ranks(trio: dict[str, PreTrainedModel], size: int) -> None:
+    """One process drafts and several do not: the same texts."""
+    whole = EnsembleForCausalLM.from_members(alpha=0.7, members=trio)
+    expected = decode_prompts(whole)
+    assert decode_prompts(whole, "source_pt") == expected
+    assert len(expected) == 4 * 9
+    assert expected["plain 0.9 3"] != expected["plain 0.0 3"]
+    assert len({tuple(ids) for ids in expected["grid 0.9 3"]}) > 1
+    assert run_ranks(size, lambda world: decode_prompts(spread(world, trio, whole))) == [expected] * size
 
 
 def test_what_a_sum_cannot_say_is_gathered(trio: dict[str, PreTrainedModel]) -> None:
@@ -218,189 +241,3 @@ def test_a_shared_backbone_is_one_group(save_member: SaveMember, tmp_path: Path)
         assert shortest is not None
     with_three = run_ranks(3, task)
     assert all("start 2 with --nproc-per-node" in message for message in with_three)
-
-
-def fakes() -> dict[str, PreTrainedModel]:
-    generator = torch.Generator().manual_seed(1)
-    return {role: TableModel(torch.randn(64, 64, generator=generator)) for role in ROLES}
-
-
-@pytest.mark.parametrize("fault", [RuntimeError("boom"), torch.OutOfMemoryError("big"), float("nan")])
-def test_a_member_that_fails_at_step_5_stops_all_ranks(fault: BaseException | float) -> None:
-    """Every rank raises the one error with rank and role, its caches are as before, and the step can be made again."""
-    members = fakes()
-    whole = EnsembleForCausalLM.from_members(members=members)
-
-    def task(world: World) -> Any:
-        model = spread(world, members, whole)
-        cache = model.new_cache()
-        with torch.no_grad():
-            for _ in range(4):
-                model(IDS[:, :1], past_key_values=cache)
-            if world.rank == 1:
-                model.members["target_pt"].fault = fault
-            error = None
-            try:
-                model(IDS[:, :1], past_key_values=cache)
-            except RunError as caught:
-                error = str(caught)
-            lengths = set(cache.lengths().values())
-            again = model(IDS[:, :1], past_key_values=cache).logits
-        return error, lengths, again
-
-    with torch.no_grad():
-        expected = whole(IDS[:, :1]).logits
-    reason = {"boom": "failed: RuntimeError: boom", "big": "ran out of memory"}.get(str(fault), "computed NaN")
-    for rank, (error, lengths, again) in enumerate(run_ranks(3, task)):
-        assert f"target_pt {reason}" in error
-        assert ("rank 1 (target_pt): " in error) == (rank != 1)
-        assert lengths == {4}
-        assert_close(again, expected, atol=1e-5, rtol=0)
-
-
-def test_a_member_that_cannot_be_loaded_stops_all_ranks(
-    save_member: SaveMember, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    members = {"reference": str(save_member("a")), "aligned": str(save_member("b"))}
-    config = EnsembleConfig(rule="realign", members=members)
-    checked = check_ensemble(config)
-
-    def short(group: Any, **options: Any) -> Any:
-        if group[0].role == "aligned":
-            raise RunError("aligned ran out of memory")
-        return load_group(group, **options)
-
-    monkeypatch.setattr("ensembler.modeling.load_group", short)
-    first, second = run_ranks(2, lambda world: EnsembleForCausalLM.from_checked(checked, world=world))
-    assert first == "rank 1 (aligned): RunError: aligned ran out of memory"
-    assert second == "aligned ran out of memory"
-
-
-def test_a_file_that_one_machine_lacks_is_said_on_all_ranks() -> None:
-    def look(world: World) -> int:
-        if world.rank == 1:
-            raise MemberError("target_pt: there is no folder /models/target")
-        return 5
-
-    first, second = run_ranks(2, lambda world: world.together(lambda: look(world)))
-    assert first == "rank 1: MemberError: target_pt: there is no folder /models/target"
-    assert second == "target_pt: there is no folder /models/target"
-    assert run_ranks(2, lambda world: world.together(lambda: world.rank)) == [0, 1]
-
-
-def test_ranks_that_read_other_tokens_are_told(trio: dict[str, PreTrainedModel]) -> None:
-    whole = EnsembleForCausalLM.from_members(members=trio)
-
-    def task(world: World) -> Any:
-        return spread(world, trio, whole)(IDS + world.rank)
-
-    for message in run_ranks(2, task):
-        assert message.startswith("rank 1 (target_pt) decodes other tokens than rank 0 (source_ft and source_pt)")
-
-
-def test_a_silent_rank_is_named_within_the_timeout(trio: dict[str, PreTrainedModel]) -> None:
-    whole = EnsembleForCausalLM.from_members(members=trio)
-
-    def task(world: World) -> Any:
-        model = spread(world, trio, whole)
-        model(IDS)
-        if world.rank == 2:
-            time.sleep(600)
-        return model(IDS)
-
-    def caught(world: World) -> Any:
-        try:
-            return task(world)
-        except RankError as error:
-            return str(error), error.reporter
-
-    for message, reporter in run_ranks(3, caught, timeout=2.0, wait=(0, 1)):
-        assert message.startswith("lost rank 2 (source_pt) at step 2: no answer in 2 seconds")
-        assert reporter == 0
-
-
-def test_what_the_first_rank_does_for_all() -> None:
-    def refuse() -> None:
-        raise MissingExtraError("jinja2", "eval")
-
-    def task(world: World) -> Any:
-        numbers = [world.first(lambda: world.rank * 10 + 3), world.first(lambda: [1, "a"])]
-        try:
-            world.first(refuse)
-        except MissingExtraError as error:
-            numbers.append(str(error))
-        return [*numbers, torch.initial_seed(), torch.rand(2).tolist()]
-
-    first, second = run_ranks(2, task)
-    assert first[:2] == [3, [1, "a"]]
-    assert "pip install 'logit-ensembler[eval]'" in first[2]
-    assert first == second
-
-
-# -- started by torchrun --------------------------------------------------------------------------------------------
-
-
-def torchrun(size: int, *arguments: object) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "-m", "ensembler"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*command, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def write_prompts(path: Path, number: int) -> Path:
-    question = "Tom has {} pens. Gwen takes 3 pens. Question: How many pens does Tom have now? Answer:"
-    path.write_text("".join(json.dumps({"prompt": question.format(i)}) + "\n" for i in range(20, 20 + number)))
-    return path
-
-
-def without_seconds(path: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-
-def test_the_command_under_torchrun(tmp_path: Path) -> None:
-    """One set of rows and one line of statistics, whatever the number of processes: none of which drafts."""
-    from ensembler.cli.main import main
-
-    prompts = write_prompts(tmp_path / "prompts.jsonl", 6)
-    options = ["generate", "demo", "--prompts", prompts, "--batch-size", 4, "--temperature", 0.8, "--seed", 5]
-    options += ["--draft", "none"]  # several processes draw as plain decoding does
-    run = torchrun(3, *options, "--output", tmp_path / "three.jsonl")
-    errors = run.communicate(timeout=120)[1]
-    assert run.returncode == 0, errors
-    assert errors.count("texts: 6") == 1
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in [*options, "--output", tmp_path / "one.jsonl"]])
-    assert ended.value.code == 0
-    assert without_seconds(tmp_path / "three.jsonl") == without_seconds(tmp_path / "one.jsonl")
-
-
-def ranks_of(launcher: int) -> dict[int, int]:
-    """Process ids by rank."""
-    children = subprocess.run(["ps", "--ppid", str(launcher), "-o", "pid="], capture_output=True, text=True).stdout
-    found = {}
-    for child in map(int, children.split()):
-        rank = re.search(r"\0RANK=(\d+)", Path(f"/proc/{child}/environ").read_text())
-        if rank:
-            found[int(rank[1])] = child
-    return found
-
-
-@pytest.mark.parametrize("victim", [0, 2])
-def test_a_killed_rank_ends_the_run_with_one_error(tmp_path: Path, victim: int) -> None:
-    prompts, output = write_prompts(tmp_path / "prompts.jsonl", 4000), tmp_path / "out.jsonl"
-    run = torchrun(3, "generate", "demo", "--prompts", prompts, "--batch-size", 2, "--output", output)
-    end = time.monotonic() + 100
-    while not (output.exists() and output.stat().st_size > 1000) and run.poll() is None and time.monotonic() < end:
-        time.sleep(0.05)
-    ranks = ranks_of(run.pid)
-    os.kill(ranks[victim], signal.SIGKILL)
-    errors = run.communicate(timeout=100)[1]
-    assert run.returncode == 1
-    said = [line for line in errors.splitlines() if line.startswith("Error: ")]
-    assert len(said) == 1, errors
-    role = {0: "source_ft", 2: "source_pt"}[victim]
-    assert said[0].startswith(f"Error: lost rank {victim} ({role}) at step ")
-    assert not any(Path(f"/proc/{process}").exists() for process in ranks.values())
-    assert len(without_seconds(output)) > 0

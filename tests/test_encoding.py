@@ -15,8 +15,8 @@ pytest.importorskip("lm_eval")
 from task_cases import figures, recorded, run_lm_eval, write_tasks
 
 from ensembler import EnsembleForCausalLM
-from ensembler.decoding.points import make_grid
 from ensembler.demo import demo_folder
+from ensembler.engine.grid import make_grid
 from ensembler.errors import PromptError
 from ensembler.evaluation.batches import make_batches
 from ensembler.evaluation.encoding import cut, encode_examples, encode_generation, encode_pair, stop_strings

@@ -19,8 +19,9 @@ from tiny import make_model, make_tokenizer, member_logits, tables
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ensembler import EnsembleForCausalLM
-from ensembler.decoding.points import GridPoint, make_grid
 from ensembler.demo import demo_folder
+from ensembler.engine.forward import Forward
+from ensembler.engine.grid import GridPoint, make_grid
 from ensembler.errors import ConfigError, MissingExtraError
 from ensembler.evaluation import batches as batches_module
 from ensembler.evaluation.batches import Batch, can_share_contexts, make_batches
@@ -29,7 +30,6 @@ from ensembler.evaluation.offline import OfflineScoring
 from ensembler.evaluation.requests import Question, ScoringRequest, encode_question, encode_questions
 from ensembler.evaluation.scoring import ScoredRequest, score_together
 from ensembler.preflight import check_ensemble
-from ensembler.runners import Forward
 
 GRID = make_grid(["base-change", "eft"], [k / 10 for k in range(16)])
 REQUESTS = random_requests(9, seed=5)
@@ -95,7 +95,7 @@ def test_rules_share_the_forwards_and_points_keep_their_order(
 ) -> None:
     count = []
     run = Forward.run
-    monkeypatch.setattr(Forward, "run", lambda self, step, cache: count.append(1) or run(self, step, cache))
+    monkeypatch.setattr(Forward, "run", lambda self, step, *more: count.append(1) or run(self, step, *more))
     batches = make_batches(REQUESTS, 4)
     whole = scored(base_change, batches, GRID)
     assert len(count) == 3 * sum(len(batch.all_passes) for batch in batches)

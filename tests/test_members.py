@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ensembler import EnsembleForCausalLM, MemberConfig
 from ensembler.config import EnsembleConfig
+from ensembler.engine.members import MemberFiles, check_member, group_members, load_group
 from ensembler.errors import ConfigError, EnsemblerError, MemberError
-from ensembler.members import MemberFiles, check_member, group_members, load_group
 from ensembler.preflight import check_ensemble
 from ensembler.weights import safetensors_header
 
@@ -138,7 +138,7 @@ def test_a_device_that_is_not_there_is_found_before_any_weight_is_read(
     members = {role: MemberConfig(str(folder)) for role, folder in folders.items()}
     members["target_pt"] = MemberConfig(str(folders["target_pt"]), device="cuda:7")
     check_member("target_pt", members["target_pt"])
-    monkeypatch.setattr("ensembler.modeling.load_group", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("ensembler.engine.members.load_group", lambda *a, **k: pytest.fail("weights were loaded"))
     with pytest.raises(ConfigError, match="target_pt: device 'cuda:7' is not there") as caught:
         EnsembleForCausalLM.from_members(members=members)
     assert "\n" not in str(caught.value)

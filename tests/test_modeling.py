@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+from noise_cases import shared_noise
 from tiny import WeightedSum, make_model, member_logits, random_ids, tables
 from torch import Tensor
 from torch.testing import assert_close
@@ -18,7 +20,8 @@ from transformers import (
     TextStreamer,
 )
 
-from ensembler import EnsembleCache, EnsembleForCausalLM
+from ensembler import EnsembleForCausalLM
+from ensembler.engine.row_cache import RowCache
 from ensembler.errors import EnsemblerError
 
 ALPHA = 0.7
@@ -77,12 +80,13 @@ def test_modes_equal_the_uncached_reference(
     base_change: EnsembleForCausalLM, reference: WeightedSum, mode: str, pads: int
 ) -> None:
     options = {**prompt(2, pads=pads), "max_new_tokens": NUM_NEW, **MODES[mode]}
-    results = []
-    for model, cached in ((reference, False), (base_change, True), (base_change, False)):
+    is_by_row = options.get("do_sample") and not options.get("num_beams")
+    with shared_noise(11, options.get("num_return_sequences", 1)) if is_by_row else nullcontext():
         torch.manual_seed(11)
-        results.append(model.generate(**options, use_cache=cached).tolist())
-    assert results[1] == results[0]
-    assert results[2] == results[0]
+        expected = reference.generate(**options, use_cache=False).tolist()
+    for cached in (True, False):
+        torch.manual_seed(11)
+        assert base_change.generate(**options, use_cache=cached).tolist() == expected
 
 
 @pytest.mark.parametrize("families", [("bloom", "opt"), ("gemma2", "gpt_neox"), ("qwen2", "gemma"), ("opt", "mistral")])
@@ -124,9 +128,10 @@ def test_scores_and_logits_are_returned(base_change: EnsembleForCausalLM, refere
     options.update(return_dict_in_generate=True, output_scores=True, output_logits=True)
     torch.manual_seed(0)
     ours = base_change.generate(**options)
-    torch.manual_seed(0)
-    theirs = reference.generate(**options, use_cache=False)
-    assert isinstance(ours.past_key_values, EnsembleCache)
+    with shared_noise(0):
+        theirs = reference.generate(**options, use_cache=False)
+    assert isinstance(ours.past_key_values, RowCache)
+    assert ours.sequences.tolist() == theirs.sequences.tolist()
     for name in ("scores", "logits"):
         actual, expected = (torch.stack(getattr(output, name)).float() for output in (ours, theirs))
         assert_close(actual, expected, atol=1e-3, rtol=1e-4)

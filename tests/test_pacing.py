@@ -185,7 +185,8 @@ def test_counts_and_what_follows_from_them() -> None:
     stats.add(Round(4, 2, 5, 6, 3, 0.1))
     stats.add(Round(4, 1, 4, 4, 4, 0.1))
     row = stats.to_row()
-    assert (row["num_plain_steps"], row["num_rounds"]) == (1, 2)
+    assert (row["num_plain_steps"], row["num_rounds"], row["num_rows"]) == (1, 2, 5)
+    assert row["rows_per_step"] == round(5 / 3, 4)
     assert (row["acceptance"], row["tokens_per_round"], row["tokens_per_second"]) == (0.7, 3.0, 3.0)
     assert row["phases"] == {"draft": 0.5, "verify": 1.0, "other": 2.5}
     assert DecodingStats().to_row()["acceptance"] is None

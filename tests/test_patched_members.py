@@ -17,8 +17,8 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ensembler import EnsembleForCausalLM, MemberConfig
+from ensembler.engine.members import check_member, load_group
 from ensembler.errors import MemberError
-from ensembler.members import check_member, load_group
 from ensembler.patch.apply import apply_patches
 from ensembler.patch.extract import extract_patch
 from ensembler.patch.plan import Part
@@ -102,7 +102,7 @@ def test_a_patch_with_deltas_shares_the_backbone(base: Path, tmp_path: Path) -> 
     apply_patches([Part(tmp_path / "patch")], base, tmp_path / "applied")
     members = {"reference": str(base), "aligned": MemberConfig(str(base), adapter=str(tmp_path / "patch"))}
     model = EnsembleForCausalLM.from_members(rule="realign", alpha=0.7, members=members)
-    assert roles_of_forwards(model) == [[("reference",), ("aligned",)]]
+    assert roles_of_forwards(model) == [("reference",), ("aligned",)]
     for role, folder in (("aligned", tmp_path / "applied"), ("reference", base), ("aligned", tmp_path / "applied")):
         assert_close(last_logits(model.members[role], IDS), last_logits(alone(folder), IDS), atol=2e-5, rtol=1e-5)
     copies = EnsembleForCausalLM.from_members(
@@ -116,7 +116,7 @@ def test_full_deltas_make_a_model_of_their_own(base: Path, tmp_path: Path) -> No
     extract_patch(base, shifted(base, tmp_path / "tuned"), tmp_path / "patch", full=True)
     members = {"reference": str(base), "aligned": MemberConfig(str(base), adapter=str(tmp_path / "patch"))}
     model = EnsembleForCausalLM.from_members(rule="realign", members=members)
-    assert roles_of_forwards(model) == [[("reference",)], [("aligned",)]]
+    assert roles_of_forwards(model) == [("reference",), ("aligned",)]
     assert_close(
         last_logits(model.members["aligned"], IDS), last_logits(alone(tmp_path / "tuned"), IDS), atol=1e-4, rtol=1e-4
     )

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from recipe_cases import Change, good, plan, refusal, save_roles, spoilt, write_recipe
 
 from ensembler.cli.bench import bench
-from ensembler.decoding.points import GridPoint
+from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError, VocabularyError
 from ensembler.evaluation.bench.recipe import METHODS, Speed
 from ensembler.evaluation.bench.recipe_file import read_recipe
@@ -370,7 +370,7 @@ def test_an_unreachable_hub_is_asked_once(roles: Path, monkeypatch: pytest.Monke
         asked.append(name)
         raise OSError("We couldn't connect to the hub")
 
-    monkeypatch.setattr("ensembler.members.AutoConfig.from_pretrained", ask)
+    monkeypatch.setattr("ensembler.engine.members.AutoConfig.from_pretrained", ask)
     message = refusal(write_recipe(roles / "bad.yaml", spoilt(good(roles), change)))
     assert "experiment a: direct: 'a-lab/a-model' is no folder here" in message
     assert asked == ["a-lab/a-model"]

@@ -15,7 +15,7 @@ import torch
 from conftest import Run
 from tiny import make_model, make_tokenizer, member_logits
 
-from ensembler.runners import Forward
+from ensembler.engine.forward import Forward
 
 LINES = [
     {"prompt": "abc", "continuation": " de", "id": 7},
@@ -155,11 +155,11 @@ def test_an_interrupted_member_goes_on(
         own = Forward._run
         calls: list[str] = []
 
-        def failing(self: Forward, step: Any, cache: Any) -> Any:
+        def failing(self: Forward, *inputs: Any) -> Any:
             calls.append(self.roles[0])
             if calls.count("source_pt") == 2:
                 raise error
-            return own(self, step, cache)
+            return own(self, *inputs)
 
         patch.setattr(Forward, "_run", failing)
         result = run(*command, "--output", out, "--offline-members")

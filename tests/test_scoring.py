@@ -17,7 +17,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from ensembler import EnsembleForCausalLM
-from ensembler.decoding.points import make_grid
+from ensembler.engine.forward import Forward
+from ensembler.engine.grid import make_grid
+from ensembler.engine.members import LoadedGroup
 from ensembler.errors import ConfigError, LogitsError, OutputError, PromptError, RunError
 from ensembler.evaluation import offline as offline_module
 from ensembler.evaluation.batches import make_batches
@@ -25,9 +27,7 @@ from ensembler.evaluation.logits_folder import LogitsFolder
 from ensembler.evaluation.offline import OfflineScoring
 from ensembler.evaluation.requests import Question, ScoringRequest, encode_question, encode_questions
 from ensembler.evaluation.scoring import Score, fingerprint, score_together
-from ensembler.members import LoadedGroup
 from ensembler.preflight import CheckedEnsemble, check_ensemble
-from ensembler.runners import Forward
 
 REQUESTS = random_requests()
 Scores = dict[int, tuple[Score, ...]]
@@ -165,7 +165,7 @@ def test_only_needed_positions_go_through_the_heads(
 ) -> None:
     kept = []
     run = Forward.run
-    monkeypatch.setattr(Forward, "run", lambda self, step, cache: kept.append(step) or run(self, step, cache))
+    monkeypatch.setattr(Forward, "run", lambda self, step, *more: kept.append(step) or run(self, step, *more))
     request = ScoringRequest(0, tuple(range(4, 40)), ((7, 8),), "it")
     list(score_together(base_change, make_batches([request], 1), make_grid([base_change.rule.name], [1.0])))
     assert [step.logits_to_keep.tolist() for step in kept] == 3 * [[35, 36]]
@@ -229,12 +229,12 @@ class Interruption:
         self.error: BaseException = KeyboardInterrupt()
         run = Forward.run
 
-        def counted(forward: Forward, step: Any, cache: Any) -> Any:
+        def counted(forward: Forward, *inputs: Any) -> Any:
             name = "+".join(forward.roles)
             self.counts[name] += 1
             if (name, self.counts[name]) == self.at:
                 raise self.error
-            return run(forward, step, cache)
+            return run(forward, *inputs)
 
         monkeypatch.setattr(Forward, "run", counted)
 

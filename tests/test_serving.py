@@ -19,9 +19,9 @@ from transformers import AutoConfig
 from ensembler.cli.main import cli
 from ensembler.config import EnsembleConfig, MemberConfig
 from ensembler.demo import demo_folder
+from ensembler.engine.members import check_member, load_group
 from ensembler.errors import ConfigError, InputError, MemberError, MissingExtraError
 from ensembler.folder import read
-from ensembler.members import check_member, load_group
 from ensembler.patch.apply import apply_patches
 from ensembler.patch.headers import model_tensors
 from ensembler.patch.plan import Part

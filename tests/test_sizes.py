@@ -13,8 +13,8 @@ from tiny import FAMILIES, make_model, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from ensembler import MemberConfig
+from ensembler.engine.members import MemberFiles, check_member, group_members, load_group
 from ensembler.errors import ConfigError, MemberError
-from ensembler.members import MemberFiles, check_member, group_members, load_group
 from ensembler.planning.budgets import gpu_budgets, parse_size, show_size
 from ensembler.planning.measuring import loaded_bytes, measure_group, measure_model, member_dtype
 from ensembler.planning.sizes import LayerCache

@@ -14,8 +14,8 @@ from sweep_cases import ALPHAS, RULES, Ensemble, Rows, load_task, options, run_s
 from task_cases import recorded, run_lm_eval, write_tasks
 
 from ensembler import EnsembleForCausalLM
-from ensembler.decoding.points import GridPoint
 from ensembler.demo import demo_folder, demo_task
+from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.metric_values import from_json
 from ensembler.evaluation.sweep import Sweep
 from ensembler.evaluation.task_loading import load_tasks

@@ -15,7 +15,7 @@ pytest.importorskip("lm_eval")
 from scipy.stats import binomtest
 from sweep_cases import Ensemble, Rows, data_flags, options, rigged, save_ensemble, summary_of, swept, write_questions
 
-from ensembler.decoding.points import GridPoint
+from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError
 from ensembler.evaluation.parts import split_examples
 from ensembler.evaluation.pictures import draw_sweep

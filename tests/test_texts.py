@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from transformers import PreTrainedTokenizerFast
 from ensembler import EnsembleForCausalLM
 from ensembler.decoding.batches import batches_by_length
 from ensembler.decoding.explain import ENSEMBLE, explain, next_tokens
+from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt, Prompt, encode_prompts, read_prompts
 from ensembler.decoding.results import ResultsFile
-from ensembler.decoding.texts import DecodingOptions, complete_batches, fingerprint
+from ensembler.decoding.texts import complete_prompts, fingerprint
 from ensembler.demo import demo_folder
 from ensembler.errors import ConfigError, OutputError, PromptError
 
@@ -29,15 +31,16 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[Encoded
 def texts_of(
     model: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerFast, options: DecodingOptions, batch_size: int
 ) -> dict[int, list[str]]:
-    batches = complete_batches(model, tokenizer, encode(tokenizer, TEXTS), options, batch_size=batch_size)
-    return {c.number: [sample.text for sample in c.samples] for batch in batches for c in batch}
+    completions = complete_prompts(model, tokenizer, encode(tokenizer, TEXTS), options, batch_size=batch_size)
+    return {c.number: [sample.text for sample in c.samples] for c in completions}
 
 
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 4, "num_return_sequences": 2}])
 @pytest.mark.parametrize("batch_size", [2, 4, 6])
 def test_batches_give_the_texts_of_one_by_one(
-    base_change: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerFast, batch_size: int
+    base_change: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerFast, batch_size: int, sampling: dict[str, Any]
 ) -> None:
-    options = DecodingOptions(max_new_tokens=10)
+    options = DecodingOptions(max_new_tokens=10, **sampling)
     assert texts_of(base_change, tokenizer, options, batch_size) == texts_of(base_change, tokenizer, options, 1)
 
 
@@ -52,8 +55,8 @@ def test_a_long_prompt_does_not_cut_short_the_others_of_its_batch(
     assert base_change.shortest_context is not None
     prompts = [EncodedPrompt(0, [5] * (base_change.shortest_context[1] - 8)), EncodedPrompt(1, [9, 8])]
     base_change.generation_config.eos_token_id, own = None, base_change.generation_config.eos_token_id
-    batches = complete_batches(base_change, tokenizer, prompts, DecodingOptions(max_new_tokens=20), batch_size=2)
-    counts = {c.number: c.samples[0].num_tokens for batch in batches for c in batch}
+    completions = complete_prompts(base_change, tokenizer, prompts, DecodingOptions(max_new_tokens=20), batch_size=2)
+    counts = {c.number: c.samples[0].num_tokens for c in completions}
     base_change.generation_config.eos_token_id = own
     assert counts == {0: 8, 1: 20}
 
@@ -84,15 +87,15 @@ def test_leaving_out_finished_prompts_does_not_change_the_others(
 ) -> None:
     options = DecodingOptions(max_new_tokens=12, temperature=1.0, seed=3)
     whole = texts_of(base_change, tokenizer, options, 2)
-    rest = complete_batches(
+    rest = complete_prompts(
         base_change, tokenizer, encode(tokenizer, TEXTS), options, batch_size=2, done=frozenset({0, 2, 4})
     )
-    found = {c.number: [sample.text for sample in c.samples] for batch in rest for c in batch}
+    found = {c.number: [sample.text for sample in c.samples] for c in rest}
     assert found == {number: whole[number] for number in (1, 3, 5)}
 
 
 def test_a_stop_text_with_the_space_that_a_tokenizer_drops_ends_the_text_all_the_same() -> None:
-    """Alone in its batch a row ends where the criterion ends it; what follows it in a larger one is padding."""
+    """Alone or beside others a row ends where the criterion ends it."""
     model = EnsembleForCausalLM.from_pretrained(demo_folder())
     tokenizer = model.tokenizer
     texts = ["Ben has 9 pens. Ida gives Ben 7 pens. Question: How many pens does Ben have now? Answer:", "9 - 2 ="]
@@ -100,8 +103,8 @@ def test_a_stop_text_with_the_space_that_a_tokenizer_drops_ends_the_text_all_the
     found = {}
     for batch_size in (1, 2):
         options = DecodingOptions(max_new_tokens=12, stop=(" 9", "so"))
-        for batch in complete_batches(model, tokenizer, prompts, options, batch_size=batch_size):
-            found.update({(batch_size, one.number): one.samples for one in batch})
+        for one in complete_prompts(model, tokenizer, prompts, options, batch_size=batch_size):
+            found[batch_size, one.number] = one.samples
     assert tokenizer.decode(found[1, 0][0].ids) == "9"
     assert (found[1, 0][0].text, found[1, 0][0].num_tokens, found[1, 0][0].finish_reason) == ("", 1, "stop")
     assert found[1, 0] == found[2, 0]
@@ -114,8 +117,7 @@ def test_a_stop_text_is_cut_off_and_ends_the_count(
     whole = texts_of(base_change, tokenizer, DecodingOptions(max_new_tokens=12), 6)
     stop = whole[2][0][4]
     options = DecodingOptions(max_new_tokens=12, stop=(stop,))
-    batches = complete_batches(base_change, tokenizer, encode(tokenizer, TEXTS), options, batch_size=6)
-    for completion in (c for batch in batches for c in batch):
+    for completion in complete_prompts(base_change, tokenizer, encode(tokenizer, TEXTS), options, batch_size=6):
         text, sample = whole[completion.number][0], completion.samples[0]
         assert sample.text == text.split(stop)[0]
         if stop in text:
@@ -127,8 +129,8 @@ def test_several_sequences_are_distinct_samples(
     base_change: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     options = DecodingOptions(max_new_tokens=8, temperature=1.0, num_return_sequences=4, seed=0)
-    batch = next(iter(complete_batches(base_change, tokenizer, encode(tokenizer, ["abc"]), options)))
-    row = batch[0].to_row()
+    (completion,) = complete_prompts(base_change, tokenizer, encode(tokenizer, ["abc"]), options)
+    row = completion.to_row()
     assert row["number"] == 0
     assert len({sample["text"] for sample in row["samples"]}) > 1
 
@@ -139,8 +141,8 @@ def test_decoding_ends_at_the_shortest_context(
     assert base_change.shortest_context is not None
     length = base_change.shortest_context[1]
     prompt = [EncodedPrompt(0, [5] * (length - 3))]
-    batch = next(iter(complete_batches(base_change, tokenizer, prompt, DecodingOptions(max_new_tokens=50))))
-    assert batch[0].samples[0].num_tokens <= 3
+    (completion,) = complete_prompts(base_change, tokenizer, prompt, DecodingOptions(max_new_tokens=50))
+    assert completion.samples[0].num_tokens <= 3
 
 
 @pytest.mark.parametrize(
@@ -272,17 +274,18 @@ def test_a_line_torn_inside_a_character_is_made_again(tmp_path: Path) -> None:
 def test_a_run_is_told_apart_by_all_that_its_texts_depend_on(
     fresh: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    prompts = encode(tokenizer, TEXTS)
-    options = DecodingOptions(temperature=0.7)
-    runs = [fingerprint(fresh, prompts, options, batch_size=2)]
-    assert fingerprint(fresh, prompts, options, batch_size=2) == runs[0]
-    runs.append(fingerprint(fresh, prompts[:-1], options, batch_size=2))
-    runs.append(fingerprint(fresh, prompts, options, batch_size=3))
-    runs.append(fingerprint(fresh, prompts, DecodingOptions(temperature=0.8), batch_size=2))
+    prompts, options = encode(tokenizer, TEXTS), DecodingOptions(temperature=0.7)
+    runs = [fingerprint(fresh, prompts, options)]
+    for same in ({}, {"draft": "none"}, {"draft_tokens": 3}, {"prefill_chunk": 9}):
+        assert fingerprint(fresh, prompts, DecodingOptions(temperature=0.7, **same)) == runs[0]
+    runs.append(fingerprint(fresh, prompts[:-1], options))
+    runs.append(fingerprint(fresh, prompts, options, backend={"name": "vllm"}))
+    for other in ({"temperature": 0.8}, {"seed": 1}, {"stop": ("x",)}, {"max_new_tokens": 9}):
+        runs.append(fingerprint(fresh, prompts, DecodingOptions(**{"temperature": 0.7, **other})))
     fresh.alpha = 0.1
-    runs.append(fingerprint(fresh, prompts, options, batch_size=2))
+    runs.append(fingerprint(fresh, prompts, options))
     fresh.generation_config.eos_token_id = [2, 7]
-    runs.append(fingerprint(fresh, prompts, options, batch_size=2))
+    runs.append(fingerprint(fresh, prompts, options))
     assert len(set(runs)) == len(runs)
 
 

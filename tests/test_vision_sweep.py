@@ -22,7 +22,7 @@ from vision_cases import CLASSES, random_images, save_clip, save_convnext, save_
 
 from ensembler import EnsembleForImageClassification
 from ensembler.config import IMAGES, EnsembleConfig
-from ensembler.decoding.points import Grid, make_grid
+from ensembler.engine.grid import Grid, make_grid
 from ensembler.errors import ClassesError, ConfigError, ImageError
 from ensembler.evaluation.backends import BackendChoice
 from ensembler.evaluation.provenance import versions

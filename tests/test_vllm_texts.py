@@ -16,11 +16,12 @@ from vllm_cases import prompts_for
 
 from ensembler import EnsembleForCausalLM
 from ensembler.cli.main import cli
-from ensembler.decoding.points import GridPoint
+from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import Sample
-from ensembler.decoding.texts import DecodingOptions, complete_batches
+from ensembler.decoding.texts import complete_prompts
 from ensembler.demo import demo_folder
+from ensembler.engine.grid import GridPoint
 from ensembler.folder import read
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 from ensembler.serving.engine import Engine
@@ -54,7 +55,7 @@ def by_transformers(checked: CheckedEnsemble, options: DecodingOptions) -> dict[
     model = EnsembleForCausalLM.from_checked(checked)
     # Without padding, which a repetition penalty of transformers' counts among the tokens that were there.
     batch_size = 1 if options.repetition_penalty else 8
-    batches = complete_batches(model, checked.require_tokenizer(), PROMPTS, options, batch_size=batch_size)
+    batches = complete_prompts(model, checked.require_tokenizer(), PROMPTS, options, batch_size=batch_size)
     return {one.number: one.samples for batch in batches for one in batch}
 
 

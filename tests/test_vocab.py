@@ -13,8 +13,8 @@ from tiny import EXTRA, VOCAB, make_tokenizer, member_logits, random_ids
 from torch.testing import assert_close
 
 from ensembler import EnsembleForCausalLM, MemberConfig
+from ensembler.engine.members import check_member
 from ensembler.errors import VocabularyError
-from ensembler.members import check_member
 from ensembler.vocab import MemberVocabulary, make_contract
 
 TOKENS = {"a": 0, "b": 1, "c": 2, "d": 3}
@@ -86,7 +86,7 @@ def test_different_tokenizers_are_refused_before_weights_are_loaded(
         "reference": save_member("reference"),
         "aligned": save_member("aligned", seed=1, tokenizer=make_tokenizer(swapped=True)),
     }
-    monkeypatch.setattr("ensembler.modeling.load_group", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("ensembler.engine.members.load_group", lambda *a, **k: pytest.fail("weights were loaded"))
     with pytest.raises(VocabularyError, match=r"reference and aligned differ in 2 of 64 ids: 4 is 'a' and 'f'"):
         EnsembleForCausalLM.from_members(rule="realign", members=members)
 

@@ -20,7 +20,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from ensembler import EnsembleForCausalLM, MemberConfig
-from ensembler.decoding.speculative import SpeculativeDecoder
+from ensembler.decoding.generate import Decoder
+from ensembler.engine.grid import make_grid
 from ensembler.errors import LogitsError
 
 ROLES = ("source_ft", "source_pt", "target_pt")
@@ -29,16 +30,25 @@ PADDED = torch.ones_like(IDS).index_fill(1, torch.tensor([0]), 0)
 OPTIONS: dict[str, Any] = {"eos_token_id": None, "pad_token_id": 3, "do_sample": False}
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 5, "repetition_penalty": 1.2}
 _READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+_KERNELS_OF_CPUS = ("torch_blocks.py", "torch_gumbel.py")  # they look at the memory that they work on
+_OF_HOSTS = {  # functions whose own reads no GPU makes, or waits for
+    ("checks.py", "_check_range"),  # numbers are checked where nobody waits for them
+    ("weights.py", "replace_table"),
+    ("member_set.py", "_on_rows"),  # positions are on the host, whatever the members are on
+    ("member_set.py", "_run_static"),
+    ("row_cache.py", "of"),
+}
 
 
-def in_cpu_kernel() -> bool:
-    """The kernel for CPUs looks at values of the memory that it works on; those for GPUs (sm_80 and later) do not."""
-    frame = sys._getframe(2)
+def of_the_host() -> bool:
+    """Whether a read would not be there, or would not wait, on a GPU (sm_80 and later)."""
+    frame, callers = sys._getframe(2), []
     while frame.f_back is not None:
-        if frame.f_code.co_filename.endswith("torch_blocks.py"):
-            return True
+        path = Path(frame.f_code.co_filename)
+        if "torch" not in path.parts:
+            callers.append((path.name, frame.f_code.co_name))
         frame = frame.f_back
-    return False
+    return callers[0] in _OF_HOSTS or any(file in _KERNELS_OF_CPUS for file, _ in callers)
 
 
 class Reads(TorchFunctionMode):
@@ -50,7 +60,7 @@ class Reads(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
-        if name in _READS and isinstance(args[0], Tensor) and not in_cpu_kernel():
+        if name in _READS and isinstance(args[0], Tensor) and not of_the_host():
             self.names[name] += 1
         return function(*args, **(kwargs or {}))
 
@@ -63,7 +73,7 @@ class Scalars(TorchDispatchMode):
         self.count = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += function is torch.ops.aten._local_scalar_dense.default and not in_cpu_kernel()
+        self.count += function is torch.ops.aten._local_scalar_dense.default and not of_the_host()
         return function(*args, **(kwargs or {}))
 
 
@@ -104,69 +114,79 @@ class Silent(BaseStreamer):
 
 CASES: dict[str, dict[str, Any]] = {
     "greedy": {},
-    "sampling": SAMPLING,
-    "static": {"cache_implementation": "static"},
+    "padded": {"attention_mask": PADDED},
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 0},
+    "processed": SAMPLING,
     "compiled": {"compiled": True, "attention_mask": PADDED, **SAMPLING},
+    "streamed": {"streamer": Silent()},
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", ["trio", "backbone"])
 def test_the_host_waits_once_per_token(tmp_path: Path, kind: str, case: str) -> None:
-    """For whether all texts have ended: `bool(unfinished.max() == 0)` in generate."""
+    """For the tokens, and with them whether there was NaN and whether all texts have ended."""
     model = trio() if kind == "trio" else on_a_backbone(tmp_path)
     options = {**OPTIONS, **CASES[case]}
     if options.pop("compiled", False):
         model.compile_members("eager")
-    reads, scalars = waits(lambda count: model.generate(IDS, max_new_tokens=count, **options))
-    assert reads == {"__bool__": 3}
-    assert scalars == 3
+    rows = 1 if case == "streamed" else 2
+    reads, scalars = waits(lambda count: model.generate(IDS[:rows], max_new_tokens=count, **options))
+    assert reads == {"tolist": 3}
+    assert scalars == 0
 
 
-@pytest.mark.parametrize(("options", "on_cpus"), [({}, 0), (SAMPLING, 1)])
-def test_a_plain_step_of_a_decoder_waits_for_nan_and_for_its_token(options: dict[str, Any], on_cpus: int) -> None:
-    model = trio("llama", "qwen2", "gpt2")
+@pytest.mark.parametrize("kind", ["trio", "backbone"])
+def test_in_the_loop_of_transformers_it_waits_once_too(tmp_path: Path, kind: str) -> None:
+    """For whether all texts have ended: `bool(unfinished.max() == 0)`; and for NaN."""
+    model = trio() if kind == "trio" else on_a_backbone(tmp_path)
+    options = {**OPTIONS, "cache_implementation": "static"}
+    reads, _ = waits(lambda count: model.generate(IDS, max_new_tokens=count, **options))
+    assert reads == {"__bool__": 3 * 2}
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLING], ids=["greedy", "sampling"])
+def test_points_of_a_grid_wait_together(sampling: dict[str, Any]) -> None:
+    model, points = trio(), make_grid(["base-change", "eft"], [0.0, 0.5, 1.0])
 
     def run(count: int) -> None:
-        decoder = SpeculativeDecoder("source_ft", num_positions=1, is_fixed=True, seed=1)
-        model.generate(IDS, **{**OPTIONS, **options}, max_new_tokens=count, custom_generate=decoder)
-        assert decoder.stats.num_plain_steps == count - 1
+        options = {**OPTIONS, **sampling, "max_new_tokens": count}
+        model.generate(IDS, **options, custom_generate=Decoder("none", points=points, seed=1))
 
-    reads, scalars = waits(run)
-    # One read is of NaN, one of hits and ends at once; on CPUs alone sampling asks whether all drafted tokens stay.
-    assert reads == Counter({"tolist": 2 * 3, "__bool__": 3 * on_cpus}) + Counter()
-    assert scalars <= sum(reads.values())  # those are the same
+    reads, _ = waits(run)
+    assert reads == {"tolist": 3}
 
 
-def test_a_round_waits_once_for_nan_and_once_for_each_position_that_is_settled() -> None:
-    model = EnsembleForCausalLM.from_members(alpha=0.0, members=trio("llama", "qwen2", "gpt2").members)
+@pytest.mark.parametrize("sampling", [{}, SAMPLING], ids=["greedy", "sampling"])
+def test_a_round_waits_once_for_each_draft_and_once_for_what_is_chosen(sampling: dict[str, Any]) -> None:
+    """However many positions it has."""
+    members = trio("llama", "qwen2", "gpt2").members
+    model = EnsembleForCausalLM.from_members(alpha=0.0, members=members)
     rounds: list[int] = []
 
     def run(count: int) -> None:
-        decoder = SpeculativeDecoder("source_ft", num_positions=4, is_fixed=True)
-        model.generate(IDS[:1], **OPTIONS, max_new_tokens=count, custom_generate=decoder)
+        decoder = Decoder("source_ft", num_positions=4, is_fixed=True, seed=1)
+        options = {**OPTIONS, **sampling, "max_new_tokens": count}
+        model.generate(IDS[:1], **options, custom_generate=decoder)
         rounds.append(decoder.stats.num_rounds)
 
     reads, _ = waits(lambda count: run(1 + 4 * (count - 5)))  # the prompt's token, and rounds of four: all are accepted
-    assert rounds[:2] == [1, 1]
+    assert rounds[0] == 1
     assert rounds[-1] == 4
-    assert reads == Counter({"tolist": 3 * (1 + 4)})
+    assert reads == {"tolist": 3 * (3 + 1)}
 
 
-def test_a_streamer_reads_the_tokens_too() -> None:
+def test_drafts_by_look_up_cost_no_wait() -> None:
     model = trio()
-    reads, _ = waits(lambda count: model.generate(IDS[:1], max_new_tokens=count, streamer=Silent(), **OPTIONS))
-    assert reads == {"__bool__": 3, "cpu": 3}
+    rounds: list[int] = []
 
+    def run(count: int) -> None:
+        decoder = Decoder("ngram", num_positions=4, is_fixed=True)
+        model.generate(IDS[:1].repeat(1, 3), **OPTIONS, max_new_tokens=count, custom_generate=decoder)
+        rounds.append(decoder.stats.num_rounds + decoder.stats.num_plain_steps)
 
-def test_what_models_of_transformers_read_by_themselves() -> None:
-    """Not ours: with growing caches each model looks whether a mask is all ones, and GPT-2 for padding without one."""
-    model = trio("llama", "qwen2", "opt")
-    _, scalars = waits(lambda count: model.generate(IDS, max_new_tokens=count, attention_mask=PADDED, **OPTIONS))
-    assert scalars == 3 * (1 + 3)
-    model = trio("llama", "qwen2", "gpt2")
-    _, scalars = waits(lambda count: model.generate(IDS, max_new_tokens=count, **OPTIONS))
-    assert scalars == 3 * (1 + 1)
+    reads, _ = waits(run, num_tokens=20)
+    assert reads == Counter({"tolist": rounds[-1] - rounds[0]})
 
 
 # -- NaN that is looked at with the token -----------------------------------------------------------------------------
@@ -175,12 +195,16 @@ def test_what_models_of_transformers_read_by_themselves() -> None:
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 0.7, "top_p": 0.5}, {"num_beams": 2}])
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize("at", [0, 1, 4, 6])
-def test_nan_while_decoding_names_the_member_and_undoes_the_step(role: str, at: int, options: dict[str, Any]) -> None:
+def test_nan_while_decoding_names_the_member_and_undoes_the_call(role: str, at: int, options: dict[str, Any]) -> None:
     """In the prefill, at the next token, in the middle, and in the last step, behind which nothing is run."""
     members = dict(zip(ROLES, tables(3), strict=True))
     model = EnsembleForCausalLM.from_members(rule="eft", alpha=0.5, members=members)
-    cache = model.new_cache()
     num_forwards = 0
+
+    def run(**more: Any) -> Any:
+        torch.manual_seed(1)
+        settings = {**OPTIONS, **options, "attention_mask": torch.ones(2, 9), "max_new_tokens": 7, **more}
+        return model.generate(IDS, **settings)
 
     def fail(module: Any, *_: Any) -> None:
         nonlocal num_forwards
@@ -188,17 +212,20 @@ def test_nan_while_decoding_names_the_member_and_undoes_the_step(role: str, at: 
             module.fault = math.nan
         num_forwards += 1
 
+    expected = run().tolist()
+    cache = {}
+    if "num_beams" not in options:
+        begun = run(max_new_tokens=1, return_dict_in_generate=True).past_key_values
+        cache = {"past_key_values": begun}
     handle = members[role].register_forward_pre_hook(fail)
-    ids = IDS.repeat_interleave(2, 0)[:2] if "num_beams" in options else IDS
-    given = {} if "num_beams" in options else {"past_key_values": cache}
     with pytest.raises(LogitsError, match=f"^{role} computed NaN logits in torch.float32; try another dtype"):
-        model.generate(ids, max_new_tokens=7, **{**OPTIONS, **options}, **given)
+        run(**cache)
     handle.remove()
     assert num_forwards == at + 1  # nothing was decoded behind it
-    if given:
-        assert set(cache.lengths().values()) == {9 + at - 1 if at else 0}
-        logits = model(IDS[:, :1], past_key_values=cache, use_cache=True).logits
-        assert logits.isfinite().all()
+    if cache:
+        assert begun.lengths[:2] == [8] * 2  # as before the call; of a prompt the last token is read again
+        assert all(not layer.keys[:, :2, :, 8:].any() for part in begun.parts.values() for layer in part.layers)
+    assert run(**cache).tolist() == expected
 
 
 def test_after_nan_a_forward_is_checked_at_once_again() -> None:
@@ -213,7 +240,7 @@ def test_after_nan_a_forward_is_checked_at_once_again() -> None:
             model(IDS)
 
 
-def test_nan_in_static_caches() -> None:
+def test_nan_in_compiled_members() -> None:
     model = trio("llama", "llama", "llama")
     model.compile_members("eager")
     expected = model.generate(IDS, max_new_tokens=4, **OPTIONS).tolist()
@@ -250,20 +277,38 @@ def test_no_head_over_prompt_positions(family: str, options: dict[str, Any]) -> 
         assert shapes == [(rows, 1)] * (pieces + 2)
 
 
-def test_a_shared_backbone_has_one_head_and_one_mask_for_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers.models.llama import modeling_llama
-    from transformers.models.qwen2 import modeling_qwen2
+def test_samples_of_a_prompt_read_it_once() -> None:
+    model = trio()
+    seen = head_rows(model.members["target_pt"])
+    model.generate(IDS, max_new_tokens=3, num_return_sequences=5, **{**OPTIONS, **SAMPLING})
+    assert seen[0] == (2, 1)
+    assert len(seen) == 3
+    assert all(rows <= 10 for rows, _ in seen)
 
-    made: list[str] = []
-    for module in (modeling_qwen2, modeling_llama):
-        name, make = module.__name__.rpartition(".")[2], module.create_causal_mask
-        counted = lambda *args, name=name, make=make, **kwargs: (made.append(name), make(*args, **kwargs))[1]  # noqa: E731
-        monkeypatch.setattr(module, "create_causal_mask", counted)
+
+def test_a_shared_backbone_has_one_head_for_both(tmp_path: Path) -> None:
     model = on_a_backbone(tmp_path)
     seen = head_rows(model.members["source_pt"])
     model.generate(IDS, max_new_tokens=4, attention_mask=PADDED, **OPTIONS)
     assert seen == [(4, 1)] * 4
-    assert Counter(made) == {"modeling_llama": 4, "modeling_qwen2": 4}
+
+
+def test_one_mask_for_all_members() -> None:
+    """Of those that see alike: it is made once for each step."""
+    model = trio("llama", "qwen2", "gpt2")
+    seen: list[Tensor] = []
+
+    def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        mask = kwargs["attention_mask"]
+        seen.append(mask["full_attention"] if isinstance(mask, dict) else mask)
+
+    for member in model.members.values():
+        member.register_forward_pre_hook(note, with_kwargs=True)
+    model.generate(IDS, max_new_tokens=3, attention_mask=PADDED, **OPTIONS)
+    assert len(seen) == 3 * 3
+    for step in range(3):
+        first, *others = seen[3 * step : 3 * step + 3]
+        assert all(other is first for other in others)
 
 
 class Counting(LogitsProcessor):  # type: ignore[misc]
@@ -277,8 +322,14 @@ class Counting(LogitsProcessor):  # type: ignore[misc]
 
 def test_processors_are_applied_once_to_the_combination() -> None:
     model, counting = trio(), Counting()
-    combined: list[Tensor] = []
-    model.combine, combine = lambda logits: combined.append(combine(logits)) or combined[-1], model.combine
     model.generate(IDS, max_new_tokens=5, logits_processor=LogitsProcessorList([counting]), **OPTIONS)
     assert counting.shapes == [(2, 64)] * 5
-    assert [tuple(logits.shape) for logits in combined] == [(2, 1, 64)] * 5
+
+
+def test_processors_are_applied_once_to_samples_that_agree() -> None:
+    """Three samples of each prompt are on one row until they differ."""
+    model, counting = trio(), Counting()
+    options = {**OPTIONS, "do_sample": True, "num_return_sequences": 3, "max_new_tokens": 2}
+    processors = LogitsProcessorList([counting])
+    model.generate(IDS, logits_processor=processors, custom_generate=Decoder("none"), **options)
+    assert sum(rows for rows, _ in counting.shapes[:1]) == 2

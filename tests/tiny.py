@@ -21,6 +21,8 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ensembler.engine import row_cache
+
 VOCAB = 64
 _SPECIAL = ("<unk>", "<s>", "</s>", "<pad>")
 _CHARACTERS = string.ascii_lowercase + string.digits + " .,:;!?-+*/=()'\"<>[]&%$#@"
@@ -127,6 +129,9 @@ class TableConfig(PreTrainedConfig):
     num_hidden_layers: int = 1
     hidden_size: int = 1
     num_attention_heads: int = 1
+
+
+row_cache.FAMILIES.add(TableConfig.model_type)  # it keeps keys and values and looks at no mask
 
 
 class TableModel(PreTrainedModel, GenerationMixin):

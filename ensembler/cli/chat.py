@@ -11,7 +11,7 @@ from ensembler.cli.options import EnsembleOptions, decoding_options, ensemble_op
 from ensembler.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
-    from ensembler.decoding.texts import DecodingOptions
+    from ensembler.decoding.options import DecodingOptions
 
 _HELP = "an empty line or /exit ends, /reset forgets the conversation"
 

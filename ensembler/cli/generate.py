@@ -20,9 +20,10 @@ from ensembler.launch import RANK_TIMEOUT
 if TYPE_CHECKING:
     from ensembler.cli.printing import Printer
     from ensembler.decoding.batches import TextLimits
+    from ensembler.decoding.options import DecodingOptions
     from ensembler.decoding.prompts import EncodedPrompt, Prompt
     from ensembler.decoding.results import ResultsFile
-    from ensembler.decoding.texts import Completion, DecodingOptions
+    from ensembler.decoding.texts import Completion
     from ensembler.preflight import CheckedEnsemble
     from ensembler.serving.choice import BackendChoice
 
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 @click.option("--resume", is_flag=True, help="Go on with an --output file that was interrupted.")
 @click.option("--overwrite", is_flag=True, help="Replace the --output file if it exists.")
 @click.option("--compile", "compiled", is_flag=True, help="Compile decode steps: slow to start.")
+@click.option("--no-cuda-graphs", is_flag=True, help="Launch every step piece by piece on GPUs, to look for a fault.")
 @click.option("--explain", is_flag=True, help="Mark the tokens that are not the anchor's own choice.")
 @click.option("--stats", is_flag=True, help="Say on standard error where the time went; one JSON line with --json.")
 @click.option(
@@ -69,6 +71,7 @@ def generate(
     resume: bool,
     overwrite: bool,
     compiled: bool,
+    no_cuda_graphs: bool,
     explain: bool,
     stats: bool,
     rank_timeout: float,
@@ -93,12 +96,12 @@ def generate(
         raise ConfigError("--compile is for greedy decoding and sampling: beams move caches; leave one of them out")
     from ensembler.cli.printing import Printer
     from ensembler.cli.stats import print_stats, say_why_plain
-    from ensembler.compiling import check_compiler
     from ensembler.decoding.drafting import check_draft
     from ensembler.decoding.prompts import encode_prompts
     from ensembler.decoding.results import ResultsFile, check_output
     from ensembler.decoding.stats import DecodingStats, Meter
-    from ensembler.decoding.texts import complete_batches, fingerprint
+    from ensembler.decoding.texts import complete_prompts, decoder_of, fingerprint
+    from ensembler.engine.compiled import check_compiler
     from ensembler.modeling import EnsembleForCausalLM
     from ensembler.preflight import check_ensemble
 
@@ -137,15 +140,15 @@ def generate(
         def open_results(model: TextLimits) -> ResultsFile | None:
             if output is None:
                 return None
-            # vLLM's texts do not depend on what is decoded together.
-            together = None if on_vllm else batch_size
-            run = fingerprint(model, encoded, decoding, batch_size=together, backend=backend.describe(checked))
+            run = fingerprint(model, encoded, decoding, backend=backend.describe(checked))
             return ResultsFile(output, run, resume=resume, overwrite=overwrite)
 
         if on_vllm:
             _decode_on_vllm(checked, backend, encoded, decoding, open_results, printer, shown=prompts is not None)
             return
         model = EnsembleForCausalLM.from_checked(checked, world=world)
+        if no_cuda_graphs:
+            model.member_set.graphs = None
         if compiled:
             model.compile_members()
         if explain:
@@ -158,11 +161,11 @@ def generate(
             return frozenset() if results is None else results.done
 
         done = on_first(world, open_on_first)
-        decoder = decoding.decoder(streamer=streamer, meter=Meter(DecodingStats()) if stats else None)
-        batches = complete_batches(
+        decoder = decoder_of(decoding, streamer=streamer, meter=Meter(DecodingStats()) if stats else None)
+        completions = complete_prompts(
             model, tokenizer, encoded, decoding, batch_size=batch_size, done=done, decoder=decoder
         )
-        _write(batches, len(encoded), len(done), results, printer, shown=prompts is not None)
+        _write(completions, len(encoded), len(done), results, printer, shown=prompts is not None)
         say_why_plain(decoding.draft, decoder.stats)
         if stats:
             print_stats(decoder.stats, as_json=as_json)
@@ -198,11 +201,11 @@ def _decode_on_vllm(
     left = [prompt for prompt in prompts if prompt.number not in done]
     with engine if left else nullcontext():
         completions = complete_in_engine(engine, checked.require_tokenizer(), left, decoding)
-        _write(([one] for one in completions), len(prompts), len(done), results, printer, shown=shown)
+        _write(completions, len(prompts), len(done), results, printer, shown=shown)
 
 
 def _write(
-    batches: Iterable[list[Completion]],
+    completions: Iterable[Completion],
     num_prompts: int,
     num_done: int,
     results: ResultsFile | None,
@@ -216,14 +219,13 @@ def _write(
     start, num_texts, num_tokens = time.perf_counter(), 0, 0
     with results or nullcontext(), printer, progress(num_prompts, shown=shown) as advance:
         advance(num_done)
-        for batch in batches:
-            for completion in batch:
-                row = printer.add(completion)
-                if results is not None:
-                    results.append(row)
-                num_texts += len(completion.samples)
-                num_tokens += sum(sample.num_tokens for sample in completion.samples)
-            advance(len(batch))
+        for completion in completions:
+            row = printer.add(completion)
+            if results is not None:
+                results.append(row)
+            num_texts += len(completion.samples)
+            num_tokens += sum(sample.num_tokens for sample in completion.samples)
+            advance(1)
     seconds = time.perf_counter() - start
     rate = num_tokens / seconds
     click.echo(f"texts: {num_texts}, tokens: {num_tokens}, seconds: {seconds:.1f}, tokens/s: {rate:.1f}", err=True)

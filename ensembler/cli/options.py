@@ -16,7 +16,7 @@ from ensembler.rules import RULE_NAMES
 
 if TYPE_CHECKING:
     from ensembler.config import EnsembleConfig
-    from ensembler.decoding.texts import DecodingOptions
+    from ensembler.decoding.options import DecodingOptions
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -236,7 +236,11 @@ _DECODING_OPTIONS = (
         "member, the text's own repetitions.",
     ),
     click.option(
-        "--draft-tokens", type=click.IntRange(1), default=8, show_default=True, help="Most tokens drafted in a round."
+        "--draft-tokens",
+        type=click.IntRange(1),
+        default=8,
+        show_default=True,
+        help="Most positions read in a round: the newest token, and those drafted behind it.",
     ),
     click.option("--prefill-chunk", type=click.IntRange(1), metavar="N", help="Read long prompts N tokens at a time."),
 )
@@ -301,7 +305,7 @@ def decoding_options(function: Command) -> Command:
 
     @wraps(function)
     def collected(*args: Any, **kwargs: Any) -> Any:
-        from ensembler.decoding.texts import DecodingOptions
+        from ensembler.decoding.options import DecodingOptions
 
         names = [field.name for field in fields(DecodingOptions)]
         decoding: DecodingOptions = DecodingOptions(**{name: kwargs.pop(name) for name in names})

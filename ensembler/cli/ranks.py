@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -13,7 +14,7 @@ from ensembler.errors import ConfigError, EnsemblerError, PromptError, RankError
 from ensembler.launch import local_rank, num_ranks, this_rank
 
 if TYPE_CHECKING:
-    from ensembler.distributed import World
+    from ensembler.engine.distributed import World
 
 Result = TypeVar("Result")
 
@@ -24,15 +25,17 @@ def launched(timeout: float) -> Iterator[World | None]:
     if num_ranks() == 1:
         yield None
         return
-    from ensembler.distributed import World
+    from ensembler.engine.distributed import World
 
     world = World(timeout)
+    signal.signal(signal.SIGTERM, world.terminated)
     if world.rank == 0:
         yield world
     else:
         with open(os.devnull, "w") as nothing, redirect_stdout(nothing), redirect_stderr(nothing):
             yield world
     world.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def on_each(world: World | None, function: Callable[[], Result]) -> Result:

@@ -16,8 +16,8 @@ from ensembler.errors import ConfigError, PromptError
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from ensembler.decoding.points import GridPoint
     from ensembler.decoding.results import ResultsFile
+    from ensembler.engine.grid import GridPoint
     from ensembler.evaluation.batches import Batch
     from ensembler.evaluation.logits_folder import LogitsFolder
     from ensembler.evaluation.scoring import ScoredRequest
@@ -67,8 +67,8 @@ def score(
         raise ConfigError(f"--{option} was given without --output; name the file")
     if per_token and output is None and not as_json:
         raise ConfigError("--per-token was given without --json or --output; the table has no room for tokens")
-    from ensembler.decoding.points import make_grid
     from ensembler.decoding.results import ResultsFile, check_output
+    from ensembler.engine.grid import make_grid
     from ensembler.evaluation.batches import can_share_contexts, make_batches
     from ensembler.evaluation.logits_folder import LogitsFolder
     from ensembler.evaluation.requests import encode_questions, read_questions

@@ -17,9 +17,9 @@ def say_why_plain(draft: str, stats: DecodingStats) -> None:
     """Say, a line for each reason, why a draft that was asked for did not come about, or was given up."""
     if draft in (AUTO, NONE):
         return
-    for reason, num_batches in stats.undrafted.items():
+    for reason, num_batches in stats.by_transformers.items():
         click.echo(f"decoded plainly: {reason}{_times(num_batches)}", err=True)
-    if stats.plain_reason is not None and stats.plain_reason not in stats.undrafted:
+    if stats.plain_reason is not None:
         click.echo(f"draft {'given up' if stats.num_rounds else 'not tried'}: {stats.plain_reason}", err=True)
 
 
@@ -48,11 +48,13 @@ def _counts(row: Mapping[str, Any]) -> Iterator[str]:
             f"draft: {row['draft']}, rounds: {row['num_rounds']}, "
             f"tokens per round: {_number(row['tokens_per_round'])}, acceptance: {_number(row['acceptance'])}"
         )
-    reasons: dict[str, int] = row["undrafted"]
+    reasons: dict[str, int] = row["by_transformers"]
     for reason, num_batches in reasons.items():
-        yield f"plain: {reason}{_times(num_batches)}"
-    if row["plain_reason"] is not None and row["plain_reason"] not in reasons:
+        yield f"by transformers' own loop: {reason}{_times(num_batches)}"
+    if row["plain_reason"] is not None:
         yield f"plain: {row['plain_reason']}"
+    for name, reason in row["eager"].items():
+        yield f"without CUDA graphs: {name}, {reason}"
 
 
 def _times(num_batches: int) -> str:

@@ -91,8 +91,8 @@ def sweep(
     ensembler sweep my-classifiers --images flowers --validation validation
     """
     names = tuple(name.strip() for name in rules.split(",")) if rules is not None else ()
-    from ensembler.decoding.points import parse_alphas
     from ensembler.demo import demo_task
+    from ensembler.engine.grid import parse_alphas
     from ensembler.evaluation.rows_folder import RowsFolder
     from ensembler.evaluation.sweep import Sweep, SweepOptions
     from ensembler.preflight import check_ensemble

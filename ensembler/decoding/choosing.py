@@ -1,25 +1,28 @@
-"""The next token of every text of a grid, from one set of the members' logits.
+"""The next token of every text, from one set of the members' logits.
 
 Sampling takes argmax(scores + noise), the noise being Gumbel's: a draw from softmax(scores). The noise of a token
-depends on (seed, prompt, sample, position, token) alone, and neither on the row nor on the batch nor on the point. So
-a text is drawn the same way whatever is decoded beside it. Points share the noise, and so draw the same token wherever
-their distributions are alike, which keeps rows few and differences between points less noisy. (By inverse CDF, a
-little more probability of a token moves the shares of all that follow.)
+depends on (seed, prompt, sample, position, token) alone: neither on the row, the batch or the point, nor on what was
+drafted. So a text is drawn the same way whatever is decoded beside it. Points share the noise, and so draw the same
+token wherever their distributions are alike, which keeps rows few and differences between points less noisy. (By
+inverse CDF, a little more probability of a token moves the shares of all that follow.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from ensembler_kernels import Combination, Weights, combine, combine_sample, make_noise
+from ensembler_kernels.reference import gumbel
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
 
-from ensembler.decoding.points import Grid
-from ensembler.decoding.tracks import ENDED, Tracks
+from ensembler.decoding.rows import Row, Text
+from ensembler.engine.grid import Grid
 
 # These know a row by its number, keep a state from call to call, or run the model themselves.
 NOT_BY_ROW = (
@@ -29,105 +32,201 @@ NOT_BY_ROW = (
     logits_process.SynthIDTextWatermarkLogitsProcessor,
     logits_process.UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
+# These look at scores alone: no text has to be written down for them.
+_BLIND = (
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.LogitNormalization,
+    logits_process.MinPLogitsWarper,
+    logits_process.SuppressTokensLogitsProcessor,
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+)
+_SCORES = Combination((1.0,), (0.0,))  # processed scores stand for themselves
+_MOST = 64  # rows of scores that processors are given at once: bounds memory, and what leaves a core's cache
+NAN = -2
 
 
-class Noise:
-    """The noise of each stream: `prompts` and `samples` (streams,) int64 say which prompt and which sample of it."""
+@dataclass(frozen=True)
+class Asked:
+    """A token that is wanted: of `text` on `row`, after `offset` of the row's drafts, from row `source` of logits."""
 
-    def __init__(self, seed: int, prompts: Tensor, samples: Tensor) -> None:
-        self._noise = make_noise(seed, prompts, samples)
-        self._noise[:, 3] = -1
+    text: Text
+    row: Row
+    offset: int
+    source: int
 
-    def next_position(self) -> None:
-        """Go on to the next token."""
-        self._noise[:, 3] += 1
+    @property
+    def position(self) -> int:
+        """The number of the token in its text."""
+        return self.row.num_new + self.offset
 
-    def of(self, streams: Tensor, device: torch.device) -> Tensor:
-        """Return seed, prompt, sample and position of streams (n,), (n, 4) int64."""
-        return self._noise[streams].to(device)
+    def seen(self) -> list[int]:
+        """Return what processors see: the prompt, and the tokens behind it up to the one that is wanted."""
+        return [*self.row.columns, *self.row.new_ids, *self.row.drafts[: self.offset]]
+
+
+Recorder = Callable[[Sequence[Asked], Tensor, Tensor], None]
+"""Is given what was asked for, its raw logits and its scores (n, V)."""
 
 
 class Processors:
     """The processors that `generate` made for a batch, for rows of it in any order.
 
-    One of them may know how much padding stands before each prompt; `first` picks the prompts' rows of the batch.
+    One of them may know how much padding stands before each prompt, by the prompt's place in the batch. A temperature
+    alone is left to the kernels, unless scores are wanted (`keeps_scores`).
     """
 
-    def __init__(self, processors: LogitsProcessorList, first: slice) -> None:
+    def __init__(self, processors: Sequence[Any] = (), *, keeps_scores: bool = False) -> None:
+        self.temperature: float | None = None
+        if not keeps_scores and len(processors) == 1 and type(processors[0]) is logits_process.TemperatureLogitsWarper:
+            self.temperature, processors = processors[0].temperature, ()
         self._processors = LogitsProcessorList(copy(processor) for processor in processors)
         self._padding = [
-            (processor, processor.prompt_ignore_length[first])
+            (processor, processor.prompt_ignore_length)
             for processor in self._processors
             if isinstance(getattr(processor, "prompt_ignore_length", None), Tensor)
         ]
+        self._are_blind = all(type(processor) in _BLIND for processor in self._processors)
 
     def __bool__(self) -> bool:
         return bool(self._processors)
 
-    def __call__(self, ids: Tensor, scores: Tensor, prompts: Tensor) -> Tensor:
-        """Return the scores (rows, V) of rows with texts `ids` (rows, positions), which are of `prompts` (rows,)."""
+    def __call__(self, asked: Sequence[Asked], scores: Tensor) -> Tensor:
+        """Return the scores (n, V) of the tokens that are asked for, n of them, after processing."""
+        if self._are_blind:
+            return self._process(asked, torch.zeros(len(asked), 1, dtype=torch.int64, device=scores.device), scores)
+        seen = [one.seen() for one in asked]
+        lengths = {len(ids) for ids in seen}
+        if len(lengths) == 1:
+            return self._process(asked, torch.tensor(seen, device=scores.device), scores)
+        processed = torch.empty_like(scores)
+        for length in lengths:
+            which = [index for index, ids in enumerate(seen) if len(ids) == length]
+            ids = torch.tensor([seen[index] for index in which], device=scores.device)
+            processed[which] = self._process([asked[index] for index in which], ids, scores[which])
+        return processed
+
+    def _process(self, asked: Sequence[Asked], ids: Tensor, scores: Tensor) -> Tensor:
         for processor, lengths in self._padding:
-            processor.prompt_ignore_length = lengths[prompts.to(lengths.device)]
+            processor.prompt_ignore_length = lengths[[one.row.batch_row for one in asked]]
         processed: Tensor = self._processors(ids, scores)
         return processed
 
 
-_SCORES = Combination((1.0,), (0.0,))  # processed scores stand for themselves
-_MOST = 64  # rows of scores that processors are given at once: bounds memory, and what leaves a core's cache
+class NoiseProcessor(LogitsProcessor):  # type: ignore[misc,unused-ignore]
+    """Adds the noise of each row to its scores, behind all other processors: greedy decoding then samples.
+
+    So `transformers`' own loop draws the tokens that the decode loop draws. Rows of a prompt stand side by side.
+    """
+
+    def __init__(self, seed: int, num_prompt: int, prompts: Sequence[int], samples: Sequence[int]) -> None:
+        self._seed = seed
+        self._num_prompt = num_prompt
+        self._prompts = list(prompts)
+        self._samples = list(samples)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores (rows, V) + Gumbel noise for texts (rows, positions)."""
+        positions = [input_ids.shape[1] - self._num_prompt] * len(self._prompts)
+        noise = make_noise(self._seed, self._prompts, self._samples, positions)
+        noisy: Tensor = scores + gumbel(noise, scores.shape[1]).to(scores.device)
+        return noisy
 
 
 class Chooser:
-    """Greedy decoding, or sampling where `noise` is given, of all tracks."""
+    """Greedy decoding, or sampling where there is a `seed`. `grid` weights the logits of the members."""
 
-    def __init__(self, grid: Grid, processors: Processors, noise: Noise | None) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        processors: Processors,
+        seed: int | None,
+        *,
+        width: int | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        """`width`: that of the scores which processors expect, where the grid's are wider or narrower (a draft's)."""
         self._grid = grid
         self._processors = processors
-        self._noise = noise
+        self._seed = seed
+        self._width = width
+        self._recorder = recorder
         self._scores = Weights.of((_SCORES, 0.0), device=grid.weights.table.device)
 
-    def choose(self, logits: Mapping[str, Tensor], ids: Tensor, tracks: Tracks) -> Tensor:
-        """Return the next token of each track, (points, streams) int64 on the CPU; ENDED where it has none.
+    def choose(self, logits: Mapping[str, Tensor], asked: Sequence[Asked]) -> list[int]:
+        """Return the token of each that is asked for; NAN where a member computed NaN.
 
-        `logits` (rows, V_member) by role, `ids` (rows, positions). Without processors, one launch chooses all tokens.
+        `logits` (rows, n, V_member) by role; without processors, one launch chooses all tokens. The host waits once.
         """
-        if self._noise is not None:
-            self._noise.next_position()
-        runs = tracks.row_of != ENDED
-        points, streams = runs.nonzero().unbind(-1)
-        rows = tracks.row_of[runs]
-        ordered = self._grid.ordered(logits)
-        if self._processors:
-            chosen = self._choose_processed(ordered, ids, points, streams, rows, tracks)
+        device = self._grid.weights.table.device
+        ordered = [values.to(device) for values in self._grid.ordered(logits)]
+        if self._processors or self._recorder is not None:
+            tokens = self._choose_processed(ordered, asked)
         else:
-            chosen = self._choose_among(ordered, self._weights(points), rows, streams)
-        tokens = torch.full_like(tracks.row_of, ENDED)
-        tokens[runs] = chosen.cpu()
-        return tokens
+            weights = self._weights([one.text.point for one in asked])
+            tokens = self._choose_among(ordered, weights, [one.source for one in asked], asked, self._temperature)
+        found: list[int] = tokens.tolist()
+        return found
 
-    def _weights(self, points: Tensor) -> Weights:
+    @property
+    def _temperature(self) -> float | None:
+        return None if self._seed is None else self._processors.temperature
+
+    def _weights(self, points: Sequence[int]) -> Weights:
+        if len(self._grid) == 1:
+            return self._grid.weights
         table = self._grid.weights.table
-        return self._grid.weights.replace_table(table[points.to(table.device)])
+        return self._grid.weights.replace_table(table[torch.tensor(points).to(table.device)])
 
-    def _choose_among(self, logits: list[Tensor], weights: Weights, rows: Tensor, streams: Tensor) -> Tensor:
-        """The tokens of outputs that read `rows`, each with the noise of its stream."""
-        device = logits[0].device
-        noise = None if self._noise is None else self._noise.of(streams, device)
-        tokens = combine_sample(logits, weights, rows.to(device, torch.int32), noise=noise).tokens
-        return tokens.clamp_(min=0)  # where processors forbid everything transformers takes the first token, too
-
-    def _choose_processed(
-        self, logits: list[Tensor], ids: Tensor, points: Tensor, streams: Tensor, rows: Tensor, tracks: Tracks
+    def _choose_among(
+        self,
+        logits: list[Tensor],
+        weights: Weights,
+        sources: Sequence[int],
+        asked: Sequence[Asked],
+        temperature: float | None,
     ) -> Tensor:
-        """The same by way of scores, which are made and processed once for the tracks of a point on one row."""
-        pairs, which = torch.unique(torch.stack([points, rows], dim=-1), dim=0, return_inverse=True)
-        prompts = torch.empty(pairs.shape[0], dtype=torch.int64).scatter_(0, which, tracks.prompt_of[streams])
-        chosen = torch.empty(rows.shape, dtype=torch.int64, device=ids.device)
-        for start in range(0, pairs.shape[0], _MOST):
-            here = slice(start, start + _MOST)
-            of_point, of_row = pairs[here].unbind(-1)
-            z = combine(logits, self._weights(of_point), of_row.to(ids.device, torch.int32))
-            scores = self._processors(ids[of_row.to(ids.device)], z, prompts[here])
-            inside = ((which >= start) & (which < start + _MOST)).nonzero().squeeze(-1)
-            found = self._choose_among([scores.float()], self._scores, which[inside] - start, streams[inside])
-            chosen[inside.to(ids.device)] = found
+        """The tokens of outputs that read rows `sources`, each with the noise of its text and position."""
+        device = logits[0].device
+        noise = None
+        if self._seed is not None:
+            numbers = torch.tensor([(one.text.prompt, one.text.sample, one.position) for one in asked])
+            noise = make_noise(self._seed, *numbers.unbind(1)).to(device)
+        rows = None
+        if list(sources) != list(range(logits[0].shape[:-1].numel())):
+            rows = torch.tensor(sources, dtype=torch.int32).to(device)
+        found = combine_sample(logits, weights, rows, noise=noise, temperature=temperature)
+        # Where processors forbid everything transformers takes the first token, too.
+        return found.tokens.flatten().clamp(min=0).masked_fill(found.logprobs.flatten().isnan(), NAN)
+
+    def _choose_processed(self, logits: list[Tensor], asked: Sequence[Asked]) -> Tensor:
+        """The same by way of scores, which are made and processed once for texts of one point and row."""
+        which: dict[tuple[int, int], int] = {}
+        first: list[Asked] = []
+        for one in asked:
+            if (one.text.point, one.source) not in which:
+                which[one.text.point, one.source] = len(first)
+                first.append(one)
+        of_asked = [which[one.text.point, one.source] for one in asked]
+        chosen = torch.empty(len(asked), dtype=torch.int64, device=logits[0].device)
+        for start in range(0, len(first), _MOST):
+            part = first[start : start + _MOST]
+            rows = torch.tensor([one.source for one in part], dtype=torch.int32).to(logits[0].device)
+            z = combine(logits, self._weights([one.text.point for one in part]), rows)
+            is_nan = z.isnan().any(-1)
+            if self._width is not None:
+                z = torch.nn.functional.pad(z, (0, self._width - z.shape[-1]), value=-torch.inf)
+            scores = self._processors(part, z.clone() if self._recorder is not None else z).float()
+            if self._recorder is not None:
+                self._recorder(part, z, scores)
+            inside = [index for index, of in enumerate(of_asked) if start <= of < start + _MOST]
+            sources = [of_asked[index] - start for index in inside]
+            tokens = self._choose_among(
+                [scores], self._scores, sources, [asked[index] for index in inside], self._temperature
+            )
+            chosen[inside] = tokens.clamp(min=0).masked_fill(is_nan[sources], NAN)
         return chosen

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from transformers import TextStreamer
 
-from ensembler.cache import EnsembleCache
-from ensembler.decoding.prefixes import can_share, common_length
+from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.prefixes import common_length
 from ensembler.decoding.prompts import EncodedPrompt, chat_ids, check_length
-from ensembler.decoding.texts import DecodingOptions, complete, seed_batch
+from ensembler.decoding.texts import complete_prompts, decoder_of
+from ensembler.engine.row_cache import RowCache
 from ensembler.modeling import EnsembleForCausalLM
 
 
@@ -27,8 +27,8 @@ class Conversation:
         self._model = model
         self._tokenizer = tokenizer
         self._options = options
-        self.decoder = options.decoder()
-        self._cache: EnsembleCache | None = None
+        self.decoder = decoder_of(options)
+        self._cache: RowCache | None = None
         self._held: list[int] = []  # the tokens that it has read
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self.reset()
@@ -45,28 +45,22 @@ class Conversation:
         self.decoder.streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
         cache = self._cache = self._cache_for(ids)
         self._held = []  # a turn that fails leaves nothing to go on with
-        seed_batch(self._options)
-        completions = complete(
-            self._model,
-            self._tokenizer,
-            [EncodedPrompt(0, ids)],
-            self._options,
-            self.decoder,
-            start=time.perf_counter(),
-            cache=cache,
+        prompts = [EncodedPrompt(0, ids)]
+        (completion,) = complete_prompts(
+            self._model, self._tokenizer, prompts, self._options, decoder=self.decoder, cache=cache
         )
         if cache is not None:
-            self._held = [*ids, *completions[0].samples[0].ids][: cache.get_seq_length()]
-        answer = completions[0].samples[0].text
+            self._held = [*ids, *completion.samples[0].ids][: cache.lengths[0]]
+        answer = completion.samples[0].text
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
 
-    def _cache_for(self, ids: list[int]) -> EnsembleCache | None:
-        """The cache of the turns before, cut to what they share with `ids`; a new one where it cannot go back.
-
-        None where a member keeps more than keys and values: `generate` then decides.
-        """
-        length = min(common_length([ids, self._held]), len(ids) - 1) if self._held else 0
-        if length and self._cache is not None and self._cache.crop_to(length):
-            return self._cache
-        return self._model.new_cache() if can_share(self._model) else None
+    def _cache_for(self, ids: list[int]) -> RowCache | None:
+        """The cache of the turns before, cut to what they share with `ids`; None where a member keeps no rows."""
+        members = self._model.member_set
+        if self._options.num_beams > 1 or members.why_not_by_row() is not None:
+            return None
+        if self._cache is None:
+            self._cache = members.row_cache(1, len(ids))
+        self._cache.lengths[0] = min(common_length([ids, self._held]), len(ids) - 1) if self._held else 0
+        return self._cache

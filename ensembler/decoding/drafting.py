@@ -1,69 +1,106 @@
-"""Who drafts: one forward of the ensemble, or the text itself; and from which distribution.
+"""Who drafts: one forward of the ensemble, or the text itself; and which tokens.
 
-The draft's distribution is the rule's combination with every absent role replaced by a present one, its stand-in:
+The draft's scores are the rule's combination with every absent role replaced by a present one, its stand-in:
 
     z_draft = Σ_r w_r(α) · z_s(r),   s(r) = r where r drafts, else the drafting role of the lowest slope.
 
 Members that do not draft are thus taken to be like the denominator of the log-ratio: base-change drafted by source FT
 and source PT is p_ft (target PT ≈ source PT), EFT is p_pt · (p_ft / p_pt)^α, and a member that drafts alone is itself.
-An absent score (a reward) is left out.
+An absent score (a reward) is left out. The token is chosen as the ensemble's is, with the same noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 
-import torch
-from ensembler_kernels import Combination, combine
+from ensembler_kernels import Combination, Weights
 from torch import Tensor, nn
 
+from ensembler.decoding.choosing import Asked, Chooser
+from ensembler.decoding.rows import Row
+from ensembler.engine.forward import Forward
+from ensembler.engine.grid import Grid, make_combination
 from ensembler.errors import ConfigError
-from ensembler.modeling import EnsembleForCausalLM, weights_for
+from ensembler.modeling import EnsembleForCausalLM
 from ensembler.rules import Rule
-from ensembler.runners import Forward, Group
 
 AUTO, NONE, NGRAM = "auto", "none", "ngram"
 _LONGEST, _SHORTEST = 3, 2  # tokens that a place in the text has in common with its end, to be gone on with
+_LOOK_EVERY = 8  # plain steps that ask the draft once, to learn whether it would be right
 
 
-@dataclass(frozen=True)
-class DraftForward:
-    """The forward that drafts; `how` combines its members' logits, in the order of `roles`."""
+class Drafter:
+    """Drafts tokens behind rows. `forward` drafts, and `others` verify; without one the texts' own repetitions do.
 
-    forward: Forward
-    others: tuple[Group, ...]
-    roles: tuple[str, ...]
-    how: Combination
-    share: float
+    `share`: its part of the bytes that all forwards read.
+    """
 
-    def combine(self, logits: Mapping[str, Tensor], alpha: float | Tensor, device: torch.device, width: int) -> Tensor:
-        """Return the draft's scores (rows, `width`), fp32 on `device`, from its members' logits (rows, V_member).
+    def __init__(
+        self,
+        forward: Forward | None,
+        others: Sequence[Forward] = (),
+        share: float = 0.0,
+        chooser: Chooser | None = None,
+    ) -> None:
+        self.forward = forward
+        self.others = tuple(others)
+        self.share = share
+        self._chooser = chooser
+        self._num_plain = 0
 
-        Ids that the draft lacks are forbidden: another width than the ensemble's is cut or filled up.
-        """
-        ordered = [logits[role].to(device) for role in self.roles]
-        scores = combine(ordered, weights_for(self.how, alpha, ordered[0]))
-        return torch.nn.functional.pad(scores, (0, width - scores.shape[-1]), value=-torch.inf)
+    @property
+    def name(self) -> str:
+        """Who it is."""
+        return NGRAM if self.forward is None else self.forward.name
+
+    def draft(self, logits: Mapping[str, Tensor], rows: Sequence[Row]) -> None:
+        """Put a token behind the drafts of each row, from its members' logits (rows, 1, V) there."""
+        assert self._chooser is not None
+        running = [(place, row) for place, row in enumerate(rows) if row.texts]
+        # Of texts that share a row the first says what is drafted.
+        asked = [Asked(row.texts[0], row, len(row.drafts), place) for place, row in running]
+        for (_, row), token in zip(running, self._chooser.choose(logits, asked), strict=True):
+            row.drafts.append(max(token, 0))
+
+    def peek(self, logits: Mapping[str, Tensor], rows: Sequence[Row]) -> list[int] | None:
+        """Return in some plain steps what the draft would have been, for each running row; None in the others."""
+        self._num_plain += 1
+        if self.forward is None or self._num_plain % _LOOK_EVERY != 1:
+            return None
+        self.draft(logits, rows)
+        return [row.drafts.pop() for row in rows if row.texts]
 
 
-def find_draft(model: EnsembleForCausalLM, draft: str) -> DraftForward | None:
-    """Return the forward that drafts for `draft`: a role, or 'auto' for the lightest, None if that is not light enough.
+def find_drafter(
+    model: EnsembleForCausalLM, draft: str, grid: Grid, make_chooser: Callable[[Grid], Chooser]
+) -> Drafter | str:
+    """Return who drafts for `draft`, or why nobody does: a role, 'ngram', or 'auto' for the lightest forward.
 
-    Light enough: it reads less than half the bytes of weights that all others do. Raises ConfigError for a role that is
-    not in the ensemble, or that gives no distribution.
+    `grid` is what is decoded; `make_chooser` makes what chooses tokens at other weights, with the same noise. Auto
+    takes a forward that reads less than half the bytes of weights that all others do. Raises ConfigError for a role
+    that is not in the ensemble, or that gives no distribution.
     """
     check_draft(model.rule, draft)
-    if model.world is not None or draft in (NONE, NGRAM):
-        return None
-    forwards = [forward for group in model.groups for forward in group]
+    forwards = model.member_set.forwards
+    if draft == NONE:
+        return "no draft was wanted"
+    if model.world is not None:
+        return "several processes share the members"
+    if len(forwards) == 1:
+        return "all members run in one forward, so that there is none to verify"
+    if draft == NGRAM:
+        return Drafter(None)
     if draft == AUTO:
         drafting = [forward for forward in forwards if set(forward.roles) - model.rule.raw_roles]
-        lightest = min(drafting, key=lambda forward: num_bytes(forward.model))
-        found = _draft_forward(model, lightest)
-        return found if found.share < 1 / 3 and found.others else None
-    return _draft_forward(model, next(forward for forward in forwards if draft in forward.roles))
+        found = min(drafting, key=lambda forward: num_bytes(forward.model))
+    else:
+        found = next(forward for forward in forwards if draft in forward.roles)
+    share = num_bytes(found.model) / sum(num_bytes(forward.model) for forward in forwards)
+    if draft == AUTO and share >= 1 / 3:
+        return "no member is light enough to draft for the others"
+    others = [forward for forward in forwards if forward is not found]
+    return Drafter(found, others, share, make_chooser(_draft_grid(model, grid, found.roles)))
 
 
 def check_draft(rule: Rule, draft: str) -> None:
@@ -78,51 +115,48 @@ def check_draft(rule: Rule, draft: str) -> None:
 
 
 def num_bytes(model: nn.Module) -> int:
-    """Bytes of weights that a forward reads."""
+    """Return the bytes of weights that a forward reads."""
     tensors = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _draft_forward(model: EnsembleForCausalLM, forward: Forward) -> DraftForward:
-    others = (tuple(one for one in group if one is not forward) for group in model.groups)
-    own = num_bytes(forward.model)
-    total = sum(num_bytes(one.model) for group in model.groups for one in group)
-    roles, how = _stand_ins(model.rule, model.combination, forward.roles)
-    return DraftForward(forward, tuple(group for group in others if group), roles, how, own / total)
+def _draft_grid(model: EnsembleForCausalLM, grid: Grid, present: Sequence[str]) -> Grid:
+    """The same points for the logits of the members that draft alone."""
+    roles = tuple(role for role in model.rule.roles if role in present)
+    numbers = [(_stand_ins(model, rule, roles), list(alphas)) for rule, alphas in grid.runs]
+    return Grid(grid.points, roles, Weights.of(*numbers), grid.runs).on(model.device)
 
 
-def _stand_ins(rule: Rule, how: Combination, present: Sequence[str]) -> tuple[tuple[str, ...], Combination]:
-    """The drafting roles, that of the anchor first, and their numbers: each has those of the roles it stands for."""
-    ordered = [role for role in rule.roles if role in present]
-    distributions = [role for role in ordered if role not in rule.raw_roles]
+def _stand_ins(model: EnsembleForCausalLM, rule: Rule, roles: Sequence[str]) -> Combination:
+    """The numbers of the drafting `roles`: each has its own, and those of the roles that it stands for."""
+    distributions = [role for role in roles if role not in rule.raw_roles]
     lowest = min(distributions, key=lambda role: rule.slope.get(role, 0.0))
-    stands = {role: role if role in present else lowest for role in rule.roles}
-    roles = tuple(sorted(ordered, key=lambda role: role != stands[rule.anchor]))
+    stands = {role: role if role in roles else lowest for role in rule.roles}
     constant, slope = dict.fromkeys(roles, 0.0), dict.fromkeys(roles, 0.0)
     for role in rule.roles:
-        if role in present or role not in rule.raw_roles:
+        if role in roles or role not in rule.raw_roles:
             constant[stands[role]] += rule.constant.get(role, 0.0)
             slope[stands[role]] += rule.slope.get(role, 0.0)
-    return roles, Combination(
+    own = make_combination(rule, model.contract, model.config.outside)
+    return Combination(
         constant=tuple(constant.values()),
         slope=tuple(slope.values()),
-        shared=how.shared,
-        neutral=how.neutral,
+        shared=own.shared,
+        neutral=own.neutral,
         raw=tuple(role in rule.raw_roles for role in roles),
-        cutoff=how.cutoff,
+        cutoff=own.cutoff,
+        anchor=roles.index(stands[rule.anchor]),
     )
 
 
-def look_up(text: Tensor, num: int) -> Tensor:
-    """Return up to `num` tokens that followed when the end of `text` (positions,) last stood in it before.
+def look_up(ids: Sequence[int], num: int) -> list[int]:
+    """Return up to `num` tokens that followed when the end of a text `ids` last stood in it before.
 
     The end is its last three tokens, or two where three are nowhere else (prompt look-up: Saxena 2023).
     """
     for size in range(_LONGEST, _SHORTEST - 1, -1):
-        if text.shape[0] <= size:
-            continue
-        places = (text[:-1].unfold(0, size, 1) == text[-size:]).all(-1).nonzero()
-        if places.numel():
-            start = int(places[-1]) + size
-            return text[start : start + num].clone()
-    return text[:0]
+        end = list(ids[-size:])
+        for start in range(len(ids) - size - 1, -1, -1):
+            if ids[start] == end[0] and list(ids[start : start + size]) == end:
+                return list(ids[start + size : start + size + num])
+    return []

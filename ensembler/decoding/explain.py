@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ensembler.engine.forward import Step
 from ensembler.modeling import EnsembleForCausalLM
-from ensembler.runners import Step
 
 ENSEMBLE = "ensemble"
 

@@ -123,7 +123,10 @@ class _Costs:
     def add(self, num: int, seconds: float) -> None:
         self._num_rounds += 1
         self._num_plain += num == 1
+        first = num not in self._seen_at
         self._seen_at[num] = self._num_rounds
+        if first:  # a first call captures, compiles or loads lazily: it says nothing about those that follow
+            return
         self._seconds.setdefault(num, deque(maxlen=_RECENT if num > 1 else _RECENT_PLAIN)).append(seconds)
 
     def of(self, num: int) -> float:

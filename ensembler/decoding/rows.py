@@ -1,82 +1,116 @@
-"""The rows of a batch that splits: their tokens, masks, positions and the members' cache, selected together."""
+"""Rows of the decode loop, and the texts on them: texts that agree so far share a row. It knows no tensors.
+
+A text is one sample of one prompt at one point of the grid. Rows stand in the members' cache where they stand in the
+loop: `arrange` says what has to be copied where when texts part and end.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers.cache_utils import DynamicIndexedLayer, DynamicLayer, DynamicSlidingWindowLayer
 
-from ensembler.cache import EnsembleCache
-from ensembler.errors import InputError
-from ensembler.modeling import EnsembleForCausalLM
-from ensembler.runners import Step
+@dataclass(eq=False)
+class Text:
+    """One text: its `point` of the grid, and whose noise it has: the number of its prompt, and of its sample.
 
-_SPLITTING = (DynamicLayer, DynamicSlidingWindowLayer, DynamicIndexedLayer)  # not what is derived from them
-
-
-class Rows:
-    """`ids` (rows, positions) int64 are the texts so far, padding and prompts included.
-
-    `inputs`: what `generate` hands to forward: `attention_mask` and `position_ids`, of which `first` picks the prompts'
-    own rows, and `past_key_values`. Raises InputError for a cache that cannot split.
+    `key` says to whoever gave it which one it is. When it has ended, `ids` are its new tokens.
     """
 
-    def __init__(self, ids: Tensor, inputs: Mapping[str, Any], first: slice) -> None:
-        mask, positions, cache = (inputs.get(name) for name in ("attention_mask", "position_ids", "past_key_values"))
-        _check(cache)
-        self.ids = ids
-        self._mask: Tensor | None = None if mask is None else mask[first]
-        self._positions: Tensor | None = None if positions is None else positions[first]
-        self._cache: EnsembleCache | None = cache
-        self._num_read = 0
+    point: int
+    prompt: int
+    sample: int
+    key: Any = None
+    ids: list[int] = field(default_factory=list)
 
-    def run(self, model: EnsembleForCausalLM) -> Mapping[str, Tensor]:
-        """Read what is new and return the members' logits (rows, V_member) after it by role, on the model's device."""
-        new = slice(self._num_read, None)
-        positions = None if self._positions is None else self._positions[:, new]
-        logits = model.member_logits(Step(self.ids[:, new], self._mask, positions, logits_to_keep=1), self._cache)
-        if self._cache is not None:
-            self._num_read = self.ids.shape[1]
-        return {role: values[:, -1].to(model.device) for role, values in logits.items()}
-
-    def extended(self, parents: Tensor, tokens: Tensor) -> Tensor:
-        """Return what the texts become: those of `parents` (n,) with a token (n,) each, (n, positions + 1)."""
-        device = self.ids.device
-        return torch.cat([self.ids[parents.to(device)], tokens.to(device)[:, None]], dim=1)
-
-    def replace(self, ids: Tensor, parents: Tensor) -> None:
-        """Go on with the texts `ids` (n, positions + 1) in place of those that are there, each from one of `parents`.
-
-        `parents` (n,) is on the CPU, where it can index the caches of members on any device.
-        """
-        is_same = parents.shape[0] == self.ids.shape[0] and bool((parents == torch.arange(parents.shape[0])).all())
-        if not is_same and self._cache is not None and parents.shape[0]:
-            self._cache.batch_select_indices(parents)
-        self.ids = ids
-        self._mask = _grown(self._mask, parents, is_same, 0)
-        self._positions = _grown(self._positions, parents, is_same, 1)
+    @property
+    def has_ended(self) -> bool:
+        """Whether its tokens are all there: an end has at least one."""
+        return bool(self.ids)
 
 
-def _grown(values: Tensor | None, parents: Tensor, is_same: bool, step: int) -> Tensor | None:
-    """Rows `parents` of `values` (rows, positions), each with its last value + `step` behind it."""
-    if values is None:
-        return None
-    kept = values if is_same else values[parents.to(values.device)]
-    return torch.cat([kept, kept[:, -1:] + step], dim=1)
+@dataclass(eq=False)
+class Row:
+    """Tokens that the members read, prompt first, and the texts that have them.
+
+    At most `limit` tokens; the first `num_read` are in the cache. `columns` are what processors see before the new
+    tokens: a prompt as it was given, with its padding; `batch_row` is its place in the batch. `drafts`: tokens that
+    were guessed behind the last one.
+    """
+
+    ids: list[int]
+    num_prompt: int
+    limit: int
+    texts: list[Text]
+    columns: list[int]
+    num_read: int = 0
+    batch_row: int = 0
+    drafts: list[int] = field(default_factory=list)
+
+    @property
+    def new_ids(self) -> list[int]:
+        """The tokens behind the prompt."""
+        return self.ids[self.num_prompt :]
+
+    @property
+    def num_new(self) -> int:
+        """How many tokens stand behind the prompt."""
+        return len(self.ids) - self.num_prompt
+
+    @property
+    def room(self) -> int:
+        """How many tokens it may still get."""
+        return self.limit - len(self.ids)
+
+    def parted(self, new: Sequence[int], texts: list[Text]) -> Row:
+        """Return the row of some of its texts, which go on with `new` tokens; what was read of them stays."""
+        ids = [*self.ids, *new]
+        return Row(ids, self.num_prompt, self.limit, texts, self.columns, len(ids) - 1, self.batch_row)
 
 
-def _check(cache: Any) -> None:
-    """Raise InputError for a cache whose rows cannot be picked, or that holds something already."""
-    if cache is None:
-        return
-    layer = next((layer for layer in cache.layers if type(layer) not in _SPLITTING), None)
-    if layer is not None:
-        raise InputError(
-            f"a grid cannot split the rows of a cache of {type(layer).__name__}; leave out cache_implementation, or "
-            "set use_cache=False"
-        )
-    if cache.get_seq_length():
-        raise InputError("past_key_values holds tokens already; a grid begins with an empty cache, or with none given")
+def settle(
+    rows: Sequence[Row], gained: Mapping[Text, list[int]], ended: Container[Text], *, keeps_rows: bool = False
+) -> list[list[Row]]:
+    """Give texts the tokens that they `gained`; return for each row the rows that its texts go on as.
+
+    Texts that have `ended` leave with their `ids`; texts that gained the same tokens stay together. `keeps_rows`: a row
+    whose texts have all ended stays, with none.
+    """
+    return [_part(row, gained, ended, keeps_rows) if row.texts else [row] for row in rows]
+
+
+def _part(row: Row, gained: Mapping[Text, list[int]], ended: Container[Text], keeps_rows: bool) -> list[Row]:
+    groups: dict[tuple[int, ...], list[Text]] = {}
+    for text in row.texts:
+        if text not in gained:
+            return [row]  # it was not asked: its prompt was read before
+        if text in ended:
+            text.ids = [*row.new_ids, *gained[text]]
+        else:
+            groups.setdefault(tuple(gained[text]), []).append(text)
+    parts = [row.parted(new, texts) for new, texts in groups.items()]
+    return parts or ([row.parted(gained[row.texts[0]], [])] if keeps_rows else [])
+
+
+def arrange(parts: Sequence[Sequence[Row]]) -> tuple[list[Row], list[tuple[int, int]]]:
+    """Put the rows that each old row became into places without holes, as few as possible away from where they were.
+
+    Returns the rows in their new order, and which old row has to be copied to which place: all at once.
+    """
+    num = sum(map(len, parts))
+    placed: list[Row | None] = [None] * max(num, len(parts))
+    homeless: list[tuple[int, Row]] = []
+    for place, rows in enumerate(parts):
+        for index, row in enumerate(rows):
+            if index == 0 and place < num:
+                placed[place] = row
+            else:
+                homeless.append((place, row))
+    holes = (place for place in range(num) if placed[place] is None)
+    copies = []
+    for source, row in homeless:
+        target = next(holes)
+        placed[target] = row
+        copies.append((source, target))
+    return [row for row in placed[:num] if row is not None], copies

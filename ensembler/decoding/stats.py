@@ -3,50 +3,51 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ensembler.decoding.pacing import Round
 from ensembler.modeling import EnsembleForCausalLM
-from ensembler.runners import Caches, Group, Runner, SerialRunner, Step
 
-PHASES = ("prefill", "draft", "verify", "step", "combine", "sample")
+PHASES = ("prefill", "draft", "verify", "step", "choose")
 
 
 @dataclass
 class DecodingStats:
     """Counts of a run. `rounds` are those that drafted; a plain step is one token for each running text.
 
-    `num_tokens` is left to who knows the texts. `draft`: who drafted, None for nobody; `plain_reason`: why nothing was
-    drafted, or nothing any more; `undrafted`: batches that were decoded without any drafting, by reason.
+    `num_tokens` is left to who knows the texts; `num_rows`: those of all steps together. `draft`: who drafted, None for
+    nobody; `plain_reason`: why nothing was drafted, or nothing any more; `by_transformers`: why `transformers`' own
+    loop decoded, with the number of batches; `eager`: why forwards were not captured as CUDA graphs, by their names.
     """
 
     draft: str | None = None
     plain_reason: str | None = None
-    undrafted: dict[str, int] = field(default_factory=dict)
+    by_transformers: dict[str, int] = field(default_factory=dict)
+    eager: dict[str, str] = field(default_factory=dict)
     num_tokens: int = 0
     num_rounds: int = 0
     num_round_tokens: int = 0
     num_round_texts: int = 0
     num_plain_steps: int = 0
+    num_rows: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
     seconds: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
     members: dict[str, float] = field(default_factory=dict)
 
-    def add_undrafted(self, reason: str) -> None:
+    def add_batch_of_transformers(self, reason: str) -> None:
         """Count a batch that `transformers` decodes."""
-        self.plain_reason = reason
-        self.undrafted[reason] = self.undrafted.get(reason, 0) + 1
+        self.by_transformers[reason] = self.by_transformers.get(reason, 0) + 1
 
     def add(self, done: Round) -> None:
         """Count a round, or a plain step."""
+        self.num_rows += done.num_rows
         if done.num_positions == 1:
             self.num_plain_steps += 1
             return
@@ -64,8 +65,11 @@ class DecodingStats:
         row["phases"] = {name: round(value, 6) for name, value in phases.items()}
         row["members"] = {name: round(value, 6) for name, value in self.members.items()}
         row["seconds"] = round(self.seconds, 6)
+        if not self.seconds:  # nothing was timed
+            row = {name: value for name, value in row.items() if name not in ("phases", "members", "seconds")}
         return {
             **row,
+            "rows_per_step": _ratio(self.num_rows, self.num_plain_steps + self.num_rounds),
             "acceptance": _ratio(self.num_accepted, self.num_drafted),
             "tokens_per_round": _ratio(self.num_round_tokens, self.num_round_texts),
             "tokens_per_second": _ratio(self.num_tokens, self.seconds),
@@ -77,7 +81,7 @@ def _ratio(one: float, other: float) -> float | None:
 
 
 class Meter:
-    """Adds up seconds by phase and by member. On a GPU it waits for the device before it looks at the clock."""
+    """Adds up seconds by phase and by member. On GPUs it waits for all of them before it looks at the clock."""
 
     def __init__(self, stats: DecodingStats) -> None:
         self.stats = stats
@@ -86,12 +90,13 @@ class Meter:
     @contextmanager
     def watching(self, model: EnsembleForCausalLM) -> Iterator[None]:
         """Time all that happens inside, and the members of `model`."""
-        runner, start = model.runner, _now()
-        model.runner = TimedRunner(runner, self)
+        start = _now()
+        model.member_set.timer = self.member
         try:
             yield
         finally:
-            model.runner = runner
+            model.member_set.timer = None
+            self.stats.eager = model.member_set.eager_forwards()
             self.stats.seconds += _now() - start
 
     @contextmanager
@@ -104,38 +109,13 @@ class Meter:
             self._phase = None
             self.stats.phases[name] = self.stats.phases.get(name, 0.0) + _now() - start
 
-    def forwards(self, num_positions: int) -> AbstractContextManager[None]:
-        """The phase of members that run outside of one: plain decoding's."""
-        return nullcontext() if self._phase is not None else self.phase("prefill" if num_positions > 1 else "step")
-
     @contextmanager
     def member(self, name: str) -> Iterator[None]:
-        """Count the time inside as that of a member."""
+        """Count the time inside as that of a forward; outside of a phase it is a step of `transformers`' own loop."""
         start = _now()
-        try:
+        with nullcontext() if self._phase is not None else self.phase("step"):
             yield
-        finally:
-            self.stats.members[name] = self.stats.members.get(name, 0.0) + _now() - start
-
-
-class TimedRunner:
-    """Runs what another runner runs, and tells a meter how long: each forward, or all where they run at once."""
-
-    def __init__(self, runner: Runner, meter: Meter) -> None:
-        self.runner = runner
-        self._meter = meter
-
-    def run(self, groups: Sequence[Group], step: Step, caches: Caches | None) -> dict[str, Tensor]:
-        """Return the logits of every member by role."""
-        serial = isinstance(self.runner, SerialRunner)
-        pieces: list[list[Group]] = [[(one,)] for group in groups for one in group] if serial else [list(groups)]
-        logits: dict[str, Tensor] = {}
-        with self._meter.forwards(step.input_ids.shape[1]):
-            for piece in pieces:
-                name = "+".join(role for group in piece for forward in group for role in forward.roles)
-                with self._meter.member(name):
-                    logits |= self.runner.run(piece, step, caches)
-        return logits
+        self.stats.members[name] = self.stats.members.get(name, 0.0) + _now() - start
 
 
 def timed(meter: Meter | None, name: str) -> AbstractContextManager[None]:
@@ -144,6 +124,6 @@ def timed(meter: Meter | None, name: str) -> AbstractContextManager[None]:
 
 
 def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+    for device in range(torch.cuda.device_count()):
+        torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ensembler.decoding.points import GridPoint
+from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
-from ensembler.decoding.texts import DecodingOptions
+from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError
 from ensembler.evaluation.backends import Backend
 from ensembler.evaluation.batches import Batch, make_batches

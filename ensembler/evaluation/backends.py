@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ensembler.decoding.grid_texts import GridCompletion, complete_grid
-from ensembler.decoding.points import GridPoint
+from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
-from ensembler.decoding.texts import DecodingOptions
+from ensembler.decoding.texts import GridCompletion, complete_grid
+from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.batches import Batch
 from ensembler.evaluation.scoring import ScoredRequest, score_together
 from ensembler.modeling import EnsembleForCausalLM
@@ -45,8 +45,7 @@ class TransformersBackend:
         self, prompts: Sequence[EncodedPrompt], grid: Sequence[GridPoint], options: DecodingOptions
     ) -> Iterator[GridCompletion]:
         """Yield the texts of the prompts, all decoded together."""
-        for batch in complete_grid(self.model, self.tokenizer, prompts, grid, options, batch_size=len(prompts)):
-            yield from batch.completions
+        yield from complete_grid(self.model, self.tokenizer, prompts, grid, options, batch_size=len(prompts))
 
 
 def open_backend(choice: BackendChoice, checked: CheckedEnsemble) -> AbstractContextManager[Backend]:

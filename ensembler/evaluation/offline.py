@@ -13,17 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ensembler.cache import EnsembleCache
-from ensembler.decoding.points import Grid, GridPoint
+from ensembler.engine.devices import check_devices
+from ensembler.engine.ensemble_cache import EnsembleCache
+from ensembler.engine.forward import Step, check_nan
+from ensembler.engine.grid import Grid, GridPoint
+from ensembler.engine.member_set import MemberSet
+from ensembler.engine.members import MemberFiles, group_members, load_group
 from ensembler.errors import ConfigError, OutputError
 from ensembler.evaluation.batches import Batch
 from ensembler.evaluation.logits_folder import LogitsFolder
 from ensembler.evaluation.passes import Pass, run_pass
 from ensembler.evaluation.scoring import ScoredRequest, score_batch, unfinished
 from ensembler.inspection import summarise
-from ensembler.members import MemberFiles, check_places, group_members, load_group
 from ensembler.preflight import CheckedEnsemble
-from ensembler.runners import SerialRunner, Step, check_nan, plan_forwards
 
 MemberGroup = tuple[MemberFiles, ...]
 
@@ -47,7 +49,7 @@ class OfflineScoring:
             raise ConfigError(
                 f"{next(iter(checked.loaded))} is loaded already; members one at a time are given by path"
             )
-        check_places(checked.files.values())
+        check_devices(checked.files.values())
         self._checked = checked
         self._batches = unfinished(batches, done)
         self._folder = folder
@@ -118,21 +120,18 @@ class OfflineScoring:
         """Load a group, run it, keep its needed logits. All that holds its weights ends with this function."""
         loaded = load_group(group)
         backbones = [] if loaded.backbone is None else [loaded.backbone]
-        groups = plan_forwards(loaded.models, backbones, self._checked.contract)
+        members = MemberSet(loaded.models, backbones, self._checked.contract)
 
         def run(step: Step, cache: EnsembleCache | None) -> dict[str, Tensor]:
-            logits = SerialRunner().run(groups, step, None if cache is None else cache.parts)
-            check_nan(logits)
+            logits = members.logits(step, cache)
+            check_nan(logits)  # before it waits on the disk for the other members
             return logits
-
-        def new_cache() -> EnsembleCache:
-            return EnsembleCache.dynamic({forward.roles: forward.model for group in groups for forward in group})
 
         for batch in self._batches:
             for whole in batch.passes:
                 if all(self._folder.has(_name(group, one)) for one in whole.together):
                     continue  # of a pass and its tails, all are run again: what is missing goes on from its cache
-                for one, logits in run_pass(whole, run, new_cache):
+                for one, logits in run_pass(whole, run, members.new_cache):
                     self._folder.write(_name(group, one), logits)
             advance(self._num_wanted(batch))
 

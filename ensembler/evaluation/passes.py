@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ensembler.cache import EnsembleCache
-from ensembler.runners import Step
+from ensembler.engine.ensemble_cache import EnsembleCache
+from ensembler.engine.forward import Step
 
 RunStep = Callable[[Step, EnsembleCache | None], dict[str, Tensor]]
 """Returns the logits (rows, num_kept, V_member) of members by role, whose caches advance."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ensembler import __version__
-from ensembler.members import MemberFiles
+from ensembler.engine.members import MemberFiles
 from ensembler.patch.headers import fingerprint, model_tensors
 from ensembler.patch.settings import ADAPTER_CONFIG
 from ensembler.preflight import CheckedEnsemble

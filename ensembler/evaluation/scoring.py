@@ -14,7 +14,8 @@ from ensembler_kernels import check_scored, combine_logprob
 from torch import Tensor
 
 from ensembler.config import EnsembleConfig
-from ensembler.decoding.points import Grid, GridPoint
+from ensembler.engine.forward import check_nan
+from ensembler.engine.grid import Grid, GridPoint
 from ensembler.errors import RunError
 from ensembler.evaluation.batches import Batch
 from ensembler.evaluation.passes import Pass, run_pass
@@ -158,6 +159,7 @@ def score_batch(
         try:
             _score_tokens(one, logits, points, logprobs, greedy)
         except ValueError as error:
+            check_nan(logits)
             sources = ", ".join(request.source for request in batch.requests)
             raise RunError(f"no log-prob could be computed in the batch of {sources}: {error}") from error
     parts = zip(*(torch.split(table, lengths, dim=1) for table in (logprobs, greedy)), strict=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ensembler.decoding.points import GridPoint
+from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.rows_folder import Row
 from ensembler.evaluation.statistics import (
     WILSON,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
-from ensembler.decoding.points import Grid, GridPoint, make_grid
+from ensembler.engine.grid import Grid, GridPoint, make_grid
 from ensembler.errors import ConfigError
 from ensembler.evaluation.answering import Answered, Chunk, ScoringChunk, make_chunks
 from ensembler.evaluation.backends import Backend, open_backend

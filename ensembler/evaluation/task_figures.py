@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ensembler.decoding.points import GridPoint
+from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.metric_values import from_json
 from ensembler.evaluation.rows_folder import Row
 from ensembler.evaluation.statistics import Comparison, Interval, Selection, choose_alpha, compare, metric_interval

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from ensembler.decoding.grid_texts import GridCompletion
-from ensembler.decoding.points import GridPoint
+from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import Sample
-from ensembler.decoding.texts import DecodingOptions
+from ensembler.decoding.texts import GridCompletion
+from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.batches import Batch
 from ensembler.evaluation.requests import ScoringRequest
 from ensembler.evaluation.scoring import Score, ScoredRequest

@@ -18,8 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from ensembler.engine.members import MemberFiles, group_members
 from ensembler.errors import MemberError
-from ensembler.members import MemberFiles, group_members
 from ensembler.planning.sizes import Block, GroupSizes, LayerCache, ModelSizes
 from ensembler.preflight import CheckedEnsemble
 from ensembler.sources import is_local, one_line

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from transformers import GenerationConfig
 
-from ensembler.decoding.points import GridPoint
+from ensembler.engine.grid import GridPoint
 from ensembler.errors import RunError
 from ensembler.folder import write_checked
 from ensembler.preflight import CheckedEnsemble

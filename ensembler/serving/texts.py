@@ -9,9 +9,10 @@ from typing import Any
 
 from ensembler.decoding.batches import end_ids, room_for
 from ensembler.decoding.drafting import AUTO, NONE
+from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import make_sample
-from ensembler.decoding.texts import Completion, DecodingOptions
+from ensembler.decoding.texts import Completion
 from ensembler.errors import ConfigError
 from ensembler.serving.engine import Engine
 
@@ -38,7 +39,7 @@ def complete_in_engine(
 ) -> Iterator[Completion]:
     """Yield the completion of each prompt as soon as it is finished, in any order.
 
-    Greedy texts are those of `complete_batches`, but for rounding. What is sampled depends on (seed, prompt's number,
+    Greedy texts are those of `complete_prompts`, but for rounding. What is sampled depends on (seed, prompt's number,
     sample), and is not what the other backend draws: vLLM has noise of its own. Raises ConfigError.
     """
     check_options(options)

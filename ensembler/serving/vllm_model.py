@@ -17,10 +17,10 @@ from torch.nn.functional import pad
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import maybe_prefix
 
-from ensembler.decoding.points import Grid, GridPoint
+from ensembler.engine.forward import make_reader
+from ensembler.engine.grid import Grid, GridPoint
 from ensembler.errors import InputError
 from ensembler.patch.plan import Plan
-from ensembler.runners import make_reader
 from ensembler.serving.tensors import plan_member
 from ensembler.serving.vllm_members import build_member
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ensembler.decoding.points import GridPoint
+from ensembler.engine.grid import GridPoint
 
 
 class PointSetter:

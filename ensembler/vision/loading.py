@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
 
+from ensembler.engine.devices import check_device, out_of_memory
 from ensembler.errors import MemberError, RunError
 from ensembler.extras import require
-from ensembler.members import check_device, out_of_memory
 from ensembler.sources import one_line
 from ensembler.vision.heads import Head, load_head
 from ensembler.vision.members import CLASSIFIER, HEAD, ImageMember

@@ -14,9 +14,9 @@ from typing import Any
 from transformers import AutoConfig, AutoImageProcessor
 
 from ensembler.config import MemberConfig
+from ensembler.engine.members import DUAL_ENCODERS, MemberFiles
 from ensembler.errors import MemberError
 from ensembler.extras import require
-from ensembler.members import DUAL_ENCODERS, MemberFiles
 from ensembler.sources import is_local, not_found, one_line
 from ensembler.vision.classes import label_names
 from ensembler.vision.heads import HeadInfo, read_info

@@ -17,9 +17,9 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from ensembler import folder as folders
 from ensembler.config import IMAGES, EnsembleConfig, MemberConfig
+from ensembler.engine.forward import check_nan
+from ensembler.engine.grid import make_combination, weights_for
 from ensembler.errors import InputError
-from ensembler.modeling import make_combination, weights_for
-from ensembler.runners import check_nan
 from ensembler.vision.loading import load_towers
 from ensembler.vision.preflight import CheckedImages, check_images
 from ensembler.vision.towers import SharedTower

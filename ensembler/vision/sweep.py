@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ensembler.decoding.points import Grid, GridPoint
+from ensembler.engine.grid import Grid, GridPoint
 from ensembler.errors import ConfigError
 from ensembler.evaluation.answering import Answered
 from ensembler.evaluation.examples import Answer, Example

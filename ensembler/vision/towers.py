@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ensembler.engine.devices import out_of_memory
 from ensembler.errors import MemberError, RunError
-from ensembler.members import out_of_memory
 from ensembler.sources import one_line
 
 CLASSIFIER_MODULE = "classifier"  # the last module of the image classifiers of transformers

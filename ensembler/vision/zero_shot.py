@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
+from ensembler.engine.members import TOKENIZER_FILES
 from ensembler.errors import MemberError
 from ensembler.evaluation.provenance import config_hash
-from ensembler.members import TOKENIZER_FILES
 from ensembler.sources import is_local, one_line
 from ensembler.vision.heads import Head, load_head, read_info, save_head, unit_length
 from ensembler.vision.members import ImageMember

@@ -25,7 +25,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from ensembler.config import EnsembleConfig
 from ensembler.decoding.batches import pad_id
-from ensembler.decoding.points import GridPoint
+from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.batches import can_share_contexts, make_batches
 from ensembler.evaluation.requests import ScoringRequest
 from ensembler.evaluation.scoring import score_together

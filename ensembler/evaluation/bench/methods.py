@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ensembler.config import EnsembleConfig, MemberConfig
-from ensembler.decoding.points import GridPoint
+from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError
 from ensembler.evaluation.bench.recipe import Experiment
 

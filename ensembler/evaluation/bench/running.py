@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ensembler.engine.devices import check_devices
 from ensembler.errors import MissingExtraError, OutputError
 from ensembler.evaluation.bench.bench import Bench, PlannedRun, answer
 from ensembler.evaluation.bench.costs import FAILED, cost_id, make_load, measure_apart
@@ -14,7 +15,6 @@ from ensembler.evaluation.bench.methods import Method
 from ensembler.evaluation.bench.summary import BenchTask, RowsByRun, chosen_alpha, summarise_bench
 from ensembler.evaluation.changes import Answers, changed_by
 from ensembler.evaluation.rows_folder import ROWS, Row, RowsFolder
-from ensembler.members import check_places
 
 Advance = Callable[[int], None]
 _ERROR, _BEGUN = "error/", "begun/"
@@ -59,7 +59,7 @@ class BenchRunner:
         Of several processes, one whose ensemble failed does all of what is in its place: the others may not know of it.
         Raises ConfigError for a device that is not there, OutputError for a folder that cannot be written to.
         """
-        check_places(files for planned in self.bench.runs for files in planned.checked.files.values())
+        check_devices(files for planned in self.bench.runs for files in planned.checked.files.values())
         self._top.begin(self.command)
         if self.rank == 0:
             self._top.release()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from ensembler.decoding.points import GridPoint
+from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.bench.bench import Bench, PlannedRun
 from ensembler.evaluation.bench.costs import FAILED, cost_id
 from ensembler.evaluation.bench.measure import Cost

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ensembler.decoding.points import parse_alphas
+from ensembler.engine.grid import parse_alphas
 from ensembler.errors import ConfigError
 
 

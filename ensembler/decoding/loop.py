@@ -1,0 +1,229 @@
+"""The decode loop: plain decoding, grids and drafting, and any mixture of them.
+
+A step reads the newest token of every row, and what was drafted behind it, with all members in one forward; chooses
+for every text on every row the token that comes next, and the one behind each draft; and takes a draft where it *is*
+the token that was chosen. The noise of a token is its own, so that neither drafts nor the batch, the grid or the number
+of ranks change a text. It knows no files, tokenizers or tasks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ensembler.decoding.choosing import NAN, Asked, Chooser
+from ensembler.decoding.drafting import Drafter, look_up
+from ensembler.decoding.pacing import Round
+from ensembler.decoding.rows import Row, Text, arrange, settle
+from ensembler.decoding.stats import Meter, timed
+from ensembler.engine.forward import Forward, Step, check_nan
+from ensembler.engine.row_cache import RowCache
+from ensembler.errors import LogitsError
+
+Logits = dict[str, Tensor]
+
+
+Read = Callable[[Step, RowCache, Sequence[Forward] | None], Logits]
+"""Reads with the members (or some of their forwards), and returns their logits (rows, n, V) by role."""
+
+
+class Ends(Protocol):
+    """Says which texts end with the last of the tokens that they have gained, given their rows before these."""
+
+    def ended(self, grown: Sequence[tuple[Row, Sequence[int]]]) -> list[bool]: ...
+
+
+class DecodeLoop:
+    """Rows that are decoded together, on one cache.
+
+    `chunk`: read prompts so many positions at a time. `keeps_rows`: a row that has ended stays in its place, for a
+    cache that somebody goes on with.
+    """
+
+    def __init__(
+        self,
+        read: Read,
+        cache: RowCache,
+        chooser: Chooser,
+        ends: Ends,
+        *,
+        drafter: Drafter | None = None,
+        chunk: int | None = None,
+        keeps_rows: bool = False,
+        meter: Meter | None = None,
+    ) -> None:
+        self.rows: list[Row] = []
+        self.cache = cache
+        self._read = read
+        self._chooser = chooser
+        self._ends = ends
+        self.drafter = drafter
+        self._chunk = chunk
+        self._keeps_rows = keeps_rows
+        self._meter = meter
+        self._has_nan = False
+
+    @property
+    def num_running(self) -> int:
+        """How many rows have texts that go on."""
+        return sum(bool(row.texts) for row in self.rows)
+
+    @property
+    def room(self) -> int:
+        """How many tokens the row with most room may still get; 0 where no text is left that goes on."""
+        return max((row.room for row in self.rows if row.texts), default=0)
+
+    def add(self, rows: Sequence[Row]) -> list[Text]:
+        """Read the prompts of new rows, as far as they are not in the cache; return the texts that ended at once."""
+        first = len(self.rows)
+        self.cache.reserve(first + len(rows), max(len(row.ids) for row in rows))
+        self.cache.lengths[first : first + len(rows)] = [row.num_read for row in rows]
+        with self._undone_if_it_fails():
+            with timed(self._meter, "prefill"):
+                logits = self._read_prompts(rows, first)
+            asked = [Asked(text, row, 0, index) for index, row in enumerate(rows) for text in row.texts]
+            gained, ended = self._choose(logits, asked)
+        self.rows += rows
+        self._settle(gained, ended)
+        return list(ended)
+
+    def step(self, num: int = 1) -> tuple[list[Text], Round]:
+        """Read up to `num` positions of every row, all but the first of them drafted.
+
+        Returns the texts that have ended, and what the round came to.
+        """
+        start, rows = time.perf_counter(), [row for row in self.rows if row.texts]
+        self.cache.reserve(len(self.rows), max(min(len(row.ids) + num, row.limit) for row in rows))
+        with self._undone_if_it_fails():
+            logits = self._read_drafting(num)
+            num = next(iter(logits.values())).shape[1]
+            asked = [
+                Asked(text, row, offset, place * num + offset)
+                for place, row in enumerate(self.rows)
+                for offset in range(1 + min(len(row.drafts), row.room - 1))
+                for text in row.texts
+            ]
+            guesses = self.drafter.peek(logits, self.rows) if self.drafter is not None and num == 1 else None
+            gained, ended = self._choose(logits, asked)
+        num_drafted, num_accepted = _hits([(row, gained[row.texts[0]]) for row in rows], guesses)
+        num_tokens = sum(len(gained[row.texts[0]]) for row in rows)  # of texts that share a row, the first counts
+        self._settle(gained, ended)
+        seconds = time.perf_counter() - start
+        return list(ended), Round(num, len(rows), num_tokens, num_drafted, num_accepted, seconds)
+
+    # -- reading ------------------------------------------------------------------------------------------------------
+
+    def _read_prompts(self, rows: Sequence[Row], first: int) -> Logits:
+        """The logits (rows, 1, V) after the prompts; all end at the right, so that these are the last."""
+        unread = [row.ids[row.num_read :] for row in rows]
+        longest = max(map(len, unread))
+        ids = torch.tensor([[0] * (longest - len(one)) + one for one in unread])
+        ends = torch.tensor([len(row.ids) for row in rows])[:, None]
+        positions = ends - longest + torch.arange(longest)
+        positions[positions < torch.tensor([row.num_read for row in rows])[:, None]] = -1
+        places = None if first == 0 else torch.arange(first, first + len(rows))
+        chunk = self._chunk or longest
+        for start in range(0, longest, chunk):
+            here = slice(start, start + chunk)
+            logits = self._read(Step(ids[:, here], None, positions[:, here], 1, places), self.cache, None)
+        return logits
+
+    def _read_drafting(self, num: int) -> Logits:
+        """The logits (rows, n, V) after the newest token and the drafts behind it, which are made here; n ≤ `num`."""
+        drafter = self.drafter
+        for row in self.rows:
+            row.drafts = []
+        if drafter is None or num == 1 or drafter.forward is None:
+            if drafter is not None and num > 1:
+                with timed(self._meter, "draft"):
+                    for row in self.rows:
+                        row.drafts = look_up(row.ids, min(num, row.room) - 1) if row.texts else []
+            num = 1 + max(len(row.drafts) for row in self.rows)
+            with timed(self._meter, "step" if num == 1 else "verify"):
+                return self._read(self._newest(0, num), self.cache, None)
+        steps: list[Logits] = []
+        for offset in range(num):
+            with timed(self._meter, "draft"):
+                logits = self._read(self._newest(offset, 1), self.cache, [drafter.forward])
+            steps.append({role: values.clone() for role, values in logits.items()})  # a graph writes over them
+            if offset < num - 1:
+                drafter.draft(steps[-1], self.rows)
+        with timed(self._meter, "verify"):
+            verified = self._read(self._newest(0, num), self.cache, drafter.others)
+        return {role: torch.cat([step[role] for step in steps], dim=1) for role in steps[0]} | verified
+
+    def _newest(self, offset: int, num: int) -> Step:
+        """The input of `num` tokens from `offset` behind the last read one; what is not there is padding."""
+        ids, positions = [], []
+        for row in self.rows:
+            tokens = [row.ids[-1], *row.drafts][offset : offset + num] if row.texts else []
+            tokens = tokens[: max(row.limit - len(row.ids) - offset, 0)]
+            start = len(row.ids) - 1 + offset
+            ids.append(tokens + [0] * (num - len(tokens)))
+            positions.append([*range(start, start + len(tokens)), *[-1] * (num - len(tokens))])
+        return Step(torch.tensor(ids), position_ids=torch.tensor(positions))
+
+    # -- settling -----------------------------------------------------------------------------------------------------
+
+    def _choose(self, logits: Logits, asked: Sequence[Asked]) -> tuple[dict[Text, list[int]], dict[Text, None]]:
+        """The tokens that each text gains, up to the first that was not drafted, and the texts that end with them."""
+        with timed(self._meter, "choose"):
+            tokens = self._chooser.choose(logits, asked)
+        gained: dict[Text, list[int]] = {}
+        chosen: dict[Text, list[int]] = {}
+        for one, token in zip(asked, tokens, strict=True):
+            chosen.setdefault(one.text, []).append(token)
+            gained[one.text] = []
+        going = [(one.text, one.row) for one in asked if one.offset == 0]
+        ended: dict[Text, None] = {}
+        offset = 0
+        while going:
+            for text, _ in going:
+                gained[text].append(chosen[text][offset])
+                if chosen[text][offset] == NAN:  # what stands behind a rejected draft says nothing
+                    check_nan(logits)
+                    raise LogitsError("the combined logits hold NaN, and no member computed any; try another alpha")
+            are_ended = self._ends.ended([(row, gained[text]) for text, row in going])
+            ended |= {text: None for (text, _), is_end in zip(going, are_ended, strict=True) if is_end}
+            going = [
+                (text, row)
+                for text, row in going
+                if text not in ended and offset + 1 < len(chosen[text]) and gained[text][offset] == row.drafts[offset]
+            ]
+            offset += 1
+        self._has_nan = NAN in tokens
+        return gained, ended
+
+    def _settle(self, gained: dict[Text, list[int]], ended: dict[Text, None]) -> None:
+        """Let texts that differ part into rows of their own, and rows whose texts have ended leave."""
+        parts = settle(self.rows, gained, ended, keeps_rows=self._keeps_rows)
+        self.rows, copies = arrange(parts)
+        if copies:
+            self.cache.reserve(len(self.rows), self.cache.room)
+            sources, targets = zip(*copies, strict=True)
+            self.cache.copy_rows(sources, targets, max(self.rows[target].num_read for target in targets))
+        self.cache.lengths[: len(self.rows)] = [row.num_read for row in self.rows]
+        if self._has_nan:  # behind a rejected draft: it must not stay where a mask hides it
+            self.cache.forget_behind()
+
+    @contextmanager
+    def _undone_if_it_fails(self) -> Iterator[None]:
+        """All members advance inside, or none: what a failed forward wrote counts for nothing."""
+        try:
+            yield
+        except BaseException:
+            self.cache.forget_behind()
+            raise
+
+
+def _hits(grown: Sequence[tuple[Row, Sequence[int]]], guesses: Sequence[int] | None) -> tuple[int, int]:
+    """How many drafted tokens were looked at, and how many of them stayed; `guesses`: what one would have drafted."""
+    pairs = [pair for row, tokens in grown for pair in zip(tokens, row.drafts, strict=False)]
+    if guesses is not None:
+        pairs = [(tokens[0], guess) for (_, tokens), guess in zip(grown, guesses, strict=True)]
+    return len(pairs), sum(token == draft for token, draft in pairs)

@@ -1,0 +1,139 @@
+"""Steps captured once and replayed: a decode step is hundreds of small launches, which cost more than the work.
+
+A graph reads its inputs from buffers of its own and leaves its outputs where they were at the capture. One is kept for
+each shape of a step; all share one memory pool, and beyond a number of them the one used longest ago goes. What
+records and replays is behind `Recorder`, so that the rest of it runs on a CPU too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ensembler.engine.devices import out_of_memory
+from ensembler.errors import RunError
+from ensembler.sources import one_line
+
+_logger = logging.getLogger(__name__)
+
+Outputs = dict[str, Tensor]
+Function = Callable[..., Outputs]
+
+_MOST = 48  # graphs that are kept: a text passes few lengths, a run few numbers of rows
+_WARM_UP = 2  # runs before a capture: lazy initialisation must not happen inside of it
+
+
+class Recorder(Protocol):
+    """Records a function on fixed buffers; returns what replays it, and the outputs that each replay fills anew."""
+
+    def record(
+        self, function: Function, buffers: Sequence[Tensor], device: torch.device
+    ) -> tuple[Callable[[], None], Outputs]: ...
+
+
+class CudaRecorder:
+    """CUDA graphs, all in one memory pool."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._streams: dict[torch.device, Any] = {}
+
+    def record(
+        self, function: Function, buffers: Sequence[Tensor], device: torch.device
+    ) -> tuple[Callable[[], None], Outputs]:
+        """Run the function on the device's own stream, capture it there; return the replay and its outputs."""
+        with torch.cuda.device(device):
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream = self._streams[device]
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UP):
+                    function(*buffers)
+            torch.cuda.synchronize(device)
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+                outputs = function(*buffers)
+        return graph.replay, outputs
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    buffers: tuple[Tensor, ...]
+    replay: Callable[[], None]
+    outputs: Outputs
+
+
+class StepGraphs:
+    """The graphs of a member set. `num_recorded` counts captures; `reason` says why there are none any more."""
+
+    def __init__(self, recorder: Recorder, most: int = _MOST) -> None:
+        self.num_recorded = 0
+        self.reason: str | None = None
+        self._recorder = recorder
+        self._most = most
+        self._kept: OrderedDict[Hashable, _Recorded] = OrderedDict()
+
+    @classmethod
+    def of_device(cls) -> StepGraphs:
+        """Return CUDA graphs."""
+        return cls(CudaRecorder())
+
+    def clear(self) -> None:
+        """Forget all graphs."""
+        self._kept.clear()
+
+    def run(self, key: Hashable, function: Function, inputs: Sequence[Tensor], device: torch.device) -> Outputs:
+        """Return what `function` returns for `inputs`, which are copied to `device`; the next run overwrites it.
+
+        Equal keys stand for the same work on the same shapes. A step that cannot be captured runs as it is, and so do
+        all later ones.
+        """
+        recorded = self._kept.get(key)
+        if recorded is None:
+            with torch.inference_mode(mode=False):  # they may outlive the mode of this call, and are written to then
+                buffers = tuple(value.to(device, copy=True) for value in inputs)
+            try:
+                replay, outputs = self._recorder.record(function, buffers, device)
+            except (RuntimeError, RunError) as error:  # whatever torch, or a member inside, does that no graph can hold
+                if out_of_memory(error) or out_of_memory(error.__cause__):
+                    raise
+                self.reason = f"a step could not be captured ({one_line(error)})"
+                _logger.warning("CUDA graphs are off: %s; steps are launched one by one", self.reason)
+                self.clear()
+                return function(*buffers)
+            recorded = _Recorded(buffers, replay, outputs)
+            self.num_recorded += 1
+            while len(self._kept) >= self._most:
+                self._kept.popitem(last=False)
+        else:
+            for buffer, value in zip(recorded.buffers, inputs, strict=True):
+                buffer.copy_(value, non_blocking=True)
+        self._kept[key] = recorded
+        self._kept.move_to_end(key)
+        recorded.replay()
+        return recorded.outputs
+
+
+def why_not_captured(model: Any) -> str | None:
+    """Return why the steps of a model cannot be captured, or None."""
+    if model.device.type != "cuda":
+        return f"it is on {model.device.type}"
+    if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
+        return "it is spread over devices"
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return "hooks move its weights"
+    # transformers sets the implementation for models without experts, too
+    has_experts = any(type(module).__name__.endswith("Experts") for module in model.modules())
+    experts = getattr(model.config.get_text_config(decoder=True), "_experts_implementation", "eager")
+    if has_experts and experts == "eager":
+        return "its experts run in a loop over the data; load it with experts_implementation 'grouped_mm'"
+    return None

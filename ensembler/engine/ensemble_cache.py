@@ -1,0 +1,164 @@
+"""The caches of all members as one `transformers.Cache`: for its own loops, and for contexts of several choices."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+
+from ensembler.errors import InputError, RunError
+
+Roles = tuple[str, ...]
+
+
+class ForwardOfModel(Protocol):
+    """A forward, as far as its cache goes."""
+
+    @property
+    def roles(self) -> Roles: ...
+
+    @property
+    def model(self) -> PreTrainedModel: ...
+
+
+class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
+    """One cache for each forward, by the roles that it serves; `layers` are the layers of all of them.
+
+    Everything that `transformers` does to a cache (reorder for beam search, crop for speculation, repeat, select,
+    reset) it does to `layers`, and so to all members at once. The cache of members on a shared backbone holds a block
+    of rows for each: what picks rows picks them in every block.
+    """
+
+    def __init__(self, parts: Mapping[Roles, Cache]) -> None:
+        self.parts = dict(parts)
+        self._broken = False
+        super().__init__(layers=[])
+
+    @classmethod
+    def dynamic(cls, models: Mapping[Roles, PreTrainedModel]) -> EnsembleCache:
+        """Return an empty growing cache for each model, sliding windows as its config says."""
+        return cls({roles: DynamicCache(config=model.config) for roles, model in models.items()})
+
+    @property
+    def layers(self) -> list[Any]:
+        """The layers of all members, those that a member made since the last look included."""
+        return [layer for cache in self.parts.values() for layer in cache.layers]
+
+    @layers.setter
+    def layers(self, value: list[Any]) -> None:
+        """Nothing to set: Cache.__init__ assigns here, and the layers belong to the members."""
+
+    @property
+    def is_compileable(self) -> bool:
+        """False: members make their own masks, and are compiled (if at all) one by one."""
+        return False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows of every block in the order of `beam_idx` (rows,)."""
+        for roles, cache in self.parts.items():
+            cache.reorder_cache(_in_every_block(beam_idx, len(roles), cache))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices` (which, or a mask) of every block."""
+        for roles, cache in self.parts.items():
+            cache.batch_select_indices(_in_every_block(indices, len(roles), cache))
+
+    def selected(self, indices: Tensor) -> EnsembleCache:
+        """Return a cache of the rows `indices`, any of them any number of times; this one stays as it is."""
+        parts = {}
+        for roles, cache in self.parts.items():
+            parts[roles] = copy.copy(cache)
+            parts[roles].layers = [copy.copy(layer) for layer in cache.layers]
+        chosen = EnsembleCache(parts)
+        chosen.batch_select_indices(indices)
+        return chosen
+
+    def lengths(self) -> dict[Roles, int]:
+        """Return the number of tokens that each part has seen; raises RunError for a broken cache."""
+        self._check_whole()
+        return {roles: int(cache.get_seq_length()) for roles, cache in self.parts.items()}
+
+    def marks(self) -> dict[Roles, int | Tensor]:
+        """Return what `restore` takes: lengths, those of static caches as copies on their devices.
+
+        To read those would make the host wait for the device at every token.
+        """
+        self._check_whole()
+        lengths = {roles: cache.get_seq_length() for roles, cache in self.parts.items()}
+        return {roles: length.clone() if isinstance(length, Tensor) else length for roles, length in lengths.items()}
+
+    def _check_whole(self) -> None:
+        if self._broken:
+            raise RunError("this cache was left uneven by a failed step and cannot be used; start from a new one")
+
+    def restore(self, marks: Mapping[Roles, int | Tensor]) -> None:
+        """Undo a step that failed half-way: crop the layers that are ahead, so that all members agree again.
+
+        Layers that keep no past (a full sliding window, a recurrent state) cannot go back; the cache is then marked as
+        broken and refuses to be used.
+        """
+        for roles, cache in self.parts.items():
+            for layer in cache.layers:
+                self._broken = not _cropped(layer, int(marks[roles])) or self._broken
+        self._broken = self._broken or any(self.is_linear)
+
+    def reset(self) -> None:
+        """Empty all layers; a broken cache is whole again."""
+        super().reset()
+        self._broken = False
+
+
+def prepare_caches(
+    forwards: Sequence[ForwardOfModel],
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    generation_mode: Any,
+    batch_size: int,
+    max_cache_length: int,
+) -> None:
+    """Let every member prepare the cache it would prepare alone (dynamic, static, quantised), and join them.
+
+    They are put into `model_kwargs` as `past_key_values`. Raises InputError for a member that keeps none.
+    """
+    caches: dict[Roles, Cache] = {}
+    for forward in forwards:
+        model: Any = forward.model
+        own = {**model_kwargs, "past_key_values": None}
+        model._prepare_cache_for_generation(
+            generation_config, own, generation_mode, batch_size * len(forward.roles), max_cache_length
+        )
+        if own["past_key_values"] is None:
+            kind = type(model).__name__
+            roles = " and ".join(forward.roles)
+            raise InputError(f"{roles} ({kind}) keeps no key-value cache; call generate with use_cache=False")
+        caches[forward.roles] = own["past_key_values"]
+    model_kwargs["past_key_values"] = EnsembleCache(caches)
+
+
+def _in_every_block(indices: Tensor, num_blocks: int, cache: Cache) -> Tensor:
+    """Rows of one member as rows of all blocks of its cache."""
+    num_rows = next((layer.keys.shape[0] for layer in cache.layers if layer.is_initialized), 0) // num_blocks
+    if num_blocks == 1 or not num_rows:
+        return indices
+    rows = torch.arange(num_rows, device=indices.device)[indices]
+    return torch.cat([rows + block * num_rows for block in range(num_blocks)])
+
+
+def _cropped(layer: Any, length: int) -> bool:
+    """Crop `layer` to at most `length` tokens; False where it cannot go back."""
+    try:
+        ahead = _length(layer) - length
+        if ahead > 0:
+            layer.crop(-ahead)
+    except Exception:  # each kind of layer refuses in its own way; the step's own error is what the user must see
+        return False
+    return _length(layer) <= length
+
+
+def _length(layer: Any) -> int:
+    get = getattr(layer, "get_seq_length", None)
+    return int(get()) if get is not None else 0  # recurrent states have no length

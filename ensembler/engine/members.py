@@ -1,0 +1,320 @@
+"""Find the files of members, check them without reading weights, load them: those that share a backbone together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
+from transformers.utils import logging
+
+from ensembler.adapters import CheckedAdapter, check_adapter, resolve_adapter
+from ensembler.config import IMAGES, MemberConfig
+from ensembler.engine.backbone import Backbone
+from ensembler.engine.devices import check_device_names, check_devices, device_map_for, max_memory_for, out_of_memory
+from ensembler.errors import MemberError, RunError
+from ensembler.merging import add_deltas, merge_adapter
+from ensembler.quantization import Quantization
+from ensembler.sources import find_file, is_local, not_found, one_line
+from ensembler.vocab import MemberVocabulary, read_vocabulary
+from ensembler.weights import check_folder
+
+if TYPE_CHECKING:
+    from ensembler.engine.distributed import World
+
+_logger = logging.get_logger(__name__)
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+DUAL_ENCODERS = frozenset(MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES)  # such as CLIP, by model type
+
+
+@dataclass(frozen=True)
+class MemberFiles:
+    """A member whose files were found and checked: nothing of its weights is loaded yet."""
+
+    role: str
+    config: MemberConfig
+    model_config: Any
+    tokenizer: Any | None
+    adapter: CheckedAdapter | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def vocabulary(self) -> MemberVocabulary:
+        return read_vocabulary(self.role, self.tokenizer, self.model_config)
+
+    @property
+    def context(self) -> int | None:
+        """The longest text in tokens, or None where the model sets no limit."""
+        return context_length(self.model_config)
+
+    def generation_config(self) -> GenerationConfig:
+        """The model's own, or what its config says about end tokens."""
+        try:
+            return GenerationConfig.from_pretrained(self.config.model, revision=self.config.revision)
+        except OSError:
+            if is_local(self.config.model) and (Path(self.config.model) / "generation_config.json").exists():
+                raise MemberError(f"{self.role}: generation_config.json in {self.config.model} is damaged") from None
+            return GenerationConfig.from_model_config(self.model_config)
+        except (TypeError, ValueError) as error:
+            raise MemberError(f"{self.role}: generation_config.json in {self.config.model} is damaged") from error
+
+
+def context_length(model_config: Any) -> int | None:
+    """Return `max_position_embeddings` of a model config, or None where it has none."""
+    length = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return int(length) if length else None
+
+
+def shortest_context(model_configs: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Return the role with the shortest context and its length in tokens, or None where no member sets a limit."""
+    lengths = [(role, context_length(config)) for role, config in model_configs.items()]
+    return min(((role, length) for role, length in lengths if length), key=lambda pair: pair[1], default=None)
+
+
+def check_member(role: str, config: MemberConfig, *, trust_remote_code: bool = False) -> MemberFiles:
+    """Find and check a member's files: configs, tokenizer, safetensors headers, adapter shapes. Loads no weights.
+
+    Raises MemberError or ConfigError.
+    """
+    check_device_names(role, config)
+    config = resolve_adapter(role, config.absolute()).absolute()
+    if is_local(config.model):
+        check_folder(role, Path(config.model))
+    options = {"revision": config.revision, "trust_remote_code": trust_remote_code}
+    try:
+        model_config = AutoConfig.from_pretrained(config.model, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise not_found(role, config.model, error) from error
+    if getattr(model_config, "is_encoder_decoder", False):
+        raise MemberError(f"{role}: {config.model} is an encoder-decoder model; expected a causal language model")
+    _check_kind(role, config, model_config, trust_remote_code=trust_remote_code)
+    tokenizer = _load_tokenizer(role, config, options)
+    adapter = None
+    if config.adapter is not None:
+        adapter = check_adapter(role, config.adapter, config.model, model_config)
+    return MemberFiles(role, config, model_config, tokenizer, adapter, trust_remote_code)
+
+
+def _check_kind(role: str, config: MemberConfig, model_config: Any, *, trust_remote_code: bool) -> None:
+    """Raise MemberError unless `transformers`, or the model's own code, makes a causal language model of the config."""
+    own_code = getattr(model_config, "auto_map", None) or {}
+    if type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING or (trust_remote_code and "AutoModelForCausalLM" in own_code):
+        return
+    kind = model_config.model_type
+    if type(model_config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or kind in DUAL_ENCODERS:
+        raise MemberError(
+            f"{role}: {config.model} is an image model ({kind}); add --task {IMAGES} (in a recipe: images: {{}})"
+        )
+    raise MemberError(f"{role}: {config.model} is a model of type {kind!r}; expected a causal language model")
+
+
+def group_members(files: Mapping[str, MemberFiles]) -> list[tuple[MemberFiles, ...]]:
+    """Return the members in groups with one copy of the weights each, in the order of their first members.
+
+    Members share a backbone where they differ in their adapters alone: the same model, dtype, quantisation and place.
+    """
+    groups: dict[str, list[MemberFiles]] = {}
+    # Without any adapter the same model in two roles is two models, as was asked for; deltas change the weights.
+    adapted = {
+        (member.config.model, member.config.revision)
+        for member in files.values()
+        if member.adapter is not None and not member.adapter.is_deltas_alone
+    }
+    for role, member in files.items():
+        changed = member.adapter is not None and member.adapter.is_deltas_alone
+        alone = role if changed or (member.config.model, member.config.revision) not in adapted else ""
+        backbone = {**member.config.to_dict(), "adapter": None, "role": alone}
+        groups.setdefault(json.dumps(backbone, sort_keys=True), []).append(member)
+    return [tuple(members) for members in groups.values()]
+
+
+def split_backbones(files: Mapping[str, MemberFiles]) -> list[str]:
+    """Say where members that differ in their adapter could share weights and do not, since a setting differs too."""
+    groups = group_members(files)
+    found = []
+    for index, group in enumerate(groups):
+        for other in groups[index + 1 :]:
+            one, two = group[0].config, other[0].config
+            if (one.model, one.revision) != (two.model, two.revision):
+                continue
+            if not any(member.adapter for member in (*group, *other)):
+                continue
+            names = [entry.name for entry in fields(MemberConfig) if entry.name != "adapter"]
+            different = [name for name in names if getattr(one, name) != getattr(two, name)]
+            roles = " and ".join(member.role for member in (*group, *other))
+            found.append(
+                f"{roles} have the same model and do not share its weights: they differ in {', '.join(different)}; "
+                "give both the same to load it once"
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class LoadedGroup:
+    """Models by role, in evaluation mode on their devices, and the backbone that they are views of, if they are."""
+
+    models: dict[str, PreTrainedModel]
+    backbone: Backbone | None = None
+
+
+def load_group(group: Sequence[MemberFiles], *, attn_implementation: str | None = None) -> LoadedGroup:
+    """Load checked members that `group_members` put together.
+
+    A single member's adapter is merged into its weights; on a backbone that is shared, quantised or spread over devices
+    it is kept beside them. Full deltas of a patch are added to a single member's weights in any case.
+    Raises MemberError, or RunError where memory is short.
+    """
+    names = " and ".join(member.role for member in group)
+    config = group[0].config
+    try:
+        model = _load_model(group[0], attn_implementation)
+        adapters = {member.role: member.adapter for member in group}
+        if len(group) == 1:
+            model, adapters[group[0].role] = _merged(model, group[0])
+            if adapters[group[0].role] is None:
+                return LoadedGroup({group[0].role: model.eval()})
+        backbone = Backbone(model.eval(), adapters)
+    except Exception as error:  # transformers, safetensors and models' own code each raise what they like
+        if out_of_memory(error):
+            place = config.device if config.device_map is None else f"device_map {config.device_map}"
+            raise RunError(
+                f"{names} ran out of memory while {config.model} was loaded on {place}; see what fits where with: "
+                "ensembler plan"
+            ) from error
+        raise MemberError(f"{names}: {config.model} cannot be loaded: {one_line(error)}") from error
+    if not backbone.batched and len(group) > 1:
+        kinds = ", ".join(sorted({member.adapter.kind for member in group if member.adapter is not None}))
+        _logger.warning(
+            "%s share their weights and not their forward: an adapter (%s) is not plain LoRA, so each member runs by "
+            "itself",
+            names,
+            kinds,
+        )
+    return LoadedGroup(backbone.views, backbone)
+
+
+def load_members(
+    files: Mapping[str, MemberFiles], world: World | None = None, *, attn_implementation: str | None = None
+) -> tuple[dict[str, PreTrainedModel], list[Backbone]]:
+    """Load checked members, one after another, those that share a backbone together.
+
+    With a `world` of several processes each loads its part of them. Returns models by role, and their backbones.
+    """
+    groups = group_members(files)
+    if world is not None:
+        roles = [[member.role for member in group] for group in groups]
+        groups = [groups[index] for index in world.divide(roles, [_num_bytes(group) for group in groups])]
+
+    def load() -> list[LoadedGroup]:
+        check_devices(member for group in groups for member in group)
+        return [load_group(group, attn_implementation=attn_implementation) for group in groups]
+
+    loaded = load() if world is None else world.together(load)
+    models = {role: model for group in loaded for role, model in group.models.items()}
+    return models, [group.backbone for group in loaded if group.backbone is not None]
+
+
+def _num_bytes(group: Sequence[MemberFiles]) -> int:
+    """The bytes that a group takes when it is loaded; 0 where its files do not say."""
+    from ensembler.planning.measuring import measure_group  # which measures what is found here
+
+    config = group[0].config
+    try:
+        return measure_group(tuple(group), group[0].role).weight_bytes(
+            config.quantization, spread=config.device_map is not None
+        )
+    except MemberError:
+        return 0
+
+
+def load_whole(model: PreTrainedModel, files: MemberFiles | None, backbones: Sequence[Backbone]) -> PreTrainedModel:
+    """Return a member as one model with its adapter merged: read again where it is shared, quantised or spread."""
+    plain: PreTrainedModel = getattr(model, "_orig_mod", model)  # of a compiled one the model itself
+    if files is None:
+        return plain
+    shared = any(view is plain for backbone in backbones for view in backbone.views.values())
+    if not shared and files.config.quantization is None and files.config.device_map is None:
+        return plain
+    config = replace(files.config.placed("cpu"), quantization=None)
+    return load_group([replace(files, config=config)]).models[files.role]
+
+
+def _merged(model: PreTrainedModel, files: MemberFiles) -> tuple[PreTrainedModel, CheckedAdapter | None]:
+    """The model with its adapter in its weights as far as they take it, and what is left of the adapter."""
+    config, adapter = files.config, files.adapter
+    if adapter is None:
+        return model, None
+    if config.quantization is None and config.device_map is None:
+        return merge_adapter(model, adapter), None
+    add_deltas(model, adapter)
+    return model, adapter.without_deltas()
+
+
+def _load_model(files: MemberFiles, attn_implementation: str | None) -> PreTrainedModel:
+    config = files.config
+    options: dict[str, Any] = {"device_map": {"": config.device}}
+    if config.device_map is not None:
+        options = {
+            "device_map": device_map_for(config.device_map),
+            "max_memory": None if config.max_memory is None else max_memory_for(config.max_memory),
+            "offload_folder": config.offload_folder,
+        }
+    if config.quantization is not None:
+        options["quantization_config"] = _bitsandbytes(config.quantization, config.dtype, files.model_config)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        config.model,
+        revision=config.revision,
+        dtype=config.dtype if config.dtype == "auto" else getattr(torch, config.dtype),
+        use_safetensors=True,
+        output_loading_info=True,
+        attn_implementation=attn_implementation,
+        trust_remote_code=files.trust_remote_code,
+        **options,
+    )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"its weights file lacks {len(missing)} tensors, {missing[0]} among them")
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _bitsandbytes(quantization: Quantization, dtype: str, model_config: Any) -> BitsAndBytesConfig:
+    if quantization.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = quantization.compute_dtype or (dtype if dtype != "auto" else None) or model_config.dtype or "float32"
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization.method.removeprefix("bnb-"),
+        bnb_4bit_compute_dtype=str(compute).removeprefix("torch."),
+        bnb_4bit_use_double_quant=quantization.double_quant,
+    )
+
+
+def _load_tokenizer(role: str, config: MemberConfig, options: Mapping[str, Any]) -> Any | None:
+    """The tokenizer beside the adapter, where fine-tuning left one there, or beside the model; None without any."""
+    source = config.model
+    if config.adapter is not None and find_file(role, config.adapter, "tokenizer.json"):
+        source = config.adapter
+    if not any(find_file(role, source, name, revision=config.revision) for name in TOKENIZER_FILES):
+        return None  # transformers would make one up
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:  # tokenizers raises bare Exceptions for files that it cannot read
+        raise MemberError(f"{role}: the tokenizer in {source} cannot be read: {one_line(error)}") from error

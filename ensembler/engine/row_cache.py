@@ -1,0 +1,255 @@
+"""Keys and values of several texts, each row with a length of its own.
+
+A forward says at which positions of which rows its tokens stand; it writes there, and sees what stands before. So rows
+are rolled back by reading again from an earlier position, ragged rows need no shifting, and a row is copied by one
+copy. Buffers are allocated once and stay where they are: a captured graph finds them again. A sliding window needs no
+ring: the mask cuts it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+Roles = tuple[str, ...]
+
+# Families whose logits on a row cache are those of their own growing caches (tests/test_row_cache.py). They take masks
+# in 4-D, positions per row, and keep nothing of a text but keys and values.
+FAMILIES = {
+    "apertus", "arcee", "biogpt", "bitnet", "cohere", "cohere2", "deepseek_v2", "deepseek_v3", "ernie4_5", "exaone4",
+    "falcon", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox",
+    "gpt_oss", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "jetmoe", "llama", "ministral", "mistral",
+    "mixtral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe",
+    "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm", "starcoder2", "xglm",
+}  # fmt: skip
+SLIDING = "sliding_attention"
+SMALLEST = 256  # slots that a step reads at least, where the number is rounded: part of what a graph is made for
+_ATTENTIONS = ("sdpa", "eager")  # those that take a mask in 4-D
+
+
+def why_not_by_row(model: PreTrainedModel) -> str | None:
+    """Return why a model cannot run on a row cache, or None where it can."""
+    config = model.config.get_text_config(decoder=True)
+    if config.model_type not in FAMILIES:
+        return f"{type(model).__name__} has not been tried on it"
+    if config._attn_implementation not in _ATTENTIONS:
+        return f"its attention ({config._attn_implementation}) takes no mask per row; load it with attention 'sdpa'"
+    rope = str(getattr(config, "rope_parameters", None))
+    if "'dynamic'" in rope or "'longrope'" in rope:
+        return "its positions are scaled by the length of a forward"
+    if config.model_type == "falcon" and config.alibi:
+        return "it makes ALiBi's biases from a mask in 2-D"
+    return None
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Where a forward reads and writes.
+
+    `num_rows`: how many rows it has; `index` (rows,) int64 says which of the cache, the first of it where it
+    `is_prefix`. `slots` (rows, n) int64: where each token stands, the cache's room for padding. `start`: the slot of
+    the first token where all rows stand at the same place, and nothing is padded; else None. `length`: slots that are
+    read, from the first on. `is_static`: shapes and places are those of a graph, or of a compiled step.
+    """
+
+    num_rows: int
+    index: Tensor
+    is_prefix: bool
+    slots: Tensor
+    start: int | None
+    length: int
+    is_static: bool = False
+
+    @classmethod
+    def of(cls, positions: Tensor, on_device: Tensor, room: int, rows: Tensor | None = None) -> Slots:
+        """Return the slots of tokens at `positions` (rows, n) int64 on the CPU, the same `on_device`; −1 is padding."""
+        num_rows, num = positions.shape
+        first = int(positions[0, 0])
+        together = rows is None and first >= 0 and bool((positions == first + torch.arange(num)).all())
+        slots = on_device.where(on_device >= 0, room)
+        index = torch.arange(num_rows, device=slots.device) if rows is None else rows
+        length = int(positions.max()) + 1
+        return cls(num_rows, index, rows is None, slots, first if together else None, length)
+
+    @classmethod
+    def static(cls, positions: Tensor, room: int, length: int) -> Slots:
+        """Return the slots of tokens at `positions` (rows, n) on a device, that the host does not look at."""
+        num_rows, slots = positions.shape[0], positions.where(positions >= 0, room)
+        index = torch.arange(num_rows, device=positions.device)
+        return cls(num_rows, index, True, slots, None, length, is_static=True)
+
+
+def bucket(num: int, smallest: int = SMALLEST) -> int:
+    """Return the next power of two, at least `smallest`."""
+    return max(smallest, 1 << (num - 1).bit_length())
+
+
+class Masks:
+    """The masks of a forward by what models want: made once for all members on a device.
+
+    `positions` (rows, n) int64, −1 is padding, which sees the first slot alone; `length`: the slots that are read.
+    """
+
+    def __init__(self, positions: Tensor, length: int) -> None:
+        self._at = positions.clamp(min=0)[:, None, :, None]
+        self._slots = torch.arange(length, device=positions.device)
+        self._made: dict[object, Tensor] = {}
+
+    def of(self, model: PreTrainedModel) -> Tensor | dict[str, Tensor]:
+        """Return the mask (rows, 1, n, length) of a model, by layer type where it has several."""
+        config = model.config.get_text_config(decoder=True)
+        window = getattr(config, "sliding_window", None)
+        dtype = model.dtype if config._attn_implementation == "eager" else None
+        kinds = getattr(config, "layer_types", None)
+        if kinds is None:
+            return self._mask(window, dtype)
+        return {kind: self._mask(window if kind == SLIDING else None, dtype) for kind in set(kinds)}
+
+    def _mask(self, window: int | None, dtype: torch.dtype | None) -> Tensor:
+        """Bool, True where a token is seen; with a `dtype` what is added to scores, 0 or its smallest number."""
+        key = window, dtype
+        if key not in self._made:
+            seen = self._slots <= self._at
+            seen = seen if window is None else seen & (self._slots > self._at - window)
+            if dtype is not None:
+                low = torch.finfo(dtype).min
+                seen = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, low)
+            self._made[key] = seen
+        return self._made[key]
+
+
+class RowCache:
+    """The caches of all members for `num_rows` texts of at most `room` tokens.
+
+    `lengths` (num_rows,) are the tokens of each row that all members have read: the loop sets them, and what stands
+    behind them counts for nothing. `parts` has a cache for each forward, by the roles that it serves; a forward that
+    serves several members keeps a block of rows for each.
+    """
+
+    def __init__(self, roles: Iterable[Roles], num_rows: int, room: int) -> None:
+        self.parts = {one: PartCache(len(one), num_rows, room) for one in roles}
+        self.num_rows = num_rows
+        self.room = room
+        self.lengths = [0] * num_rows
+        self.version = object()  # of the buffers: another when they have moved, and in each copy
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the tokens of the longest row."""
+        return max(self.lengths, default=0)
+
+    def reserve(self, num_rows: int, room: int) -> None:
+        """Make place for more or longer texts: buffers that are too small move to larger ones, of a power of two."""
+        if num_rows <= self.num_rows and room <= self.room:
+            return
+        num_rows = self.num_rows if num_rows <= self.num_rows else bucket(num_rows, 1)
+        room = self.room if room <= self.room else bucket(room)
+        larger = self._copied(num_rows, room, self.num_rows, self.room)  # where memory is short all is as it was
+        self.parts, self.num_rows, self.room, self.version = larger.parts, num_rows, room, object()
+        self.lengths += [0] * (num_rows - len(self.lengths))
+
+    def copied(self, num_rows: int) -> RowCache:
+        """Return a cache of the first `num_rows` rows, just long enough for them."""
+        length = max(self.lengths[:num_rows])
+        copied = self._copied(num_rows, length, num_rows, length)
+        copied.lengths = self.lengths[:num_rows]
+        return copied
+
+    def _copied(self, num_rows: int, room: int, rows_of_ours: int, length: int) -> RowCache:
+        copied = RowCache(self.parts, num_rows, room)
+        copied.copy_rows(range(rows_of_ours), range(rows_of_ours), length, self)
+        return copied
+
+    def copy_rows(
+        self, sources: Sequence[int], targets: Sequence[int], length: int, other: RowCache | None = None
+    ) -> None:
+        """Make the first `length` tokens of the rows `targets` those of the rows `sources`, here or in `other`."""
+        other = self if other is None else other
+        for roles, part in self.parts.items():
+            part.copy_rows(sources, targets, other.parts[roles], length)
+
+    def forget_behind(self) -> None:
+        """Clear what stands behind the lengths: after a forward that computed NaN, which a mask does not stop."""
+        for part in self.parts.values():
+            part.forget_behind(self.lengths)
+
+
+class PartCache(Cache):  # type: ignore[misc,unused-ignore]
+    """The cache of one forward, as its model knows it. `at` is set before each forward."""
+
+    def __init__(self, num_blocks: int, num_rows: int, room: int) -> None:
+        super().__init__(layers=[])
+        self.num_blocks = num_blocks
+        self.num_rows = num_rows
+        self.room = room
+        self.at: Slots | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the new keys and values (blocks · rows, heads, n, width); return all that the tokens may see."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(RowLayer())
+        layer = self.layers[layer_idx]
+        if layer.keys is None:
+            layer.keys, layer.values = (self._allocate(states) for states in (key_states, value_states))
+        assert self.at is not None
+        return self._advance(layer.keys, key_states), self._advance(layer.values, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the slots before the new tokens; positions are given, so that no model counts with it."""
+        return 0 if self.at is None else self.at.length - self.at.slots.shape[1]
+
+    def _allocate(self, like: Tensor) -> Tensor:
+        # Zeros: what a mask hides is still multiplied by 0, and NaN would stay. One slot more takes padding.
+        with torch.inference_mode(mode=False):  # it may outlive the mode of this call, and is written to then
+            return like.new_zeros(self.num_blocks, self.num_rows, like.shape[1], self.room + 1, like.shape[3])
+
+    def _advance(self, buffer: Tensor, new: Tensor) -> Tensor:
+        at = self.at
+        assert at is not None
+        if at.is_prefix and at.start is not None:
+            states = buffer[:, : at.num_rows]
+            states[:, :, :, at.start : at.start + new.shape[2]] = new.view(states.shape[:2] + new.shape[1:])
+        else:
+            by_slot = (1, 3, 0, 2, 4)  # (rows, slots, blocks, heads, width)
+            states = new.view(self.num_blocks, -1, *new.shape[1:]).permute(by_slot)
+            index, slots = at.index.to(buffer.device), at.slots.to(buffer.device)  # of a member on several devices
+            buffer.permute(by_slot)[index[:, None], slots] = states
+        seen = buffer[:, :, :, : at.length]
+        return (seen[:, : at.num_rows] if at.is_prefix else seen[:, at.index.to(buffer.device)]).flatten(0, 1)
+
+    def copy_rows(self, sources: Sequence[int], targets: Sequence[int], other: PartCache, length: int) -> None:
+        """Copy the first `length` slots of rows."""
+        for index, theirs in enumerate(other.layers):
+            if len(self.layers) <= index:
+                self.layers.append(RowLayer())
+            mine = self.layers[index]
+            for name in ("keys", "values"):
+                source = getattr(theirs, name)
+                if getattr(mine, name) is None:
+                    setattr(mine, name, self._allocate(source[0]))
+                target = getattr(mine, name)
+                target[:, list(targets), :, :length] = source[:, list(sources), :, :length]
+
+    def forget_behind(self, lengths: Sequence[int]) -> None:
+        """Zero all slots behind the rows' lengths."""
+        for layer in self.layers:
+            for states in (layer.keys, layer.values):
+                for row, length in enumerate(lengths) if states is not None else ():
+                    states[:, row, :, length:] = 0
+
+
+class RowLayer:
+    """Keys and values of one layer, (blocks, rows, heads, room + 1, width), None before the first forward."""
+
+    is_sliding = False
+    is_compileable = True
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None

@@ -1,0 +1,80 @@
+"""Several processes that torchrun has started: one output, one error, and no process that stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def torchrun(size: int, *arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(size), "-m", "ensembler"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *map(str, arguments)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def write_prompts(path: Path, number: int) -> Path:
+    question = "Tom has {} pens. Gwen takes 3 pens. Question: How many pens does Tom have now? Answer:"
+    path.write_text("".join(json.dumps({"prompt": question.format(i)}) + "\n" for i in range(20, 20 + number)))
+    return path
+
+
+def without_seconds(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_the_command_under_torchrun(tmp_path: Path) -> None:
+    """One set of rows and one line of statistics, whatever the number of processes, and whether one of them drafts."""
+    from ensembler.cli.main import main
+
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 6)
+    options = ["generate", "demo", "--prompts", prompts, "--batch-size", 4, "--temperature", 0.8, "--seed", 5]
+    run = torchrun(3, *options, "--output", tmp_path / "three.jsonl")
+    errors = run.communicate(timeout=120)[1]
+    assert run.returncode == 0, errors
+    assert errors.count("texts: 6") == 1
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in [*options, "--output", tmp_path / "one.jsonl", "--draft", "ngram"]])
+    assert ended.value.code == 0
+    assert without_seconds(tmp_path / "three.jsonl") == without_seconds(tmp_path / "one.jsonl")
+
+
+def ranks_of(launcher: int) -> dict[int, int]:
+    """Process ids by rank."""
+    children = subprocess.run(["ps", "--ppid", str(launcher), "-o", "pid="], capture_output=True, text=True).stdout
+    found = {}
+    for child in map(int, children.split()):
+        rank = re.search(r"\0RANK=(\d+)", Path(f"/proc/{child}/environ").read_text())
+        if rank:
+            found[int(rank[1])] = child
+    return found
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_killed_rank_ends_the_run_with_one_error(tmp_path: Path, victim: int) -> None:
+    prompts, output = write_prompts(tmp_path / "prompts.jsonl", 4000), tmp_path / "out.jsonl"
+    run = torchrun(3, "generate", "demo", "--prompts", prompts, "--batch-size", 2, "--output", output)
+    end = time.monotonic() + 100
+    while not (output.exists() and output.stat().st_size > 1000) and run.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    ranks = ranks_of(run.pid)
+    os.kill(ranks[victim], signal.SIGKILL)
+    errors = run.communicate(timeout=100)[1]
+    assert run.returncode == 1
+    said = [line for line in errors.splitlines() if line.startswith("Error: ")]
+    assert len(said) == 1, errors
+    role = {0: "target_pt", 2: "source_pt"}[victim]  # the largest member is the first's
+    assert said[0].startswith(f"Error: lost rank {victim} ({role}) at step ")
+    assert not any(Path(f"/proc/{process}").exists() for process in ranks.values())
+    assert len(without_seconds(output)) > 0
