@@ -131,7 +131,7 @@ def _plain(
 
 def _grids(family: Family, options: Options) -> Iterator[Row]:
     """16 α over one: generation, the log-probs of choices, and those of texts."""
-    from ensembler.decoding.generate import Decoder
+    from ensembler.decoding.decoder import Decoder
     from ensembler.engine.grid import make_grid
     from ensembler.evaluation.batches import make_batches
     from ensembler.evaluation.requests import ScoringRequest
@@ -176,7 +176,7 @@ def _ratio(family: Family, name: str, times: Mapping[str, Spread], goal: float, 
 
 def _drafting(options: Options) -> Iterator[Row]:
     """A source pair that drafts for a target of five times its layers, whose distribution is near the source's."""
-    from ensembler.decoding.generate import Decoder
+    from ensembler.decoding.decoder import Decoder
 
     config = SMALL if options.small else {**ONE_B, "num_hidden_layers": 8}
     members = _deepened(config, 5, options.device)

@@ -23,7 +23,7 @@ from measuring import RESULTS, Measured, spread
 
 from ensembler import EnsembleForCausalLM
 from ensembler.adapters import ADAPTER_CONFIG
-from ensembler.decoding.generate import Decoder
+from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt, text_ids
 from ensembler.decoding.texts import GridCompletion, complete_grid, complete_prompts, decoder_of

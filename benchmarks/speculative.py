@@ -38,7 +38,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from ensembler import EnsembleForCausalLM, MemberConfig
-from ensembler.decoding.generate import Decoder
+from ensembler.decoding.decoder import Decoder
 from ensembler.demo import demo_folder
 from ensembler.rules import get_rule
 

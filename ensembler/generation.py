@@ -38,7 +38,7 @@ class EnsembleGeneration(GenerationMixin):  # type: ignore[misc,unused-ignore]
         self, input_ids: Tensor, streamer: Any | None = None, synced_gpus: bool = False, **prepared: Any
     ) -> Any:
         """Decode greedily or by sampling, in the decode loop wherever it does what was asked."""
-        from ensembler.decoding.generate import Decoder  # it stands on a higher floor, and generate calls down here
+        from ensembler.decoding.decoder import Decoder  # it stands on a higher floor, and generate calls down here
 
         return Decoder(draft="none", streamer=streamer, by_row=False)(self, input_ids, **prepared)
 

@@ -10,7 +10,7 @@ import pytest
 from tiny import make_model, random_ids
 
 from ensembler import EnsembleForCausalLM
-from ensembler.decoding.generate import Decoder
+from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import Sample

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._inductor import config
 
 from ensembler import EnsembleForCausalLM, MemberConfig
-from ensembler.decoding.generate import Decoder
+from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.texts import complete_prompts

@@ -13,7 +13,7 @@ from graph_cases import ROLES, greedy, make_trio, recorder_of, with_graphs
 from tiny import make_model, make_tokenizer, random_ids
 
 from ensembler import EnsembleForCausalLM, MemberConfig
-from ensembler.decoding.generate import Decoder
+from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.texts import complete_grid, complete_prompts

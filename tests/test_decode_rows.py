@@ -11,7 +11,7 @@ from grid_cases import POINTS
 from tiny import tables
 
 from ensembler import EnsembleForCausalLM
-from ensembler.decoding.generate import Decoder
+from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.rows import Row, Text, arrange, settle
 from ensembler.decoding.samples import stopping_criteria
 from ensembler.engine.grid import GridPoint

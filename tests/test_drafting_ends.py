@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast, StoppingCriteriaList, TextStre
 from transformers.generation import StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from ensembler.decoding.generate import Decoder
+from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 

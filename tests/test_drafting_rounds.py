@@ -18,7 +18,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerFast
 from transformers.generation.logits_process import PrefixConstrainedLogitsProcessor
 
 from ensembler import EnsembleForCausalLM
-from ensembler.decoding.generate import Decoder
+from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.options import DecodingOptions
 from ensembler.engine.distributed import World
 from ensembler.errors import ConfigError, LogitsError

@@ -29,7 +29,7 @@ from transformers.generation.logits_process import (
 )
 
 from ensembler import EnsembleForCausalLM
-from ensembler.decoding.generate import Decoder
+from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.texts import complete_prompts, decoder_of
 

@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteria
 from transformers.generation.logits_process import LogitsProcessor
 
 from ensembler import EnsembleForCausalLM
-from ensembler.decoding.generate import Decoder
+from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.texts import complete_prompts
@@ -171,7 +171,7 @@ def test_processors_and_criteria_of_the_callers_own_see_the_whole_batch(caplog: 
         lambda: {"logits_processor": LogitsProcessorList([Counting()])},
     ):
         caplog.clear()
-        with caplog.at_level("INFO", logger="ensembler.decoding.generate"):
+        with caplog.at_level("INFO", logger="ensembler.decoding.decoder"):
             found = model.generate(ids, **OPTIONS, **make())
         assert found.tolist() == model.generate(ids, **OPTIONS, use_cache=False, **make()).tolist()
         assert "may look at the whole batch" in caplog.text

@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation import StopStringCriteria
 
 from ensembler import EnsembleForCausalLM
-from ensembler.decoding.generate import Decoder
+from ensembler.decoding.decoder import Decoder
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import InputError
 
@@ -38,7 +38,7 @@ def model(fresh: EnsembleForCausalLM) -> EnsembleForCausalLM:
 def by_transformers(model: EnsembleForCausalLM) -> Iterator[None]:
     """Inside, `generate` has a reason for `transformers`' own loop."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ensembler.decoding.generate.why_transformers", lambda *prepared, **more: "it is the reference")
+        patch.setattr("ensembler.decoding.decoder.why_transformers", lambda *prepared, **more: "it is the reference")
         yield
 
 

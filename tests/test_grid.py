@@ -26,7 +26,7 @@ from tiny import make_model, random_ids
 from transformers import PreTrainedTokenizerFast
 
 from ensembler import EnsembleForCausalLM
-from ensembler.decoding.generate import Decoder
+from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt, text_ids
 from ensembler.demo import demo_folder

@@ -27,7 +27,7 @@ LAYERS = (
     {"evaluation", "serving", "vision", "demo"},
     {"cli", "__main__"},
 )
-UPWARDS = {("generation.py", "ensembler.decoding.generate.Decoder")}  # generate of transformers calls down to the model
+UPWARDS = {("generation.py", "ensembler.decoding.decoder.Decoder")}  # generate of transformers calls down to the model
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 

@@ -15,7 +15,7 @@ from tiny import make_model, make_tokenizer, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ensembler import EnsembleForCausalLM, MemberConfig
-from ensembler.decoding.generate import Decoder
+from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prefixes import MIN_SHARED, Headers, common_length, plan_headers
 from ensembler.decoding.prompts import EncodedPrompt

@@ -16,8 +16,8 @@ import torch
 
 from ensembler.decoding.batches import end_ids, room_for
 from ensembler.decoding.choosing import Processors
+from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.ends import Ends
-from ensembler.decoding.generate import Decoder
 from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.outputs import Stream
 from ensembler.decoding.prefixes import Headers

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ensembler.decoding.batches import TextLimits, end_ids, ends_only, make_batches, pad_id, pad_left, room_for
-from ensembler.decoding.generate import Decoder
+from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.outputs import GridOutput
 from ensembler.decoding.prompt_queue import Decoded, PromptQueue
@@ -96,8 +96,8 @@ def complete_prompts(
     """
     decoder = decoder_of(options) if decoder is None else decoder
     wanted = [prompt for prompt in prompts if prompt.number not in done]
-    together = {"num_together": batch_size, "cache": cache, "share_headers": share_headers}
-    for one in _decode(model, tokenizer, wanted, options, decoder, together):
+    decoded = _decode(model, tokenizer, wanted, options, decoder, batch_size, cache=cache, share_headers=share_headers)
+    for one in decoded:
         (samples,) = _samples(one, tokenizer, end_ids(model), options.stop)
         decoder.stats.num_tokens += sum(sample.num_tokens for sample in samples)
         yield Completion(one.prompt.number, one.prompt.ids, samples, one.seconds)
@@ -125,7 +125,7 @@ def complete_grid(
         raise ConfigError(f"num_beams is {options.num_beams}; a grid is decoded without beams: leave it at 1")
     decoder = decoder_of(options, points=points) if decoder is None else decoder
     wanted = [prompt for prompt in prompts if prompt.number not in done]
-    for one in _decode(model, tokenizer, wanted, options, decoder, {"num_together": batch_size}):
+    for one in _decode(model, tokenizer, wanted, options, decoder, batch_size):
         samples = _samples(one, tokenizer, end_ids(model), options.stop)
         yield GridCompletion(one.prompt.number, one.prompt.ids, dict(zip(points, samples, strict=True)))
 
@@ -145,7 +145,10 @@ def _decode(
     prompts: Sequence[EncodedPrompt],
     options: DecodingOptions,
     decoder: Decoder,
-    together: dict[str, Any],
+    num_together: int,
+    *,
+    cache: RowCache | None = None,
+    share_headers: bool = True,
 ) -> Iterator[Decoded]:
     """Decode in the loop, or where it does not do what is asked batch by batch with `generate`."""
     reason = "beam search" if options.num_beams > 1 else model.member_set.why_not_by_row()
@@ -153,9 +156,18 @@ def _decode(
         if not prompts:
             return
         if reason is None:
-            yield from PromptQueue(model, tokenizer, options, decoder, **together).run(prompts)
+            queue = PromptQueue(
+                model,
+                tokenizer,
+                options,
+                decoder,
+                num_together=num_together,
+                cache=cache,
+                share_headers=share_headers,
+            )
+            yield from queue.run(prompts)
             return
-        for batch in make_batches(model, prompts, together["num_together"], options.max_new_tokens):
+        for batch in make_batches(model, prompts, num_together, options.max_new_tokens):
             if options.num_beams > 1:  # which no decoder sees
                 decoder.stats.add_batch_of_transformers(reason)
             with ends_only(model):

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
 from ensembler.config import MemberConfig
 from ensembler.errors import ConfigError
 
-
-class Placed(Protocol):
-    """A member whose config names devices."""
-
-    @property
-    def role(self) -> str: ...
-
-    @property
-    def config(self) -> MemberConfig: ...
+if TYPE_CHECKING:
+    from ensembler.engine.members import MemberFiles
 
 
 def out_of_memory(error: BaseException | None) -> bool:
@@ -26,7 +19,7 @@ def out_of_memory(error: BaseException | None) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def check_devices(files: Iterable[Placed]) -> None:
+def check_devices(files: Iterable[MemberFiles]) -> None:
     """Raise ConfigError unless every device that the members name is there: asked before the first weight is read.
 
     It is not part of `check_member`: an ensemble may be planned, inspected and written on another machine.

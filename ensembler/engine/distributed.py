@@ -24,7 +24,7 @@ from ensembler.engine.backbone import Backbone
 from ensembler.engine.ensemble_cache import EnsembleCache
 from ensembler.engine.forward import Forward, Step, check_nan
 from ensembler.engine.grid import combine_members
-from ensembler.engine.member_set import MemberSet, Models
+from ensembler.engine.member_set import MemberSet
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import ConfigError, EnsemblerError, RankError, RunError
 from ensembler.launch import RANK_TIMEOUT, local_rank, num_ranks, this_rank
@@ -243,9 +243,7 @@ class World:
 class RankedMembers(MemberSet):
     """The members of this rank, which give the logits of all of them: each method is called by all ranks alike."""
 
-    def __init__(
-        self, world: World, models: Models, backbones: Sequence[Backbone], contract: VocabularyContract
-    ) -> None:
+    def __init__(self, world: World, models: Any, backbones: Sequence[Backbone], contract: VocabularyContract) -> None:
         super().__init__(models, backbones, contract)
         self._world = world
 

@@ -4,25 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
 
+from ensembler.engine.forward import Forward
 from ensembler.errors import InputError, RunError
 
 Roles = tuple[str, ...]
-
-
-class ForwardOfModel(Protocol):
-    """A forward, as far as its cache goes."""
-
-    @property
-    def roles(self) -> Roles: ...
-
-    @property
-    def model(self) -> PreTrainedModel: ...
 
 
 class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
@@ -113,7 +104,7 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
 
 
 def prepare_caches(
-    forwards: Sequence[ForwardOfModel],
+    forwards: Sequence[Forward],
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
     generation_mode: Any,

@@ -7,10 +7,10 @@ replayed as graphs or run compiled. How members are loaded and how logits are co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from ensembler_kernels import Combination
@@ -32,22 +32,14 @@ MOST_STATIC = 16  # tokens per row of a step that is captured or compiled: singl
 Timer = Callable[[str], AbstractContextManager[None]]
 
 
-class Models(Protocol):
-    """Models by role: a dictionary, or a ModuleDict in which they may be replaced."""
-
-    def items(self) -> Iterable[tuple[str, Any]]: ...
-
-    def values(self) -> Iterable[Any]: ...
-
-
 class MemberSet:
-    """The members of an ensemble, `models` by role, and how they run.
+    """The members of an ensemble, `models` by role in a mapping in which they may be replaced, and how they run.
 
     `timer`, where it is set, is given the name of each forward and times what happens inside. `graphs` are there on
     GPUs; None: every step is launched piece by piece.
     """
 
-    def __init__(self, models: Models, backbones: Sequence[Backbone], contract: VocabularyContract) -> None:
+    def __init__(self, models: Any, backbones: Sequence[Backbone], contract: VocabularyContract) -> None:
         self.backbones = tuple(backbones)
         self.timer: Timer | None = None
         self.graphs: StepGraphs | None = StepGraphs.of_device() if torch.cuda.is_available() else None
@@ -246,7 +238,9 @@ class MemberSet:
         call = None if self._compiled is None or not slots.is_static else self._compiled.get(id(forward.model))
         model = plain_model(forward.model)
         mask = masks.of(model)
-        with grouped(model) if step.input_ids.shape[1] <= MOST_STATIC else nullcontext():
+        # Single tokens that are launched need it not: there transformers copies nothing either.
+        is_few = slots.is_static or 1 < step.input_ids.shape[1] <= MOST_STATIC
+        with grouped(model) if is_few else nullcontext():
             return forward.run(step, mask, part, call)
 
     def _static(self, forwards: Sequence[Forward]) -> list[Forward]:
