@@ -106,7 +106,7 @@ def make_cases(folder: str) -> dict[str, Callable[[], object]]:
 
 
 def _names() -> tuple[Any, ...]:
-    """What the two checkouts call by other names."""
+    """Import names that the two checkouts have in other places."""
     from ensembler.decoding.prompts import EncodedPrompt
 
     try:

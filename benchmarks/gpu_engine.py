@@ -50,7 +50,7 @@ class Family:
         return self.ensemble.members["target_pt"]
 
     def bytes_of_token(self, rows: int, length: int) -> int:
-        """What a token of `rows` texts of `length` has to read: all weights but embeddings, and the cache."""
+        """Return the bytes that a token of `rows` texts of `length` reads: weights but embeddings, and the cache."""
         total = 0
         for forward in self.ensemble.member_set.forwards:
             config = forward.model.config
@@ -235,7 +235,7 @@ def _milliseconds(spread: Spread) -> list[float]:
 
 @torch.inference_mode()
 def _loop(model: Any, ids: Tensor, num: int) -> None:
-    """What people write: three models with their own caches, the combination in torch, argmax."""
+    """Decode as people write it: three models with their own caches, the combination in torch, argmax."""
     from transformers import DynamicCache
 
     members = [model.members[role] for role in ("source_ft", "target_pt", "source_pt")]

@@ -51,7 +51,7 @@ class Drafter:
 
     @property
     def name(self) -> str:
-        """Who it is."""
+        """Return the roles that draft, or 'ngram'."""
         return NGRAM if self.forward is None else self.forward.name
 
     def draft(self, logits: Mapping[str, Tensor], rows: Sequence[Row]) -> None:

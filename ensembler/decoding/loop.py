@@ -11,13 +11,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from ensembler.decoding.choosing import NAN, Asked, Chooser
 from ensembler.decoding.drafting import Drafter, look_up
+from ensembler.decoding.ends import Ends
 from ensembler.decoding.pacing import Round
 from ensembler.decoding.rows import Row, Text, arrange, settle
 from ensembler.decoding.stats import Meter, timed
@@ -30,12 +30,6 @@ Logits = dict[str, Tensor]
 
 Read = Callable[[Step, RowCache, Sequence[Forward] | None], Logits]
 """Reads with the members (or some of their forwards), and returns their logits (rows, n, V) by role."""
-
-
-class Ends(Protocol):
-    """Says which texts end with the last of the tokens that they have gained, given their rows before these."""
-
-    def ended(self, grown: Sequence[tuple[Row, Sequence[int]]]) -> list[bool]: ...
 
 
 class DecodeLoop:
@@ -119,7 +113,7 @@ class DecodeLoop:
     # -- reading ------------------------------------------------------------------------------------------------------
 
     def _read_prompts(self, rows: Sequence[Row], first: int) -> Logits:
-        """The logits (rows, 1, V) after the prompts; all end at the right, so that these are the last."""
+        """Return the logits (rows, 1, V) after the prompts; all end at the right, so that these are the last."""
         unread = [row.ids[row.num_read :] for row in rows]
         longest = max(map(len, unread))
         ids = torch.tensor([[0] * (longest - len(one)) + one for one in unread])
@@ -134,7 +128,7 @@ class DecodeLoop:
         return logits
 
     def _read_drafting(self, num: int) -> Logits:
-        """The logits (rows, n, V) after the newest token and the drafts behind it, which are made here; n ≤ `num`."""
+        """Draft, and return the logits (rows, n, V) after the newest token and the drafts behind it; n ≤ `num`."""
         drafter = self.drafter
         for row in self.rows:
             row.drafts = []
@@ -158,7 +152,7 @@ class DecodeLoop:
         return {role: torch.cat([step[role] for step in steps], dim=1) for role in steps[0]} | verified
 
     def _newest(self, offset: int, num: int) -> Step:
-        """The input of `num` tokens from `offset` behind the last read one; what is not there is padding."""
+        """Return the input of `num` tokens from `offset` behind the newest one; what is not there is padding."""
         ids, positions = [], []
         for row in self.rows:
             tokens = [row.ids[-1], *row.drafts][offset : offset + num] if row.texts else []
@@ -171,7 +165,7 @@ class DecodeLoop:
     # -- settling -----------------------------------------------------------------------------------------------------
 
     def _choose(self, logits: Logits, asked: Sequence[Asked]) -> tuple[dict[Text, list[int]], dict[Text, None]]:
-        """The tokens that each text gains, up to the first that was not drafted, and the texts that end with them."""
+        """Return the tokens that each text gains, up to the first that was not drafted, and the texts that end."""
         with timed(self._meter, "choose"):
             tokens = self._chooser.choose(logits, asked)
         gained: dict[Text, list[int]] = {}
@@ -213,7 +207,7 @@ class DecodeLoop:
 
     @contextmanager
     def _undone_if_it_fails(self) -> Iterator[None]:
-        """All members advance inside, or none: what a failed forward wrote counts for nothing."""
+        """Let what a failed forward wrote inside count for nothing."""
         try:
             yield
         except BaseException:

@@ -83,7 +83,7 @@ class Forward:
 
     @property
     def name(self) -> str:
-        """Its roles in one word."""
+        """Return its roles in one word."""
         return "+".join(self.roles)
 
     @property
