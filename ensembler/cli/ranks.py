@@ -39,12 +39,12 @@ def launched(timeout: float) -> Iterator[World | None]:
 
 
 def on_each(world: World | None, function: Callable[[], Result]) -> Result:
-    """What every process finds out by itself, from the files of its own machine; where one fails, all are told."""
+    """Let every process call `function`, for the files of its own machine; where one fails, all are told."""
     return function() if world is None else world.together(function)
 
 
 def on_first(world: World | None, function: Callable[[], Result]) -> Result:
-    """What reads standard input or writes files is done once; every process gets the result, or the error."""
+    """Let the first process call `function`, to read standard input or write files; all get its result, or error."""
     return function() if world is None else world.first(function)
 
 
