@@ -1,9 +1,9 @@
-"""How `generate` of `transformers` reaches the decode loop, and its own loop the members' caches."""
+"""At which α an ensemble decodes, and how `generate` of `transformers` reaches the decode loop."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,14 @@ from ensembler.config import EnsembleConfig
 from ensembler.engine.ensemble_cache import prepare_caches
 from ensembler.engine.grid import make_combination
 from ensembler.engine.member_set import MemberSet
+from ensembler.errors import ConfigError, InputError
 from ensembler.rules import Rule
 from ensembler.vocab import VocabularyContract
 
 _logger = logging.getLogger(__name__)
 
 _ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+_LEFT_BY_GENERATE = {"tokenizer", "assistant_tokenizer"}  # generate hands its own arguments on to forward
 
 
 class EnsembleGeneration(GenerationMixin):  # type: ignore[misc,unused-ignore]
@@ -33,6 +35,35 @@ class EnsembleGeneration(GenerationMixin):  # type: ignore[misc,unused-ignore]
     rule: Rule
     combination: Combination
     _row_alpha: Tensor | None
+
+    @property
+    def alpha(self) -> float | Tensor:
+        """The strength of the log-ratio: a number, or a tensor (rows,) with one value per row."""
+        return float(self.config.alpha) if self._row_alpha is None else self._row_alpha
+
+    @alpha.setter
+    def alpha(self, value: float | Tensor) -> None:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            self.config.alpha = self.rule.check_alpha(value.item() if isinstance(value, Tensor) else value)
+            self._row_alpha = None
+            return
+        if value.dim() > 1 or not value.numel():
+            raise ConfigError(f"alpha has shape {tuple(value.shape)}; expected a number or one value per row")
+        for number in value.tolist():
+            self.rule.check_alpha(number)
+        self._row_alpha = value
+
+    def alpha_of_rows(self, num_rows: int) -> float | Tensor:
+        """Return α as a number, or as one value for each of `num_rows` rows."""
+        alpha = self.alpha
+        if not isinstance(alpha, Tensor):
+            return alpha
+        repeats, rest = divmod(num_rows, alpha.shape[0])  # beams and returned sequences of a row stand side by side
+        if rest:
+            raise InputError(
+                f"alpha has {alpha.shape[0]} values for {num_rows} rows; expected one per row of the batch"
+            )
+        return alpha.repeat_interleave(repeats)
 
     def _sample(
         self, input_ids: Tensor, streamer: Any | None = None, synced_gpus: bool = False, **prepared: Any
@@ -84,3 +115,10 @@ class EnsembleGeneration(GenerationMixin):  # type: ignore[misc,unused-ignore]
             yield
         finally:
             self.rule, self.combination, self.config.alpha, self._row_alpha = before
+
+
+def check_arguments(unused: Mapping[str, Any]) -> None:
+    """Raise InputError for arguments that an ensemble cannot honour; None and False ask for nothing."""
+    for name, value in unused.items():
+        if value is not None and value is not False and name not in _LEFT_BY_GENERATE:
+            raise InputError(f"an ensemble's forward takes no {name!r}; its members differ in hidden size and layers")

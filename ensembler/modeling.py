@@ -24,12 +24,11 @@ from ensembler.engine.backbone import Backbone
 from ensembler.engine.distributed import RankedMembers, World
 from ensembler.engine.ensemble_cache import EnsembleCache
 from ensembler.engine.forward import Step
-from ensembler.engine.grid import combine_members, make_combination
+from ensembler.engine.grid import make_combination
 from ensembler.engine.member_set import MemberSet
 from ensembler.engine.members import MemberFiles, load_members, load_whole, shortest_context
-from ensembler.engine.row_cache import RowCache
 from ensembler.errors import ConfigError, InputError
-from ensembler.generation import EnsembleGeneration
+from ensembler.generation import EnsembleGeneration, check_arguments
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 from ensembler.vocab import VocabularyContract
 
@@ -207,23 +206,6 @@ class EnsembleForCausalLM(PreTrainedModel, EnsembleGeneration, GenerationMixin):
     # -- what it is ---------------------------------------------------------------------------------------------------
 
     @property
-    def alpha(self) -> float | Tensor:
-        """The strength of the log-ratio: a number, or a tensor (rows,) with one value per row."""
-        return float(self.config.alpha) if self._row_alpha is None else self._row_alpha
-
-    @alpha.setter
-    def alpha(self, value: float | Tensor) -> None:
-        if not isinstance(value, Tensor) or value.dim() == 0:
-            self.config.alpha = self.rule.check_alpha(value.item() if isinstance(value, Tensor) else value)
-            self._row_alpha = None
-            return
-        if value.dim() > 1 or not value.numel():
-            raise ConfigError(f"alpha has shape {tuple(value.shape)}; expected a number or one value per row")
-        for number in value.tolist():
-            self.rule.check_alpha(number)
-        self._row_alpha = value
-
-    @property
     def anchor(self) -> PreTrainedModel:
         """The member that the ensemble equals at α = 0 (where another process has it: the first of this one's)."""
         role = self.rule.anchor if self.rule.anchor in self.members else next(iter(self.members))
@@ -280,7 +262,7 @@ class EnsembleForCausalLM(PreTrainedModel, EnsembleGeneration, GenerationMixin):
         `labels` (rows, positions; −100 is ignored) adds the loss. Raises LogitsError where a member computed NaN; the
         cache then is as it was before.
         """
-        self.check_arguments(unused)
+        check_arguments(unused)
         if input_ids is None:
             raise InputError("an ensemble's forward needs input_ids; its members embed tokens by themselves")
         if past_key_values is None and use_cache:
@@ -296,39 +278,6 @@ class EnsembleForCausalLM(PreTrainedModel, EnsembleGeneration, GenerationMixin):
         output = CausalLMOutputWithPast(loss=loss, logits=combined, past_key_values=past_key_values)
         return output if return_dict is not False else output.to_tuple()
 
-    def member_logits(self, step: Step, cache: EnsembleCache | RowCache | None = None) -> dict[str, Tensor]:
-        """Return every member's own logits (rows, kept positions, V_member) by role; all caches advance, or none."""
-        return self.member_set.logits(step, cache)
-
-    def combine(self, logits: Mapping[str, Tensor], alpha: float | Tensor | None = None) -> Tensor:
-        """Return the combination of member logits (rows, positions, V_member) by the rule, (rows, positions, V) fp32.
-
-        `alpha` defaults to the ensemble's; one value per row is repeated for beams and for several returned sequences.
-        """
-        num_rows = next(iter(logits.values())).shape[0]
-        return combine_members(logits, self.combination, self.alpha_of_rows(num_rows, alpha), self.contract)
-
-    def alpha_of_rows(self, num_rows: int, alpha: float | Tensor | None = None) -> float | Tensor:
-        """Return `alpha`, or the ensemble's, as a number or one value for each of `num_rows` rows."""
-        alpha = self.alpha if alpha is None else alpha
-        if not isinstance(alpha, Tensor):
-            return alpha
-        repeats, rest = divmod(num_rows, alpha.shape[0])  # beams and returned sequences of a row stand side by side
-        if rest:
-            raise InputError(
-                f"alpha has {alpha.shape[0]} values for {num_rows} rows; expected one per row of the batch"
-            )
-        return alpha.repeat_interleave(repeats)
-
-    @staticmethod
-    def check_arguments(unused: Mapping[str, Any]) -> None:
-        """Raise InputError for arguments that an ensemble cannot honour; None and False ask for nothing."""
-        for name, value in unused.items():
-            if value is not None and value is not False and name not in _LEFT_BY_GENERATE:
-                raise InputError(
-                    f"an ensemble's forward takes no {name!r}; its members differ in hidden size and layers"
-                )
-
     def new_cache(self) -> EnsembleCache:
         """Return an empty growing cache for the members."""
         return self.member_set.new_cache()
@@ -342,7 +291,5 @@ class EnsembleForCausalLM(PreTrainedModel, EnsembleGeneration, GenerationMixin):
         for line in self.member_set.compile(backend):
             _logger.warning(line)
 
-
-_LEFT_BY_GENERATE = {"tokenizer", "assistant_tokenizer"}  # generate hands its own arguments on to forward
 
 AutoModelForCausalLM.register(EnsembleConfig, EnsembleForCausalLM, exist_ok=True)

@@ -70,6 +70,7 @@ def finite_number(name: str, value: object) -> float:
 
 
 DEFAULT_CUTOFF = 0.1
+_MOST_ALPHAS = 1000
 
 _NAMED = (
     Rule(
@@ -171,3 +172,23 @@ def get_rule(
     if not 0 < finite_number("cutoff", cutoff) <= 1:
         raise ConfigError(f"cutoff is {cutoff!r}; expected a number above 0 and at most 1")
     return replace(rule, cutoff=float(cutoff))
+
+
+def parse_alphas(text: str) -> tuple[float, ...]:
+    """Return the numbers of FIRST:LAST:STEP, both ends among them, or of A,B,...; raise ConfigError."""
+    parts = text.split(":")
+    try:
+        numbers = [float(part) for part in (parts if len(parts) > 1 else text.split(","))]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(map(math.isfinite, numbers)) or len(parts) not in (1, 3):
+        raise ConfigError(f"the alphas {text!r} are no grid; expected FIRST:LAST:STEP as 0:1.5:0.1, or 0,0.5,1")
+    if len(parts) == 1:
+        return tuple(numbers)
+    first, last, step = numbers
+    if step <= 0 or last < first:
+        raise ConfigError(f"the alphas {text!r} are empty; expected FIRST:LAST:STEP with a step above 0, upwards")
+    num = math.floor((last - first) / step + 1e-9) + 1
+    if num > _MOST_ALPHAS:
+        raise ConfigError(f"the alphas {text!r} are {num:,} numbers; give at most {_MOST_ALPHAS:,}")
+    return tuple(round(first + index * step, 10) + 0.0 for index in range(num))

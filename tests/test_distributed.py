@@ -207,10 +207,10 @@ def test_what_a_sum_cannot_say_is_gathered(trio: dict[str, PreTrainedModel]) -> 
             with torch.no_grad():
                 found[name] = model(IDS).logits
         with torch.no_grad():
-            return found, spread(world, trio, wholes["anchor"]).member_logits(Step(IDS))
+            return found, spread(world, trio, wholes["anchor"]).member_set.logits(Step(IDS))
 
     with torch.no_grad():
-        alone = wholes["anchor"].member_logits(Step(IDS))
+        alone = wholes["anchor"].member_set.logits(Step(IDS))
     for found, members in run_ranks(2, task):
         for name, logits in found.items():
             tolerance = 1e-5 if name in ("rows", "masked") else 0

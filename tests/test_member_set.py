@@ -120,12 +120,12 @@ def test_a_failed_step_leaves_a_cache_as_it_was(role: str, kind: str) -> None:
         raise ValueError("boom")
 
     with torch.no_grad():
-        model.member_logits(row_step(3), cache)
+        model.member_set.logits(row_step(3), cache)
         handle = members[role].model.layers[1].register_forward_pre_hook(fail)
         with pytest.raises(RunError, match=rf"^{role} failed: ValueError: boom$"):
-            model.member_logits(row_step(2, 3), cache)
+            model.member_set.logits(row_step(2, 3), cache)
         handle.remove()
-        found = model.member_logits(row_step(3, 3), cache)
+        found = model.member_set.logits(row_step(3, 3), cache)
     for name, logits in found.items():
         torch.testing.assert_close(logits, last_logits(members[name], IDS)[:, 3:], rtol=1e-5, atol=1e-5)
 

@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 @click.option("--system", metavar="TEXT", help="The system message for --chat.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Prompts decoded together.")
 @click.option("--stream/--no-stream", default=None, help="Print tokens as they come.  [default: on a terminal]")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line per prompt.")
-@click.option("--output", type=click.Path(path_type=Path), help="Write the JSON lines to a file, in input order.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each prompt, as it ends.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the JSON lines to a file: as they come, in the end in input order.")
 @click.option("--resume", is_flag=True, help="Go on with an --output file that was interrupted.")
 @click.option("--overwrite", is_flag=True, help="Replace the --output file if it exists.")
 @click.option("--compile", "compiled", is_flag=True, help="Compile decode steps: slow to start.")
@@ -92,6 +92,8 @@ def generate(
         raise ConfigError("--system was given without --chat; add --chat")
     if output is None and (resume or overwrite):
         raise ConfigError(f"--{'resume' if resume else 'overwrite'} was given without --output; name the file")
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite were both given; keep the rows that are there, or replace them")
     if compiled and decoding.num_beams > 1:
         raise ConfigError("--compile is for greedy decoding and sampling: beams move caches; leave one of them out")
     from ensembler.cli.printing import Printer
@@ -150,6 +152,7 @@ def generate(
         if no_cuda_graphs:
             model.member_set.graphs = None
         if compiled:
+            click.echo("compiling: the first step of each shape takes a minute or so", err=True)
             model.compile_members()
         if explain:
             printer.explain_with(model)
@@ -226,6 +229,9 @@ def _write(
             num_texts += len(completion.samples)
             num_tokens += sum(sample.num_tokens for sample in completion.samples)
             advance(1)
+    if num_done == num_prompts:
+        click.echo(f"nothing to do: all {num_prompts} prompts have their rows already", err=True)
+        return
     seconds = time.perf_counter() - start
     rate = num_tokens / seconds
     click.echo(f"texts: {num_texts}, tokens: {num_tokens}, seconds: {seconds:.1f}, tokens/s: {rate:.1f}", err=True)

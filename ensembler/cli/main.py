@@ -26,6 +26,9 @@ from ensembler.launch import num_ranks, this_rank
 
 INTERRUPTED = 130
 SEVERAL_PROCESSES = ("bench", "generate", "sweep")
+_ROWS_OF_OUTPUT = "finished rows of an --output are kept; go on with --resume"
+_ROWS_OF_RUN = "finished rows are kept; go on with the same command"
+_KEPT = {"generate": _ROWS_OF_OUTPUT, "score": _ROWS_OF_OUTPUT, "sweep": _ROWS_OF_RUN, "bench": _ROWS_OF_RUN}
 
 
 @click.group(
@@ -65,11 +68,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         code = cli.main(arguments, prog_name="ensembler", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
-        kept = (
-            "finished rows of an --output are kept, go on with --resume (sweep and bench: with the same command); "
-            "nothing half-written is left"
-        )
-        code = _fail(f"interrupted; {kept}", INTERRUPTED)
+        command = next((one for one in arguments if one in cli.commands), "")
+        code = _fail(f"interrupted; {_KEPT.get(command, 'nothing half-written is left')}", INTERRUPTED)
     except EnsemblerError as error:
         reporter = error.reporter if isinstance(error, RankError) else 0
         code = _fail(str(error), error.exit_code, reporter)

@@ -20,7 +20,8 @@ def say_why_plain(draft: str, stats: DecodingStats) -> None:
     for reason, num_batches in stats.by_transformers.items():
         click.echo(f"decoded plainly: {reason}{_times(num_batches)}", err=True)
     if stats.plain_reason is not None:
-        click.echo(f"draft {'given up' if stats.num_rounds else 'not tried'}: {stats.plain_reason}", err=True)
+        what = "drafting was given up" if stats.num_rounds else "nothing was drafted"
+        click.echo(f"{what}: {stats.plain_reason}", err=True)
 
 
 def print_stats(stats: DecodingStats, *, as_json: bool) -> None:

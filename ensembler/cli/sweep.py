@@ -92,10 +92,10 @@ def sweep(
     """
     names = tuple(name.strip() for name in rules.split(",")) if rules is not None else ()
     from ensembler.demo import demo_task
-    from ensembler.engine.grid import parse_alphas
     from ensembler.evaluation.rows_folder import RowsFolder
     from ensembler.evaluation.sweep import Sweep, SweepOptions
     from ensembler.preflight import check_ensemble
+    from ensembler.rules import parse_alphas
 
     options = SweepOptions(
         rules=names,

@@ -11,6 +11,7 @@ from ensembler.decoding.prefixes import common_length
 from ensembler.decoding.prompts import EncodedPrompt, chat_ids, check_length
 from ensembler.decoding.texts import complete_prompts, decoder_of
 from ensembler.engine.row_cache import RowCache
+from ensembler.errors import ConfigError
 from ensembler.modeling import EnsembleForCausalLM
 
 
@@ -24,6 +25,9 @@ class Conversation:
     def __init__(
         self, model: EnsembleForCausalLM, tokenizer: Any, options: DecodingOptions, *, system: str | None = None
     ) -> None:
+        if options.num_return_sequences > 1:
+            num = options.num_return_sequences
+            raise ConfigError(f"num_return_sequences is {num}; a conversation goes on with one answer: leave it at 1")
         self._model = model
         self._tokenizer = tokenizer
         self._options = options

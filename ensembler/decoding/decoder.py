@@ -30,6 +30,7 @@ from ensembler.decoding.stats import DecodingStats, Meter
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import ConfigError, InputError
+from ensembler.generation import check_arguments
 from ensembler.modeling import EnsembleForCausalLM
 
 _logger = logging.getLogger(__name__)
@@ -65,6 +66,9 @@ class Decoder:
     ) -> None:
         if num_positions < 1:
             raise ConfigError(f"num_positions is {num_positions}; a round has at least 1, which is a plain step")
+        wrong = next((one for one in points or () if not isinstance(one, GridPoint)), None)
+        if wrong is not None:
+            raise ConfigError(f"points holds {wrong!r}; expected points as make_grid(['base-change'], [0.0, 0.5]) has")
         self.draft = draft
         self.points = None if points is None else tuple(points)
         self.num_positions = num_positions
@@ -92,8 +96,10 @@ class Decoder:
         Raises ConfigError for beams, InputError for arguments that an ensemble cannot honour.
         """
         config = generation_config
+        if not isinstance(model, EnsembleForCausalLM):
+            raise ConfigError(f"a Decoder was given to a {type(model).__name__}; give it to an EnsembleForCausalLM")
         _check(config, self.points)
-        model.check_arguments({name: value for name, value in model_kwargs.items() if name not in _KNOWN})
+        check_arguments({name: value for name, value in model_kwargs.items() if name not in _KNOWN})
         prepared = {
             "input_ids": input_ids,
             "logits_processor": logits_processor,

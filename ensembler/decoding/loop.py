@@ -72,6 +72,7 @@ class DecodeLoop:
         """How many tokens the row with most room may still get; 0 where no text is left that goes on."""
         return max((row.room for row in self.rows if row.texts), default=0)
 
+    @torch.inference_mode()
     def add(self, rows: Sequence[Row]) -> list[Text]:
         """Read the prompts of new rows, as far as they are not in the cache; return the texts that ended at once."""
         first = len(self.rows)
@@ -86,6 +87,7 @@ class DecodeLoop:
         self._settle(gained, ended)
         return list(ended)
 
+    @torch.inference_mode()
     def step(self, num: int = 1) -> tuple[list[Text], Round]:
         """Read up to `num` positions of every row, all but the first of them drafted.
 

@@ -83,7 +83,7 @@ class Headers:
             for start in range(0, len(header), chunk):
                 ids = torch.tensor([header[start : start + chunk]])
                 here = start + torch.arange(ids.shape[1])[None]
-                self._model.member_logits(Step(ids, position_ids=here, logits_to_keep=1), cache)
+                self._model.member_set.logits(Step(ids, position_ids=here, logits_to_keep=1), cache)
             cache.lengths[0] = len(header)
             self._ids, self._cache = header, cache
         return self._cache

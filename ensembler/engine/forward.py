@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ensembler.engine.backbone import Backbone
 from ensembler.engine.devices import out_of_memory
+from ensembler.engine.row_cache import MaskKind
 from ensembler.errors import EnsemblerError, LogitsError, RunError
 from ensembler.sources import one_line
 from ensembler.vocab import VocabularyContract
@@ -67,35 +69,31 @@ class Reader:
 class Forward:
     """One forward of one model: for one member, or for several on a shared backbone, a block of rows for each.
 
-    `accepts` names the arguments of the model's forward; `probe` is one of its weights, which says where it is.
+    `accepts` names the arguments of the model's forward; `device` is where its inputs are wanted; `probe` is one of its
+    weights, which says whether they have moved.
     """
 
     readers: tuple[Reader, ...]
     model: PreTrainedModel
     accepts: frozenset[str]
+    device: torch.device
+    probe: Tensor | None
     backbone: Backbone | None = None
-    probe: Tensor | None = None
 
-    @property
+    @cached_property
     def roles(self) -> tuple[str, ...]:
         """The members that it serves, in the order of their rows."""
         return tuple(reader.role for reader in self.readers)
 
-    @property
+    @cached_property
     def name(self) -> str:
         """Return its roles in one word."""
         return "+".join(self.roles)
 
-    @property
-    def device(self) -> torch.device:
-        """Where its inputs are wanted: of a model on several devices the first that computes."""
-        places = getattr(self.model, "hf_device_map", None) or {}
-        first = next((place for place in places.values() if str(place) not in ("cpu", "disk")), None)
-        if first is not None:
-            return torch.device("cuda", first) if isinstance(first, int) else torch.device(first)
-        if places or self.probe is None:
-            return torch.device("cpu")
-        return self.probe.device
+    @cached_property
+    def mask_kind(self) -> MaskKind:
+        """Return which masks its model takes on a RowCache."""
+        return MaskKind.of(plain_model(self.model))
 
     def run(self, step: Step, mask: Any, cache: Any, call: Callable[..., Any] | None = None) -> dict[str, Tensor]:
         """Return the logits (rows, kept positions, V_member) of its members in their own dtype, on their device.
@@ -126,7 +124,8 @@ class Forward:
             "logits_to_keep": keep,
         }
         accepted = {name: value for name, value in optional.items() if name in self.accepts}
-        ids = torch.cat([reader.read(step.input_ids) for reader in self.readers])
+        read = [reader.read(step.input_ids) for reader in self.readers]
+        ids = read[0] if num == 1 else torch.cat(read)
         with nullcontext() if self.backbone is None else self.backbone.through(self.roles, num * rows):
             output = call(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **accepted)
         logits: Tensor = output.logits
@@ -170,7 +169,17 @@ def _forward(
 ) -> Forward:
     accepts = frozenset(inspect.signature(plain_model(model).forward).parameters)
     probe = next(model.parameters(), None)
-    return Forward(tuple(make_reader(role, contract) for role in roles), model, accepts, backbone, probe)
+    readers = tuple(make_reader(role, contract) for role in roles)
+    return Forward(readers, model, accepts, _device_of(model, probe), probe, backbone)
+
+
+def _device_of(model: PreTrainedModel, probe: Tensor | None) -> torch.device:
+    """Where its inputs are wanted: of a model on several devices the first that computes."""
+    places = getattr(model, "hf_device_map", None) or {}
+    first = next((place for place in places.values() if str(place) not in ("cpu", "disk")), None)
+    if first is not None:
+        return torch.device("cuda", first) if isinstance(first, int) else torch.device(first)
+    return torch.device("cpu") if places or probe is None else probe.device
 
 
 def plain_model(model: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -15,8 +14,6 @@ from torch import Tensor
 from ensembler.errors import ConfigError
 from ensembler.rules import RULE_NAMES, RULES, Rule
 from ensembler.vocab import VocabularyContract
-
-_MOST_ALPHAS = 1000
 
 
 @dataclass(frozen=True)
@@ -149,23 +146,3 @@ def _find(name: str, own: Rule) -> Rule:
             ": leave this rule out, or give such members"
         )
     return rule
-
-
-def parse_alphas(text: str) -> tuple[float, ...]:
-    """Return the numbers of FIRST:LAST:STEP, both ends among them, or of A,B,...; raise ConfigError."""
-    parts = text.split(":")
-    try:
-        numbers = [float(part) for part in (parts if len(parts) > 1 else text.split(","))]
-    except ValueError:
-        numbers = []
-    if not numbers or not all(map(math.isfinite, numbers)) or len(parts) not in (1, 3):
-        raise ConfigError(f"the alphas {text!r} are no grid; expected FIRST:LAST:STEP as 0:1.5:0.1, or 0,0.5,1")
-    if len(parts) == 1:
-        return tuple(numbers)
-    first, last, step = numbers
-    if step <= 0 or last < first:
-        raise ConfigError(f"the alphas {text!r} are empty; expected FIRST:LAST:STEP with a step above 0, upwards")
-    num = math.floor((last - first) / step + 1e-9) + 1
-    if num > _MOST_ALPHAS:
-        raise ConfigError(f"the alphas {text!r} are {num:,} numbers; give at most {_MOST_ALPHAS:,}")
-    return tuple(round(first + index * step, 10) + 0.0 for index in range(num))

@@ -60,8 +60,7 @@ class MemberSet:
         is_same = len(known) == len(models) and all(one is other for one, other in zip(known, models, strict=True))
         if is_same and weights == _weights_of(planned):
             return planned
-        if not is_same:
-            planned = plan_forwards(dict(self._models.items()), self.backbones, self._contract)
+        planned = plan_forwards(dict(self._models.items()), self.backbones, self._contract)
         self._planned = models, planned, _weights_of(planned)
         self._kept, self._obstacles = None, {}
         if self.graphs is not None:
@@ -224,7 +223,7 @@ class MemberSet:
         here = step.on(device)
         assert here.position_ids is not None
         slots = Slots.of(step.position_ids, here.position_ids, cache.room, here.rows)
-        masks = Masks(here.position_ids, slots.length)
+        masks = Masks(here.position_ids, slots)
         here = replace(here, position_ids=here.position_ids.clamp(min=0))
         logits: dict[str, Tensor] = {}
         for forward in forwards:
@@ -237,7 +236,7 @@ class MemberSet:
         part.at = slots
         call = None if self._compiled is None or not slots.is_static else self._compiled.get(id(forward.model))
         model = plain_model(forward.model)
-        mask = masks.of(model)
+        mask = masks.of(forward.mask_kind)
         # Single tokens that are launched need it not: there transformers copies nothing either.
         is_few = slots.is_static or 1 < step.input_ids.shape[1] <= MOST_STATIC
         with grouped(model) if is_few else nullcontext():
@@ -295,13 +294,13 @@ class MemberSet:
     ) -> dict[str, Tensor]:
         """Run forwards of one device on inputs that stay where they are; on a GPU each on a stream of its own."""
         slots = Slots.static(positions, cache.room, length)
-        masks = Masks(positions, length)
+        masks = Masks(positions, slots)
         step = Step(ids, position_ids=positions.clamp(min=0))
         if device.type != "cuda" or len(forwards) == 1:
             runs = [self._run_one(forward, step, cache, slots, masks) for forward in forwards]
             return {role: values for run in runs for role, values in run.items()}
         for forward in forwards:
-            masks.of(plain_model(forward.model))  # made before the streams part
+            masks.of(forward.mask_kind)  # made before the streams part
         here = torch.cuda.current_stream(device)
         logits: dict[str, Tensor] = {}
         streams = self._streams.setdefault(device, [])
@@ -329,7 +328,7 @@ def _weights_of(forwards: Sequence[Forward]) -> list[object]:
 
 def _devices(forwards: Sequence[Forward]) -> list[torch.device]:
     """The devices of forwards, GPUs first."""
-    return list(dict.fromkeys(forward.device for forward in _gpus_first(forwards)))
+    return sorted({forward.device for forward in forwards}, key=lambda device: (device.type == "cpu", str(device)))
 
 
 def _gpus_first(forwards: Sequence[Forward]) -> list[Forward]:

@@ -49,39 +49,42 @@ def why_not_by_row(model: PreTrainedModel) -> str | None:
 
 @dataclass(frozen=True)
 class Slots:
-    """Where a forward reads and writes.
+    """Where the `num` new tokens of each of `num_rows` rows are written, and what is read.
 
-    `num_rows`: how many rows it has; `index` (rows,) int64 says which of the cache, the first of it where it
-    `is_prefix`. `slots` (rows, n) int64: where each token stands, the cache's room for padding. `start`: the slot of
-    the first token where all rows stand at the same place, and nothing is padded; else None. `length`: slots that are
-    read, from the first on. `is_static`: shapes and places are those of a graph, or of a compiled step.
+    `start`: the slot of the first token where all rows stand together and nothing is padded. Else `places` says of each
+    token its row in the cache, (rows, 1), and its slot there, (rows, num), which is the cache's room for padding; both
+    int64. `rows` (rows,) int64: which rows of the cache are read (None: the first). `length`: slots that are read, from
+    the first on. `is_static`: shapes and places are those of a graph, or of a compiled step.
     """
 
     num_rows: int
-    index: Tensor
-    is_prefix: bool
-    slots: Tensor
-    start: int | None
+    num: int
     length: int
+    start: int | None = None
+    places: tuple[Tensor, Tensor] | None = None
+    rows: Tensor | None = None
     is_static: bool = False
 
     @classmethod
     def of(cls, positions: Tensor, on_device: Tensor, room: int, rows: Tensor | None = None) -> Slots:
         """Return the slots of tokens at `positions` (rows, n) int64 on the CPU, the same `on_device`; −1 is padding."""
         num_rows, num = positions.shape
-        first = int(positions[0, 0])
-        together = rows is None and first >= 0 and bool((positions == first + torch.arange(num)).all())
-        slots = on_device.where(on_device >= 0, room)
-        index = torch.arange(num_rows, device=slots.device) if rows is None else rows
-        length = int(positions.max()) + 1
-        return cls(num_rows, index, rows is None, slots, first if together else None, length)
+        found = positions.tolist()
+        first, length = found[0][0], max(map(max, found)) + 1
+        if rows is None and first >= 0 and found == [list(range(first, first + num))] * num_rows:
+            return cls(num_rows, num, length, start=first)
+        return cls(num_rows, num, length, places=_places(on_device, room, rows), rows=rows)
 
     @classmethod
     def static(cls, positions: Tensor, room: int, length: int) -> Slots:
         """Return the slots of tokens at `positions` (rows, n) on a device, that the host does not look at."""
-        num_rows, slots = positions.shape[0], positions.where(positions >= 0, room)
-        index = torch.arange(num_rows, device=positions.device)
-        return cls(num_rows, index, True, slots, None, length, is_static=True)
+        num_rows, num = positions.shape
+        return cls(num_rows, num, length, places=_places(positions, room, None), is_static=True)
+
+
+def _places(positions: Tensor, room: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows = torch.arange(positions.shape[0], device=positions.device) if rows is None else rows
+    return rows[:, None], positions.where(positions >= 0, room)
 
 
 def bucket(num: int, smallest: int = SMALLEST) -> int:
@@ -89,26 +92,48 @@ def bucket(num: int, smallest: int = SMALLEST) -> int:
     return max(smallest, 1 << (num - 1).bit_length())
 
 
+@dataclass(frozen=True)
+class MaskKind:
+    """Which masks a model takes: its sliding `window`, if any, and its `layer_types`, None where all layers take one.
+
+    `dtype`: that of its weights; None where a mask has to be bool.
+    """
+
+    config: Any
+    window: int | None
+    layer_types: frozenset[str] | None
+    dtype: torch.dtype | None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> MaskKind:
+        """Return the kind that a model takes."""
+        config = model.config.get_text_config(decoder=True)
+        layer_types = getattr(config, "layer_types", None)
+        # A mask that is added is made once, a bool one is turned into that by each attention. But quantised layers
+        # compute in a dtype of their own.
+        is_quantised = getattr(model, "hf_quantizer", None) is not None
+        dtype = None if is_quantised and config._attn_implementation == "sdpa" else model.dtype
+        window = getattr(config, "sliding_window", None)
+        return cls(config, window, None if layer_types is None else frozenset(layer_types), dtype)
+
+
 class Masks:
     """The masks of a forward by what models want: made once for all members on a device.
 
-    `positions` (rows, n) int64, −1 is padding, which sees the first slot alone; `length`: the slots that are read.
+    `positions` (rows, n) int64 of tokens that stand in `slots`; −1 is padding, which sees the first slot alone.
     """
 
-    def __init__(self, positions: Tensor, length: int) -> None:
-        self._at = positions.clamp(min=0)[:, None, :, None]
-        self._slots = torch.arange(length, device=positions.device)
+    def __init__(self, positions: Tensor, slots: Slots) -> None:
+        at = positions if slots.start is None else positions[:1]  # one row for all that stand together
+        self._at = at.clamp(min=0)[:, None, :, None]
+        self._slots = torch.arange(slots.length, device=positions.device)
         self._made: dict[object, Tensor] = {}
 
-    def of(self, model: PreTrainedModel) -> Tensor | dict[str, Tensor]:
-        """Return the mask (rows, 1, n, length) of a model, by layer type where it has several."""
-        config = model.config.get_text_config(decoder=True)
-        window = getattr(config, "sliding_window", None)
-        dtype = model.dtype if config._attn_implementation == "eager" else None
-        kinds = getattr(config, "layer_types", None)
-        if kinds is None:
-            return self._mask(window, dtype)
-        return {kind: self._mask(window if kind == SLIDING else None, dtype) for kind in set(kinds)}
+    def of(self, kind: MaskKind) -> Tensor | dict[str, Tensor]:
+        """Return the mask (rows or 1, 1, n, length) of a model, by layer type where it has several."""
+        if kind.layer_types is None:
+            return self._mask(kind.window, kind.dtype)
+        return {one: self._mask(kind.window if one == SLIDING else None, kind.dtype) for one in kind.layer_types}
 
     def _mask(self, window: int | None, dtype: torch.dtype | None) -> Tensor:
         """Bool, True where a token is seen; with a `dtype` what is added to scores, 0 or its smallest number."""
@@ -202,26 +227,35 @@ class PartCache(Cache):  # type: ignore[misc,unused-ignore]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the slots before the new tokens; positions are given, so that no model counts with it."""
-        return 0 if self.at is None else self.at.length - self.at.slots.shape[1]
+        return 0 if self.at is None else self.at.length - self.at.num
 
     def _allocate(self, like: Tensor) -> Tensor:
         # Zeros: what a mask hides is still multiplied by 0, and NaN would stay. One slot more takes padding.
         with torch.inference_mode(mode=False):  # it may outlive the mode of this call, and is written to then
-            return like.new_zeros(self.num_blocks, self.num_rows, like.shape[1], self.room + 1, like.shape[3])
+            return like.new_zeros(self.num_blocks * self.num_rows, like.shape[-3], self.room + 1, like.shape[-1])
+
+    def _by_block(self, states: Tensor) -> Tensor:
+        """The same of shape (blocks, rows, heads, slots, width)."""
+        return states.view(self.num_blocks, -1, *states.shape[1:])
 
     def _advance(self, buffer: Tensor, new: Tensor) -> Tensor:
         at = self.at
         assert at is not None
-        if at.is_prefix and at.start is not None:
-            states = buffer[:, : at.num_rows]
-            states[:, :, :, at.start : at.start + new.shape[2]] = new.view(states.shape[:2] + new.shape[1:])
+        rows = buffer
+        if at.num_rows < self.num_rows:
+            rows = self._by_block(buffer)[:, : at.num_rows]
+            rows = rows[0] if self.num_blocks == 1 else rows
+        if at.start is not None:
+            here = rows.narrow(-2, at.start, at.num)
+            here.copy_(new.view(here.shape))
         else:
+            assert at.places is not None
+            index, slots = (one.to(buffer.device) for one in at.places)  # of a member on several devices
             by_slot = (1, 3, 0, 2, 4)  # (rows, slots, blocks, heads, width)
-            states = new.view(self.num_blocks, -1, *new.shape[1:]).permute(by_slot)
-            index, slots = at.index.to(buffer.device), at.slots.to(buffer.device)  # of a member on several devices
-            buffer.permute(by_slot)[index[:, None], slots] = states
-        seen = buffer[:, :, :, : at.length]
-        return (seen[:, : at.num_rows] if at.is_prefix else seen[:, at.index.to(buffer.device)]).flatten(0, 1)
+            self._by_block(buffer).permute(by_slot)[index, slots] = self._by_block(new).permute(by_slot)
+            rows = rows if at.rows is None else self._by_block(buffer)[:, index[:, 0]]
+        seen = rows.narrow(-2, 0, at.length)
+        return seen if seen.dim() == 4 else seen.flatten(0, 1)
 
     def copy_rows(self, sources: Sequence[int], targets: Sequence[int], other: PartCache, length: int) -> None:
         """Copy the first `length` slots of rows."""
@@ -232,20 +266,20 @@ class PartCache(Cache):  # type: ignore[misc,unused-ignore]
             for name in ("keys", "values"):
                 source = getattr(theirs, name)
                 if getattr(mine, name) is None:
-                    setattr(mine, name, self._allocate(source[0]))
-                target = getattr(mine, name)
-                target[:, list(targets), :, :length] = source[:, list(sources), :, :length]
+                    setattr(mine, name, self._allocate(source))
+                target = self._by_block(getattr(mine, name))
+                target[:, list(targets), :, :length] = other._by_block(source)[:, list(sources), :, :length]
 
     def forget_behind(self, lengths: Sequence[int]) -> None:
         """Zero all slots behind the rows' lengths."""
         for layer in self.layers:
             for states in (layer.keys, layer.values):
                 for row, length in enumerate(lengths) if states is not None else ():
-                    states[:, row, :, length:] = 0
+                    self._by_block(states)[:, row, :, length:] = 0
 
 
 class RowLayer:
-    """Keys and values of one layer, (blocks, rows, heads, room + 1, width), None before the first forward."""
+    """Keys and values of one layer, (blocks · rows, heads, room + 1, width), None before the first forward."""
 
     is_sliding = False
     is_compileable = True

@@ -131,7 +131,7 @@ def score_together(
 
 def _run_batch(model: EnsembleForCausalLM, batch: Batch) -> Iterator[tuple[Pass, Logits]]:
     for whole in batch.passes:
-        for one, logits in run_pass(whole, model.member_logits, model.new_cache):
+        for one, logits in run_pass(whole, model.member_set.logits, model.new_cache):
             yield one, {role: values.to(model.device) for role, values in logits.items()}
 
 

@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ensembler.engine.grid import parse_alphas
 from ensembler.errors import ConfigError
+from ensembler.rules import parse_alphas
 
 
 def check_keys(content: Any, known: Sequence[str], where: str, kind: str = "key") -> None:
