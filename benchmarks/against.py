@@ -6,18 +6,22 @@
 MODEL is a folder; a process of each checkout loads it three times, as source FT, source PT and target PT (base-change,
 α = 0.5). They are asked for one case after the other, each case by both in turn, so that drift hits both alike; the
 first round warms up. `host` is a trio of two layers of width 16, where next to nothing is computed: what a token costs
-beside the work. A row of each case is appended to benchmarks/results/against.jsonl; ratios below 1: this checkout is
-faster.
+beside the work; `forwards` are the bare forwards of that trio on their own caches, in which neither checkout has a
+hand. `shared` is source FT as a LoRA on the weights of source PT. A row of each case is appended to
+benchmarks/results/against.jsonl; ratios below 1: this checkout is faster.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +32,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 ROLES = ("source_ft", "source_pt", "target_pt")
 ALPHAS = tuple(round(0.1 * index, 1) for index in range(16))
-CASES = ("host", "plain", "sampled", "batch", "grid", "headers", "ngram", "drafted", "choices", "texts")
+CASES = (
+    *("forwards", "host", "shared", "plain", "sampled", "batch"),
+    *("grid", "headers", "ngram", "drafted", "choices", "texts"),
+)
 
 
 # -- the work, in a process of either checkout -------------------------------------------------------------------------
@@ -54,7 +61,7 @@ def make_cases(folder: str) -> dict[str, Callable[[], object]]:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from ensembler import EnsembleForCausalLM
+    from ensembler import EnsembleForCausalLM, MemberConfig
     from ensembler.evaluation.batches import make_batches
     from ensembler.evaluation.requests import ScoringRequest
     from ensembler.evaluation.scoring import score_together
@@ -70,7 +77,7 @@ def make_cases(folder: str) -> dict[str, Callable[[], object]]:
 
     prompts = [EncodedPrompt(i, ids(length)) for i, length in enumerate((40, 24, 31, 12))]
     header = ids(200)
-    shared = [EncodedPrompt(i, header + ids(12 + i)) for i in range(4)]
+    alike = [EncodedPrompt(i, header + ids(12 + i)) for i in range(4)]
     repeating = [EncodedPrompt(0, ids(12) * 3)]
     points = [Point("base-change", alpha) for alpha in ALPHAS]
     choices = [ScoringRequest(i, tuple(ids(40)), tuple(tuple(ids(4)) for _ in range(4)), "") for i in range(4)]
@@ -78,6 +85,9 @@ def make_cases(folder: str) -> dict[str, Callable[[], object]]:
     small = _small(LlamaConfig, LlamaForCausalLM)
     tiny = EnsembleForCausalLM.from_members(alpha=0.5, members=small)
     tiny.generation_config.eos_token_id, tiny.generation_config.pad_token_id = None, 0
+    pair = {"source_ft": MemberConfig(folder, adapter=_adapter(folder)), "source_pt": folder, "target_pt": folder}
+    shared = EnsembleForCausalLM.from_members(alpha=0.5, members=pair)
+    shared.generation_config.eos_token_id = None
 
     def run(prompts: list[Any], num: int, batch_size: int, **options: Any) -> Callable[[], object]:
         chosen = Options(max_new_tokens=num, **{"draft": "none", **options})
@@ -90,14 +100,16 @@ def make_cases(folder: str) -> dict[str, Callable[[], object]]:
     one = torch.tensor([prompts[0].ids])
     options = Options(max_new_tokens=12, draft="none")
     return {
+        "forwards": lambda: _decode_alone(small, 150),
         "host": lambda: tiny.generate(torch.arange(5, 13)[None], max_new_tokens=150, do_sample=False),
+        "shared": lambda: shared.generate(one, max_new_tokens=24, do_sample=False, pad_token_id=0),
         "plain": lambda: model.generate(one, max_new_tokens=24, do_sample=False, pad_token_id=0),
         "sampled": lambda: model.generate(
             one, max_new_tokens=24, do_sample=True, temperature=0.8, top_p=0.95, pad_token_id=0
         ),
         "batch": run(prompts, 16, 4),
         "grid": lambda: list(grid(model, tokenizer, prompts[1:3], points, options, batch_size=2)),
-        "headers": run(shared, 4, 4),
+        "headers": run(alike, 4, 4),
         "ngram": run(repeating, 24, 1, draft="ngram"),
         "drafted": run(prompts[:1], 24, 1, draft="source_pt"),
         "choices": score(choices),
@@ -131,6 +143,37 @@ def _small(config: Any, kind: Any) -> dict[str, Any]:
         torch.manual_seed(seed)
         found[role] = kind(config(**settings, num_attention_heads=2, max_position_embeddings=512)).eval()
     return found
+
+
+def _decode_alone(members: dict[str, Any], num: int) -> None:
+    """Run models by themselves, token by token, each on a growing cache; they read what the first of them chooses."""
+    import torch
+    from transformers import DynamicCache
+
+    caches = {role: DynamicCache(config=model.config) for role, model in members.items()}
+    ids = torch.arange(5, 13)[None]
+    with torch.inference_mode():
+        for _ in range(num):
+            logits = {
+                role: model(input_ids=ids, past_key_values=caches[role], logits_to_keep=1).logits
+                for role, model in members.items()
+            }
+            ids = logits["source_ft"][:, -1].argmax(-1, keepdim=True)
+
+
+def _adapter(folder: str) -> str:
+    """Write a LoRA of random numbers on all matrices of attention and MLPs of a model; return its folder."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = LoraConfig(r=8, target_modules=modules, init_lora_weights=False)
+    out = tempfile.mkdtemp(prefix="against-")
+    atexit.register(shutil.rmtree, out)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config).save_pretrained(out)
+    return out
 
 
 # -- the turns ---------------------------------------------------------------------------------------------------------
@@ -180,11 +223,7 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--results", type=Path, default=HERE / "results" / "against.jsonl")
     args = parser.parse_args()
-    commit = ["git", "-C", str(args.before), "rev-parse", "--short", "HEAD"]
-    before = subprocess.run(commit, capture_output=True, text=True, check=True).stdout.strip()
-    now = subprocess.run(
-        [*commit[:2], str(HERE), *commit[3:]], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    before, now = commit_of(args.before), commit_of(HERE)
     workers = [Worker.start(checkout.resolve(), args.model) for checkout in (args.before, HERE.parent)]
     assert [worker.said() for worker in workers] == ["ready", "ready"]
     for case in args.cases.split(","):
