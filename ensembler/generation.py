@@ -14,8 +14,9 @@ from transformers.generation import GenerationMode
 
 from ensembler.config import EnsembleConfig
 from ensembler.engine.ensemble_cache import prepare_caches
-from ensembler.engine.grid import make_combination
+from ensembler.engine.grid import combine_members, make_combination
 from ensembler.engine.member_set import MemberSet
+from ensembler.engine.row_cache import RowCache
 from ensembler.errors import ConfigError, InputError
 from ensembler.rules import Rule
 from ensembler.vocab import VocabularyContract
@@ -27,7 +28,7 @@ _LEFT_BY_GENERATE = {"tokenizer", "assistant_tokenizer"}  # generate hands its o
 
 
 class EnsembleGeneration(GenerationMixin):  # type: ignore[misc,unused-ignore]
-    """What an ensemble does otherwise than `GenerationMixin`; its attributes are those of `EnsembleForCausalLM`."""
+    """α, and how `GenerationMixin` samples and prepares caches; its attributes are those of `EnsembleForCausalLM`."""
 
     config: EnsembleConfig
     contract: VocabularyContract
@@ -53,9 +54,17 @@ class EnsembleGeneration(GenerationMixin):  # type: ignore[misc,unused-ignore]
             self.rule.check_alpha(number)
         self._row_alpha = value
 
-    def alpha_of_rows(self, num_rows: int) -> float | Tensor:
-        """Return α as a number, or as one value for each of `num_rows` rows."""
-        alpha = self.alpha
+    def combine(self, logits: Mapping[str, Tensor], alpha: float | Tensor | None = None) -> Tensor:
+        """Return the combination of member logits (rows, positions, V_member) by the rule, (rows, positions, V) fp32.
+
+        `alpha` defaults to the ensemble's; one value per row is repeated for beams and for several returned sequences.
+        """
+        num_rows = next(iter(logits.values())).shape[0]
+        return combine_members(logits, self.combination, self.alpha_of_rows(num_rows, alpha), self.contract)
+
+    def alpha_of_rows(self, num_rows: int, alpha: float | Tensor | None = None) -> float | Tensor:
+        """Return `alpha`, or the ensemble's, as a number or as one value for each of `num_rows` rows."""
+        alpha = self.alpha if alpha is None else alpha
         if not isinstance(alpha, Tensor):
             return alpha
         repeats, rest = divmod(num_rows, alpha.shape[0])  # beams and returned sequences of a row stand side by side
@@ -98,7 +107,9 @@ class EnsembleGeneration(GenerationMixin):  # type: ignore[misc,unused-ignore]
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
         if generation_mode not in _ONE_BY_ONE:
-            _logger.info("decoded by transformers' own loop: %s", generation_mode.value.replace("_", " "))
+            reason = generation_mode.value.replace("_", " ")
+            check_given_cache(given, reason)
+            _logger.info("decoded by transformers' own loop: %s", reason)
         if given is None and generation_config.use_cache and generation_mode not in _ONE_BY_ONE:
             prepare_caches(
                 self.member_set.forwards, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -115,6 +126,14 @@ class EnsembleGeneration(GenerationMixin):  # type: ignore[misc,unused-ignore]
             yield
         finally:
             self.rule, self.combination, self.config.alpha, self._row_alpha = before
+
+
+def check_given_cache(cache: object, reason: str) -> None:
+    """Raise InputError for a RowCache where `transformers`' own loop decodes, which cannot read it."""
+    if isinstance(cache, RowCache):
+        raise InputError(
+            f"past_key_values is a RowCache, and transformers' own loop decodes here ({reason}); leave it out"
+        )
 
 
 def check_arguments(unused: Mapping[str, Any]) -> None:

@@ -27,6 +27,7 @@ from ensembler.engine.forward import Step
 from ensembler.engine.grid import make_combination
 from ensembler.engine.member_set import MemberSet
 from ensembler.engine.members import MemberFiles, load_members, load_whole, shortest_context
+from ensembler.engine.row_cache import RowCache
 from ensembler.errors import ConfigError, InputError
 from ensembler.generation import EnsembleGeneration, check_arguments
 from ensembler.preflight import CheckedEnsemble, check_ensemble
@@ -277,6 +278,10 @@ class EnsembleForCausalLM(PreTrainedModel, EnsembleGeneration, GenerationMixin):
             )
         output = CausalLMOutputWithPast(loss=loss, logits=combined, past_key_values=past_key_values)
         return output if return_dict is not False else output.to_tuple()
+
+    def member_logits(self, step: Step, cache: EnsembleCache | RowCache | None = None) -> dict[str, Tensor]:
+        """Return every member's own logits (rows, kept positions, V_member) by role, as `MemberSet.logits` does."""
+        return self.member_set.logits(step, cache)
 
     def new_cache(self) -> EnsembleCache:
         """Return an empty growing cache for the members."""

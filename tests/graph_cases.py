@@ -80,7 +80,7 @@ def with_graphs(members: MemberSet, monkeypatch: pytest.MonkeyPatch, most: int =
     for module in (cuda_graphs, member_set):
         monkeypatch.setattr(module, "why_not_captured", lambda model: None)
     recorder = FakeRecorder()
-    members.graphs = StepGraphs(recorder, most)
+    members.graphs = StepGraphs(lambda: recorder, most)
     update = PartCache.update
 
     def noting(self: PartCache, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **more: Any) -> Any:

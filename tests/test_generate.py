@@ -18,6 +18,7 @@ from transformers.generation import StopStringCriteria
 
 from ensembler import EnsembleForCausalLM
 from ensembler.decoding.decoder import Decoder
+from ensembler.engine.grid import make_grid
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import InputError
 
@@ -244,5 +245,34 @@ def test_a_cache_may_hold_all_of_a_prompt_or_too_few_rows(model: EnsembleForCaus
     again = model.generate(IDS, max_new_tokens=5, do_sample=False, past_key_values=first.past_key_values)
     assert again.tolist() == first.sequences.tolist()
     small = model.generate(IDS[:1], max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
-    with pytest.raises(InputError, match="past_key_values has 1 rows and there are more prompts"):
+    with pytest.raises(InputError, match="past_key_values holds 1 rows and there are 4 texts"):
         model.generate(IDS, max_new_tokens=5, past_key_values=small.past_key_values)
+    with pytest.raises(InputError, match="past_key_values holds 4 rows and there are 1 texts"):
+        model.generate(IDS[1:2], max_new_tokens=5, past_key_values=first.past_key_values)
+
+
+def test_transformers_loop_refuses_a_cache_of_rows(model: EnsembleForCausalLM) -> None:
+    first = model.generate(IDS, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    given = {"max_new_tokens": 5, "do_sample": False, "past_key_values": first.past_key_values}
+    for options, reason in (
+        ({"use_cache": False}, "use_cache is off"),
+        ({"num_beams": 2}, "beam search"),
+        ({"prefix_allowed_tokens_fn": lambda *_: [1]}, "PrefixConstrainedLogitsProcessor"),
+    ):
+        with pytest.raises(InputError, match=f"is a RowCache, and transformers' own loop decodes here .{reason}"):
+            model.generate(first.sequences, **given, **options)
+
+
+def test_a_grid_leaves_a_cache_as_it_was(model: EnsembleForCausalLM) -> None:
+    first = model.generate(IDS, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    cache = first.past_key_values
+    before = list(cache.lengths)
+    decoder = Decoder("none", points=make_grid(["base-change"], [0.0, 1.5]))
+    options = {"max_new_tokens": 6, "do_sample": False}
+    grid = model.generate(first.sequences, **options, past_key_values=cache, custom_generate=decoder)
+    assert cache.lengths[: len(before)] == before
+    assert not any(cache.lengths[len(before) :])
+    expected = model.generate(first.sequences, **options, custom_generate=decoder)
+    assert grid.sequences.tolist() == expected.sequences.tolist()
+    again = model.generate(first.sequences, **options, past_key_values=cache)
+    assert again.tolist() == model.generate(first.sequences, **options).tolist()

@@ -16,6 +16,7 @@ from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import Sample
+from ensembler.decoding.stats import DecodingStats, Meter
 from ensembler.decoding.texts import complete_prompts
 from ensembler.engine.forward import Step
 
@@ -152,3 +153,21 @@ def test_what_the_loop_cannot_decode_comes_in_batches_of_transformers() -> None:
             assert "reference cannot keep a cache of rows" in reason
             assert count == -(-len(prompts) // batch_size)
         assert found[0] == found[1] == found[2]
+
+
+def test_between_two_completions_the_model_and_the_decoder_are_the_callers() -> None:
+    members = {"reference": make_model("bloom", 1), "aligned": make_model("llama", 2)}
+    by_batch = EnsembleForCausalLM.from_members(rule="realign", alpha=0.5, members=members)
+    members = {**members, "reference": make_model("gpt2", 1)}
+    by_row = EnsembleForCausalLM.from_members(rule="realign", alpha=0.5, members=members)
+    for model in (by_batch, by_row):
+        own = model.generation_config = GenerationConfig(repetition_penalty=1.3, pad_token_id=3)
+        decoder = Decoder("none", seed=5, meter=Meter(DecodingStats()))
+        options = DecodingOptions(max_new_tokens=3, temperature=1.0, draft="none")
+        runs = [complete_prompts(model, TOKENIZER, many_prompts(4), options, decoder=decoder) for _ in range(2)]
+        for one, other in zip(*runs, strict=True):
+            assert one.number == other.number
+            assert model.generation_config is own
+            assert model.member_set.timer is None
+        assert (decoder.seed, decoder.numbers) == (5, None)
+        assert decoder.stats.phases["step"] > 0

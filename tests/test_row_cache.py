@@ -61,14 +61,21 @@ def read(
     return [row[place] for row, place in zip(logits, places, strict=True)]
 
 
-def read_texts(members: MemberSet, cache: RowCache, *, left: bool = False, sizes: Sequence[int] = (1, 2, 1, 2)) -> Any:
-    """The logits of both texts: their prompts, ragged, then steps of `sizes` tokens at each row's own position."""
+def read_texts(
+    members: MemberSet,
+    cache: RowCache,
+    *,
+    left: bool = False,
+    prompts: Sequence[int] = PROMPTS,
+    sizes: Sequence[int] = (1, 2, 1, 2),
+) -> list[Tensor]:
+    """The logits of both texts: their `prompts` tokens, then steps of `sizes` tokens at each row's own position."""
     got = [
-        [part] for part in read(members, cache, [(t[:n], 0) for t, n in zip(TEXTS, PROMPTS, strict=True)], left=left)
+        [part] for part in read(members, cache, [(t[:n], 0) for t, n in zip(TEXTS, prompts, strict=True)], left=left)
     ]
     done = 0
     for size in sizes:
-        pieces = [(t[n + done : n + done + size], n + done) for t, n in zip(TEXTS, PROMPTS, strict=True)]
+        pieces = [(t[n + done : n + done + size], n + done) for t, n in zip(TEXTS, prompts, strict=True)]
         for one, part in zip(got, read(members, cache, pieces), strict=True):
             one.append(part)
         done += size
@@ -99,6 +106,9 @@ def test_a_family_gives_what_its_own_cache_gives(name: str, attention: str, monk
         members = alone(model)
         for found, wanted in zip(read_texts(members, members.row_cache(2, ROOM), left=left), expected, strict=True):
             assert_close(found, wanted)
+    members = alone(model)
+    for found, text in zip(read_texts(members, members.row_cache(2, ROOM), prompts=(8, 8)), TEXTS, strict=True):
+        assert_close(found, by_its_own_cache(model, text, 8)[: len(found)])  # rows that stand together
     members = with_graphs(alone(model), monkeypatch)
     for found, wanted in zip(read_texts(members, members.row_cache(2, ROOM)), expected, strict=True):
         assert_close(found, wanted)
@@ -159,7 +169,7 @@ def test_some_rows_are_read_and_the_others_stay(family: str) -> None:
     cache = members.row_cache(3, ROOM)
     text, other = TEXTS
     read(members, cache, [(text[:6], 0), (text[:8], 0), (text[:9], 0)])
-    (found,) = read(members, cache, [(other[:7], 0)], rows=torch.tensor([1]))
+    (found,) = read(members, cache, [(other[:7], 0)], first_row=1)
     assert_close(found, by_its_own_cache(model, other[:7], 7))
     rows = read(members, cache, [(text[6:9], 6), (other[7:9], 7), (text[9:10], 9)])
     for row, whole, start in zip(rows, (text, other, text), (6, 7, 9), strict=True):
@@ -201,7 +211,7 @@ def test_a_cache_grows(family: str) -> None:
     cache.reserve(2, 20)
     assert (cache.num_rows, cache.room, cache.lengths) == (2, bucket(20), [9, 0])
     assert cache.version != version
-    read(members, cache, [(other[:12], 0)], rows=torch.tensor([1]))
+    read(members, cache, [(other[:12], 0)], first_row=1)
     found = read(members, cache, [(text[9:15], 9), (other[12:20], 12)])
     for one, whole, start in zip(found, TEXTS, (9, 12), strict=True):
         assert_close(one, by_its_own_cache(model, whole, start)[start:])
@@ -260,17 +270,16 @@ def test_rows_that_stand_at_the_same_place_are_written_as_one_block() -> None:
     """The same numbers as if they were scattered."""
     positions = torch.arange(4, 7).expand(2, 3)
     assert Slots.of(positions, positions, ROOM).start == 4
-    assert Slots.of(positions, positions, ROOM, torch.tensor([1, 0])).start is None
     assert Slots.of(positions + torch.tensor([[0], [1]]), positions, ROOM).start is None
     padded = torch.tensor([[4, 5, -1], [4, 5, 6]])
     slots = Slots.of(padded, padded, ROOM)
-    assert slots.places is not None
-    assert (slots.start, slots.length, slots.places[1].tolist()) == (None, 7, [[4, 5, ROOM], [4, 5, 6]])
+    assert slots.index is not None
+    assert (slots.start, slots.length, slots.index[1].tolist()) == (None, 7, [[4, 5, ROOM], [4, 5, 6]])
     model = make_tiny("llama")
     members = alone(model)
     pieces = [(text[:9], 0) for text in TEXTS]
     together = read(members, members.row_cache(2, ROOM), pieces)
-    scattered = read(members, members.row_cache(2, ROOM), pieces, rows=torch.tensor([0, 1]))
+    scattered = read(members, members.row_cache(3, ROOM), [*pieces, (TEXTS[0][:1], 1)])[:2]
     torch.testing.assert_close(together, scattered, rtol=0, atol=1e-6)
 
 

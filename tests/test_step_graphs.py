@@ -27,7 +27,7 @@ def doubled(values: Tensor) -> dict[str, Tensor]:
 
 
 def test_the_graph_used_longest_ago_goes() -> None:
-    graphs = StepGraphs(FakeRecorder(), most=2)
+    graphs = StepGraphs(FakeRecorder, most=2)
     counts = []
     for number, key in enumerate("abacabcc"):
         found = graphs.run(key, doubled, [torch.full((2, 3), number)], CPU)["out"]
@@ -37,7 +37,7 @@ def test_the_graph_used_longest_ago_goes() -> None:
 
 
 def test_a_replay_reads_what_it_is_given_and_keeps_none_of_it() -> None:
-    graphs = StepGraphs(FakeRecorder())
+    graphs = StepGraphs(FakeRecorder)
     given = torch.tensor([1.0, 2.0])
     first = graphs.run("key", doubled, [given], CPU)["out"]
     given.fill_(7)
@@ -185,7 +185,7 @@ def on_a_gpu(**more: Any) -> Any:
         (on_a_gpu(), None),
         (on_a_gpu(hf_device_map={"": 0}), None),
         (on_a_gpu(hf_device_map={"model": 0, "lm_head": 1}), "spread over devices"),
-        (on_a_gpu(modules=[SimpleNamespace(_hf_hook=None)]), "hooks move its weights"),
+        (on_a_gpu(modules=[SimpleNamespace(_hf_hook=None)]), "accelerate has put hooks"),
         (on_a_gpu(config={"_experts_implementation": "eager"}), None),  # transformers says so of dense models, too
         (on_a_gpu(modules=[SomeExperts()], config={"_experts_implementation": "eager"}), "'grouped_mm'"),
         (on_a_gpu(modules=[SomeExperts()], config={"_experts_implementation": "grouped_mm"}), None),
@@ -211,6 +211,6 @@ def test_members_on_a_cpu_are_launched(trio: dict[str, PreTrainedModel]) -> None
     assert {why_not_captured(member) for member in trio.values()} == {"it is on cpu"}
     model = EnsembleForCausalLM.from_members(members=trio)
     assert not model.member_set.is_static
-    model.member_set.graphs = StepGraphs(FakeRecorder())
+    model.member_set.graphs = StepGraphs(FakeRecorder)
     assert not model.member_set.is_static
     assert model.member_set.eager_forwards() == dict.fromkeys(ROLES, "it is on cpu")

@@ -22,6 +22,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
 
 from ensembler.decoding.rows import Row, Text
+from ensembler.engine.devices import send
 from ensembler.engine.grid import Grid
 
 # These know a row by its number, keep a state from call to call, or run the model themselves.
@@ -163,7 +164,7 @@ class Chooser:
         `logits` (rows, n, V_member) by role; without processors, one launch chooses all tokens. The host waits once.
         """
         device = self._grid.weights.table.device
-        ordered = [values.to(device) for values in self._grid.ordered(logits)]
+        ordered = [send(values, device) for values in self._grid.ordered(logits)]
         if self._processors or self._recorder is not None:
             tokens = self._choose_processed(ordered, asked)
         else:
@@ -180,7 +181,7 @@ class Chooser:
         if len(self._grid) == 1:
             return self._grid.weights
         table = self._grid.weights.table
-        return self._grid.weights.replace_table(table[torch.tensor(points).to(table.device)])
+        return self._grid.weights.replace_table(table[send(torch.tensor(points), table.device)])
 
     def _choose_among(
         self,
@@ -195,10 +196,10 @@ class Chooser:
         noise = None
         if self._seed is not None:
             numbers = torch.tensor([(one.text.prompt, one.text.sample, one.position) for one in asked])
-            noise = make_noise(self._seed, *numbers.unbind(1)).to(device)
+            noise = send(make_noise(self._seed, *numbers.unbind(1)), device)
         rows = None
         if list(sources) != list(range(logits[0].shape[:-1].numel())):
-            rows = torch.tensor(sources, dtype=torch.int32).to(device)
+            rows = send(torch.tensor(sources, dtype=torch.int32), device)
         found = combine_sample(logits, weights, rows, noise=noise, temperature=temperature)
         # Where processors forbid everything transformers takes the first token, too.
         return found.tokens.flatten().clamp(min=0).masked_fill(found.logprobs.flatten().isnan(), NAN)
@@ -215,7 +216,7 @@ class Chooser:
         chosen = torch.empty(len(asked), dtype=torch.int64, device=logits[0].device)
         for start in range(0, len(first), _MOST):
             part = first[start : start + _MOST]
-            rows = torch.tensor([one.source for one in part], dtype=torch.int32).to(logits[0].device)
+            rows = send(torch.tensor([one.source for one in part], dtype=torch.int32), logits[0].device)
             z = combine(logits, self._weights([one.text.point for one in part]), rows)
             is_nan = z.isnan().any(-1)
             if self._width is not None:

@@ -30,7 +30,7 @@ from ensembler.decoding.stats import DecodingStats, Meter
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import ConfigError, InputError
-from ensembler.generation import check_arguments
+from ensembler.generation import check_arguments, check_given_cache
 from ensembler.modeling import EnsembleForCausalLM
 
 _logger = logging.getLogger(__name__)
@@ -45,8 +45,8 @@ class Decoder:
     run of it alone. `draft`: a role, 'ngram' (the text's own repetitions), 'auto' (the lightest forward, where one is
     light enough) or 'none'. At most `num_positions` are read in a round, as many as pay; `is_fixed`: always so many.
     `seed`: of sampling (None: drawn from torch's generator in each call); `numbers`: the prompts' numbers, on which
-    their noise depends (default: their places in the batch). `streamer` gets tokens: `generate` hands its own to no
-    decoding method, but puts the prompt into it. `by_row`: processors and criteria of your own are functions of a text,
+    their noise depends (default: their places in the batch). `streamer` gets the new tokens: `generate` gives its own
+    the prompt alone, so pass it here too. `by_row`: processors and criteria of your own are functions of a text,
     and may be asked about some rows of the batch, and about drafts; else `transformers` decodes with them. `stats`
     counts what happens, `meter` times it. Used again, it goes on with the costs and acceptance that it has measured.
     """
@@ -109,6 +109,7 @@ class Decoder:
         }
         reason = why_transformers(model, logits_processor, stopping_criteria, config, model_kwargs, by_row=self._by_row)
         if reason is not None:
+            check_given_cache(model_kwargs.get("past_key_values"), reason)
             _logger.info("decoded by transformers' own loop: %s", reason)
             self.stats.add_batch_of_transformers(reason)
             grid = None if self.points is None else grid_of(model, self.points, 1)
@@ -153,6 +154,7 @@ class Decoder:
         width = model.contract.widths[model.rule.anchor]
         drafter = find_drafter(model, self.draft, grid, lambda one: Chooser(one, processors, seed, width=width))
         self.stats.plain_reason = drafter if isinstance(drafter, str) else None
+        self.stats.draft = None if isinstance(drafter, str) else drafter.name
         return DecodeLoop(
             read,
             cache,
@@ -172,7 +174,6 @@ class Decoder:
             self.stats.add(done)
             return ended
         self._pace = Pace(self.num_positions, drafter.share) if self._pace is None else self._pace
-        self.stats.draft = drafter.name
         most = min(self.num_positions, loop.room)
         ended, done = loop.step(most if self.is_fixed else self._pace.next_round(loop.num_running, most))
         self._pace.saw(done)
@@ -255,7 +256,12 @@ class _Generation:
         room = self._max_length - self._ids.shape[1]
         by_row = not self._is_grid and num_points > 1
         together = 1 if self._keeps or by_row else self._num_samples
-        rows = []
+        rows: list[Row] = []
+        held = [] if cache is None else [length for length in cache.lengths if length]
+        if held and len(held) != len(ids):
+            raise InputError(
+                f"past_key_values holds {len(held)} rows and there are {len(ids)} texts; give the cache of these texts"
+            )
         for first in range(0, len(ids), together):
             kept = [True] * len(ids[first]) if seen is None else seen[first]
             prompt = [token for token, is_seen in zip(ids[first], kept, strict=True) if is_seen]
@@ -265,8 +271,8 @@ class _Generation:
                 for place in range(first, first + together)
             ]
             rows.append(Row(prompt, len(prompt), len(prompt) + room, texts, ids[first], batch_row=first))
-            if cache is not None:
-                rows[-1].num_read = _num_held(cache, len(rows) - 1, prompt)
+            if held:
+                rows[-1].num_read = min(held[first], len(prompt) - 1)  # the logits after the last token are wanted
         return rows
 
     def run(self) -> Any:
@@ -275,12 +281,18 @@ class _Generation:
         try:
             output = self._run()
         except BaseException:
-            self._cache.lengths[: len(before)] = before  # of a cache that was given
-            self._cache.forget_behind()
+            self._cut(before)
             raise
+        if self._is_grid:  # what stands on the rows now is of any point
+            self._cut(before)
         if self._given is None:
             self._members.keep(self._cache)
         return output
+
+    def _cut(self, lengths: Sequence[int]) -> None:
+        """Leave of the cache what the rows held before."""
+        self._cache.lengths = [*lengths, *[0] * (self._cache.num_rows - len(lengths))]
+        self._cache.forget_behind()
 
     def _run(self) -> Any:
         rows_per_step = [len(self._rows)]
@@ -334,10 +346,3 @@ def _check(config: GenerationConfig, points: Sequence[GridPoint] | None) -> None
         )
     if points is not None and config.return_dict_in_generate:
         raise ConfigError("return_dict_in_generate is set; a grid returns a GridOutput: leave it out")
-
-
-def _num_held(cache: RowCache, row: int, prompt: Sequence[int]) -> int:
-    """How many tokens of a prompt are in a cache that was given; the last is read again where all are."""
-    if row >= cache.num_rows:
-        raise InputError(f"past_key_values has {cache.num_rows} rows and there are more prompts; give as many")
-    return min(cache.lengths[row], len(prompt) - 1)

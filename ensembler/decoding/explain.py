@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ensembler.engine.forward import Step
-from ensembler.engine.grid import combine_members
 from ensembler.modeling import EnsembleForCausalLM
 
 ENSEMBLE = "ensemble"
@@ -58,14 +57,9 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
 def next_tokens(model: EnsembleForCausalLM, ids: Sequence[int], top_k: int = 5) -> dict[str, list[Candidate]]:
     """Return the `top_k` most probable next tokens of the ensemble and of every member, by role, after `ids`."""
     logits = model.member_set.logits(Step(torch.tensor([list(ids)], device=model.device), logits_to_keep=1))
-    scores = {ENSEMBLE: _combined(model, logits), **logits}
+    scores = {ENSEMBLE: model.combine(logits), **logits}
     top_k = min(top_k, *(values.shape[-1] for values in scores.values()))
     return {role: _top(values[0, -1], top_k) for role, values in scores.items()}
-
-
-def _combined(model: EnsembleForCausalLM, logits: Mapping[str, Tensor]) -> Tensor:
-    """The combination (1, positions, V) of logits (1, positions, V_member) by role."""
-    return combine_members(logits, model.combination, model.alpha_of_rows(1), model.contract)
 
 
 def _top(logits: Tensor, top_k: int) -> list[Candidate]:
@@ -81,7 +75,7 @@ def explain(model: EnsembleForCausalLM, prompt_ids: Sequence[int], new_ids: Sequ
     """
     ids = torch.tensor([[*prompt_ids, *new_ids]], device=model.device)
     logits = model.member_set.logits(Step(ids[:, :-1], logits_to_keep=len(new_ids)))
-    ensemble = _combined(model, logits)[0].softmax(-1)
+    ensemble = model.combine(logits)[0].softmax(-1)
     anchor = logits[model.rule.anchor][0].float().softmax(-1).to(ensemble.device)
     tokens = ids[0, len(prompt_ids) :].to(ensemble.device)
     columns = (

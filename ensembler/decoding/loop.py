@@ -26,10 +26,19 @@ from ensembler.engine.row_cache import RowCache
 from ensembler.errors import LogitsError
 
 Logits = dict[str, Tensor]
-
-
 Read = Callable[[Step, RowCache, Sequence[Forward] | None], Logits]
 """Reads with the members (or some of their forwards), and returns their logits (rows, n, V) by role."""
+_CHUNK = 1024  # positions of prompts that are read at once: a mask of all of a long prompt would be its square
+
+
+def read_in_chunks(
+    read: Read, cache: RowCache, ids: Tensor, positions: Tensor, chunk: int | None = None, first_row: int = 0
+) -> Logits:
+    """Read prompts, `ids` and `positions` (rows, n), `chunk` of them at a time; return the last logits (rows, 1, V)."""
+    for start in range(0, ids.shape[1], chunk or _CHUNK):
+        here = slice(start, start + (chunk or _CHUNK))
+        logits = read(Step(ids[:, here], None, positions[:, here], 1, first_row), cache, None)
+    return logits
 
 
 class DecodeLoop:
@@ -122,12 +131,7 @@ class DecodeLoop:
         ends = torch.tensor([len(row.ids) for row in rows])[:, None]
         positions = ends - longest + torch.arange(longest)
         positions[positions < torch.tensor([row.num_read for row in rows])[:, None]] = -1
-        places = None if first == 0 else torch.arange(first, first + len(rows))
-        chunk = self._chunk or longest
-        for start in range(0, longest, chunk):
-            here = slice(start, start + chunk)
-            logits = self._read(Step(ids[:, here], None, positions[:, here], 1, places), self.cache, None)
-        return logits
+        return read_in_chunks(self._read, self.cache, ids, positions, self._chunk, first)
 
     def _read_drafting(self, num: int) -> Logits:
         """Draft, and return the logits (rows, n, V) after the newest token and the drafts behind it; n ≤ `num`."""
@@ -218,7 +222,7 @@ class DecodeLoop:
 
 
 def _hits(grown: Sequence[tuple[Row, Sequence[int]]], guesses: Sequence[int] | None) -> tuple[int, int]:
-    """How many drafted tokens were looked at, and how many of them stayed; `guesses`: what one would have drafted."""
+    """How many drafted tokens were looked at, and how many stayed; `guesses`: what would have been drafted."""
     pairs = [pair for row, tokens in grown for pair in zip(tokens, row.drafts, strict=False)]
     if guesses is not None:
         pairs = [(tokens[0], guess) for (_, tokens), guess in zip(grown, guesses, strict=True)]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ensembler.decoding.loop import read_in_chunks
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.rows import Row
-from ensembler.engine.forward import Step
 from ensembler.engine.row_cache import RowCache
 from ensembler.modeling import EnsembleForCausalLM
 
@@ -79,11 +79,8 @@ class Headers:
         if self._cache is None or self._ids != header:
             self._cache = None  # before the next is read: not both in memory
             cache = RowCache((forward.roles for forward in self._model.member_set.forwards), 1, len(header))
-            chunk = self._chunk or len(header)
-            for start in range(0, len(header), chunk):
-                ids = torch.tensor([header[start : start + chunk]])
-                here = start + torch.arange(ids.shape[1])[None]
-                self._model.member_set.logits(Step(ids, position_ids=here, logits_to_keep=1), cache)
+            positions = torch.arange(len(header))[None]
+            read_in_chunks(self._model.member_set.logits, cache, torch.tensor([header]), positions, self._chunk)
             cache.lengths[0] = len(header)
             self._ids, self._cache = header, cache
         return self._cache

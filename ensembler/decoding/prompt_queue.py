@@ -41,7 +41,7 @@ class Decoded:
 class PromptQueue:
     """Decodes prompts, at most `num_together` at a time. `decoder` says who drafts, at which points, and is kept.
 
-    `cache`: one that holds what a single prompt begins with, and is gone on with. `share_headers`: read what prompts
+    `cache`: that of a conversation, of which the single prompt is the next turn. `share_headers`: read what prompts
     begin with in common once.
     """
 
@@ -74,6 +74,8 @@ class PromptQueue:
     @torch.no_grad()
     def run(self, prompts: Sequence[EncodedPrompt]) -> Iterator[Decoded]:
         """Yield prompts as their texts are complete: the longest begin, so that too little memory shows at once."""
+        if not prompts:
+            return
         ordered = sorted(prompts, key=lambda prompt: (-len(prompt.ids), prompt.number))
         waiting = deque(self._row(prompt) for prompt in ordered)
         by_number = {prompt.number: prompt for prompt in prompts}

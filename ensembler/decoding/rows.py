@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(eq=False)
 class Text:
-    """One text: its `point` of the grid, and whose noise it has: the number of its prompt, and of its sample.
+    """One text: its `point` of the grid, and the numbers of its prompt and sample, on which its noise depends.
 
     `key` says to whoever gave it which one it is. When it has ended, `ids` are its new tokens.
     """

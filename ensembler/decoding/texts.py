@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -152,26 +153,23 @@ def _decode(
 ) -> Iterator[Decoded]:
     """Decode in the loop, or where it does not do what is asked batch by batch with `generate`."""
     reason = "beam search" if options.num_beams > 1 else model.member_set.why_not_by_row()
-    with decoder.watching(model):
-        if not prompts:
-            return
-        if reason is None:
-            queue = PromptQueue(
-                model,
-                tokenizer,
-                options,
-                decoder,
-                num_together=num_together,
-                cache=cache,
-                share_headers=share_headers,
-            )
-            yield from queue.run(prompts)
-            return
-        for batch in make_batches(model, prompts, num_together, options.max_new_tokens):
-            if options.num_beams > 1:  # which no decoder sees
-                decoder.stats.add_batch_of_transformers(reason)
-            with ends_only(model):
-                yield from _generate(model, tokenizer, batch, options, decoder)
+    if reason is None:
+        queue = PromptQueue(
+            model, tokenizer, options, decoder, num_together=num_together, cache=cache, share_headers=share_headers
+        )
+        running = queue.run(prompts)
+        while True:  # whoever takes the texts may use the model between two of them
+            with decoder.watching(model):
+                one = next(running, None)
+            if one is None:
+                return
+            yield one
+    for batch in make_batches(model, prompts, num_together, options.max_new_tokens):
+        if options.num_beams > 1:  # which no decoder sees
+            decoder.stats.add_batch_of_transformers(reason)
+        with decoder.watching(model), ends_only(model):
+            decoded = list(_generate(model, tokenizer, batch, options, decoder))
+        yield from decoded
 
 
 def _generate(
@@ -186,6 +184,7 @@ def _generate(
     input_ids, attention_mask = pad_left([prompt.ids for prompt in batch], pad_id(model, tokenizer))
     length = input_ids.shape[1]
     room = room_for(model, length, options.max_new_tokens)
+    decoder = copy(decoder)
     decoder.numbers, decoder.seed = [prompt.number for prompt in batch], options.seed
     if options.seed is not None:
         torch.manual_seed((options.seed + batch[0].number * _SEED_STEP) % 2**63)

@@ -170,10 +170,12 @@ class PeftSwitch:
                 yield
             return
         self._patched.base_model.set_adapter(role, inference_mode=True)
-        before = [(parameter, parameter.data) for parameter, _ in self._own[role]]
+        # Where the model has moved since, its own weights move once, too.
+        own = self._own[role] = [(one, tensor.to(one.device, one.dtype)) for one, tensor in self._own[role]]
+        before = [(parameter, parameter.data) for parameter, _ in own]
         try:
-            for parameter, tensor in self._own[role]:
-                parameter.data = tensor.to(parameter.device, parameter.dtype)
+            for parameter, tensor in own:
+                parameter.data = tensor
             yield
         finally:
             for parameter, tensor in before:

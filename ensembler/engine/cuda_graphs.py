@@ -60,7 +60,8 @@ class CudaRecorder:
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream):
+            # The outer context leaves the stream where a capture fails, which torch's own does not.
+            with torch.cuda.stream(stream), torch.cuda.graph(graph, pool=self._pool, stream=stream):
                 outputs = function(*buffers)
         return graph.replay, outputs
 
@@ -73,23 +74,23 @@ class _Recorded:
 
 
 class StepGraphs:
-    """The graphs of a member set. `num_recorded` counts captures; `reason` says why there are none any more."""
+    """The graphs of a member set, at most `most`, recorded by what `make_recorder` returns.
 
-    def __init__(self, recorder: Recorder, most: int = _MOST) -> None:
+    `num_recorded` counts captures; `reason` says why there are none any more.
+    """
+
+    def __init__(self, make_recorder: Callable[[], Recorder], most: int = _MOST) -> None:
         self.num_recorded = 0
         self.reason: str | None = None
-        self._recorder = recorder
+        self._make_recorder = make_recorder
+        self._recorder = make_recorder()
         self._most = most
         self._kept: OrderedDict[Hashable, _Recorded] = OrderedDict()
 
-    @classmethod
-    def of_device(cls) -> StepGraphs:
-        """Return CUDA graphs."""
-        return cls(CudaRecorder())
-
     def clear(self) -> None:
-        """Forget all graphs."""
+        """Forget all graphs, and the memory that they shared."""
         self._kept.clear()
+        self._recorder = self._make_recorder()
 
     def run(self, key: Hashable, function: Function, inputs: Sequence[Tensor], device: torch.device) -> Outputs:
         """Return what `function` returns for `inputs`, which are copied to `device`; the next run overwrites it.
@@ -104,9 +105,11 @@ class StepGraphs:
             try:
                 replay, outputs = self._recorder.record(function, buffers, device)
             except (RuntimeError, RunError) as error:  # whatever torch, or a member inside, does that no graph can hold
-                if out_of_memory(error) or out_of_memory(error.__cause__):
+                # Of a capture that a member's error has ended, torch itself says only that it is not valid.
+                inner = error if isinstance(error, RunError) else error.__context__ or error
+                if any(map(out_of_memory, (error, inner, inner.__cause__))):
                     raise
-                self.reason = f"a step could not be captured ({one_line(error)})"
+                self.reason = f"a step could not be captured ({one_line(inner)})"
                 _logger.warning("CUDA graphs are off: %s; steps are launched one by one", self.reason)
                 self.clear()
                 return function(*buffers)
@@ -130,7 +133,7 @@ def why_not_captured(model: Any) -> str | None:
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "it is spread over devices"
     if any(hasattr(module, "_hf_hook") for module in model.modules()):
-        return "hooks move its weights"
+        return "accelerate has put hooks on its modules"
     # transformers sets the implementation for models without experts, too
     has_experts = any(type(module).__name__.endswith("Experts") for module in model.modules())
     experts = getattr(model.config.get_text_config(decoder=True), "_experts_implementation", "eager")

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ensembler.config import MemberConfig
 from ensembler.errors import ConfigError
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 def out_of_memory(error: BaseException | None) -> bool:
     """Whether `error` says that a device, or the host, has no memory left."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; a GPU takes it from the host without waiting for what it has to do before."""
+    return values.to(device, non_blocking=device.type == "cuda")
 
 
 def check_devices(files: Iterable[MemberFiles]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ensembler.engine.backbone import Backbone
-from ensembler.engine.devices import out_of_memory
+from ensembler.engine.devices import out_of_memory, send
 from ensembler.engine.row_cache import MaskKind
 from ensembler.errors import EnsemblerError, LogitsError, RunError
 from ensembler.sources import one_line
@@ -28,19 +28,19 @@ class Step:
     `input_ids` (rows, positions) int64; `attention_mask` (rows, past + positions) or None where nothing is padded;
     `position_ids` (rows or 1, positions) or None; `logits_to_keep`: how many last positions go through the
     head (0: all), or which. On a RowCache there is no mask: `position_ids` (rows, positions) say where each token
-    stands, −1 is padding, and `rows` which rows of the cache are read, (rows,) int64 (None: the first). Both and
-    `input_ids` are on the CPU then.
+    stands, −1 is padding, and rows of the cache are read from `first_row` on. Ids and positions are on the CPU then.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
     logits_to_keep: int | Tensor = 0
-    rows: Tensor | None = None
+    first_row: int = 0
 
     def on(self, device: torch.device) -> Step:
         """Return the same on a device; nothing is copied where it is there already."""
-        return Step(*(value.to(device) if isinstance(value, Tensor) else value for value in vars(self).values()))
+        there: dict[str, Any] = {k: send(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **there)
 
     def padded(self, num_rows: int, num: int) -> Step:
         """Return the same on `num_rows` rows of a RowCache, with `num` tokens each: −1 is their position."""
@@ -194,9 +194,11 @@ def make_reader(role: str, contract: VocabularyContract) -> Reader:
 
 
 def _repeated(tensor: Any, num: int, rows: int) -> Any:
-    """One block of rows for each member; a tensor of one row for many serves all blocks as it is."""
+    """One block of rows for each member; a tensor of one row for many serves all blocks, and takes no more memory."""
     if isinstance(tensor, dict):
         return {kind: _repeated(one, num, rows) for kind, one in tensor.items()}
     if tensor is None or num == 1 or tensor.shape[0] != rows:
         return tensor
+    if tensor.stride(0) == 0:
+        return tensor[:1].expand(num * rows, *[-1] * (tensor.dim() - 1))
     return tensor.repeat(num, *[1] * (tensor.dim() - 1))

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ensembler.engine.backbone import Backbone
-from ensembler.engine.compiled import CompiledStep
-from ensembler.engine.cuda_graphs import StepGraphs, why_not_captured
+from ensembler.engine.compiled import compile_steps, why_not_compiled
+from ensembler.engine.cuda_graphs import CudaRecorder, StepGraphs, why_not_captured
 from ensembler.engine.ensemble_cache import EnsembleCache
 from ensembler.engine.forward import Forward, Step, check_nan, plain_model, plan_forwards
 from ensembler.engine.grid import combine_members
@@ -42,10 +42,10 @@ class MemberSet:
     def __init__(self, models: Any, backbones: Sequence[Backbone], contract: VocabularyContract) -> None:
         self.backbones = tuple(backbones)
         self.timer: Timer | None = None
-        self.graphs: StepGraphs | None = StepGraphs.of_device() if torch.cuda.is_available() else None
+        self.graphs: StepGraphs | None = StepGraphs(CudaRecorder) if torch.cuda.is_available() else None
         self._models = models
         self._contract = contract
-        self._compiled: dict[int, CompiledStep] | None = None
+        self._compiled: dict[int, Callable[..., Any]] | None = None
         self._backend: Any = None
         self._planned: tuple[list[PreTrainedModel], list[Forward], list[object]] = ([], [], [])
         self._streams: dict[torch.device, list[Any]] = {}
@@ -113,10 +113,12 @@ class MemberSet:
         Raises ConfigError where there is no C++ compiler.
         """
         self._backend, self._compiled, left_out = backend, {}, []
+        if self.graphs is not None:
+            self.graphs.clear()
         for forward in self.forwards:
-            reason = CompiledStep.obstacle(forward.model, self.backbones)
+            reason = why_not_compiled(forward.model, self.backbones)
             if reason is None:
-                self._compiled[id(forward.model)] = CompiledStep(forward.model, backend)
+                self._compiled[id(forward.model)] = compile_steps(forward.model, backend)
             else:
                 left_out.append(f"{' and '.join(forward.roles)} runs without --compile: {reason}")
         self._kept = None
@@ -137,8 +139,8 @@ class MemberSet:
     ) -> dict[str, Tensor]:
         """Return the logits (rows, kept positions, V_member) of members by role, each on its member's device.
 
-        `forwards`: which of them run (None: all). All of the cache advances, or none of it. Raises RunError with the
-        roles that failed, InputError for a cache of other members.
+        `forwards`: which of them run (None: all). All of an EnsembleCache advances, or none of it; of a RowCache the
+        caller sets the lengths. Raises RunError with the roles that failed, InputError for a cache of other members.
         """
         forwards = self.forwards if forwards is None else forwards
         if isinstance(cache, RowCache):
@@ -189,7 +191,7 @@ class MemberSet:
     ) -> dict[str, Tensor]:
         steps = {device: step.on(device) for device in {forward.device for forward in forwards}}
         logits: dict[str, Tensor] = {}
-        for forward in _gpus_first(forwards):
+        for forward in sorted(forwards, key=lambda forward: forward.device.type == "cpu"):  # launches do not wait
             with self._timed(forward.name):
                 here = steps[forward.device]
                 own = None if cache is None else cache.parts[forward.roles]
@@ -204,7 +206,7 @@ class MemberSet:
             raise InputError("a row cache needs position_ids, which say where each token stands")
         if int(positions.max()) >= cache.room:
             raise InputError(f"a token stands at position {int(positions.max())} of a cache with room for {cache.room}")
-        is_small = step.rows is None and step.logits_to_keep == 0 and positions.shape[1] <= MOST_STATIC
+        is_small = step.first_row == 0 and step.logits_to_keep == 0 and positions.shape[1] <= MOST_STATIC
         static = self._static(forwards) if is_small else []
         eager = [forward for forward in forwards if forward not in static]
         logits: dict[str, Tensor] = {}
@@ -222,7 +224,7 @@ class MemberSet:
         assert step.position_ids is not None
         here = step.on(device)
         assert here.position_ids is not None
-        slots = Slots.of(step.position_ids, here.position_ids, cache.room, here.rows)
+        slots = Slots.of(step.position_ids, here.position_ids, cache.room, step.first_row)
         masks = Masks(here.position_ids, slots)
         here = replace(here, position_ids=here.position_ids.clamp(min=0))
         logits: dict[str, Tensor] = {}
@@ -239,8 +241,11 @@ class MemberSet:
         mask = masks.of(forward.mask_kind)
         # Single tokens that are launched need it not: there transformers copies nothing either.
         is_few = slots.is_static or 1 < step.input_ids.shape[1] <= MOST_STATIC
-        with grouped(model) if is_few else nullcontext():
-            return forward.run(step, mask, part, call)
+        try:
+            with grouped(model) if is_few else nullcontext():
+                return forward.run(step, mask, part, call)
+        finally:
+            part.at = None  # it may hold memory of a graph
 
     def _static(self, forwards: Sequence[Forward]) -> list[Forward]:
         """The forwards whose small steps are captured or compiled."""
@@ -311,10 +316,7 @@ class MemberSet:
                 logits |= self._run_one(forward, step, cache, slots, masks)
         for stream in streams[: len(forwards)]:
             here.wait_stream(stream)
-        if not torch.cuda.is_current_stream_capturing():  # what a graph returns is kept by it
-            for values in logits.values():
-                values.record_stream(here)
-        return logits
+        return logits  # the streams wait for `here` before they write again
 
     def _timed(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.timer is None else self.timer(name)
@@ -329,11 +331,6 @@ def _weights_of(forwards: Sequence[Forward]) -> list[object]:
 def _devices(forwards: Sequence[Forward]) -> list[torch.device]:
     """The devices of forwards, GPUs first."""
     return sorted({forward.device for forward in forwards}, key=lambda device: (device.type == "cpu", str(device)))
-
-
-def _gpus_first(forwards: Sequence[Forward]) -> list[Forward]:
-    """Launches on a GPU do not wait: they run while the CPU computes."""
-    return sorted(forwards, key=lambda forward: forward.device.type == "cpu")
 
 
 def _in_order(logits: Mapping[str, Tensor], forwards: Sequence[Forward]) -> dict[str, Tensor]:

@@ -49,41 +49,41 @@ def why_not_by_row(model: PreTrainedModel) -> str | None:
 
 @dataclass(frozen=True)
 class Slots:
-    """Where the `num` new tokens of each of `num_rows` rows are written, and what is read.
+    """Where the `num` new tokens of each of `num_rows` rows of the cache, from `first_row` on, are written.
 
-    `start`: the slot of the first token where all rows stand together and nothing is padded. Else `places` says of each
+    `start`: the slot of the first token where all rows stand together and nothing is padded. Else `index` says of each
     token its row in the cache, (rows, 1), and its slot there, (rows, num), which is the cache's room for padding; both
-    int64. `rows` (rows,) int64: which rows of the cache are read (None: the first). `length`: slots that are read, from
-    the first on. `is_static`: shapes and places are those of a graph, or of a compiled step.
+    int64. `length`: slots that are read, from the first on. `is_static`: shapes and addresses are those of a graph, or
+    of a compiled step.
     """
 
+    first_row: int
     num_rows: int
     num: int
     length: int
     start: int | None = None
-    places: tuple[Tensor, Tensor] | None = None
-    rows: Tensor | None = None
+    index: tuple[Tensor, Tensor] | None = None
     is_static: bool = False
 
     @classmethod
-    def of(cls, positions: Tensor, on_device: Tensor, room: int, rows: Tensor | None = None) -> Slots:
+    def of(cls, positions: Tensor, on_device: Tensor, room: int, first_row: int = 0) -> Slots:
         """Return the slots of tokens at `positions` (rows, n) int64 on the CPU, the same `on_device`; −1 is padding."""
         num_rows, num = positions.shape
         found = positions.tolist()
         first, length = found[0][0], max(map(max, found)) + 1
-        if rows is None and first >= 0 and found == [list(range(first, first + num))] * num_rows:
-            return cls(num_rows, num, length, start=first)
-        return cls(num_rows, num, length, places=_places(on_device, room, rows), rows=rows)
+        if first >= 0 and found == [list(range(first, first + num))] * num_rows:
+            return cls(first_row, num_rows, num, length, start=first)
+        return cls(first_row, num_rows, num, length, index=_index(on_device, room, first_row))
 
     @classmethod
     def static(cls, positions: Tensor, room: int, length: int) -> Slots:
         """Return the slots of tokens at `positions` (rows, n) on a device, that the host does not look at."""
         num_rows, num = positions.shape
-        return cls(num_rows, num, length, places=_places(positions, room, None), is_static=True)
+        return cls(0, num_rows, num, length, index=_index(positions, room, 0), is_static=True)
 
 
-def _places(positions: Tensor, room: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    rows = torch.arange(positions.shape[0], device=positions.device) if rows is None else rows
+def _index(positions: Tensor, room: int, first_row: int) -> tuple[Tensor, Tensor]:
+    rows = torch.arange(first_row, first_row + positions.shape[0], device=positions.device)
     return rows[:, None], positions.where(positions >= 0, room)
 
 
@@ -99,7 +99,6 @@ class MaskKind:
     `dtype`: that of its weights; None where a mask has to be bool.
     """
 
-    config: Any
     window: int | None
     layer_types: frozenset[str] | None
     dtype: torch.dtype | None
@@ -114,7 +113,7 @@ class MaskKind:
         is_quantised = getattr(model, "hf_quantizer", None) is not None
         dtype = None if is_quantised and config._attn_implementation == "sdpa" else model.dtype
         window = getattr(config, "sliding_window", None)
-        return cls(config, window, None if layer_types is None else frozenset(layer_types), dtype)
+        return cls(window, None if layer_types is None else frozenset(layer_types), dtype)
 
 
 class Masks:
@@ -124,13 +123,14 @@ class Masks:
     """
 
     def __init__(self, positions: Tensor, slots: Slots) -> None:
-        at = positions if slots.start is None else positions[:1]  # one row for all that stand together
+        self._num_rows = positions.shape[0]
+        at = positions if slots.start is None else positions[:1]  # rows that stand together share the memory of one
         self._at = at.clamp(min=0)[:, None, :, None]
         self._slots = torch.arange(slots.length, device=positions.device)
         self._made: dict[object, Tensor] = {}
 
     def of(self, kind: MaskKind) -> Tensor | dict[str, Tensor]:
-        """Return the mask (rows or 1, 1, n, length) of a model, by layer type where it has several."""
+        """Return the mask (rows, 1, n, length) of a model, by layer type where it has several."""
         if kind.layer_types is None:
             return self._mask(kind.window, kind.dtype)
         return {one: self._mask(kind.window if one == SLIDING else None, kind.dtype) for one in kind.layer_types}
@@ -144,7 +144,7 @@ class Masks:
             if dtype is not None:
                 low = torch.finfo(dtype).min
                 seen = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, low)
-            self._made[key] = seen
+            self._made[key] = seen.expand(self._num_rows, -1, -1, -1)
         return self._made[key]
 
 
@@ -243,17 +243,16 @@ class PartCache(Cache):  # type: ignore[misc,unused-ignore]
         assert at is not None
         rows = buffer
         if at.num_rows < self.num_rows:
-            rows = self._by_block(buffer)[:, : at.num_rows]
+            rows = self._by_block(buffer)[:, at.first_row : at.first_row + at.num_rows]
             rows = rows[0] if self.num_blocks == 1 else rows
         if at.start is not None:
             here = rows.narrow(-2, at.start, at.num)
             here.copy_(new.view(here.shape))
         else:
-            assert at.places is not None
-            index, slots = (one.to(buffer.device) for one in at.places)  # of a member on several devices
+            assert at.index is not None
+            index, slots = (one.to(buffer.device) for one in at.index)  # of a member on several devices
             by_slot = (1, 3, 0, 2, 4)  # (rows, slots, blocks, heads, width)
             self._by_block(buffer).permute(by_slot)[index, slots] = self._by_block(new).permute(by_slot)
-            rows = rows if at.rows is None else self._by_block(buffer)[:, index[:, 0]]
         seen = rows.narrow(-2, 0, at.length)
         return seen if seen.dim() == 4 else seen.flatten(0, 1)
 
