@@ -208,7 +208,7 @@ def test_a_header_is_not_read_again_behind_a_prompt_without_one(base_change: Ens
     assert [row.num_read for row in rows] == [40, 40, 0, 40, 40]
     assert all(shapes == [(1, 40)] for shapes in seen.values())
     for part in cache.parts.values():
-        held = [layer.keys[:, row, :, :40].abs().sum() > 0 for layer in part.layers for row in range(7)]
+        held = [layer.keys[row, :, :40].abs().sum() > 0 for layer in part.layers for row in range(7)]
         assert held == [True, True, False, False, False, True, True] * len(part.layers)
 
 
