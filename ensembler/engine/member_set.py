@@ -238,7 +238,9 @@ class MemberSet:
         part.at = slots
         call = None if self._compiled is None or not slots.is_static else self._compiled.get(id(forward.model))
         model = plain_model(forward.model)
-        mask = masks.of(forward.mask_kind)
+        # Prompts that begin together need none: transformers' attention is causal, and skips what no token sees.
+        is_whole = slots.start == 0 and slots.num > MOST_STATIC
+        mask = None if is_whole else masks.of(forward.mask_kind)
         # Single tokens that are launched need it not: there transformers copies nothing either.
         is_few = slots.is_static or 1 < step.input_ids.shape[1] <= MOST_STATIC
         try:

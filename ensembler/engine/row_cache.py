@@ -225,6 +225,10 @@ class PartCache(Cache):  # type: ignore[misc,unused-ignore]
         assert self.at is not None
         return self._advance(layer.keys, key_states), self._advance(layer.values, value_states)
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return how many slots are read, and the first of them: for a mask that a model makes by itself."""
+        return (query_length if self.at is None else self.at.length), 0
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the slots before the new tokens; positions are given, so that no model counts with it."""
         return 0 if self.at is None else self.at.length - self.at.num
@@ -281,7 +285,7 @@ class RowLayer:
     """Keys and values of one layer, (blocks · rows, heads, room + 1, width), None before the first forward."""
 
     is_sliding = False
-    is_compileable = True
+    is_compileable = False  # the shapes of a compiled step are given from outside
 
     def __init__(self) -> None:
         self.keys: Tensor | None = None
