@@ -26,6 +26,7 @@ from ensembler.preflight import CheckedEnsemble
 CONFIG = "config.json"
 IN_MEMORY = "<in memory>"
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+_FIXED = {"rule", "outside", "cutoff", "constant", "slope"}  # in the folder
 _OPTIONS_OF_AUTO = {"_from_auto", "_commit_hash", "adapter_kwargs", "low_cpu_mem_usage", *HUB_OPTIONS}
 # Files that belong to an ensemble: where it is overwritten, those of the old anchor must not outlive it.
 REPLACED = {
@@ -106,7 +107,8 @@ def load(
     hub_options = {name: options.pop(name) for name in HUB_OPTIONS if options.get(name) is not None}
     unknown = [name for name, value in options.items() if value is not None and name not in _OPTIONS_OF_AUTO]
     if unknown:
-        raise ConfigError(f"from_pretrained of an ensemble takes no {unknown[0]!r}; set it for each member instead")
+        instead = "give it to from_members or ensembler create" if unknown[0] in _FIXED else "set it for each member"
+        raise ConfigError(f"from_pretrained of an ensemble takes no {unknown[0]!r}; {instead} instead")
     folder = find(name, **hub_options)
     config = read(folder) if config is None else located(config, folder)
     if alpha is not None:

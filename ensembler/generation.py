@@ -44,6 +44,8 @@ class EnsembleGeneration(GenerationMixin):  # type: ignore[misc,unused-ignore]
 
     @alpha.setter
     def alpha(self, value: float | Tensor) -> None:
+        if isinstance(value, list | tuple):
+            raise ConfigError(f"alpha is {value}; expected a number, or a tensor with one value per row")
         if not isinstance(value, Tensor) or value.dim() == 0:
             self.config.alpha = self.rule.check_alpha(value.item() if isinstance(value, Tensor) else value)
             self._row_alpha = None

@@ -127,7 +127,7 @@ def test_a_cache_of_other_roles_is_refused(base_change: EnsembleForCausalLM, rol
 
 
 def test_a_plain_cache_is_refused_by_generate(base_change: EnsembleForCausalLM) -> None:
-    with pytest.raises(InputError, match="is a DynamicCache; an ensemble takes an EnsembleCache"):
+    with pytest.raises(InputError, match="is a DynamicCache; an ensemble takes what its generate"):
         base_change.generate(IDS, past_key_values=DynamicCache(), max_new_tokens=2)
 
 

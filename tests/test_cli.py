@@ -133,6 +133,9 @@ def test_generate_output_is_in_input_order_and_resumes(run: Run, ensemble: Path,
     cut.write_text("".join(whole.read_text().splitlines(keepends=True)[1:3]))
     assert run(*arguments, "--output", cut, "--resume").code == 0
     assert rows(cut) == rows(whole)
+    again = run(*arguments, "--output", cut, "--resume")
+    assert (again.code, again.err.splitlines()[-1]) == (0, "nothing to do: all 4 prompts have their rows already")
+    assert rows(cut) == rows(whole)
     changed = run(*arguments, "--output", cut, "--resume", "--alpha", 2)
     assert changed.code == 2
     assert "with another ensemble, other prompts or other options" in changed.error
@@ -201,6 +204,10 @@ MISTAKES = {
     "no such file": (["generate", "ENSEMBLE", "--prompts", "b.jsonl"], "b.jsonl cannot be read"),
     "system": (["generate", "ENSEMBLE", "--prompt", "a", "--system", "s"], "add --chat"),
     "resume": (["generate", "ENSEMBLE", "--prompt", "a", "--resume"], "without --output"),
+    "resume and overwrite": (
+        ["generate", "ENSEMBLE", "--prompt", "a", "--output", "o.jsonl", "--resume", "--overwrite"],
+        "keep the rows that are there, or replace them",
+    ),
     "top-p": (["generate", "ENSEMBLE", "--prompt", "a", "--top-p", "0.5"], "top_p needs sampling"),
     "stream": (["generate", "ENSEMBLE", "--prompt", "a", "--stream", "--json"], "--stream prints one text"),
     "existing": (["create", "ENSEMBLE", "MEMBERS"], "exists already and is not empty"),

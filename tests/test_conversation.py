@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerFast
 from ensembler import EnsembleForCausalLM, MemberConfig
 from ensembler.decoding.conversation import Conversation
 from ensembler.decoding.options import DecodingOptions
-from ensembler.decoding.prefixes import common_length
 from ensembler.decoding.prompts import EncodedPrompt, chat_ids
 from ensembler.decoding.texts import complete_prompts
-from ensembler.errors import RunError
+from ensembler.engine.row_cache import common_length
+from ensembler.errors import ConfigError, RunError
 
 ROLES = ("source_ft", "source_pt", "target_pt")
 TEXTS = ("hello", "why is that so", "x", "and then")
@@ -178,3 +178,9 @@ def test_a_recurrent_member_is_read_anew() -> None:
     conversation = Conversation(model, tokenizer, options)
     found = [conversation.reply(text) for text in TEXTS[:2]]
     assert found == replies_read_anew(model, tokenizer, options, TEXTS[:2])
+
+
+def test_a_conversation_has_one_answer() -> None:
+    options = DecodingOptions(temperature=1.0, num_return_sequences=2)
+    with pytest.raises(ConfigError, match="num_return_sequences is 2; a conversation goes on with one answer"):
+        Conversation(ensemble("llama", "llama", "gpt2"), chat_tokenizer(), options)

@@ -298,6 +298,14 @@ def test_alpha_per_row_cannot_be_saved(made: EnsembleForCausalLM, tmp_path: Path
     with pytest.raises(ConfigError, match="one value per row"):
         made.save_pretrained(tmp_path / "ens")
     assert not (tmp_path / "ens").exists()
+    with pytest.raises(ConfigError, match="a tensor with one value per row"):
+        made.alpha = [0.1, 0.2]  # type: ignore[assignment]
+
+
+def test_what_a_folder_has_is_not_given_again(made: EnsembleForCausalLM, tmp_path: Path) -> None:
+    made.save_pretrained(tmp_path / "ens")
+    with pytest.raises(ConfigError, match="takes no 'rule'; give it to from_members or ensembler create instead"):
+        EnsembleForCausalLM.from_pretrained(tmp_path / "ens", rule="eft")
 
 
 def test_generation_config_travels(made: EnsembleForCausalLM, tmp_path: Path) -> None:

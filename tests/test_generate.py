@@ -13,7 +13,14 @@ from noise_cases import shared_noise
 from tiny import make_model, make_tokenizer, random_ids
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, WatermarkingConfig
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    WatermarkingConfig,
+)
 from transformers.generation import StopStringCriteria
 
 from ensembler import EnsembleForCausalLM
@@ -240,15 +247,44 @@ def test_a_cache_goes_on(model: EnsembleForCausalLM, do_sample: bool, mask: Tens
         mask = torch.cat([said.long(), torch.ones(4, 3, dtype=torch.int64)], dim=1)
 
 
-def test_a_cache_may_hold_all_of_a_prompt_or_too_few_rows(model: EnsembleForCausalLM) -> None:
-    first = model.generate(IDS, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
-    again = model.generate(IDS, max_new_tokens=5, do_sample=False, past_key_values=first.past_key_values)
-    assert again.tolist() == first.sequences.tolist()
-    small = model.generate(IDS[:1], max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
-    with pytest.raises(InputError, match="past_key_values holds 1 rows and there are 4 texts"):
-        model.generate(IDS, max_new_tokens=5, past_key_values=small.past_key_values)
-    with pytest.raises(InputError, match="past_key_values holds 4 rows and there are 1 texts"):
-        model.generate(IDS[1:2], max_new_tokens=5, past_key_values=first.past_key_values)
+def test_a_cache_may_hold_all_of_a_prompt_and_other_texts(model: EnsembleForCausalLM) -> None:
+    """Only what stands on a row as it stood is not read again: other rows, fewer or more of them, holes in a mask."""
+    options = {"max_new_tokens": 5, "do_sample": False}
+
+    def cache() -> RowCache:
+        found = model.generate(IDS, **options, return_dict_in_generate=True).past_key_values
+        assert isinstance(found, RowCache)
+        return found
+
+    first = model.generate(IDS, **options).tolist()
+    with spied(model) as steps:
+        assert model.generate(IDS, **options, past_key_values=cache()).tolist() == first
+    assert steps[-5].input_ids.shape == (4, 1)  # the last token of each prompt
+    changed = IDS.clone()
+    changed[:, 3] += 1
+    mask = torch.ones_like(IDS)
+    mask[1, 4] = 0
+    for ids, seen in (
+        (IDS[1:2], None),
+        (IDS[[2, 0]], None),
+        (random_ids(6, 9, seed=8), None),
+        (changed, None),
+        (IDS, mask),
+        (torch.cat([IDS, IDS]), None),
+    ):
+        expected = model.generate(ids, attention_mask=seen, **options)
+        found = model.generate(ids, attention_mask=seen, past_key_values=cache(), **options)
+        assert found.tolist() == expected.tolist()
+
+
+def test_a_cache_of_other_members_is_refused(model: EnsembleForCausalLM, trio: dict[str, PreTrainedModel]) -> None:
+    first = model.generate(IDS, max_new_tokens=5, return_dict_in_generate=True)
+    other = EnsembleForCausalLM.from_members(members=trio)
+    for one in (model, other):
+        if one is model:
+            one.members["source_pt"] = make_model("llama", 9)
+        with pytest.raises(InputError, match="made by other members, or before they were moved; leave it out"):
+            one.generate(IDS, max_new_tokens=5, past_key_values=first.past_key_values)
 
 
 def test_transformers_loop_refuses_a_cache_of_rows(model: EnsembleForCausalLM) -> None:

@@ -31,8 +31,8 @@ from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt, text_ids
 from ensembler.demo import demo_folder
 from ensembler.engine.distributed import World
-from ensembler.engine.grid import GridPoint
-from ensembler.errors import EnsemblerError
+from ensembler.engine.grid import GridPoint, make_grid
+from ensembler.errors import ConfigError, EnsemblerError
 
 FEW = POINTS[::6]  # of both rules
 SAMPLING = {
@@ -269,6 +269,18 @@ def test_what_a_grid_cannot_do(base_change: EnsembleForCausalLM, options: dict[s
         base_change.generate(
             random_ids(2, 4), **{"custom_generate": Decoder(points=POINTS), **options}, max_new_tokens=3
         )
+
+
+def test_a_grid_is_made_of_lists(base_change: EnsembleForCausalLM) -> None:
+    rules: Any = "base-change"
+    alphas: Any = 0.5
+    for given in ((rules, [0.5]), (["base-change"], alphas)):
+        with pytest.raises(ConfigError, match=r"give lists: \['base-change'\] and \[0.5\]"):
+            make_grid(*given)
+    with pytest.raises(ConfigError, match=r"points holds 0; expected points as make_grid"):
+        Decoder(points=[*POINTS, 0])  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match="a Decoder was given to a LlamaForCausalLM"):
+        make_model("llama", 1).generate(random_ids(1, 4), custom_generate=Decoder("none"))
 
 
 # -- ends -------------------------------------------------------------------------------------------------------------

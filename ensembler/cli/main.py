@@ -69,7 +69,8 @@ def main(args: list[str] | None = None) -> None:
         code = cli.main(arguments, prog_name="ensembler", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
         command = next((one for one in arguments if one in cli.commands), "")
-        code = _fail(f"interrupted; {_KEPT.get(command, 'nothing half-written is left')}", INTERRUPTED)
+        kept = _KEPT.get(command) if command in ("sweep", "bench") or "--output" in arguments else None
+        code = _fail(f"interrupted; {kept or 'nothing half-written is left'}", INTERRUPTED)
     except EnsemblerError as error:
         reporter = error.reporter if isinstance(error, RankError) else 0
         code = _fail(str(error), error.exit_code, reporter)

@@ -7,7 +7,6 @@ from typing import Any
 from transformers import TextStreamer
 
 from ensembler.decoding.options import DecodingOptions
-from ensembler.decoding.prefixes import common_length
 from ensembler.decoding.prompts import EncodedPrompt, chat_ids, check_length
 from ensembler.decoding.texts import complete_prompts, decoder_of
 from ensembler.engine.row_cache import RowCache
@@ -18,8 +17,7 @@ from ensembler.modeling import EnsembleForCausalLM
 class Conversation:
     """The messages so far. `reply` streams the answer to standard output and returns it.
 
-    A turn reads what is new: the members' cache is kept from turn to turn, and cut to what the texts share. `decoder`
-    is kept too, with what it has measured.
+    A turn reads what is new: the members' cache is kept from turn to turn, and so is `decoder` with what it measured.
     """
 
     def __init__(
@@ -33,7 +31,6 @@ class Conversation:
         self._options = options
         self.decoder = decoder_of(options)
         self._cache: RowCache | None = None
-        self._held: list[int] = []  # the tokens that it has read
         self._start = [] if system is None else [{"role": "system", "content": system}]
         self.reset()
 
@@ -47,24 +44,19 @@ class Conversation:
         ids = chat_ids(self._tokenizer, messages)
         check_length(len(ids), "the conversation", self._model.shortest_context)
         self.decoder.streamer = TextStreamer(self._tokenizer, skip_prompt=True, skip_special_tokens=True)
-        cache = self._cache = self._cache_for(ids)
-        self._held = []  # a turn that fails leaves nothing to go on with
         prompts = [EncodedPrompt(0, ids)]
         (completion,) = complete_prompts(
-            self._model, self._tokenizer, prompts, self._options, decoder=self.decoder, cache=cache
+            self._model, self._tokenizer, prompts, self._options, decoder=self.decoder, cache=self._kept_cache(len(ids))
         )
-        if cache is not None:
-            self._held = [*ids, *completion.samples[0].ids][: cache.lengths[0]]
         answer = completion.samples[0].text
         self.messages = [*messages, {"role": "assistant", "content": answer}]
         return answer
 
-    def _cache_for(self, ids: list[int]) -> RowCache | None:
-        """The cache of the turns before, cut to what they share with `ids`; None where a member keeps no rows."""
+    def _kept_cache(self, room: int) -> RowCache | None:
+        """The cache of the turns before, or a new one; None where a member keeps no rows."""
         members = self._model.member_set
         if self._options.num_beams > 1 or members.why_not_by_row() is not None:
             return None
         if self._cache is None:
-            self._cache = members.row_cache(1, len(ids))
-        self._cache.lengths[0] = min(common_length([ids, self._held]), len(ids) - 1) if self._held else 0
+            self._cache = members.row_cache(1, room)
         return self._cache

@@ -29,7 +29,7 @@ from ensembler.decoding.rows import Row, Text
 from ensembler.decoding.stats import DecodingStats, Meter
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.engine.row_cache import RowCache
-from ensembler.errors import ConfigError, InputError
+from ensembler.errors import ConfigError
 from ensembler.generation import check_arguments, check_given_cache
 from ensembler.modeling import EnsembleForCausalLM
 
@@ -257,11 +257,6 @@ class _Generation:
         by_row = not self._is_grid and num_points > 1
         together = 1 if self._keeps or by_row else self._num_samples
         rows: list[Row] = []
-        held = [] if cache is None else [length for length in cache.lengths if length]
-        if held and len(held) != len(ids):
-            raise InputError(
-                f"past_key_values holds {len(held)} rows and there are {len(ids)} texts; give the cache of these texts"
-            )
         for first in range(0, len(ids), together):
             kept = [True] * len(ids[first]) if seen is None else seen[first]
             prompt = [token for token, is_seen in zip(ids[first], kept, strict=True) if is_seen]
@@ -271,27 +266,29 @@ class _Generation:
                 for place in range(first, first + together)
             ]
             rows.append(Row(prompt, len(prompt), len(prompt) + room, texts, ids[first], batch_row=first))
-            if held:
-                rows[-1].num_read = min(held[first], len(prompt) - 1)  # the logits after the last token are wanted
+            if cache is not None:
+                rows[-1].num_read = cache.num_held(first, prompt)
         return rows
 
     def run(self) -> Any:
         """Decode, and return what `generate` returns."""
-        before = [row.num_read for row in self._rows]
+        before = [(row.ids, row.num_read) for row in self._rows]
         try:
             output = self._run()
         except BaseException:
-            self._cut(before)
+            self._leave(before)
             raise
         if self._is_grid:  # what stands on the rows now is of any point
-            self._cut(before)
+            self._leave(before)
         if self._given is None:
             self._members.keep(self._cache)
         return output
 
-    def _cut(self, lengths: Sequence[int]) -> None:
-        """Leave of the cache what the rows held before."""
-        self._cache.lengths = [*lengths, *[0] * (self._cache.num_rows - len(lengths))]
+    def _leave(self, held: Sequence[tuple[list[int], int]]) -> None:
+        """Leave in the cache what its rows held of the prompts."""
+        texts, lengths = zip(*held, strict=True)
+        self._cache.hold([()] * self._cache.num_rows, [0] * self._cache.num_rows)
+        self._cache.hold(texts, lengths)
         self._cache.forget_behind()
 
     def _run(self) -> Any:

@@ -86,7 +86,7 @@ class DecodeLoop:
         """Read the prompts of new rows, as far as they are not in the cache; return the texts that ended at once."""
         first = len(self.rows)
         self.cache.reserve(first + len(rows), max(len(row.ids) for row in rows))
-        self.cache.lengths[first : first + len(rows)] = [row.num_read for row in rows]
+        self.cache.hold([row.ids for row in rows], [row.num_read for row in rows], first)
         with self._undone_if_it_fails():
             with timed(self._meter, "prefill"):
                 logits = self._read_prompts(rows, first)
@@ -207,7 +207,7 @@ class DecodeLoop:
             self.cache.reserve(len(self.rows), self.cache.room)
             sources, targets = zip(*copies, strict=True)
             self.cache.copy_rows(sources, targets, max(self.rows[target].num_read for target in targets))
-        self.cache.lengths[: len(self.rows)] = [row.num_read for row in self.rows]
+        self.cache.hold([row.ids for row in self.rows], [row.num_read for row in self.rows])
         if self._has_nan:  # behind a rejected draft: it must not stay where a mask hides it
             self.cache.forget_behind()
 

@@ -10,15 +10,10 @@ import torch
 from ensembler.decoding.loop import read_in_chunks
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.rows import Row
-from ensembler.engine.row_cache import RowCache
+from ensembler.engine.row_cache import RowCache, common_length
 from ensembler.modeling import EnsembleForCausalLM
 
 MIN_SHARED = 32  # tokens: below, a forward of its own costs about what it saves
-
-
-def common_length(rows: Sequence[Sequence[int]]) -> int:
-    """Return how many ids all `rows` begin with."""
-    return next((i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1), min(map(len, rows)))
 
 
 @dataclass(frozen=True)
@@ -81,6 +76,6 @@ class Headers:
             cache = RowCache((forward.roles for forward in self._model.member_set.forwards), 1, len(header))
             positions = torch.arange(len(header))[None]
             read_in_chunks(self._model.member_set.logits, cache, torch.tensor([header]), positions, self._chunk)
-            cache.lengths[0] = len(header)
+            cache.hold([header], [len(header)])
             self._ids, self._cache = header, cache
         return self._cache

@@ -127,7 +127,7 @@ class PromptQueue:
         limit = num_prompt + room_for(self._model, num_prompt, self._options.max_new_tokens)
         row = Row(list(prompt.ids), num_prompt, limit, texts, prompt.ids)
         if self._cache is not None:
-            row.num_read = min(self._cache.lengths[0], num_prompt - 1)
+            row.num_read = self._cache.num_held(0, prompt.ids)
         return row
 
     def _by_point(self, texts: Sequence[Text]) -> list[list[list[int]]]:

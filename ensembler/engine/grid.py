@@ -25,7 +25,9 @@ class GridPoint:
 
 
 def make_grid(rules: Sequence[str], alphas: Sequence[float]) -> list[GridPoint]:
-    """Return every rule at every α, the points of a rule one behind the other."""
+    """Return every rule at every α, the points of a rule one behind the other; raise ConfigError for no lists."""
+    if isinstance(rules, str) or not isinstance(alphas, Sequence):
+        raise ConfigError(f"a grid was asked for of {rules!r} and {alphas!r}; give lists: ['base-change'] and [0.5]")
     return [GridPoint(rule, alpha) for rule in rules for alpha in alphas]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from ensembler.errors import InputError
 from ensembler.vocab import VocabularyContract
 
 MOST_STATIC = 16  # tokens per row of a step that is captured or compiled: single ones, and drafts that are verified
+_plans = count(1)
 Timer = Callable[[str], AbstractContextManager[None]]
 
 
@@ -51,6 +53,7 @@ class MemberSet:
         self._streams: dict[torch.device, list[Any]] = {}
         self._kept: RowCache | None = None
         self._obstacles: dict[int, str | None] = {}
+        self._plan = 0
 
     @property
     def forwards(self) -> list[Forward]:
@@ -62,7 +65,7 @@ class MemberSet:
             return planned
         planned = plan_forwards(dict(self._models.items()), self.backbones, self._contract)
         self._planned = models, planned, _weights_of(planned)
-        self._kept, self._obstacles = None, {}
+        self._kept, self._obstacles, self._plan = None, {}, next(_plans)
         if self.graphs is not None:
             self.graphs.clear()
         if self._compiled is not None:
@@ -87,16 +90,17 @@ class MemberSet:
         Where steps are captured or compiled it has all of the room, and is the one that was kept, if that fits.
         """
         if not self.is_static:
-            return RowCache(
-                (forward.roles for forward in self.forwards), num_rows, min(room, bucket((length or room) + 1))
-            )
+            return self._make_cache(num_rows, min(room, bucket((length or room) + 1)))
         num_rows, room = bucket(num_rows, 1), bucket(room)
         kept, self._kept = self._kept, None  # nobody else gets it meanwhile
         if kept is None or kept.num_rows < num_rows or kept.room < room:
             del kept  # before the next is allocated
-            return RowCache((forward.roles for forward in self.forwards), num_rows, room)
-        kept.lengths = [0] * kept.num_rows
+            return self._make_cache(num_rows, room)
+        kept.hold([()] * kept.num_rows, [0] * kept.num_rows)
         return kept
+
+    def _make_cache(self, num_rows: int, room: int) -> RowCache:
+        return RowCache([forward.roles for forward in self.forwards], num_rows, room, self._plan)
 
     def keep(self, cache: RowCache) -> None:
         """Keep a cache that nobody needs any more for the next call: graphs find its buffers where they were."""
@@ -166,11 +170,16 @@ class MemberSet:
     def check_cache(self, cache: object) -> None:
         """Raise InputError unless `cache` is one for these members."""
         if not isinstance(cache, EnsembleCache | RowCache):
-            raise InputError(f"past_key_values is a {type(cache).__name__}; an ensemble takes an EnsembleCache")
+            raise InputError(
+                f"past_key_values is a {type(cache).__name__}; an ensemble takes what its generate has returned, or an "
+                "EnsembleCache as new_cache() makes it"
+            )
         expected = {forward.roles for forward in self.forwards}
         if cache.parts.keys() != expected:
             found, wanted = (", ".join("+".join(roles) for roles in sorted(parts)) for parts in (cache.parts, expected))
             raise InputError(f"the cache is for {found}; the members run as {wanted}: make one with new_cache()")
+        if isinstance(cache, RowCache) and cache.plan != self._plan:
+            raise InputError("past_key_values was made by other members, or before they were moved; leave it out")
 
     @contextmanager
     def _advancing(self, cache: EnsembleCache | RowCache | None) -> Iterator[None]:

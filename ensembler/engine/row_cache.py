@@ -87,6 +87,11 @@ def _index(positions: Tensor, room: int, first_row: int) -> tuple[Tensor, Tensor
     return rows[:, None], positions.where(positions >= 0, room)
 
 
+def common_length(rows: Sequence[Sequence[int]]) -> int:
+    """Return how many ids all `rows` begin with."""
+    return next((i for i, column in enumerate(zip(*rows, strict=False)) if len(set(column)) > 1), min(map(len, rows)))
+
+
 def bucket(num: int, smallest: int = SMALLEST) -> int:
     """Return the next power of two, at least `smallest`."""
     return max(smallest, 1 << (num - 1).bit_length())
@@ -151,21 +156,33 @@ class Masks:
 class RowCache:
     """The caches of all members for `num_rows` texts of at most `room` tokens.
 
-    `lengths` (num_rows,) are the tokens of each row that all members have read: the loop sets them, and what stands
-    behind them counts for nothing. `parts` has a cache for each forward, by the roles that it serves; a forward that
-    serves several members keeps a block of rows for each.
+    Of each row all members have read the first `lengths` tokens of `texts`: the loop sets both, and what stands behind
+    them counts for nothing. `parts` has a cache for each forward, by the roles that it serves; a forward that serves
+    several members keeps a block of rows for each. `plan`: number of the plan of forwards that it was made for.
     """
 
-    def __init__(self, roles: Iterable[Roles], num_rows: int, room: int) -> None:
+    def __init__(self, roles: Iterable[Roles], num_rows: int, room: int, plan: int = 0) -> None:
         self.parts = {one: PartCache(len(one), num_rows, room) for one in roles}
         self.num_rows = num_rows
         self.room = room
+        self.plan = plan
         self.lengths = [0] * num_rows
+        self.texts: list[Sequence[int]] = [()] * num_rows
         self.version = object()  # of the buffers: another when they have moved, and in each copy
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the tokens of the longest row."""
         return max(self.lengths, default=0)
+
+    def hold(self, texts: Sequence[Sequence[int]], lengths: Sequence[int], first: int = 0) -> None:
+        """Set what rows from `first` on hold: the first `lengths` tokens of `texts`."""
+        self.texts[first : first + len(texts)] = texts
+        self.lengths[first : first + len(texts)] = lengths
+
+    def num_held(self, row: int, ids: Sequence[int]) -> int:
+        """Return how many tokens of a text a row holds; its last is read again, for the logits behind it."""
+        held = self.texts[row][: self.lengths[row]] if row < self.num_rows else ()
+        return min(common_length([held, ids]), len(ids) - 1)
 
     def reserve(self, num_rows: int, room: int) -> None:
         """Make place for more or longer texts: buffers that are too small move to larger ones, of a power of two."""
@@ -176,16 +193,17 @@ class RowCache:
         larger = self._copied(num_rows, room, self.num_rows, self.room)  # where memory is short all is as it was
         self.parts, self.num_rows, self.room, self.version = larger.parts, num_rows, room, object()
         self.lengths += [0] * (num_rows - len(self.lengths))
+        self.texts += [()] * (num_rows - len(self.texts))
 
     def copied(self, num_rows: int) -> RowCache:
         """Return a cache of the first `num_rows` rows, just long enough for them."""
         length = max(self.lengths[:num_rows])
         copied = self._copied(num_rows, length, num_rows, length)
-        copied.lengths = self.lengths[:num_rows]
+        copied.hold(self.texts[:num_rows], self.lengths[:num_rows])
         return copied
 
     def _copied(self, num_rows: int, room: int, rows_of_ours: int, length: int) -> RowCache:
-        copied = RowCache(self.parts, num_rows, room)
+        copied = RowCache(self.parts, num_rows, room, self.plan)
         copied.copy_rows(range(rows_of_ours), range(rows_of_ours), length, self)
         return copied
 
