@@ -104,9 +104,11 @@ def test_returning_a_cache_captures_nothing_anew(monkeypatch: pytest.MonkeyPatch
 def test_a_call_that_fails_leaves_a_cache_that_was_given_as_it_was(error: BaseException) -> None:
     members = dict(zip(("source_ft", "source_pt", "target_pt"), tables(3), strict=True))
     model, ids = EnsembleForCausalLM.from_members(members=members), random_ids(1, 6)
-    cache = model.generate(ids, **OPTIONS, return_dict_in_generate=True).past_key_values
+    first = model.generate(ids, **OPTIONS, return_dict_in_generate=True)
+    cache = first.past_key_values
     before = list(cache.lengths)
-    longer = torch.cat([ids, random_ids(1, 12, seed=4)], dim=1)
+    longer = torch.cat([first.sequences, random_ids(1, 12, seed=4)], dim=1)
+    seen = {**OPTIONS, "attention_mask": torch.ones_like(longer)}  # the text may hold the padding token
 
     def fail(module: Any, *_: Any) -> None:
         if module.num_forwards == start + 4:
@@ -115,9 +117,16 @@ def test_a_call_that_fails_leaves_a_cache_that_was_given_as_it_was(error: BaseEx
     start = members["target_pt"].num_forwards
     hook = members["target_pt"].register_forward_pre_hook(fail)
     with pytest.raises(RunError if isinstance(error, ValueError) else KeyboardInterrupt):
-        model.generate(longer, **OPTIONS, past_key_values=cache)
-    hook.remove()
+        model.generate(longer, **seen, past_key_values=cache)
     assert cache.lengths == before
+    other = torch.cat([ids, random_ids(1, 12, seed=4)], dim=1)
+    start = members["target_pt"].num_forwards
+    with pytest.raises(RunError if isinstance(error, ValueError) else KeyboardInterrupt):
+        model.generate(other, **OPTIONS, past_key_values=cache)
+    hook.remove()
+    assert cache.lengths == [6]  # of another text the cache keeps what it shares
+    expected = model.generate(longer, **seen)
+    assert model.generate(longer, **seen, past_key_values=cache).tolist() == expected.tolist()
 
 
 def test_a_cache_that_finds_no_room_to_grow_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
