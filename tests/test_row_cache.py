@@ -35,6 +35,18 @@ def build(name: str) -> PreTrainedModel | None:
         return None
 
 
+def build_with(name: str, attention: str) -> PreTrainedModel:
+    """The tiny model with an attention; the test is skipped where there is none such."""
+    model = build(name)
+    if model is None:
+        pytest.skip(f"transformers cannot make {name}")
+    try:
+        model.set_attn_implementation(attention)
+    except ValueError:
+        pytest.skip(f"{name} has no attention {attention!r}")
+    return model
+
+
 @torch.no_grad()
 def by_its_own_cache(model: PreTrainedModel, text: Sequence[int], num_prompt: int) -> Tensor:
     """The logits (positions, V) of one text, prompt first, on the cache that transformers gives the model."""
@@ -66,16 +78,15 @@ def read_texts(
     cache: RowCache,
     *,
     left: bool = False,
-    prompts: Sequence[int] = PROMPTS,
     sizes: Sequence[int] = (1, 2, 1, 2),
 ) -> list[Tensor]:
-    """The logits of both texts: their `prompts` tokens, then steps of `sizes` tokens at each row's own position."""
+    """The logits of both texts: their prompts, ragged, then steps of `sizes` tokens at each row's own position."""
     got = [
-        [part] for part in read(members, cache, [(t[:n], 0) for t, n in zip(TEXTS, prompts, strict=True)], left=left)
+        [part] for part in read(members, cache, [(t[:n], 0) for t, n in zip(TEXTS, PROMPTS, strict=True)], left=left)
     ]
     done = 0
     for size in sizes:
-        pieces = [(t[n + done : n + done + size], n + done) for t, n in zip(TEXTS, prompts, strict=True)]
+        pieces = [(t[n + done : n + done + size], n + done) for t, n in zip(TEXTS, PROMPTS, strict=True)]
         for one, part in zip(got, read(members, cache, pieces), strict=True):
             one.append(part)
         done += size
@@ -93,20 +104,13 @@ def assert_close(found: Tensor, expected: Tensor, close: float = CLOSE) -> None:
 @pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
 def test_a_family_gives_what_its_own_cache_gives(name: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padded at either side, then in steps of one and of two; launched one by one, and by graphs on fixed buffers."""
-    model = build(name)
-    if model is None:
-        pytest.skip(f"transformers cannot make {name}")
-    try:
-        model.set_attn_implementation(attention)
-    except ValueError:
-        pytest.skip(f"{name} has no attention {attention!r}")
+    model = build_with(name, attention)
     assert why_not_by_row(model) is None
     expected = [by_its_own_cache(model, text, num) for text, num in zip(TEXTS, PROMPTS, strict=True)]
     for left in (True, False):
         members = alone(model)
         for found, wanted in zip(read_texts(members, members.row_cache(2, ROOM), left=left), expected, strict=True):
             assert_close(found, wanted)
-    members = alone(model)
     members = with_graphs(alone(model), monkeypatch)
     for found, wanted in zip(read_texts(members, members.row_cache(2, ROOM)), expected, strict=True):
         assert_close(found, wanted)
@@ -118,13 +122,7 @@ def test_a_family_gives_what_its_own_cache_gives(name: str, attention: str, monk
 @pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
 def test_rows_that_stand_together(name: str, attention: str) -> None:
     """Prompts with a mask, and so long that they go without; the second time in a cache that has been used."""
-    model = build(name)
-    if model is None:
-        pytest.skip(f"transformers cannot make {name}")
-    try:
-        model.set_attn_implementation(attention)
-    except ValueError:
-        pytest.skip(f"{name} has no attention {attention!r}")
+    model = build_with(name, attention)
     members = alone(model)
     cache = members.row_cache(2, ROOM)
     texts = [random_ids(1, 24, seed=seed)[0].tolist() for seed in (3, 4)]

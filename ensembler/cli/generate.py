@@ -41,11 +41,7 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Prompts decoded together.")
 @click.option("--stream/--no-stream", default=None, help="Print tokens as they come.  [default: on a terminal]")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each prompt, as it ends.")
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path),
-    help="Write the JSON lines to a file, in input order.",
-)
+@click.option("--output", type=click.Path(path_type=Path), help="Write the JSON lines to a file, in input order.")
 @click.option("--resume", is_flag=True, help="Go on with an --output file that was interrupted.")
 @click.option("--overwrite", is_flag=True, help="Replace the --output file if it exists.")
 @click.option("--compile", "compiled", is_flag=True, help="Compile decode steps: slow to start.")

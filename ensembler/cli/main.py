@@ -26,9 +26,7 @@ from ensembler.launch import num_ranks, this_rank
 
 INTERRUPTED = 130
 SEVERAL_PROCESSES = ("bench", "generate", "sweep")
-_ROWS_OF_OUTPUT = "finished rows of an --output are kept; go on with --resume"
-_ROWS_OF_RUN = "finished rows are kept; go on with the same command"
-_KEPT = {"generate": _ROWS_OF_OUTPUT, "score": _ROWS_OF_OUTPUT, "sweep": _ROWS_OF_RUN, "bench": _ROWS_OF_RUN}
+_RESUMED_BY = {"generate": "--resume", "score": "--resume", "sweep": "the same command", "bench": "the same command"}
 
 
 @click.group(
@@ -68,8 +66,9 @@ def main(args: list[str] | None = None) -> None:
     try:
         code = cli.main(arguments, prog_name="ensembler", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
-        command = next((one for one in arguments if one in cli.commands), "")
-        kept = _KEPT.get(command) if command in ("sweep", "bench") or "--output" in arguments else None
+        resumed_by = _RESUMED_BY.get(next((one for one in arguments if one in cli.commands), ""))
+        has_rows = resumed_by != "--resume" or any(one.startswith("--output") for one in arguments)
+        kept = f"finished rows are kept; go on with {resumed_by}" if resumed_by and has_rows else None
         code = _fail(f"interrupted; {kept or 'nothing half-written is left'}", INTERRUPTED)
     except EnsemblerError as error:
         reporter = error.reporter if isinstance(error, RankError) else 0

@@ -1,4 +1,4 @@
-"""What `generate --stats` prints, on standard error: a small table, or one JSON line."""
+"""Print what `generate --stats` measured, on standard error: a small table, or one JSON line."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def _run(plan: Sweep, folder: RowsFolder, chunks: list[Chunk], done: frozenset[s
 
 
 def _say_choice(options: SweepOptions) -> None:
-    """What people may have meant otherwise, before it takes hours."""
+    """Say what may have been meant otherwise, before it takes hours."""
     if len(options.alphas) == 1:
         click.echo(f"one alpha, {options.alphas[0]:g}: there is nothing to choose", err=True)
     elif options.validation is None and not options.by_perplexity:

@@ -133,7 +133,7 @@ class Decoder:
         return [number for number in numbers for _ in range(num)], list(range(num)) * num_prompts
 
     def watching(self, model: EnsembleForCausalLM) -> AbstractContextManager[None]:
-        """What `meter` times, if there is one: all that happens inside."""
+        """Let `meter`, if there is one, time all that happens inside."""
         return nullcontext() if self.meter is None else self.meter.watching(model)
 
     def make_loop(
@@ -287,7 +287,7 @@ class _Generation:
     def _leave(self, held: Sequence[tuple[list[int], int]]) -> None:
         """Leave in the cache what its rows held of the prompts."""
         texts, lengths = zip(*held, strict=True)
-        self._cache.hold([()] * self._cache.num_rows, [0] * self._cache.num_rows)
+        self._cache.empty()
         self._cache.hold(texts, lengths)
         self._cache.forget_behind()
 

@@ -1,4 +1,4 @@
-"""Where α moved the choice: next-token tables of every member, and a text marked token by token."""
+"""Show where α moved the choice: next-token tables of every member, and a text marked token by token."""
 
 from __future__ import annotations
 

@@ -73,12 +73,12 @@ class DecodeLoop:
 
     @property
     def num_running(self) -> int:
-        """How many rows have texts that go on."""
+        """The number of rows that have texts which go on."""
         return sum(bool(row.texts) for row in self.rows)
 
     @property
     def room(self) -> int:
-        """How many tokens the row with most room may still get; 0 where no text is left that goes on."""
+        """The tokens that the row with most room may still get; 0 where no text is left that goes on."""
         return max((row.room for row in self.rows if row.texts), default=0)
 
     @torch.inference_mode()
@@ -222,7 +222,7 @@ class DecodeLoop:
 
 
 def _hits(grown: Sequence[tuple[Row, Sequence[int]]], guesses: Sequence[int] | None) -> tuple[int, int]:
-    """How many drafted tokens were looked at, and how many stayed; `guesses`: what would have been drafted."""
+    """Count drafted tokens that were looked at, and those that stayed; `guesses`: what would have been drafted."""
     pairs = [pair for row, tokens in grown for pair in zip(tokens, row.drafts, strict=False)]
     if guesses is not None:
         pairs = [(tokens[0], guess) for (_, tokens), guess in zip(grown, guesses, strict=True)]

@@ -25,7 +25,7 @@ class _Run:
 
     @property
     def saved(self) -> int:
-        """How many positions are not read again; 0 where it is not worth it."""
+        """The number of positions that are not read again; 0 where it is not worth it."""
         return (self.num_prompts - 1) * len(self.header) if len(self.header) >= MIN_SHARED else 0
 
     def joined(self, other: _Run) -> _Run:

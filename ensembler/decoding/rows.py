@@ -55,12 +55,12 @@ class Row:
 
     @property
     def num_new(self) -> int:
-        """How many tokens stand behind the prompt."""
+        """The number of tokens behind the prompt."""
         return len(self.ids) - self.num_prompt
 
     @property
     def room(self) -> int:
-        """How many tokens it may still get."""
+        """The number of tokens that it may still get."""
         return self.limit - len(self.ids)
 
     def parted(self, new: Sequence[int], texts: list[Text]) -> Row:

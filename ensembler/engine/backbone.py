@@ -23,7 +23,7 @@ from ensembler.merging import deltas_added
 
 
 class Routing:
-    """Which members the forward under way serves, a block of rows for each; one without adapter is the backbone."""
+    """The members that the forward under way serves, a block of rows for each; one without adapter is the backbone."""
 
     def __init__(self) -> None:
         self.blocks: tuple[str, ...] = ()
@@ -243,7 +243,7 @@ def _view(model: PreTrainedModel, switch: Routing | PeftSwitch, role: str) -> Pr
 
 
 def _like(base: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
-    """Where and in which dtype the adapter of a layer is kept: with its weights, unless those are quantised or away."""
+    """Return device and dtype of the adapter of a layer: those of its weights, unless those are quantised or away."""
     weight: Any = base.weight
     hook = getattr(base, "_hf_hook", None)  # accelerate's: the weights may be elsewhere between two forwards
     device = weight.device if hook is None or hook.execution_device is None else hook.execution_device

@@ -96,7 +96,7 @@ class MemberSet:
         if kept is None or kept.num_rows < num_rows or kept.room < room:
             del kept  # before the next is allocated
             return self._make_cache(num_rows, room)
-        kept.hold([()] * kept.num_rows, [0] * kept.num_rows)
+        kept.empty()
         return kept
 
     def _make_cache(self, num_rows: int, room: int) -> RowCache:
@@ -213,8 +213,9 @@ class MemberSet:
         positions = step.position_ids
         if positions is None:
             raise InputError("a row cache needs position_ids, which say where each token stands")
-        if int(positions.max()) >= cache.room:
-            raise InputError(f"a token stands at position {int(positions.max())} of a cache with room for {cache.room}")
+        last = int(positions.max())
+        if last >= cache.room:
+            raise InputError(f"a token stands at position {last} of a cache with room for {cache.room}")
         is_small = step.first_row == 0 and step.logits_to_keep == 0 and positions.shape[1] <= MOST_STATIC
         static = self._static(forwards) if is_small else []
         eager = [forward for forward in forwards if forward not in static]

@@ -174,6 +174,10 @@ class RowCache:
         """Return the tokens of the longest row."""
         return max(self.lengths, default=0)
 
+    def empty(self) -> None:
+        """Let all rows hold nothing; the buffers stay where they are."""
+        self.texts, self.lengths = [()] * self.num_rows, [0] * self.num_rows
+
     def hold(self, texts: Sequence[Sequence[int]], lengths: Sequence[int], first: int = 0) -> None:
         """Set what rows from `first` on hold: the first `lengths` tokens of `texts`."""
         self.texts[first : first + len(texts)] = texts
