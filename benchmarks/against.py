@@ -62,9 +62,9 @@ def make_cases(folder: str) -> dict[str, Callable[[], object]]:
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     from ensembler import EnsembleForCausalLM, MemberConfig
+    from ensembler.evaluation.backends import TransformersBackend
     from ensembler.evaluation.batches import make_batches
     from ensembler.evaluation.requests import ScoringRequest
-    from ensembler.evaluation.scoring import score_together
 
     complete, grid, Options, Point, EncodedPrompt = _names()
     model = EnsembleForCausalLM.from_members(alpha=0.5, members=dict.fromkeys(ROLES, folder))
@@ -95,7 +95,7 @@ def make_cases(folder: str) -> dict[str, Callable[[], object]]:
 
     def score(requests: list[Any]) -> Callable[[], object]:
         batches = make_batches(requests, 4, share_contexts=True)
-        return lambda: list(score_together(model, batches, points))
+        return lambda: list(TransformersBackend(model, tokenizer).score(batches, points))
 
     one = torch.tensor([prompts[0].ids])
     options = Options(max_new_tokens=12, draft="none")

@@ -133,9 +133,9 @@ def _grids(family: Family, options: Options) -> Iterator[Row]:
     """16 α over one: generation, the log-probs of choices, and those of texts."""
     from ensembler.decoding.decoder import Decoder
     from ensembler.engine.grid import make_grid
+    from ensembler.evaluation.backends import TransformersBackend
     from ensembler.evaluation.batches import make_batches
     from ensembler.evaluation.requests import ScoringRequest
-    from ensembler.evaluation.scoring import score_together
 
     model, small = family.ensemble, options.small
     ids = torch.randint(5, 90, (2 if small else 8, 8), device=options.device)
@@ -160,7 +160,7 @@ def _grids(family: Family, options: Options) -> Iterator[Row]:
         batches = make_batches(requests, 8, share_contexts=True)
 
         def score(points: Sequence[Any], batches: Sequence[Any] = batches) -> Callable[[], float]:
-            return lambda: seconds_of(lambda: list(score_together(model, batches, points)))
+            return lambda: seconds_of(lambda: list(TransformersBackend(model).score(batches, points)))
 
         yield _ratio(family, name, interleaved({"1": score(one), "16": score(many)}, 2 if small else 5), 1.1, small)
 

@@ -26,11 +26,12 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 from ensembler import EnsembleForImageClassification
-from ensembler.engine.grid import GridPoint, make_grid
-from ensembler.evaluation.examples import Example
-from ensembler.vision.sweep import ImageChunk
+from ensembler.engine.grid import Grid, GridPoint, make_grid
+from ensembler.evaluation.documents import Document
+from ensembler.vision.answers import answer_prepared
 
 OUT = RESULTS / "grid_images.jsonl"
+Chunk = tuple[list[Document], dict[str, Tensor]]  # images, and what their members read
 GRIDS = {"one": [1.0], "grid": [k / 10 for k in range(16)]}
 ROLES = ("source_ft", "source_pt", "target_pt")
 
@@ -66,35 +67,29 @@ def make_members(folder: Path, args: argparse.Namespace) -> dict[str, Path]:
     return {role: folder / role for role in ROLES}
 
 
-def make_chunks(
-    model: EnsembleForImageClassification, args: argparse.Namespace
-) -> list[tuple[ImageChunk, dict[str, Tensor]]]:
+def make_chunks(model: EnsembleForImageClassification, args: argparse.Namespace) -> list[Chunk]:
     generator = np.random.default_rng(0)
     chunks = []
     for start in range(0, args.images, args.batch_size):
         num = min(args.batch_size, args.images - start)
         pixels = generator.integers(0, 256, (num, args.size, args.size, 3), dtype=np.uint8)
-        examples = tuple(Example(f"random/test/{start + i}", {}, (), gold=model.classes[0]) for i in range(num))
-        chunks.append((ImageChunk(examples), model.prepare([Image.fromarray(image) for image in pixels])))
+        documents = [Document("random", "test", start + i, {}, "", (), gold=model.classes[0]) for i in range(num)]
+        chunks.append((documents, model.prepare([Image.fromarray(image) for image in pixels])))
     return chunks
 
 
-def seconds(
-    model: EnsembleForImageClassification, chunk: ImageChunk, prepared: dict[str, Tensor], grid: list[GridPoint]
-) -> float:
+def seconds(model: EnsembleForImageClassification, chunk: Chunk, points: list[GridPoint]) -> float:
     begun = time.perf_counter()
-    chunk.answer_prepared(model, prepared, grid)
+    answer_prepared(model, Grid.of(points, model.rule, model.contract, "mask").on(model.device), *chunk)
     return time.perf_counter() - begun
 
 
-def one_repeat(
-    model: EnsembleForImageClassification, chunks: list[tuple[ImageChunk, dict[str, Tensor]]]
-) -> dict[str, float]:
+def one_repeat(model: EnsembleForImageClassification, chunks: list[Chunk]) -> dict[str, float]:
     """Seconds over all chunks; which grid is first changes from chunk to chunk."""
     found = dict.fromkeys(GRIDS, 0.0)
-    for index, (chunk, prepared) in enumerate(chunks):
+    for index, chunk in enumerate(chunks):
         for name in sorted(GRIDS, reverse=bool(index % 2)):
-            found[name] += seconds(model, chunk, prepared, make_grid([model.rule.name], GRIDS[name]))
+            found[name] += seconds(model, chunk, make_grid([model.rule.name], GRIDS[name]))
     return found
 
 

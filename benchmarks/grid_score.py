@@ -23,9 +23,9 @@ from measuring import RESULTS, Measured, printed_by, resident_mb, spread
 
 from ensembler import EnsembleForCausalLM
 from ensembler.engine.grid import GridPoint, make_grid
+from ensembler.evaluation.backends import TransformersBackend
 from ensembler.evaluation.batches import Batch, make_batches
 from ensembler.evaluation.requests import Question, encode_questions
-from ensembler.evaluation.scoring import score_together
 
 OUT = RESULTS / "grid_score.jsonl"
 GRIDS = {"one": [1.0], "grid": [k / 10 for k in range(16)]}
@@ -72,7 +72,7 @@ def reviews(data: Path, num_rows: int, model: EnsembleForCausalLM, batch_size: i
 
 def seconds(model: EnsembleForCausalLM, batch: Batch, grid: list[GridPoint]) -> float:
     begun = time.perf_counter()
-    list(score_together(model, [batch], grid))
+    list(TransformersBackend(model).score([batch], grid))
     return time.perf_counter() - begun
 
 
@@ -109,7 +109,7 @@ def main() -> None:
         if args.memory_of != "nothing":
             model = load(args.model, args.trio)
             grid = make_grid([model.rule.name], GRIDS[args.memory_of])
-            list(score_together(model, reviews(args.data, args.rows, model, args.batch_size), grid))
+            list(TransformersBackend(model).score(reviews(args.data, args.rows, model, args.batch_size), grid))
         print(resident_mb())
         return
     nothing, one, grid_mb = (peak_memory(kind, args) for kind in ("nothing", *GRIDS))

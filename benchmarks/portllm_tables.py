@@ -18,7 +18,7 @@ from typing import Any
 
 from markdown_tables import table
 
-from ensembler.evaluation.bench.verdict import NAMES
+from ensembler.evaluation.figures import NAMES
 
 FOLDER = Path(__file__).parent / "results" / "bench" / "smollm2"
 TASKS = {"sst2": "SST-2", "mrpc": "MRPC", "wnli": "WNLI", "boolq": "BoolQ"}

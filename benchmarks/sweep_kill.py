@@ -2,7 +2,7 @@
 
     python benchmarks/sweep_kill.py [--kills 20] [--limit 100]
 
-The sweep is of the embedded family on its own task, both rules. Each kill (SIGKILL) comes when the file of rows has
+The sweep is of the embedded family on its own task, both rules. Each kill (SIGKILL) comes when results.sqlite has
 reached a random size, and the next process goes on from what is there. One JSON row is appended to
 benchmarks/results/sweep_kill.jsonl.
 """
@@ -19,14 +19,16 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ensembler.evaluation.export import lines
 from ensembler.evaluation.provenance import versions
+from ensembler.evaluation.results_file import FILE, open_results
 
 RESULTS = Path(__file__).parent / "results" / "sweep_kill.jsonl"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One run. `num_torn`: kills that left a line or an example half-written; `same_rows`: byte for byte."""
+    """One run. `num_torn`: kills in the middle of a transaction; `same_rows`: all documents, points and answers."""
 
     kills: int
     num_torn: int
@@ -43,16 +45,20 @@ def command(out: Path, limit: int) -> list[str]:
 
 
 def kill_once(out: Path, limit: int, target: int) -> bool:
-    """Start the sweep, kill it when its rows reach `target` bytes; return whether a row or an example was torn."""
+    """Start the sweep, kill it when its file reaches `target` bytes; return whether a transaction was under way."""
     process = subprocess.Popen(command(out, limit), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    rows = out / "rows.jsonl"
-    while process.poll() is None and (rows.stat().st_size if rows.exists() else 0) < target:
+    file = out / FILE
+    while process.poll() is None and (file.stat().st_size if file.exists() else 0) < target:
         time.sleep(0.001)
     process.kill()
     process.wait()
-    content = rows.read_bytes() if rows.exists() else b""
-    num_points = 32
-    return not content.endswith(b"\n") or content.count(b"\n") % num_points != 0
+    return Path(f"{file}-journal").exists()
+
+
+def rows_of(out: Path) -> list[str]:
+    """Each document and point as a line of JSON, in the order of their names."""
+    with open_results(out) as results:
+        return sorted(lines(results, "rows"))
 
 
 def main() -> None:
@@ -65,26 +71,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         alone, killed = Path(name) / "alone", Path(name) / "killed"
         subprocess.run(command(alone, args.limit), check=True, capture_output=True)
-        expected = (alone / "rows.jsonl").read_bytes()
+        expected, size = rows_of(alone), (alone / FILE).stat().st_size
         num_torn = 0
-        for target in sorted(draw.randrange(len(expected)) for _ in range(args.kills)):
+        for target in sorted(draw.randrange(size) for _ in range(args.kills)):
             num_torn += kill_once(killed, args.limit, target)
-            print(f"killed at {target:,} of {len(expected):,} bytes", file=sys.stderr)
+            print(f"killed at {target:,} of {size:,} bytes", file=sys.stderr)
         subprocess.run(command(killed, args.limit), check=True, capture_output=True)
-        found = (killed / "rows.jsonl").read_bytes()
-    rows = [json.loads(line) for line in found.splitlines()]
+        found = rows_of(killed)
+    names = [(row["document"], row["rule"], row["alpha"]) for row in map(json.loads, found)]
     row = Row(
         kills=args.kills,
         num_torn=num_torn,
-        num_rows=len(rows),
-        num_twice=len(rows) - len({(row["id"], row["rule"], row["alpha"]) for row in rows}),
+        num_rows=len(found),
+        num_twice=len(names) - len(set(names)),
         same_rows=found == expected,
         versions=versions(),
         date=time.strftime("%Y-%m-%d"),
     )
     with args.results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(row)) + "\n")
-    print(f"{row.kills} kills ({row.num_torn} tore a row or an example), {row.num_rows:,} rows, {row.num_twice} twice,")
+    print(f"{row.kills} kills ({row.num_torn} of them in a transaction), {row.num_rows:,} rows, {row.num_twice} twice,")
     print(f"  {'the same' if row.same_rows else 'OTHERS than those'} as left alone")
 
 

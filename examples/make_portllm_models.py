@@ -34,8 +34,6 @@ from make_smollm2_trio import SEED, save, train
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from ensembler.evaluation.encoding import encode_pair
-from ensembler.evaluation.examples import Continuation, Example
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.patch.apply import apply_patches
 from ensembler.patch.plan import Part
@@ -157,15 +155,16 @@ def rows_of(task: str, out: Path, tokenizer: PreTrainedTokenizerBase) -> list[Pa
     """The rows to train on in lm-eval's format: the ids of every prompt and of its right answer."""
     with contextlib.chdir(out):  # the task looks for data/ here
         (loaded,) = load_tasks([str(TASKS / f"{task}.yaml")])
-        pairs = [encode_pair(*right_answer(example), tokenizer) for example in loaded.examples("train")]
+        documents = loaded.documents("train")
+    requests = [document.requests[document.choices.index(str(document.gold))] for document in documents]
+    pairs = [encode(tokenizer, *request.args) for request in requests]
     return [pair for pair in pairs if sum(map(len, pair)) <= LONGEST]
 
 
-def right_answer(example: Example) -> tuple[str, str]:
-    """The prompt and the continuation that is right."""
-    request = example.requests[example.choices.index(str(example.gold))]
-    assert isinstance(request, Continuation)
-    return request.context, request.text
+def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> Pair:
+    """Both as ids, parted where the prompt's own tokens end, as lm-eval's HFLM parts them."""
+    ids = tokenizer.encode(prompt)
+    return tuple(ids), tuple(tokenizer.encode(prompt + answer)[len(ids) :])
 
 
 def batches(rows: list[Pair], task: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[Batch]:

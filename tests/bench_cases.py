@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from peft import LoraConfig, get_peft_model
 from scoring_cases import save_models
 from transformers import AutoModelForCausalLM
 
-from ensembler.evaluation.bench.bench import Bench
-from ensembler.evaluation.bench.recipe_file import read_recipe
-from ensembler.evaluation.bench.running import BenchRunner
-from ensembler.evaluation.bench.summary import BenchTask, MethodSummary
+from ensembler.evaluation.bench import Bench
+from ensembler.evaluation.costs import measure_costs
+from ensembler.evaluation.figures import MethodFigure, TaskFigures
+from ensembler.evaluation.recipe_file import read_recipe
+from ensembler.evaluation.runner import Runner
+from ensembler.evaluation.store import Store
+from ensembler.evaluation.summary import summarise
 
 ALL = ("source_ft", "source_pt", "target_pt", "base-change", "eft", "patch", "patch+base-change", "direct")
 
@@ -25,9 +28,7 @@ def save_bench_models(folder: Path, **more: Any) -> dict[str, Any]:
     """Models of one shape in the roles of a recipe; source FT is a LoRA of source PT, and that LoRA the patch."""
     settings = {"family": "llama", "num_layers": 1, **more}
     save_models(folder, source_pt=settings, target_pt=settings, direct=settings)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
-    base = AutoModelForCausalLM.from_pretrained(folder / "source_pt")
-    get_peft_model(base, lora).save_pretrained(folder / "patch")
+    save_patch(folder / "source_pt", folder / "patch")
     return {
         "source_ft": {"model": str(folder / "source_pt"), "adapter": str(folder / "patch")},
         "source_pt": str(folder / "source_pt"),
@@ -35,6 +36,14 @@ def save_bench_models(folder: Path, **more: Any) -> dict[str, Any]:
         "patch": str(folder / "patch"),
         "direct": str(folder / "direct"),
     }
+
+
+def save_patch(base: Path, out: Path, seed: int = 0) -> Path:
+    """A random LoRA of a model."""
+    torch.manual_seed(seed)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(out)
+    return out
 
 
 def write_recipe(path: Path, content: Mapping[str, Any]) -> Path:
@@ -53,29 +62,21 @@ class Ran:
     """A benchmark that was run: its figures, and what failed on the way."""
 
     bench: Bench
-    tasks: list[BenchTask]
+    tasks: list[TaskFigures]
     reported: dict[str, str]
 
-    def method(self, name: str, task: int = 0) -> MethodSummary:
-        return next(method for method in self.tasks[task].methods if method.method == name)
+    def method(self, name: str, task: int = 0) -> MethodFigure:
+        return self.tasks[task].method(name)
 
 
 def run_bench(path: Path, out: Path, *, costs: bool = False) -> Ran:
     """Run the recipe at `path` into `out`."""
     bench = Bench(read_recipe(path))
-    runner = BenchRunner(bench, out, "ensembler bench")
     reported: dict[str, str] = {}
-    runner.answer(lambda num: None, reported.__setitem__)
-    if costs:
-        runner.costs(lambda num: None)
-    tasks = runner.summarise()
-    assert tasks is not None
-    return Ran(bench, tasks, reported)
-
-
-def values_of(out: Path, run: str, split: str, rule: str, alpha: float, key: str) -> list[Any]:
-    """The values of a metric at one point of a run, read from its file by the test itself."""
-    rows = [json.loads(line) for line in (out / "runs" / run / "rows.jsonl").read_text("utf-8").splitlines()]
-    return [
-        row["values"][key] for row in rows if f"/{split}/" in row["id"] and (row["rule"], row["alpha"]) == (rule, alpha)
-    ]
+    with Store(out, bench.settings) as store:
+        store.begin("ensembler bench")
+        runner = Runner(store)
+        runner.run_studies(bench.studies, lambda num: None, reported.__setitem__)
+        if costs:
+            measure_costs(bench.studies, store, lambda num: None)
+        return Ran(bench, summarise(bench.studies, store, runner.errors(bench.studies)), reported)

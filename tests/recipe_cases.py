@@ -14,8 +14,8 @@ from task_cases import write_tasks
 from tiny import make_model, make_tokenizer
 
 from ensembler.errors import EnsemblerError
-from ensembler.evaluation.bench.bench import Bench
-from ensembler.evaluation.bench.recipe_file import read_recipe
+from ensembler.evaluation.bench import Bench
+from ensembler.evaluation.recipe_file import read_recipe
 from ensembler.vision.bench import ImagePlanner
 
 Content = dict[str, Any]
@@ -64,13 +64,13 @@ def write_recipe(path: Path, content: Content) -> Path:
 
 def plan(path: Path) -> Bench:
     """What `bench --dry-run` does before it prints."""
-    return Bench(read_recipe(path), image_planner=ImagePlanner())
+    return Bench(read_recipe(path), others=ImagePlanner())
 
 
-def refusal(path: Path) -> str:
-    """The one line with which a dry run refuses a recipe."""
+def refusal(path: Path, read: Callable[[Path], object] = plan) -> str:
+    """The one line with which a dry run, or what reads the file, refuses a recipe."""
     with pytest.raises(EnsemblerError) as found:
-        plan(path)
+        read(path)
     assert found.value.exit_code == 2
     assert "\n" not in str(found.value)
     return str(found.value)

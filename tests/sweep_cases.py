@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,18 +18,24 @@ from task_cases import write_rows
 
 from ensembler import EnsembleConfig, EnsembleForCausalLM
 from ensembler.engine.grid import GridPoint
-from ensembler.evaluation.backends import TransformersBackend
-from ensembler.evaluation.rows_folder import Row, RowsFolder
-from ensembler.evaluation.summary import TaskSummary, summarise
-from ensembler.evaluation.sweep import Sweep, SweepOptions
+from ensembler.evaluation.figures import TaskFigures
+from ensembler.evaluation.plan import Plan, PlanOptions
+from ensembler.evaluation.results_file import Results
+from ensembler.evaluation.runner import Runner
+from ensembler.evaluation.store import FILE, Measured, Store
+from ensembler.evaluation.study import sweep_study
+from ensembler.evaluation.summary import summarise
 from ensembler.evaluation.task_loading import load_tasks
-from ensembler.evaluation.tasks import EvalTask
+from ensembler.evaluation.tasks import TextTask
+from ensembler.evaluation.text_answers import TextAnswerer
 from ensembler.preflight import CheckedEnsemble, check_ensemble
+from ensembler.serving.choice import BackendChoice
 
 RULES = ("base-change", "eft")
 ALPHAS = tuple(round(0.1 * index, 1) for index in range(16))
 FLAGS = {"source_ft": "--source-ft", "source_pt": "--source-pt", "target_pt": "--target-pt"}
-Rows = dict[str, list[Row]]
+Rows = dict[str, list[Measured]]
+"""What each document came to at each point of the grid."""
 
 
 @dataclass(frozen=True)
@@ -62,71 +70,90 @@ def save_ensemble(folder: Path, **families: dict[str, Any]) -> Ensemble:
     return Ensemble(checked, EnsembleForCausalLM.from_checked(checked))
 
 
-def load_task(folder: Path, name: str, **settings: Any) -> EvalTask:
+def load_task(folder: Path, name: str, **settings: Any) -> TextTask:
     """A task of a folder that `write_tasks` wrote."""
     (task,) = load_tasks([str(folder / f"{name}.yaml")], **settings)
     return task
 
 
-def options(**changes: Any) -> SweepOptions:
-    return SweepOptions(**{"rules": RULES, "alphas": (0.0, 0.5, 1.0), "batch_size": 3, **changes})
+def options(**changes: Any) -> PlanOptions:
+    return PlanOptions(**{"rules": RULES, "alphas": (0.0, 0.5, 1.0), "batch_size": 3, **changes})
 
 
-def run_sweep(sweep: Sweep, model: EnsembleForCausalLM, path: Path) -> Rows:
-    """The rows of all examples, made into a folder at `path`."""
-    folder = RowsFolder(path, sweep.settings, rows_per_id=len(sweep.grid))
-    folder.begin("ensembler sweep", sweep.example_rows())
-    done = frozenset(folder.rows())
-    with folder:
-        for _ in sweep.run(TransformersBackend(model, sweep.tokenizer), folder, sweep.unfinished(done), done):
-            pass
-    rows = folder.finish(sweep.ids)
-    assert rows is not None
-    return rows
+def plan_of(
+    checked: CheckedEnsemble, tasks: Sequence[TextTask], *, backend: BackendChoice | None = None, **changes: Any
+) -> Plan:
+    """A sweep of tasks, planned as the command does it."""
+    chosen = options(**changes)
+    answerer = TextAnswerer(checked, chosen.batch_size, chosen.seed, backend or BackendChoice())
+    return Plan("sweep", checked, answerer, [task.asked_of(answerer.model) for task in tasks], chosen)
 
 
-def swept(ensemble: Ensemble, task: EvalTask, path: Path, **changes: Any) -> tuple[Sweep, Rows]:
+def run_plan(plan: Plan, folder: Path) -> Rows:
+    """The rows of all documents, made into a folder."""
+    with Store(folder, plan.settings) as store:
+        store.begin("ensembler sweep")
+        Runner(store).run(plan, lambda num: None)
+        return dict(store.rows(plan.name))
+
+
+def swept(ensemble: Ensemble, task: TextTask, folder: Path, **changes: Any) -> tuple[Plan, Rows]:
     """A sweep of one task, and its rows."""
-    sweep = Sweep(ensemble.checked, [task], options(**changes))
-    return sweep, run_sweep(sweep, ensemble.model, path)
+    plan = plan_of(ensemble.checked, [task], **changes)
+    return plan, run_plan(plan, folder)
 
 
-def rigged(sweep: Sweep, value: Callable[[str, int, GridPoint], Any]) -> Rows:
-    """Rows that no model made: `value(part, index, point)` is the metric of the part's example of this index."""
-    rows: Rows = {}
-    for task in sweep.tasks:
-        for part, examples in (("validation", task.parts.validation), ("test", task.parts.test)):
-            for index, example in enumerate(examples):
-                rows[example.id] = [
-                    _row(example.id, point, {task.metric.key: value(part, index, point)}) for point in sweep.grid
+def stored(plan: Plan, folder: Path, rows: Rows) -> Results:
+    """Rows as the results of a sweep."""
+    store = Store(folder, plan.settings)
+    store.begin("ensembler sweep")
+    store.begin_run(plan.name, plan.grid, plan.documents())
+    store.add(plan.name, list(rows.items()))
+    return store
+
+
+def rigged(plan: Plan, folder: Path, value: Callable[[str, int, GridPoint], Any]) -> Results:
+    """Results that no model made: `value(part, index, point)` is the metric of the document of this index in a part."""
+    rows = {}
+    for task in plan.tasks:
+        for part, documents in task.parts.items():
+            for index, document in enumerate(documents):
+                values = [value(part, index, point) for point in plan.grid]
+                rows[document.name] = [
+                    Measured([[str(one)]], {task.metric.key: one}, {"none": str(one)}) for one in values
                 ]
-    return rows
+    return stored(plan, folder, rows)
 
 
-def _row(name: str, point: GridPoint, values: Mapping[str, Any]) -> Row:
-    text = str(next(iter(values.values())))
-    return {
-        "id": name,
-        "rule": point.rule,
-        "alpha": point.alpha,
-        "values": dict(values),
-        "predictions": {"none": text},
-        "answers": [[text]],
-    }
+def figures_of(plan: Plan, results: Results) -> TaskFigures:
+    (figures,) = summarise([sweep_study(plan)], results)
+    return figures
 
 
-def summary_of(sweep: Sweep, rows: Rows) -> TaskSummary:
-    (summary,) = summarise(sweep, rows)
-    return summary
+def read_rows(folder: Path, run: str = "sweep") -> list[dict[str, Any]]:
+    """The rows of a run, a document after the other at all points of the grid, read by the test itself."""
+    of_points = "FROM {} AS one JOIN documents ON one.document = documents.id JOIN points ON one.point = points.id"
+    columns, ordered = "documents.name, part, rule, alpha", "WHERE points.run = ? ORDER BY documents.id, points.id"
+    with closing(sqlite3.connect(folder / FILE)) as connection:
+        measured = connection.execute(
+            f"SELECT {columns}, metric_values, predictions {of_points.format('measurements')} {ordered}", [run]
+        ).fetchall()
+        answered = connection.execute(
+            f"SELECT {columns}, answer {of_points.format('answers')} {ordered}, request", [run]
+        ).fetchall()
+    answers: dict[tuple[Any, ...], list[Any]] = {}
+    for *key, answer in answered:
+        answers.setdefault(tuple(key), []).append(json.loads(answer))
+    return [
+        {"id": name, "part": part, "rule": rule, "alpha": alpha}
+        | {"values": json.loads(values), "predictions": json.loads(predictions)}
+        | {"answers": answers[name, part, rule, alpha]}
+        for name, part, rule, alpha, values, predictions in measured
+    ]
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a finished sweep, read by the test itself."""
-    return [json.loads(line) for line in (path / "rows.jsonl").read_text("utf-8").splitlines()]
-
-
-def column(rows: Sequence[Row], split: str, rule: str, alpha: float, key: str) -> list[Any]:
-    """The values of a metric at one point, of the examples whose id holds /split/, in their order."""
+def column(rows: Sequence[dict[str, Any]], split: str, rule: str, alpha: float, key: str) -> list[Any]:
+    """The values of a metric at one point, of the documents whose name holds /split/, in their order."""
     return [
         row["values"][key] for row in rows if f"/{split}/" in row["id"] and (row["rule"], row["alpha"]) == (rule, alpha)
     ]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from ensembler.evaluation.examples import Answer, Example
-from ensembler.evaluation.tasks import EvalTask
+from ensembler.evaluation.documents import Answer, Document
+from ensembler.evaluation.tasks import TextTask
 
 QUESTIONS = [
     {"question": "abc", "choices": ["de", "f", "ghi"], "answer": 0},
@@ -177,48 +178,64 @@ def write_tasks(folder: Path) -> Path:
 
 
 def run_lm_eval(
-    task: EvalTask,
+    task: TextTask,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     *,
     max_length: int | None = None,
     bootstrap_iters: int = 0,
 ) -> dict[str, Any]:
-    """lm-eval's own evaluation of the same task."""
-    from lm_eval import simple_evaluate
+    """lm-eval's own evaluation of the same task, the model in a plain HFLM."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
+    return evaluate(
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu", max_length=max_length),
+        tasks=[task.task],
+        task_manager=TaskManager(include_defaults=False),
+        limit=task.limit,
+        bootstrap_iters=bootstrap_iters,
+        apply_chat_template=task.style.apply_chat_template,
+        fewshot_as_multiturn=task.style.fewshot_as_multiturn,
+        system_instruction=task.style.system_instruction,
+    )
+
+
+def evaluate(model: Any, **settings: Any) -> dict[str, Any]:
+    """`lm_eval.simple_evaluate`."""
+    from lm_eval import simple_evaluate
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # it asks pip, for more than a second
-        found = simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu", max_length=max_length),
-            tasks=[task.task],
-            task_manager=TaskManager(include_defaults=False),
-            limit=task.limit,
-            bootstrap_iters=bootstrap_iters,
-        )
+        found = simple_evaluate(model, **{"bootstrap_iters": 0, **settings})
     assert found is not None
     return dict(found)
 
 
-def recorded(results: dict[str, Any], task: EvalTask) -> dict[int, list[Answer]]:
-    """The answers of each document of lm-eval's run: those to requests, before filters."""
-    answers = defaultdict(list)
-    for sample in results["samples"][task.name]:
-        answers[sample["doc_id"]] = [_answer(task, responses) for responses in sample["resps"]]
-    return dict(answers)
+def recorded(results: Mapping[str, Any], task: TextTask) -> dict[int, Answer]:
+    """The answers to each document of lm-eval's run, before filters."""
+    is_text = task.task.OUTPUT_TYPE == "generate_until"
+    return {
+        sample["doc_id"]: [list(each) if is_text else each[0] for each in sample["resps"]]
+        for sample in results["samples"][task.name]
+    }
 
 
-def _answer(task: EvalTask, responses: list[Any]) -> Answer:
-    return list(responses) if task.output_type == "generate_until" else responses[0]
-
-
-def figures(task: EvalTask, examples: list[Example], answers: dict[int, list[Answer]]) -> dict[str, float]:
+def figures(task: TextTask, documents: Sequence[Document], answers: Mapping[int, Answer]) -> dict[str, float]:
     """Every metric of a task, by way of rows of JSON."""
     rows: dict[str, list[Any]] = defaultdict(list)
-    for index, example in enumerate(examples):
-        line = json.dumps(dict(task.measure(example, answers[index]).values), allow_nan=False)
-        for key, value in json.loads(line).items():
+    for document in documents:
+        values, _ = task.measure(document, answers[document.index])
+        for key, value in json.loads(json.dumps(values, allow_nan=False)).items():
             rows[key].append(value)
     return {key: task.aggregate(key, values) for key, values in rows.items()}
+
+
+def figures_of(results: Mapping[str, Any], task: TextTask) -> dict[str, float]:
+    """The figures of lm-eval's run by the keys of `figures`."""
+    several = len({metric.filter for metric in task.metrics}) > 1
+    return {
+        key if several else key.rpartition(",")[0]: value
+        for key, value in results["results"][task.name].items()
+        if "," in key and "_stderr," not in key
+    }

@@ -11,20 +11,24 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from bench_cases import ALL, Ran, recipe, run_bench, save_bench_models, values_of, write_recipe
+from bench_cases import ALL, Ran, recipe, run_bench, save_bench_models, write_recipe
 from peft import PeftModel
 from scipy import stats
-from sweep_cases import load_task
+from sweep_cases import column, load_task, read_rows
 from task_cases import run_lm_eval, write_tasks
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ensembler import EnsembleForCausalLM
 from ensembler.errors import MemberError
-from ensembler.evaluation.bench.bench import Bench
-from ensembler.evaluation.bench.methods import plan_runs
-from ensembler.evaluation.bench.recipe_file import read_recipe
-from ensembler.evaluation.bench.running import BenchRunner
+from ensembler.evaluation.bench import Bench
+from ensembler.evaluation.parts import TEST, VALIDATION
+from ensembler.evaluation.plan import Plan
+from ensembler.evaluation.recipe_file import read_recipe
+from ensembler.evaluation.runner import BEGUN, ERROR, Runner
 from ensembler.evaluation.statistics import holm
+from ensembler.evaluation.store import Store, open_results
+from ensembler.evaluation.study import Run, plan_runs
+from ensembler.evaluation.summary import summarise
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +106,8 @@ def places(ran: Ran) -> dict[str, tuple[str, str, float]]:
 def test_paired_statistics_are_scipys_on_the_rows(ran: tuple[Ran, Path]) -> None:
     bench, out = ran
     values = {
-        name: values_of(out, run, "test", rule, alpha, "acc") for name, (run, rule, alpha) in places(bench).items()
+        name: column(read_rows(out, run), "test", rule, alpha, "acc")
+        for name, (run, rule, alpha) in places(bench).items()
     }
     task = bench.tasks[0]
     assert {len(of) for of in values.values()} == {90}
@@ -129,26 +134,32 @@ def test_alpha_is_what_the_validation_rows_choose(ran: tuple[Ran, Path]) -> None
     bench, out = ran
     for name, run in (("base-change", "r.ensemble"), ("eft", "r.ensemble"), ("patch+base-change", "r.patched")):
         rule = "eft" if name == "eft" else "base-change"
-        right = {alpha: sum(values_of(out, run, "train", rule, alpha, "acc")) for alpha in (0.2, 0.6, 1.0)}
+        rows = read_rows(out, run)
+        right = {alpha: sum(column(rows, "train", rule, alpha, "acc")) for alpha in (0.2, 0.6, 1.0)}
         best = max(right.values())
         assert bench.method(name).alpha == min(alpha for alpha, num in right.items() if num == best)
 
 
-def test_only_runs_that_choose_read_the_validation_examples(ran: tuple[Ran, Path]) -> None:
-    sizes = {planned.run.name: len(planned.sweep.ids) for planned in ran[0].bench.runs}
-    assert sizes["ensemble"] == sizes["patched"] == 180
-    assert {sizes[name] for name in ("source_pt", "direct", "source_ft", "target_pt", "patch")} == {90}
+def test_only_runs_that_choose_read_the_validation_documents(ran: tuple[Ran, Path]) -> None:
+    sizes = {plan.name: sum(1 for _ in plan.documents()) for _, plan in runs_of(ran[0].bench)}
+    assert sizes["r.ensemble"] == sizes["r.patched"] == 180
+    assert {sizes[f"r.{name}"] for name in ("source_pt", "direct", "source_ft", "target_pt", "patch")} == {90}
 
 
-def test_examples_drawn_for_validation_are_reported_by_no_method(
+def runs_of(bench: Bench) -> list[tuple[Run, Plan]]:
+    return [pair for study in bench.studies for pair in study.runs]
+
+
+def test_documents_drawn_for_validation_are_reported_by_no_method(
     models: dict[str, Any], folder: Path, tmp_path: Path
 ) -> None:
     path = write_recipe(tmp_path / "r.yaml", recipe(models, folder / "choice.yaml", validation=2))
     ran = run_bench(path, tmp_path / "out")
     (task,) = ran.tasks
     assert (task.num_validation, task.num_test) == (2, 3)
-    reported = [{example.id for example in planned.sweep.tasks[0].parts.test} for planned in ran.bench.runs]
-    assert all(ids == reported[0] for ids in reported)
+    reported = [{document.name for document in plan.tasks[0].parts[TEST]} for _, plan in runs_of(ran.bench)]
+    assert all(names == reported[0] for names in reported)
+    assert {len(plan.tasks[0].parts[VALIDATION]) for _, plan in runs_of(ran.bench)} == {2}
 
 
 def test_a_given_alpha_needs_no_validation(models: dict[str, Any], folder: Path, tmp_path: Path) -> None:
@@ -160,7 +171,7 @@ def test_a_given_alpha_needs_no_validation(models: dict[str, Any], folder: Path,
     )
     ran = run_bench(write_recipe(tmp_path / "r.yaml", content), tmp_path / "out")
     assert [ran.method(name).alpha for name in ("base-change", "eft", "patch+base-change")] == [0.3, 0.7, 0.3]
-    assert not any(method.is_chosen for method in ran.tasks[0].methods if method.alpha is not None)
+    assert {method.chosen_by for method in ran.tasks[0].methods if method.alpha is not None} == {"given"}
 
 
 def test_members_alone_stand_in_for_an_ensemble_that_fails(
@@ -183,8 +194,11 @@ def test_members_alone_stand_in_for_an_ensemble_that_fails(
         failed = name in ("base-change", "eft", "patch+base-change")
         assert ran.method(name).error == ("RuntimeError: out of memory" if failed else None)
         assert ran.method(name).test == (None if failed else whole.method(name).test)
-    rows = [json.loads(line) for line in (tmp_path / "out" / "rows.jsonl").read_text().splitlines()]
-    assert {row["run"]: row["error"] for row in rows if "error" in row} == ran.reported
+    assert ran.tasks[0].not_measured[:3] == tuple(
+        f"{name}: RuntimeError: out of memory" for name in ("base-change", "EFT", "base-change with the patched target")
+    )
+    with open_results(tmp_path / "out") as results:
+        assert {name: content["error"] for name, content in results.notes(ERROR)} == ran.reported
     monkeypatch.undo()
     mended = run_bench(path, tmp_path / "out")  # the same command goes on, and what failed is tried again
     assert mended.tasks == whole.tasks
@@ -214,14 +228,22 @@ def test_a_run_in_which_the_process_is_lost_twice_gives_way_to_its_members(
     whole = run_bench(path, tmp_path / "whole")
     for _ in range(2):
         bench = Bench(read_recipe(path))
-        runner = BenchRunner(bench, out, "ensembler bench")
-        runner._top.begin("ensembler bench")
-        runner._begin("r.ensemble", 0)
+        with Store(out, bench.settings) as store:
+            store.begin("ensembler bench")
+            Runner(store)._note_beginning(bench.studies[0].runs[0][1])  # and no more is heard of the process
     ran = run_bench(path, out)
     assert list(ran.reported) == ["r.ensemble"]
-    assert "lost in it 2 times" in ran.reported["r.ensemble"]
+    assert ran.reported["r.ensemble"].startswith("MemoryError: the process was lost in it 2 times without a new row")
     assert ran.method("source_ft").test == whole.method("source_ft").test
     assert ran.method("eft").test is None
+    assert ran.method("eft").error == ran.reported["r.ensemble"]
+    mended = run_bench(path, out)  # where room was made, say
+    assert mended.reported == {}
+    assert mended.tasks == whole.tasks
+    for _ in range(3):  # what is finished is begun no more
+        assert run_bench(path, out).reported == {}
+    with open_results(out) as results:
+        assert [content for name, content in results.notes(BEGUN) if name == "r.ensemble"] == [{"done": 0}] * 3
 
 
 @pytest.mark.parametrize("failing", [(1,), (0, 1)])
@@ -244,12 +266,16 @@ def test_processes_whose_ensemble_failed_leave_no_method_out(
             return load(checked, **options)
 
         monkeypatch.setattr(EnsembleForCausalLM, "from_checked", sometimes)
-        runner = BenchRunner(Bench(read_recipe(path)), out, "ensembler bench", rank, 2)
-        runner.answer(lambda num: None, lambda name, reason: None)
-        found.append(runner.summarise())
-    summaries = [tasks for tasks in found if tasks is not None]
-    assert len(summaries) == 1
-    methods = {method.method: method for method in summaries[0][0].methods}
+        bench = Bench(read_recipe(path))
+        with Store(out, bench.settings) as store:
+            store.begin("ensembler bench")
+            runner = Runner(store, rank, 2)
+            runner.run_studies(bench.studies, lambda num: None, lambda name, reason: None)
+            errors = runner.errors(bench.studies)
+            if runner.is_complete(bench.studies, errors):
+                found.append(summarise(bench.studies, store, errors))
+    assert len(found) == 1
+    methods = {method.method: method for method in found[0][0].methods}
     for name in ("source_ft", "target_pt", "patch", "source_pt", "direct"):
         assert methods[name].test == whole.method(name).test
     for name in ("base-change", "eft", "patch+base-change"):
@@ -261,8 +287,10 @@ def test_members_that_an_ensemble_would_change_run_alone(models: dict[str, Any],
     short = copy_model(Path(models["source_pt"]), tmp_path / "short", max_position_embeddings=24)
     content = recipe({**models, "source_pt": str(short)}, folder / "choice.yaml", num_fewshot=2)
     ran = run_bench(write_recipe(tmp_path / "r.yaml", content), tmp_path / "out")
-    names = [planned.run.name for planned in ran.bench.runs]
-    assert names == ["ensemble", "patched", "source_ft", "source_pt", "target_pt", "patch", "direct"]
+    names = [run.name for run, _ in runs_of(ran.bench)]
+    assert names == [
+        f"r.{name}" for name in ("ensemble", "patched", "source_ft", "source_pt", "target_pt", "patch", "direct")
+    ]
     task = load_task(folder, "choice", num_fewshot=2)
     tokenizer = AutoTokenizer.from_pretrained(models["source_pt"])
     for name in ("target_pt", "patch"):
@@ -283,13 +311,13 @@ def test_what_is_planned_in_place_of_a_run_says_so(models: dict[str, Any], folde
     (experiment,) = read_recipe(write_recipe(tmp_path / "r.yaml", recipe(models, folder / "choice.yaml"))).experiments
     runs = {run.name: run for run in plan_runs(experiment)}
     assert {name: run.instead_of for name, run in runs.items()} == {
-        "ensemble": None,
-        "patched": None,
-        "source_pt": None,
-        "direct": None,
-        "source_ft": "ensemble",
-        "target_pt": "ensemble",
-        "patch": "patched",
+        "r.ensemble": None,
+        "r.patched": None,
+        "r.source_pt": None,
+        "r.direct": None,
+        "r.source_ft": "r.ensemble",
+        "r.target_pt": "r.ensemble",
+        "r.patch": "r.patched",
     }
-    methods = [method.name for run in runs.values() if run.instead_of is None for method in run.methods]
+    methods = [method.key for run in runs.values() if run.instead_of is None for method in run.methods]
     assert sorted(methods) == sorted(ALL)

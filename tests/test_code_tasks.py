@@ -1,180 +1,157 @@
-"""HumanEval: programs are run when allowed, in the sandbox alone, and pass@k is the unbiased estimate."""
+"""Tasks that run what a model wrote: on the flag alone, by lm-eval's own path, their pass@k as lm-eval has it."""
 
 from __future__ import annotations
 
-import itertools
-import json
 import math
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Run
 
 pytest.importorskip("lm_eval")
 
-import lm_eval.tasks
-from task_cases import write_rows
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+from task_cases import evaluate, figures, figures_of, recorded, write_rows
 
-from ensembler.errors import ConfigError, RunError
-from ensembler.evaluation import code_tasks
-from ensembler.evaluation.code_tasks import build_programs, build_programs_from_chat, estimate, pass_at_k
-from ensembler.evaluation.examples import Generation
-from ensembler.evaluation.sandbox import Outcome
+from ensembler.errors import ConfigError
+from ensembler.evaluation.parts import choose_metric
 from ensembler.evaluation.task_loading import load_tasks
-from ensembler.evaluation.tasks import EvalTask
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tasks" / "humaneval_pass10.yaml"
-THEIRS = Path(lm_eval.tasks.__file__).parent / "humaneval"
-# HumanEval/0, shortened (MIT, OpenAI), and one of our own.
 PROBLEMS = [
-    {
-        "task_id": "HumanEval/0",
-        "prompt": "from typing import List\n\n\n"
-        "def has_close_elements(numbers: List[float], threshold: float) -> bool:\n"
-        '    """ Check if in given list of numbers, are any two numbers closer to each other than\n'
-        '    given threshold.\n    """\n',
-        "entry_point": "has_close_elements",
-        "test": "\n\ndef check(candidate):\n    assert candidate([1.0, 2.0, 3.9, 4.0, 5.0, 2.2], 0.3) == True\n"
-        "    assert candidate([1.0, 2.0, 3.9, 4.0, 5.0, 2.2], 0.05) == False\n",
-    },
-    {
-        "task_id": "own/1",
-        "prompt": "def twice(x):\n",
-        "entry_point": "twice",
-        "test": "def check(candidate):\n    assert candidate(2) == 4\n",
-    },
+    {"prompt": "def twice(x):\n", "entry_point": "twice", "test": "def check(f):\n    assert f(2) == 4\n"},
+    {"prompt": "def same(x):\n", "entry_point": "same", "test": "def check(f):\n    assert f(2) == 2\n"},
 ]
-RIGHT = "    return any(abs(a - b) < threshold for i, a in enumerate(numbers) for b in numbers[:i])\n"
-WRONG = ["    return True\n", "    while True: pass\n", "    return (\n", "    import sys; sys.exit(0)\n"]
+OWN = """
+import math
+from pathlib import Path
+
+Path(__file__).with_name("imported").touch()
+
+def build(resps, docs):
+    return [[doc["prompt"] + text for text in texts] for texts, doc in zip(resps, docs)]
+
+def passes(program):
+    try:
+        exec(program, {})
+    except BaseException:
+        return False
+    return True
+
+def pass_at_k(references, predictions, k):
+    (reference,), (programs,) = references, predictions
+    n, c = len(programs), sum(passes(f"{program}\\n{reference}") for program in programs)
+    return {f"pass@{each}": 1 - math.comb(n - c, each) / math.comb(n, each) for each in k}
+"""
+TASK = """
+task: tiny_code
+unsafe_code: true
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{prompt}}"
+doc_to_target: "{{test}}\\ncheck({{entry_point}})"
+repeats: 3
+generation_kwargs: {until: ["\\ndef"], max_gen_toks: 8, do_sample: true, temperature: 0.8}
+filter_list:
+  - name: create_test
+    filter: [{function: custom, filter_fn: !function own.build}]
+metric_list:
+  - {metric: !function own.pass_at_k, aggregation: mean, higher_is_better: true, k: [1, 2]}
+"""
+SAMPLES = ["    return 2 * x\n", "    return x\n", "    return (\n"]
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+class Writer(LM):
+    """Writes the same programs for every problem."""
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        return [SAMPLES[number % 3] for number in range(len(requests))]
+
+    def loglikelihood(self, requests: list[Any]) -> Any: ...
+
+    def loglikelihood_rolling(self, requests: list[Any]) -> Any: ...
 
 
 @pytest.fixture
-def example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EvalTask:
-    """The example of examples/tasks on two problems."""
-    (tmp_path / "data" / "humaneval").mkdir(parents=True)
-    write_rows(tmp_path / "data" / "humaneval" / "HumanEval.jsonl", PROBLEMS)
-    monkeypatch.chdir(tmp_path)
-    (task,) = load_tasks([str(EXAMPLE)], allow_code_execution=True)
-    return task
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    write_rows(tmp_path / "rows.jsonl", PROBLEMS)
+    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "code.yaml").write_text(TASK)
+    return tmp_path
 
 
-def test_pass_at_10_of_20_samples(example: EvalTask) -> None:
-    assert [metric.key for metric in example.metrics] == ["pass@10"]
-    assert example.choose_metric().higher_is_better
-    assert example.choose_metric().is_mean
-    first, second = example.examples()
-    (request,) = first.requests
-    assert isinstance(request, Generation)
-    assert (request.repeats, request.do_sample, request.temperature) == (20, True, 0.8)
-    assert (request.max_new_tokens, dict(request.settings)) == (512, {"top_p": 0.95})
-    measured = example.measure(first, [[RIGHT, *WRONG * 4, RIGHT, RIGHT, WRONG[0]]])
-    expected = 1 - math.comb(17, 10) / math.comb(20, 10)
-    assert measured.values == {"pass@10": pytest.approx(expected, abs=1e-12)}
-    other = example.measure(second, [["    return 2 * x\n"] * 20])
-    assert other.values == {"pass@10": 1.0}
-    none = example.measure(second, [["    return x\n"] * 20])
-    assert none.values == {"pass@10": 0.0}
-    values = [json.loads(json.dumps(dict(one.values)))["pass@10"] for one in (measured, other)]
-    assert example.aggregate("pass@10", values) == pytest.approx((expected + 1) / 2)
-    assert example.standard_error("pass@10", values) is not None
+def test_nothing_is_imported_before_the_flag(folder: Path, run: Run) -> None:
+    assert "add --confirm-run-unsafe-code" in run("sweep", "demo", "--task", folder / "code.yaml").error
+    for name, include_path in ((str(folder / "code.yaml"), None), ("tiny_code", folder)):
+        with pytest.raises(ConfigError, match=r"runs code that the model wrote, .* add --confirm-run-unsafe-code$"):
+            load_tasks([name], include_path=include_path)
+    assert not (folder / "imported").exists()
+    load_tasks([str(folder / "code.yaml")], confirm_run_unsafe_code=True)
+    assert (folder / "imported").exists()
 
 
-def test_figures_of_rows_alone(example: EvalTask) -> None:
-    """A run that goes on from its rows aggregates what it has not measured itself."""
-    assert example.aggregate("pass@10", [1.0, 0.0]) == 0.5
-
-
-def test_estimate_is_unbiased() -> None:
-    """The estimate is the share of all k-subsets that hold a right sample."""
-    for n in range(1, 8):
-        for c in range(n + 1):
-            for k in range(1, n + 1):
-                subsets = list(itertools.combinations([True] * c + [False] * (n - c), k))
-                assert estimate(n, c, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-
-
-def test_equal_programs_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    ran: list[str] = []
-
-    def run(program: str) -> Outcome:
-        ran.append(program)
-        return Outcome("right" in program, "")
-
-    monkeypatch.setattr(code_tasks, "run_program", run)
-    found = pass_at_k(["test"], [["right", "wrong", "right", "right"]], [1, 2])
-    assert found == {"pass@1": pytest.approx(0.75), "pass@2": pytest.approx(1.0)}
-    assert sorted(ran) == ["right\ntest", "wrong\ntest"]
-    assert pass_at_k(["test"], [["wrong"]], 1) == {"pass@1": 0.0}
-
-
-def test_programs_of_samples() -> None:
-    docs: list[dict[str, Any]] = [{"prompt": "a:"}, {"prompt": "b:"}]
-    assert build_programs([["1", "2"], ["3"]], docs) == [["a:1", "a:2"], ["b:3"]]
-    assert build_programs_from_chat([["1```x", "2"], ["3"]], docs) == [["a:1", "a:2"], ["b:3"]]
-
-
-def test_nothing_runs_unless_allowed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def run(*_: Any) -> None:
-        raise AssertionError("a program was run")
-
-    monkeypatch.setattr("ensembler.evaluation.sandbox.run_program", run)
-    monkeypatch.setattr(code_tasks, "run_program", run)
-    for names, include_path in (([str(EXAMPLE)], None), (["humaneval"], THEIRS), (["humaneval_64_instruct"], THEIRS)):
-        with pytest.raises(ConfigError, match="runs code that the model wrote; add --allow-code-execution"):
-            load_tasks(names, include_path=include_path)
-
-
-def local(tmp_path: Path, body: str) -> str:
-    data = write_rows(tmp_path / "rows.jsonl", PROBLEMS)
-    path = tmp_path / "own.yaml"
-    path.write_text(f"{body}dataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntask: own\n")
-    return str(path)
-
-
-@pytest.mark.parametrize(("name", "answer"), [("humaneval", RIGHT), ("humaneval_instruct", RIGHT + "```\nThat is it.")])
-def test_the_tasks_of_lm_eval_run_in_the_sandbox(name: str, answer: str, tmp_path: Path) -> None:
-    """Its own functions run a program when they are imported, and get their metric from the network."""
-    (task,) = load_tasks([local(tmp_path, f"include: {THEIRS / name}.yaml\n")], allow_code_execution=True)
-    assert [metric.key for metric in task.metrics] == ["pass@1"]
-    first = task.examples()[0]
-    assert task.measure(first, [[answer]]).values == {"pass@1": 1.0}
-    assert task.measure(first, [[WRONG[0]]]).values == {"pass@1": 0.0}
-
-
-def test_other_code_tasks_are_refused(tmp_path: Path) -> None:
-    body = f"include: {THEIRS.parent / 'mbpp' / 'mbpp.yaml'}\n"
-    with pytest.raises(ConfigError, match=r"of lm-eval runs code without limits; code tasks are those in the form of"):
-        load_tasks([local(tmp_path, body)], allow_code_execution=True)
-    body = f"include: {EXAMPLE}\nmetric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]\n"
-    with pytest.raises(ConfigError, match="task own runs code by a metric of its own, without limits; use"):
-        load_tasks([local(tmp_path, body)], allow_code_execution=True)
-
-
-def test_own_functions_beside_the_file(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
-        "def build(resps, docs):\n    return [[doc['prompt'] + '    return 4' for _ in r] "
-        "for r, doc in zip(resps, docs)]\n"
+def test_pass_at_k_is_what_lm_eval_finds(folder: Path) -> None:
+    (task,) = load_tasks([str(folder / "code.yaml")], confirm_run_unsafe_code=True)
+    assert [metric.key for metric in task.metrics] == ["pass@1", "pass@2"]
+    assert choose_metric(task, "pass@2").is_mean
+    assert choose_metric(task, "pass@2").higher_is_better
+    results = evaluate(
+        Writer(),
+        tasks=[task.task],
+        task_manager=TaskManager(include_defaults=False),
+        confirm_run_unsafe_code=True,
     )
-    body = f"include: {EXAMPLE}\nfilter_list:\n  - name: f\n"
-    body += "    filter: [{function: custom, filter_fn: !function mine.build}]\n"
-    (task,) = load_tasks([local(tmp_path, body)], allow_code_execution=True)
-    assert task.measure(task.examples()[1], [["x"] * 20]).values == {"pass@10": 1.0}
+    answers = recorded(results, task)
+    assert answers == {0: [SAMPLES], 1: [SAMPLES]}
+    found = figures(task, task.documents(), answers)
+    assert found == figures_of(results, task) == {"pass@1": pytest.approx(1 / 3), "pass@2": pytest.approx(2 / 3)}
+    assert task.aggregate("pass@2", [1.0, 0.0]) == 0.5  # of rows alone, by a run that has measured none itself
+    assert task.standard_error("pass@2", [1.0, 0.0]) is not None
 
 
-def test_too_few_samples(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"pass@10 needs 10 samples or more; 9 were made: raise the task's 'repeats'"):
-        load_tasks([local(tmp_path, f"include: {EXAMPLE}\nrepeats: 9\n")], allow_code_execution=True)
+class CodeEval:
+    """Stands for the metric that `evaluate` takes from the hub; it runs programs where the user allows it."""
+
+    def compute(self, references: list[str], predictions: list[list[str]], k: list[int]) -> Any:
+        if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
+            raise ValueError('####\n!!!WARNING!!!\n####\nset the environment variable HF_ALLOW_CODE_EVAL="1"')
+        counts = [(len(texts), sum("2 * x" in text for text in texts)) for texts in predictions]
+        return {
+            f"pass@{each}": sum(1 - math.comb(n - c, each) / math.comb(n, each) for n, c in counts) for each in k
+        }, {}
 
 
-def test_a_machine_without_a_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def check() -> None:
-        raise RunError("programs cannot be run within limits here")
-
-    monkeypatch.setattr(code_tasks, "check_sandbox", check)
-    with pytest.raises(RunError, match="cannot be run within limits"):
-        load_tasks([local(tmp_path, f"include: {EXAMPLE}\n")], allow_code_execution=True)
+def test_the_example_is_lm_evals_humaneval(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaluate.load", lambda name: CodeEval())
+    monkeypatch.delitem(sys.modules, "lm_eval.tasks.humaneval.utils", raising=False)
+    (folder / "data" / "humaneval").mkdir(parents=True)
+    write_rows(folder / "data" / "humaneval" / "HumanEval.jsonl", PROBLEMS)
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match="add --confirm-run-unsafe-code"):
+        load_tasks([str(EXAMPLE)])
+    assert "lm_eval.tasks.humaneval.utils" not in sys.modules
+    with pytest.raises(ConfigError, match=r"allow it: HF_ALLOW_CODE_EVAL=1$"):
+        load_tasks([str(EXAMPLE)], confirm_run_unsafe_code=True)
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    (task,) = load_tasks([str(EXAMPLE)], confirm_run_unsafe_code=True)
+    assert [metric.key for metric in task.metrics] == ["pass@10"]
+    first, _ = task.documents()
+    (request,) = first.requests
+    assert request.repeats == 20
+    assert request.args[1] == {
+        "until": ["\nclass", "\ndef", "\n#", "\nif", "\nprint"],
+        "max_gen_toks": 512,
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_p": 0.95,
+    }
+    values, predictions = task.measure(first, [[SAMPLES[0], *SAMPLES[1:] * 9, SAMPLES[0]]])
+    assert values == {"pass@10": pytest.approx(1 - math.comb(18, 10) / math.comb(20, 10))}
+    assert predictions["create_test"].startswith("['def twice(x):\\n    return 2 * x")

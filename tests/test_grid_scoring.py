@@ -24,11 +24,12 @@ from ensembler.engine.forward import Forward
 from ensembler.engine.grid import GridPoint, make_grid
 from ensembler.errors import ConfigError, MissingExtraError
 from ensembler.evaluation import batches as batches_module
+from ensembler.evaluation.backends import TransformersBackend
 from ensembler.evaluation.batches import Batch, can_share_contexts, make_batches
 from ensembler.evaluation.logits_folder import LogitsFolder
-from ensembler.evaluation.offline import OfflineScoring
+from ensembler.evaluation.offline import OfflineScorer
 from ensembler.evaluation.requests import Question, ScoringRequest, encode_question, encode_questions
-from ensembler.evaluation.scoring import ScoredRequest, score_together
+from ensembler.evaluation.scoring import ScoredRequest
 from ensembler.preflight import check_ensemble
 
 GRID = make_grid(["base-change", "eft"], [k / 10 for k in range(16)])
@@ -36,7 +37,7 @@ REQUESTS = random_requests(9, seed=5)
 
 
 def scored(model: EnsembleForCausalLM, batches: list[Batch], grid: list[GridPoint]) -> dict[int, ScoredRequest]:
-    return {one.request.number: one for batch in score_together(model, batches, grid) for one in batch}
+    return {one.request.number: one for batch in TransformersBackend(model).score(batches, grid) for one in batch}
 
 
 def assert_one_by_one(model: EnsembleForCausalLM, requests: list[ScoringRequest], batch_size: int = 4) -> None:
@@ -71,7 +72,7 @@ def test_a_grid_of_two_rules_on_the_demo_family() -> None:
     requests = encode_questions(
         [Question(i, prompt, texts, "it", True) for i, prompt in enumerate(prompts)], model.tokenizer
     )
-    assert any(one.tails for batch in make_batches(requests, 4, share_contexts=True) for one in batch.passes)
+    assert any(one.is_forked for batch in make_batches(requests, 4, share_contexts=True) for one in batch.passes)
     assert_one_by_one(model, requests)
 
 
@@ -98,7 +99,7 @@ def test_rules_share_the_forwards_and_points_keep_their_order(
     monkeypatch.setattr(Forward, "run", lambda self, step, *more: count.append(1) or run(self, step, *more))
     batches = make_batches(REQUESTS, 4)
     whole = scored(base_change, batches, GRID)
-    assert len(count) == 3 * sum(len(batch.all_passes) for batch in batches)
+    assert len(count) == 3 * sum(len(batch.passes) for batch in batches)
     mixed = random.Random(0).sample(range(len(GRID)), 11)
     found = scored(base_change, batches, [GRID[index] for index in mixed])
     for number, one in found.items():
@@ -123,7 +124,8 @@ def test_a_token_that_only_one_anchor_holds(save_member: SaveMember) -> None:
     assert [math.isfinite(log_prob) for log_prob in outside.log_probs] == [True, True, False, False]
     assert all(map(math.isfinite, inside.log_probs))
     assert outside.perplexities[2] == math.inf
-    assert outside.to_row(["A"])["token_log_probs"][2] == [None]
+    row = ScoredRequest(request, (outside, inside)).to_row([0.0, 0.5], make_tokenizer(6))
+    assert row["choices"][0]["token_log_probs"][2] == [None]
 
 
 @pytest.mark.parametrize(
@@ -149,41 +151,42 @@ def test_a_context_is_read_once_where_that_saves_tokens() -> None:
     short = ScoringRequest(1, (5,), ((5, 6), (7, 8)), "it")
     one_token = ScoringRequest(2, LONG, ((5,), (6,), (7,)), "it")
     (batch,) = make_batches([FORKED, short, one_token], 2 + 1, share_contexts=True)
-    contexts, whole = batch.passes
-    assert contexts.input_ids.shape == (2, 40)
-    assert contexts.attention_mask.sum(1).tolist() == [40, 1]
-    assert [tail.input_ids.tolist() for tail in contexts.tails] == [[[5, 6], [5, 8], [6, 0]], [[5], [7]]]
-    assert [tail.parents.tolist() for tail in contexts.tails] == [[0, 0, 0], [1, 1]]
-    assert contexts.tails[1].position_ids.tolist() == [[1], [1]]
-    assert whole.input_ids.shape == (1, 40)
-    assert [one.number for one in batch.all_passes] == [0, 1, 2, 3]
-    tokens = [token for one in batch.all_passes for token in one.slots.tolist()]
+    contexts, *tails, whole = batch.passes
+    assert [one.is_forked for one in batch.passes] == [True, False, False, False]
+    assert contexts.step.input_ids.shape == (2, 40)
+    assert contexts.step.attention_mask.sum(1).tolist() == [40, 1]
+    assert [tail.step.input_ids.tolist() for tail in tails] == [[[5, 6], [5, 8], [6, 0]], [[5], [7]]]
+    assert [tail.parents.tolist() for tail in tails] == [[0, 0, 0], [1, 1]]
+    assert tails[1].step.position_ids.tolist() == [[1], [1]]
+    assert whole.step.input_ids.shape == (1, 40)
+    assert [one.number for one in batch.passes] == [0, 1, 2, 3]
+    tokens = [token for one in batch.passes for token in one.slots.tolist()]
     assert sorted(tokens) == list(range(9 + 4 + 3))
 
     (alone,) = make_batches([short], 3, share_contexts=True)  # two tokens are not worth a forward
-    assert not any(one.tails for one in alone.passes)
+    assert not any(one.is_forked for one in alone.passes)
     (plain,) = make_batches([FORKED], 3)
-    assert [one.input_ids.shape for one in plain.passes] == [(3, 42)]
+    assert [one.step.input_ids.shape for one in plain.passes] == [(3, 42)]
 
 
 def test_contexts_of_one_length_need_no_mask() -> None:
     requests = [ScoringRequest(number, LONG, FORKED.continuations, "it") for number in range(2)]
     (batch,) = make_batches(requests, 8, share_contexts=True)
-    assert [(one.attention_mask, one.position_ids) for one in batch.all_passes] == 2 * [(None, None)]
+    assert [(one.step.attention_mask, one.step.position_ids) for one in batch.passes] == 2 * [(None, None)]
 
 
 def test_an_interrupted_tail_is_run_again_behind_its_context(tmp_path: Path) -> None:
     checked = check_ensemble(CASES["lora"].config(tmp_path))
     batches = make_batches([FORKED, ScoringRequest(1, LONG[5:], ((9, 9, 9), (8, 8)), "it")], 2, share_contexts=True)
     whole = LogitsFolder(tmp_path / "out.members", "a1")
-    expected = next(OfflineScoring(checked, batches, whole).run(GRID))
-    tails = [one.number for batch in batches for one in batch.all_passes if one.parents is not None]
+    expected = next(OfflineScorer(checked, whole).score(batches, GRID))
+    tails = [one.number for batch in batches for one in batch.passes if one.parents is not None]
     assert len(tails) == 3
     for number in tails[1:]:
         for path in whole.path.glob(f"*.{number:06d}.safetensors"):
             path.unlink()
-    again = OfflineScoring(checked, batches, LogitsFolder(whole.path, "a1", resume=True))
-    assert next(again.run(GRID)) == expected
+    again = OfflineScorer(checked, LogitsFolder(whole.path, "a1", resume=True))
+    assert next(again.score(batches, GRID)) == expected
 
 
 def test_which_members_share_contexts(trio: dict[str, PreTrainedModel]) -> None:
@@ -201,7 +204,7 @@ def test_shared_contexts_over_several_processes(
     base_change: EnsembleForCausalLM, trio: dict[str, PreTrainedModel]
 ) -> None:
     batches = make_batches([FORKED, *REQUESTS[1:4]], 4, share_contexts=True)
-    assert any(one.tails for batch in batches for one in batch.passes)
+    assert any(one.is_forked for batch in batches for one in batch.passes)
     expected = scored(base_change, batches, GRID)
     for found in run_ranks(2, lambda world: scored(spread(world, trio, base_change), batches, GRID)):
         assert found.keys() == expected.keys(), found
@@ -241,7 +244,7 @@ def test_long_texts_take_passes_of_their_own() -> None:
     """Every position of a text goes through the heads: rows of a pass are bounded by the logits' memory."""
     requests = [ScoringRequest(n, (1,), (tuple(range(4, 64)) * 15,), "it", window=900) for n in range(5)]
     (batch,) = make_batches(requests, 8)
-    assert [one.input_ids.shape for one in batch.passes] == [(2, 900), (2, 900), (1, 900)]
+    assert [one.step.input_ids.shape for one in batch.passes] == [(2, 900), (2, 900), (1, 900)]
     assert sorted(slot for one in batch.passes for slot in one.slots.tolist()) == list(range(4500))
 
 

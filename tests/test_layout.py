@@ -17,7 +17,7 @@ KERNELS = ROOT.parent / "kernels" / "ensembler_kernels"
 
 # From the bottom up; a module may import its own layer and those below. Folders stand for all their modules.
 LAYERS = (
-    {"errors", "launch", ""},
+    {"errors", "launch", "files", ""},
     {"vocab", "rules", "config", "class_names", "quantization", "weights", "sources", "extras"},
     {"patch", "adapters", "merging"},
     {"engine", "planning", "preflight", "folder"},

@@ -16,9 +16,10 @@ from adapter_cases import save_adapter, save_base
 from recipe_cases import refusal
 from task_cases import write_rows
 
-from ensembler.evaluation.bench.bench import Bench
-from ensembler.evaluation.bench.recipe import Experiment
-from ensembler.evaluation.bench.recipe_file import read_recipe
+from ensembler.evaluation.bench import Bench
+from ensembler.evaluation.parts import TEST, VALIDATION
+from ensembler.evaluation.recipe import Experiment
+from ensembler.evaluation.recipe_file import read_recipe
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
@@ -76,12 +77,10 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def names(path: Path) -> Iterator[tuple[str, str]]:
     """The kind and the name of each model and adapter of a recipe."""
     for experiment in read_recipe(path).experiments:
-        for member in experiment.models.values():
-            yield "model", member.model
+        for role, member in experiment.models.items():
+            yield "adapter" if role == "patch" else "model", member.model
             if member.adapter is not None:
                 yield "adapter", member.adapter
-        if experiment.patch is not None:
-            yield "adapter", experiment.patch
 
 
 def plan_on(path: Path, stand_ins: dict[str, Path]) -> Bench:
@@ -89,22 +88,22 @@ def plan_on(path: Path, stand_ins: dict[str, Path]) -> Bench:
     for kind, name in set(names(path)):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).symlink_to(stand_ins[kind])
-    return Bench(read_recipe(path), allow_code_execution=True)
+    return Bench(read_recipe(path), confirm_run_unsafe_code=True)
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
 def test_a_paper_s_recipe_is_planned_whole(path: Path, examples: Path, stand_ins: dict[str, Path]) -> None:
     planned = plan_on(examples / "recipes" / path.name, stand_ins)
     experiments = planned.recipe.experiments
-    assert {run.experiment.name for run in planned.runs} == {experiment.name for experiment in experiments}
-    for experiment in experiments:
-        (task,) = planned.tasks(experiment)
-        assert set(experiment.published) == {task.name}
-    for run in planned.runs:
-        (task,) = run.sweep.tasks
-        num = len(task.parts.validation)
-        assert num == (0 if experiments[0].validation is None else {"portllm_gsm8k": 119}.get(task.task.name, 20))
-        assert len(task.parts.test) == {"portllm_gsm8k": 123, "base_change_humaneval": 23}.get(task.task.name, 3) - num
+    assert [study.name for study in planned.studies] == [experiment.name for experiment in experiments]
+    for study, experiment in zip(planned.studies, experiments, strict=True):
+        for _, plan in study.runs:
+            (task,) = plan.tasks
+            name = task.task.name
+            assert set(experiment.published) == {name}
+            num = len(task.parts[VALIDATION])
+            assert num == (0 if experiments[0].validation is None else {"portllm_gsm8k": 119}.get(name, 20))
+            assert len(task.parts[TEST]) == {"portllm_gsm8k": 123, "base_change_humaneval": 23}.get(name, 3) - num
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)

@@ -22,11 +22,12 @@ from ensembler.engine.grid import make_grid
 from ensembler.engine.members import LoadedGroup
 from ensembler.errors import ConfigError, LogitsError, OutputError, PromptError, RunError
 from ensembler.evaluation import offline as offline_module
+from ensembler.evaluation.backends import Scorer, TransformersBackend
 from ensembler.evaluation.batches import make_batches
 from ensembler.evaluation.logits_folder import LogitsFolder
-from ensembler.evaluation.offline import OfflineScoring
+from ensembler.evaluation.offline import OfflineScorer
 from ensembler.evaluation.requests import Question, ScoringRequest, encode_question, encode_questions
-from ensembler.evaluation.scoring import Score, fingerprint, score_together
+from ensembler.evaluation.scoring import Score, ScoredRequest, fingerprint
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 
 REQUESTS = random_requests()
@@ -38,18 +39,25 @@ def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 
 
-def together(
-    model: EnsembleForCausalLM, batch_size: int, alphas: list[float] = ALPHAS, *, share_contexts: bool = False
-) -> Scores:
+def scored(scorer: Scorer, rule: str, batch_size: int, alphas: list[float] = ALPHAS, **options: Any) -> Scores:
+    share_contexts = options.pop("share_contexts", False)
     batches = make_batches(REQUESTS, batch_size, share_contexts=share_contexts)
-    scored = score_together(model, batches, make_grid([model.rule.name], alphas))
-    return {one.request.number: one.scores for batch in scored for one in batch}
+    found = scorer.score(batches, make_grid([rule], alphas), **options)
+    return {one.request.number: one.scores for batch in found for one in batch}
 
 
-def offline(checked: CheckedEnsemble, folder: LogitsFolder, batch_size: int, *, share_contexts: bool = False) -> Scores:
-    scoring = OfflineScoring(checked, make_batches(REQUESTS, batch_size, share_contexts=share_contexts), folder)
-    scored = scoring.run(make_grid([checked.config.get_rule().name], ALPHAS))
-    return {one.request.number: one.scores for batch in scored for one in batch}
+def together(model: EnsembleForCausalLM, *settings: Any, **options: Any) -> Scores:
+    return scored(TransformersBackend(model), model.rule.name, *settings, **options)
+
+
+def offline(checked: CheckedEnsemble, folder: LogitsFolder, *settings: Any, **options: Any) -> Scores:
+    return scored(OfflineScorer(checked, folder), checked.config.get_rule().name, *settings, **options)
+
+
+def alone(model: EnsembleForCausalLM, request: ScoringRequest, alphas: list[float]) -> ScoredRequest:
+    batches = make_batches([request], 8)
+    ((found,),) = TransformersBackend(model).score(batches, make_grid([model.rule.name], alphas))
+    return found
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
@@ -90,9 +98,8 @@ def test_contexts_that_are_shared_change_no_score(case: Case, tmp_path: Path, mo
     model = EnsembleForCausalLM.from_config(case.config(tmp_path))
     low = any(member.dtype != torch.float32 for member in model.members.values())
     for batch_size in (1, 3, 8):
-        assert any(
-            one.tails for batch in make_batches(REQUESTS, batch_size, share_contexts=True) for one in batch.passes
-        )
+        batches = make_batches(REQUESTS, batch_size, share_contexts=True)
+        assert any(one.is_forked for batch in batches for one in batch.passes)
         whole = together(model, batch_size)
         shared = together(model, batch_size, share_contexts=True)
         for number, scores in shared.items():
@@ -115,10 +122,10 @@ def test_a_grid_is_one_alpha_at_a_time(base_change: EnsembleForCausalLM) -> None
 
 def test_at_alpha_0_the_score_is_the_anchors(base_change: EnsembleForCausalLM) -> None:
     request = ScoringRequest(0, (5, 9, 11), ((7, 8),), "it")
-    ((scored,),) = score_together(base_change, make_batches([request], 1), make_grid([base_change.rule.name], [0.0]))
+    found = alone(base_change, request, [0.0])
     with torch.no_grad():
         logprobs = base_change.anchor(torch.tensor([[5, 9, 11, 7]])).logits[0].log_softmax(-1)
-    assert scored.scores[0].log_probs[0] == pytest.approx(float(logprobs[2, 7] + logprobs[3, 8]), abs=1e-5)
+    assert found.scores[0].log_probs[0] == pytest.approx(float(logprobs[2, 7] + logprobs[3, 8]), abs=1e-5)
 
 
 def test_greedy_is_what_generate_says(base_change: EnsembleForCausalLM) -> None:
@@ -126,17 +133,17 @@ def test_greedy_is_what_generate_says(base_change: EnsembleForCausalLM) -> None:
     new = base_change.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None)[0, 3:].tolist()
     other = [*new[:-1], 4 if new[-1] != 4 else 5]
     request = ScoringRequest(0, (5, 9, 11), (tuple(new), tuple(other)), "it")
-    ((scored,),) = score_together(base_change, make_batches([request], 8), make_grid([base_change.rule.name], [0.7]))
-    assert [score.is_greedy for score in scored.scores] == [(True,), (False,)]
+    found = alone(base_change, request, [0.7])
+    assert [score.is_greedy for score in found.scores] == [(True,), (False,)]
 
 
 def test_a_forbidden_token_has_log_prob_minus_infinity(tmp_path: Path) -> None:
     model = EnsembleForCausalLM.from_config(CASES["extended"].config(tmp_path))
     request = ScoringRequest(0, (5, 66, 11), ((7,), (66,)), "it", has_choices=True)
-    ((scored,),) = score_together(model, make_batches([request], 8), make_grid([model.rule.name], [0.0, 1.0]))
-    assert scored.scores[1].log_probs == (-math.inf, -math.inf)
-    assert all(log_prob > -math.inf for log_prob in scored.scores[0].log_probs)
-    assert scored.to_row([0.0, 1.0])["choices"][1]["log_prob"] == [None, None]
+    found = alone(model, request, [0.0, 1.0])
+    assert found.scores[1].log_probs == (-math.inf, -math.inf)
+    assert all(log_prob > -math.inf for log_prob in found.scores[0].log_probs)
+    assert found.to_row([0.0, 1.0])["choices"][1]["log_prob"] == [None, None]
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -146,17 +153,17 @@ def test_choices_of_one_token_are_one_sequence_and_one_position() -> None:
     request = ScoringRequest(0, (5, 9, 11), ((7,), (8,), (9,), (7,)), "it")
     (batch,) = make_batches([request], 1)
     (only,) = batch.passes
-    assert only.input_ids.tolist() == [[5, 9, 11]]
-    assert only.kept.tolist() == [2]
-    assert (only.num_needed, only.tokens.tolist()) == (1, [7, 8, 9, 7])
+    assert only.step.input_ids.tolist() == [[5, 9, 11]]
+    assert only.step.logits_to_keep.tolist() == [2]
+    assert (only.taken.tolist(), only.tokens.tolist()) == ([0], [7, 8, 9, 7])
 
 
 def test_choices_that_begin_alike_share_positions_and_passes_keep_their_size() -> None:
     request = ScoringRequest(0, (5,), ((1, 2, 3), (1, 2, 4), (1, 6, 3), (1,), (9, 9)), "it")
     (batch,) = make_batches([request], 2)
     # behind the context: 1 2, 1 6, 9; positions: after 5, 5 1, 5 1 2, 5 1 6, 5 9
-    assert [one.input_ids.tolist() for one in batch.passes] == [[[5, 1, 2], [5, 1, 6]], [[5, 9]]]
-    assert [one.num_needed for one in batch.passes] == [4, 1]
+    assert [one.step.input_ids.tolist() for one in batch.passes] == [[[5, 1, 2], [5, 1, 6]], [[5, 9]]]
+    assert [len(one.taken) for one in batch.passes] == [4, 1]
     assert sum(len(one.tokens) for one in batch.passes) == sum(map(len, request.continuations))
 
 
@@ -167,7 +174,7 @@ def test_only_needed_positions_go_through_the_heads(
     run = Forward.run
     monkeypatch.setattr(Forward, "run", lambda self, step, *more: kept.append(step) or run(self, step, *more))
     request = ScoringRequest(0, tuple(range(4, 40)), ((7, 8),), "it")
-    list(score_together(base_change, make_batches([request], 1), make_grid([base_change.rule.name], [1.0])))
+    alone(base_change, request, [1.0])
     assert [step.logits_to_keep.tolist() for step in kept] == 3 * [[35, 36]]
 
 
@@ -176,10 +183,11 @@ def test_the_longest_run_first_and_finished_requests_are_left_out(base_change: E
     lengths = [request.num_positions for batch in batches for request in batch.requests]
     assert lengths == sorted(lengths, reverse=True)
     done = frozenset(request.number for request in batches[0].requests[:3] + batches[1].requests)
-    grid = make_grid([base_change.rule.name], ALPHAS)
-    found = {s.request.number: s.scores for b in score_together(base_change, batches, grid, done=done) for s in b}
+    counted: list[int] = []
+    found = together(base_change, 4, done=done, advance=counted.append)
     whole = together(base_change, 4)
     assert found == {number: scores for number, scores in whole.items() if number not in done}
+    assert counted == [1, 4, 1]
 
 
 # -- one member at a time ---------------------------------------------------------------------------------------------
@@ -211,13 +219,15 @@ def test_one_group_of_members_is_in_memory_at_a_time(
 def test_the_folder_holds_as_many_bytes_as_was_said(case: Case, tmp_path: Path) -> None:
     checked = check_ensemble(case.config(tmp_path))
     folder = LogitsFolder(tmp_path / "out.members", "a1")
-    scoring = OfflineScoring(checked, make_batches(REQUESTS, 3), folder)
-    next(iter(scoring.run(make_grid([checked.config.get_rule().name], ALPHAS))))
+    scorer, batches = OfflineScorer(checked, folder), make_batches(REQUESTS, 3)
+    expected = scorer.check_space(batches)
+    next(scorer.score(batches, make_grid([checked.config.get_rule().name], ALPHAS)))
+    assert scorer.check_space(batches) == expected
     stored = [folder.read(path.stem) for path in folder.path.glob("*.safetensors")]
-    assert scoring.num_bytes == sum(t.numel() * t.element_size() for tensors in stored for t in tensors.values())
+    assert expected == sum(t.numel() * t.element_size() for tensors in stored for t in tensors.values())
     roles = {role: tensor.dtype for tensors in stored for role, tensor in tensors.items()}
-    expected = EnsembleForCausalLM.from_checked(checked).members
-    assert roles == {role: member.dtype for role, member in expected.items()}
+    members = EnsembleForCausalLM.from_checked(checked).members
+    assert roles == {role: member.dtype for role, member in members.items()}
 
 
 class Interruption:
@@ -274,13 +284,16 @@ def test_an_interruption_while_combining_needs_no_forward_again(tmp_path: Path, 
     batches = make_batches(REQUESTS, 3)
     grid = make_grid([checked.config.get_rule().name], ALPHAS)
     path = tmp_path / "out.members"
-    scored = OfflineScoring(checked, batches, LogitsFolder(path, "a1")).run(grid)
-    first = next(scored)
-    scored.close()
+    begun = OfflineScorer(checked, LogitsFolder(path, "a1")).score(batches, grid)
+    first = next(begun)
+    begun.close()
     interruption.counts.clear()
     done = frozenset(one.request.number for one in first)
-    rest = OfflineScoring(checked, batches, LogitsFolder(path, "a1", resume=True), done=done).run(grid)
+    counted: list[int] = []
+    scorer = OfflineScorer(checked, LogitsFolder(path, "a1", resume=True))
+    rest = scorer.score(batches, grid, done, counted.append)
     numbers = [one.request.number for batch in rest for one in batch]
+    assert sum(counted) == scorer.num_rounds * len(numbers)
     assert sorted([*numbers, *done]) == list(range(len(REQUESTS)))
     assert not interruption.counts
     assert not path.exists()
@@ -316,7 +329,7 @@ def test_members_that_are_loaded_already_are_refused(trio: Any, tmp_path: Path) 
     config = CASES["base-change"].config(tmp_path)
     checked = check_ensemble(config, {"source_pt": trio["source_pt"]})
     with pytest.raises(ConfigError, match="source_pt is loaded already"):
-        OfflineScoring(checked, make_batches(REQUESTS, 3), LogitsFolder(tmp_path / "out.members", "a1"))
+        OfflineScorer(checked, LogitsFolder(tmp_path / "out.members", "a1"))
 
 
 @pytest.mark.parametrize("way", ["together", "offline"])
@@ -345,22 +358,22 @@ def test_a_row_without_any_possible_token_names_its_lines() -> None:
     )
     request = ScoringRequest(0, (5,), ((7,),), "data.jsonl:1")
     with pytest.raises(RunError, match=r"in the batch of data\.jsonl:1: target 0 has no log-prob at point 0"):
-        list(score_together(model, make_batches([request], 1), make_grid([model.rule.name], [0.5])))
+        alone(model, request, [0.5])
 
 
 def test_a_run_is_told_apart_by_all_that_its_scores_depend_on(tmp_path: Path) -> None:
     config = check_ensemble(CASES["base-change"].config(tmp_path)).config
     grid = make_grid(["base-change"], ALPHAS)
     runs = [
-        fingerprint(config, REQUESTS, grid, batch_size=2),
-        fingerprint(config, REQUESTS[:-1], grid, batch_size=2),
-        fingerprint(config, REQUESTS, grid[:-1], batch_size=2),
-        fingerprint(config, REQUESTS, make_grid(["eft"], ALPHAS), batch_size=2),
-        fingerprint(config, REQUESTS, grid, batch_size=3),
-        fingerprint(config, REQUESTS, grid, batch_size=2, per_token=True),
-        fingerprint(config.replaced(rule="eft"), REQUESTS, grid, batch_size=2),
+        fingerprint(config, REQUESTS, grid, {"batch_size": 2}),
+        fingerprint(config, REQUESTS[:-1], grid, {"batch_size": 2}),
+        fingerprint(config, REQUESTS, grid[:-1], {"batch_size": 2}),
+        fingerprint(config, REQUESTS, make_grid(["eft"], ALPHAS), {"batch_size": 2}),
+        fingerprint(config, REQUESTS, grid, {"batch_size": 3}),
+        fingerprint(config, REQUESTS, grid, {"batch_size": 2, "per_token": True}),
+        fingerprint(config.replaced(rule="eft"), REQUESTS, grid, {"batch_size": 2}),
     ]
-    assert fingerprint(config, REQUESTS, grid, batch_size=2) == runs[0]
+    assert fingerprint(config, REQUESTS, grid, {"batch_size": 2}) == runs[0]
     assert len(set(runs)) == len(runs)
 
 
@@ -392,7 +405,7 @@ def test_encodings_and_scores_are_those_of_lm_eval(base_change: EnsembleForCausa
     questions = [Question(number, prompt, (text,), "it") for number, (prompt, text) in enumerate(pairs)]
     batches = make_batches(encode_questions(questions, tokenizer), 3)
     grid = make_grid([base_change.rule.name], [0.7])
-    mine = {s.request.number: s.scores[0] for b in score_together(base_change, batches, grid) for s in b}
+    mine = {s.request.number: s.scores[0] for b in TransformersBackend(base_change).score(batches, grid) for s in b}
     for number, (log_prob, is_greedy) in enumerate(theirs):
         assert mine[number].log_probs[0] == pytest.approx(log_prob, rel=1e-5, abs=1e-5), pairs[number]
         assert mine[number].is_greedy[0] == is_greedy
@@ -425,6 +438,5 @@ def test_the_last_token_of_a_continuation_needs_no_room(
     context = base_change.shortest_context
     assert context is not None
     questions = [Question(0, "a" * (context[1] - 1), ("bc",), "it")]
-    batches = make_batches(encode_questions(questions, tokenizer, context=context), 1)
-    ((scored,),) = score_together(base_change, batches, make_grid([base_change.rule.name], [0.7]))
-    assert scored.scores[0].num_tokens == 2
+    (request,) = encode_questions(questions, tokenizer, context=context)
+    assert alone(base_change, request, [0.7]).scores[0].num_tokens == 2

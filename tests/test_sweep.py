@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +13,16 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from sweep_cases import ALPHAS, RULES, Ensemble, Rows, load_task, options, run_sweep, save_ensemble, swept
+from sweep_cases import ALPHAS, RULES, Ensemble, Rows, load_task, plan_of, run_plan, save_ensemble, swept
 from task_cases import recorded, run_lm_eval, write_tasks
 
 from ensembler import EnsembleForCausalLM
 from ensembler.demo import demo_folder, demo_task
 from ensembler.engine.grid import GridPoint
-from ensembler.evaluation.metric_values import from_json
-from ensembler.evaluation.sweep import Sweep
+from ensembler.evaluation.plan import Plan
+from ensembler.evaluation.store import FILE, Measured
 from ensembler.evaluation.task_loading import load_tasks
-from ensembler.evaluation.tasks import EvalTask
+from ensembler.evaluation.tasks import TextTask
 from ensembler.folder import read
 from ensembler.preflight import check_ensemble
 
@@ -39,33 +42,33 @@ def ensemble(tmp_path_factory: pytest.TempPathFactory) -> Ensemble:
     return save_ensemble(tmp_path_factory.mktemp("members"))
 
 
-def at(rows: Rows, point: GridPoint) -> list[dict[str, Any]]:
-    """The row of each example at one point."""
-    return [row for of in rows.values() for row in of if (row["rule"], row["alpha"]) == (point.rule, point.alpha)]
+def at(plan: Plan, rows: Rows, point: GridPoint) -> list[Measured]:
+    """What each document came to at one point."""
+    return [of_points[plan.grid.index(point)] for of_points in rows.values()]
 
 
-def assert_like_lm_eval(rows: Rows, point: GridPoint, results: dict[str, Any], task: EvalTask) -> None:
+def assert_like_lm_eval(found: list[Measured], point: GridPoint, results: dict[str, Any], task: TextTask) -> None:
     """Log-probs to 1e-4, texts and figures of every document and of all together."""
     answers = recorded(results, task)
     samples = {sample["doc_id"]: sample for sample in results["samples"][task.name]}
-    found = at(rows, point)
+    output_type, metric = task.task.OUTPUT_TYPE, task.metrics[0]
     assert len(found) == len(answers) > 0
     for index, row in enumerate(found):
-        given, expected = from_json(row["answers"]), answers[index]
-        if task.output_type == "generate_until":
+        given, expected = row.answers, answers[index]
+        if output_type == "generate_until":
             assert given == expected, (point, index)
-        elif task.output_type == "loglikelihood_rolling":
+        elif output_type == "loglikelihood_rolling":
             assert given == pytest.approx(expected, abs=1e-4), (point, index)
         else:
             assert [one[0] for one in given] == pytest.approx([one[0] for one in expected], abs=1e-4), (point, index)
             assert [one[1] for one in given] == [one[1] for one in expected], (point, index)
-        if task.choose_metric().is_mean and len(task.task._filters) == 1:
-            assert row["values"][task.choose_metric().key] == samples[index][task.choose_metric().name]
+        if metric.is_mean and len(task.task._filters) == 1:
+            assert row.values[metric.key] == samples[index][metric.name]
     for metric in task.metrics:
-        values = [row["values"][metric.key] for row in found]
         expected = results["results"][task.name][f"{metric.name},{metric.filter}"]
         is_exact = metric.name.startswith(("acc", "exact_match", "f1"))
-        assert task.aggregate(metric.key, values) == (expected if is_exact else pytest.approx(expected, rel=1e-4))
+        figure = task.aggregate(metric.key, [row.values[metric.key] for row in found])
+        assert figure == (expected if is_exact else pytest.approx(expected, rel=1e-4)), (point, metric)
 
 
 @pytest.mark.parametrize(
@@ -77,11 +80,11 @@ def test_every_point_gives_what_lm_eval_gives(
     name: str, alphas: tuple[float, ...], folder: Path, ensemble: Ensemble, tmp_path: Path
 ) -> None:
     task = load_task(folder, name, limit=3 if name == "generate" else None)
-    sweep, rows = swept(ensemble, task, tmp_path / "out", alphas=alphas)
-    assert sweep.points == [GridPoint(rule, alpha) for rule in RULES for alpha in alphas]
-    for point in sweep.points:
+    plan, rows = swept(ensemble, task, tmp_path / "out", alphas=alphas)
+    assert plan.points == [GridPoint(rule, alpha) for rule in RULES for alpha in alphas]
+    for point in plan.points:
         results = run_lm_eval(task, ensemble.at(point), ensemble.checked.tokenizer)
-        assert_like_lm_eval(rows, point, results, task)
+        assert_like_lm_eval(at(plan, rows, point), point, results, task)
 
 
 @pytest.mark.parametrize("name", ["choice", "generate"])
@@ -92,23 +95,23 @@ def test_few_shot_prompts_and_contexts_that_are_cut(
     short = {"max_position_embeddings": 48}
     members = save_ensemble(tmp_path / "short", source_pt={"family": "llama", **short})
     task = load_task(folder, name, num_fewshot=4)
-    sweep, rows = swept(members, task, tmp_path / "out")
-    assert sweep.num_truncated(sweep.tasks[0]) > 0
-    for point in sweep.points:
+    plan, rows = swept(members, task, tmp_path / "out")
+    assert plan.tasks[0].num_cut > 0
+    for point in plan.points:
         results = run_lm_eval(task, members.at(point), members.checked.tokenizer, max_length=48)
-        assert_like_lm_eval(rows, point, results, task)
+        assert_like_lm_eval(at(plan, rows, point), point, results, task)
 
 
 def test_the_demo_family_on_its_own_task(tmp_path: Path) -> None:
     checked = check_ensemble(read(demo_folder()))
     demo = Ensemble(checked, EnsembleForCausalLM.from_checked(checked))
     (task,) = load_tasks([str(demo_task())], limit=6)
-    sweep, rows = swept(demo, task, tmp_path / "out", alphas=(0.0, 0.4, 0.8, 1.0, 1.3))
-    right = {point: sum(row["values"]["exact_match"] for row in at(rows, point)) for point in sweep.points}
+    plan, rows = swept(demo, task, tmp_path / "out", alphas=(0.0, 0.4, 0.8, 1.0, 1.3))
+    right = {point: sum(row.values["exact_match"] for row in at(plan, rows, point)) for point in plan.points}
     assert len(set(right.values())) > 2  # α matters here
-    for point in sweep.points:
+    for point in plan.points:
         results = run_lm_eval(task, demo.at(point), checked.tokenizer)
-        assert_like_lm_eval(rows, point, results, task)
+        assert_like_lm_eval(at(plan, rows, point), point, results, task)
 
 
 @pytest.mark.parametrize("name", ["choice", "generate", "text", "targets"])
@@ -117,15 +120,15 @@ def test_the_batch_size_does_not_matter(name: str, folder: Path, ensemble: Ensem
     task = load_task(folder, name)
     by_size = [swept(ensemble, task, tmp_path / f"{size}", batch_size=size)[1] for size in (1, 2, 8)]
     for rows in by_size[1:]:
+        assert list(rows) == list(by_size[0])
         for one, other in zip(flat(rows), flat(by_size[0]), strict=True):
-            assert [one[key] for key in ("id", "rule", "alpha")] == [other[key] for key in ("id", "rule", "alpha")]
-            if task.output_type == "generate_until":
+            if task.task.OUTPUT_TYPE == "generate_until":
                 assert one == other
             else:
-                assert numbers(one["answers"]) == pytest.approx(numbers(other["answers"]), abs=1e-4)
+                assert numbers(one.answers) == pytest.approx(numbers(other.answers), abs=1e-4)
 
 
-def flat(rows: Rows) -> list[dict[str, Any]]:
+def flat(rows: Rows) -> list[Measured]:
     return [row for of in rows.values() for row in of]
 
 
@@ -137,39 +140,38 @@ def test_sampled_texts_of_a_point_are_those_of_the_point_alone(
     folder: Path, ensemble: Ensemble, tmp_path: Path
 ) -> None:
     task = load_task(folder, "targets")
-    _, rows = swept(ensemble, task, tmp_path / "grid", alphas=ALPHAS, seed=5)
-    texts = {point: [row["answers"] for row in at(rows, point)] for point in (GridPoint("eft", 0.7),)}
-    assert all(len(answers[0]) == 2 for answers in texts[GridPoint("eft", 0.7)])  # repeats
-    assert any(answers[0][0] != answers[0][1] for answers in texts[GridPoint("eft", 0.7)])
+    plan, rows = swept(ensemble, task, tmp_path / "grid", alphas=ALPHAS, seed=5)
+    point = GridPoint("eft", 0.7)
+    texts = [row.answers for row in at(plan, rows, point)]
+    assert all(len(answers[0]) == 2 for answers in texts)  # repeats
+    assert any(answers[0][0] != answers[0][1] for answers in texts)
     for rule in RULES:
         for alpha in (0.0, 0.3, 0.7, 1.5):
-            path = tmp_path / f"{rule}{alpha}"
-            sweep, alone = swept(ensemble, task, path, rules=(rule,), alphas=(alpha,), seed=5)
+            one, alone = swept(ensemble, task, tmp_path / f"{rule}{alpha}", rules=(rule,), alphas=(alpha,), seed=5)
             point = GridPoint(rule, alpha)
-            assert point in sweep.grid
-            assert at(alone, point) == at(rows, point)
-    _, others = swept(ensemble, task, tmp_path / "seed", alphas=(0.7,), seed=6)
-    assert at(others, GridPoint("eft", 0.7)) != at(rows, GridPoint("eft", 0.7))
+            assert at(one, alone, point) == at(plan, rows, point)
+    other, others = swept(ensemble, task, tmp_path / "seed", alphas=(0.7,), seed=6)
+    assert at(other, others, GridPoint("eft", 0.7)) != at(plan, rows, GridPoint("eft", 0.7))
 
 
-def test_a_sampled_text_depends_on_no_other_example(folder: Path, ensemble: Ensemble, tmp_path: Path) -> None:
-    """Which examples choose α, and how many there are, changes no text."""
+def test_a_sampled_text_depends_on_no_other_document(folder: Path, ensemble: Ensemble, tmp_path: Path) -> None:
+    """Which documents choose α, and how many there are, changes no text."""
     task = load_task(folder, "targets")
     _, whole = swept(ensemble, task, tmp_path / "whole")
     for name, changes in {"drawn": {"validation": "2"}, "split": {"validation": "train"}}.items():
         _, rows = swept(ensemble, task, tmp_path / name, **changes)
-        assert {example: rows[example] for example in whole if example in rows} == {
-            example: whole[example] for example in whole if example in rows
-        }
+        assert whole.keys() <= rows.keys()
+        assert {document: rows[document] for document in whole} == whole
     _, few = swept(ensemble, load_task(folder, "targets", limit=2), tmp_path / "few")
-    assert few == {example: whole[example] for example in few}
+    assert len(few) == 2
+    assert few == {document: whole[document] for document in few}
 
 
 def test_greedy_texts_are_made_once_for_all_repeats(folder: Path, ensemble: Ensemble, tmp_path: Path) -> None:
     path = folder / "targets.yaml"
     path.write_text(path.read_text().replace("do_sample: true, temperature: 0.9", "do_sample: false"))
     _, rows = swept(ensemble, load_task(folder, "targets"), tmp_path / "out")
-    assert all(len(row["answers"][0]) == 2 and len(set(row["answers"][0])) == 1 for row in flat(rows))
+    assert all(len(row.answers[0]) == 2 and len(set(row.answers[0])) == 1 for row in flat(rows))
 
 
 def test_rows_are_strict_json_even_of_forbidden_tokens(folder: Path, tmp_path: Path) -> None:
@@ -178,12 +180,14 @@ def test_rows_are_strict_json_even_of_forbidden_tokens(folder: Path, tmp_path: P
     members = save_ensemble(tmp_path / "members", source_ft=extended)
     rows = [{"question": "aB", "choices": ["c", "A"], "answer": 0}] * 2 + [{**QUESTION, "question": "x"}]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sweep = Sweep(members.checked, [load_task(folder, "choice")], options(select="perplexity"))
-    run_sweep(sweep, members.model, tmp_path / "out")
-    text = (tmp_path / "out" / "rows.jsonl").read_text()
-    assert '"-inf"' in text
-    for line in text.splitlines():
-        json.loads(line, parse_constant=_refuse)
+    plan = plan_of(members.checked, [load_task(folder, "choice")], select="perplexity")
+    found = run_plan(plan, tmp_path / "out")
+    assert any(-math.inf in numbers(row.answers) for row in flat(found))
+    with closing(sqlite3.connect(tmp_path / "out" / FILE)) as connection:
+        texts = connection.execute("SELECT answer FROM answers UNION SELECT metric_values FROM measurements").fetchall()
+    assert any('"-inf"' in text for (text,) in texts)
+    for (text,) in texts:
+        json.loads(text, parse_constant=_refuse)
 
 
 def _refuse(name: str) -> None:

@@ -1,13 +1,11 @@
-"""`ensembler sweep`: what is refused, what an interruption costs, several processes, what is written."""
+"""`ensembler sweep`: what is written, refused and gone on with; clusters and margins."""
 
 from __future__ import annotations
 
 import json
-import os
-import random
 import re
-import signal
-import time
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,16 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from click.testing import CliRunner
-from sweep_cases import data_flags, read_rows, save_ensemble, start, write_questions
+from sweep_cases import column, data_flags, read_rows, save_ensemble, write_questions
+from task_cases import write_rows, write_tasks
 
 from ensembler.cli.main import cli
 from ensembler.errors import EnsemblerError
+from ensembler.evaluation.results_file import TABLES
+from ensembler.evaluation.store import FILE
+from ensembler.evaluation.text_answers import TextAnswerer
+
+FILES = {FILE, "summary.json", "curve.png", "methods.png", "report.html"}
 
 
 @pytest.fixture(autouse=True)
@@ -43,6 +47,7 @@ def refused(*arguments: object) -> str:
     with pytest.raises(EnsemblerError) as found:
         CliRunner().invoke(cli, ["sweep", *map(str, arguments)], catch_exceptions=False, standalone_mode=False)
     assert found.value.exit_code == 2
+    assert "\n" not in str(found.value)
     assert not Path("sweep").exists()
     return str(found.value)
 
@@ -51,36 +56,75 @@ def questions(tmp_path: Path, number: int = 30) -> list[str]:
     return data_flags(write_questions(tmp_path / "questions.jsonl", number))
 
 
+def contents(folder: Path) -> dict[str, Any]:
+    """All files of a folder; of the results all rows of their tables."""
+    with closing(sqlite3.connect(folder / FILE)) as connection:
+        tables = {table: connection.execute(f"SELECT * FROM {table}").fetchall() for table in TABLES}
+    return tables | {path.name: path.read_bytes() for path in folder.iterdir() if path.name != FILE}
+
+
+def summary(folder: str = "sweep") -> dict[str, Any]:
+    (task,) = json.loads(Path(folder, "summary.json").read_text())["tasks"]
+    return dict(task)
+
+
 def test_everything_is_written_and_the_same_again(members: list[str], tmp_path: Path) -> None:
     flags = [*members, *questions(tmp_path), "--rules", "base-change,eft", "--alphas", "0:1:0.5", "--validation", 10]
     printed = run(*flags)
-    assert "20 test examples; 10 validation examples" in printed
-    assert {path.name for path in Path("sweep").iterdir() if path.suffix not in (".lock",)} == {
-        "run.json", "examples.jsonl", "rows.jsonl", "summary.json", "sweep.png", "report.html"
-    }  # fmt: skip
+    assert "20 test documents; 10 others chose alpha" in printed
+    assert {path.name for path in Path("sweep").iterdir()} == FILES
     rows = read_rows(Path("sweep"))
     assert len(rows) == 30 * 6
     assert len({(row["id"], row["rule"], row["alpha"]) for row in rows}) == len(rows)
-    examples = [json.loads(line) for line in Path("sweep/examples.jsonl").read_text().splitlines()]
-    assert [example["part"] for example in examples] == ["validation"] * 10 + ["test"] * 20
-    summary = json.loads(Path("sweep/summary.json").read_text())
-    assert {choice["by"] for choice in summary["tasks"][0]["choices"]} == {"validation"}
-    assert str(tmp_path) not in Path("sweep/report.html").read_text().replace(summary["command"], "")
-    before = {path.name: path.read_bytes() for path in Path("sweep").iterdir()}
+    assert [row["part"] for row in rows] == ["validation"] * 60 + ["test"] * 120
+    tested = [row for row in rows if row["part"] == "test"]
+    for method in summary()["methods"]:
+        right = column(tested, "test", method["rule"], method["alpha"] or 0.0, "acc")
+        assert method["test"]["estimate"] == sum(right) / 20
+    page = Path("sweep/report.html").read_text()
+    assert str(tmp_path) not in page.replace(json.loads(Path("sweep/summary.json").read_text())["command"], "")
+    before = contents(Path("sweep"))
     again = run(*flags)
     table = re.compile(r"method.*", re.DOTALL)
     assert table.findall(again) == table.findall(printed)
-    assert {path.name: path.read_bytes() for path in Path("sweep").iterdir()} == before
+    assert contents(Path("sweep")) == before
 
 
-def test_another_choice_goes_on_from_the_same_rows(members: list[str], tmp_path: Path) -> None:
-    flags = [*members, *questions(tmp_path), "--alphas", "0,0.5,1"]
+def test_another_choice_goes_on_from_the_same_rows(tmp_path: Path, members: list[str]) -> None:
+    """Only what chooses needs new rows: of another split, of prompts."""
+    task = write_tasks(tmp_path / "tasks") / "choice.yaml"
+    flags = [*members, "--task", task, "--alphas", "0,0.5,1"]
     assert "no alpha will be chosen" in run(*flags)
-    rows = sorted(Path("sweep/rows.jsonl").read_text().splitlines())
-    assert "alpha" in run(*flags, "--validation", 10)
-    assert sorted(Path("sweep/rows.jsonl").read_text().splitlines()) == rows
-    assert "without labels" in run(*flags, "--select", "perplexity")
-    assert set(rows) < set(Path("sweep/rows.jsonl").read_text().splitlines())
+    rows = {(row["id"], row["rule"], row["alpha"]): row["answers"] for row in read_rows(Path("sweep"))}
+
+    def going_on(*changes: object) -> dict[str, Any]:
+        run(*flags, *changes)
+        found = {(row["id"], row["rule"], row["alpha"]): row["answers"] for row in read_rows(Path("sweep"))}
+        assert rows.items() <= found.items()
+        rows.update(found)
+        return summary()
+
+    def chosen_by(task: dict[str, Any]) -> str:
+        (found,) = {method["chosen_by"] for method in task["methods"]} - {None}
+        return str(found)
+
+    plain = going_on()
+    num_rows = len(rows)
+    drawn = going_on("--validation", 2)
+    assert (chosen_by(drawn), drawn["num_test"]) == ("validation", 3)
+    assert going_on("--validation", 2, "--one-standard-error")["num_test"] == 3
+    other = going_on("--validation", 2, "--metric", "acc_norm", "--cluster", "answer", "--margin", 5)
+    assert (other["metric"], other["cluster"], other["margin"]) == ("acc_norm", "answer", 5)
+    assert len(rows) == num_rows
+    split = going_on("--validation", "train")
+    assert (chosen_by(split), split["num_validation"], split["num_test"]) == ("validation", 2, 5)
+    assert chosen_by(going_on("--select", "perplexity")) == "prompt perplexity"
+    assert len(rows) > num_rows
+    assert going_on() == plain
+    train = tmp_path / "tasks" / "train_questions.jsonl"
+    train.write_text((tmp_path / "tasks" / "questions.jsonl").read_text().replace("abc", "xyz"))
+    with pytest.raises(EnsemblerError, match=r"has rows of another tiny_choice/train/0; give --output another folder"):
+        going_on("--validation", "train")
 
 
 @pytest.mark.parametrize(
@@ -89,8 +133,9 @@ def test_another_choice_goes_on_from_the_same_rows(members: list[str], tmp_path:
         (["--alphas", "0,1"], "alphas is [0.0, 0.5, 1.0] there and [0.0, 1.0] here"),
         (["--seed", 3], "seed is 0 there and 3 here"),
         (["--batch-size", 2], "batch size is 8 there and 2 here"),
+        (["--batch-size", "auto"], 'batch size is 8 there and "auto" here'),
         (["--rules", "eft"], 'rules is ["base-change"] there and ["eft"] here'),
-        (["--limit", 9], "limit is null there and 9 here"),
+        (["--limit", 9], "limit is null there and 9.0 here"),
     ],
 )
 def test_another_command_on_the_folder_is_refused_by_its_difference(
@@ -98,9 +143,11 @@ def test_another_command_on_the_folder_is_refused_by_its_difference(
 ) -> None:
     flags = [*members, *questions(tmp_path, 12), "--alphas", "0,0.5,1", "--output", "out"]
     run(*flags)
-    before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
-    assert said in refused(*flags, *changed)
-    assert {path.name: path.read_bytes() for path in Path("out").iterdir()} == before
+    before = contents(Path("out"))
+    message = refused(*flags, *changed)
+    assert said in message
+    assert message.endswith("Run the same command to go on with it, or give --output another folder")
+    assert contents(Path("out")) == before
 
 
 def test_changed_documents_members_and_versions_are_noticed(members: list[str], tmp_path: Path) -> None:
@@ -118,18 +165,22 @@ def test_changed_documents_members_and_versions_are_noticed(members: list[str], 
         assert "members source_ft config is" in refused(*flags)
     finally:
         config.write_text(content)
-    settings = json.loads(Path("out/run.json").read_text())
-    settings["settings"]["versions"]["ensembler"] = "0.0.1"
-    Path("out/run.json").write_text(json.dumps(settings))
+    with closing(sqlite3.connect(f"out/{FILE}")) as connection, connection:
+        connection.execute("UPDATE settings SET value = json_set(value, '$.ensembler', '0.0.1') WHERE key = 'versions'")
     assert 'versions ensembler is "0.0.1" there' in refused(*flags)
 
 
-def test_a_run_without_rows_does_not_block_its_folder(members: list[str], tmp_path: Path) -> None:
-    flags = [*members, *questions(tmp_path, 12), "--alphas", "0,1", "--output", "out"]
-    run(*flags)
-    Path("out/rows.jsonl").write_text("")
+def test_a_run_without_rows_does_not_block_its_folder(
+    members: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*members, *questions(tmp_path, 12), "--alphas", "0,1"]
+    with monkeypatch.context() as broken:
+        broken.setattr(TextAnswerer, "answer", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*flags)
+    assert read_rows(Path("sweep")) == []
     run(*flags, "--batch-size", 3)
-    assert json.loads(Path("out/run.json").read_text())["settings"]["batch size"] == 3
+    assert json.loads(Path("sweep/summary.json").read_text())["settings"]["batch size"] == 3
 
 
 @pytest.mark.parametrize(
@@ -157,19 +208,27 @@ def test_a_run_without_rows_does_not_block_its_folder(members: list[str], tmp_pa
         (["DATA", "--validation", "10%"], "has no split '10%'"),
         (["DATA", "--one-standard-error"], "needs validation examples"),
         (["DATA", "--validation", "5", "--select", "perplexity"], "give one of the two"),
+        (["DATA", "--cluster", "passage"], "q/test/0 has no field 'passage' to cluster by; its fields are"),
+        (["DATA", "--margin", "0"], "a margin of 0 leaves no room; give a number above 0"),
+        (["DATA", "--batch-size", "0"], "--batch-size is '0'; expected a number from 1, or auto"),
+        (["DATA", "--batch-size", "many"], "--batch-size is 'many'; expected a number from 1, or auto"),
+        (
+            ["DATA", "--log", "wandb"],
+            "--log wandb needs its library, which is not installed; install it with: pip install wandb",
+        ),
+        (["DATA", "--log", "tensorboard"], "--log tensorboard needs its library, which is not installed"),
         (["DATA", "--output", "q.jsonl"], "is no folder"),
         (["DATA", "--output", "."], "holds something else"),
         (["DATA", "--output", "/proc/nowhere"], "cannot be made"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(
-    flags: list[str], said: str, members: list[str], tmp_path: Path
+    flags: list[str], said: str, members: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("ensembler.evaluation.tracking.find_spec", lambda name: None)
     data = data_flags(write_questions(tmp_path / "q.jsonl", 12))
     given = [part for flag in flags for part in (data if flag == "DATA" else [flag])]
-    message = refused(*members, *given)
-    assert said in message
-    assert "\n" not in message
+    assert said in refused(*members, *given)
     assert {path.name for path in tmp_path.iterdir()} <= {"q.jsonl", "cache"}
 
 
@@ -182,60 +241,32 @@ def test_a_choice_that_is_empty_is_named(members: list[str], tmp_path: Path) -> 
 def test_contexts_that_are_cut_are_told(tmp_path: Path) -> None:
     short = save_ensemble(tmp_path / "short", source_pt={"family": "llama", "max_position_embeddings": 24})
     rows = [{"question": "once upon a time " * (1 + i % 3) + str(i), "label": "ab"[i % 2]} for i in range(8)]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    printed = run(*short.flags, *data_flags(tmp_path / "q.jsonl"), "--alphas", "0,1")
-    (task,) = json.loads(Path("sweep/summary.json").read_text())["tasks"]
-    assert task["num_truncated"] > 0
-    assert f"{task['num_truncated']} requests cut on the left" in printed
+    printed = run(*short.flags, *data_flags(write_rows(tmp_path / "q.jsonl", rows)), "--alphas", "0,1")
+    (said,) = (note for note in summary()["notes"] if "cut" in note)
+    assert re.fullmatch(r"\d+ requests cut on the left to fit into the shortest context", said)
+    assert said in printed
 
 
 def test_one_alpha_is_allowed_and_said(members: list[str], tmp_path: Path) -> None:
     printed = run(*members, *questions(tmp_path, 12), "--alphas", "0.5")
     assert "one alpha, 0.5: there is nothing to choose" in printed
-    assert "base-change α = 0.5" in printed
+    assert "base-change: its alpha was the only one given, so there was nothing to choose" in printed
+    assert {method["label"]: method["chosen_by"] for method in summary()["methods"]} == {
+        "source FT": None,
+        "target PT": None,
+        "base-change α = 0.5": "given",
+        "base-change α = 1": None,
+    }
 
 
-def test_kills_at_any_moment_lose_no_row_and_make_none_twice(members: list[str], tmp_path: Path) -> None:
-    flags = [*members, *questions(tmp_path, 120), "--alphas", "0:1:0.1", "--batch-size", 2]
-    run(*flags, "--output", "whole")
-    whole = Path("whole/rows.jsonl").read_bytes()
-    draw = random.Random(0)
-    for _ in range(3):
-        process = start("sweep", *flags, "--output", "killed")
-        target = draw.randrange(1, len(whole))
-        while process.poll() is None and _size(Path("killed/rows.jsonl")) < target:
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    interrupted = start("sweep", *flags, "--output", "killed")
-    rows_there = _size(Path("killed/rows.jsonl"))
-    while interrupted.poll() is None and _size(Path("killed/rows.jsonl")) <= rows_there < len(whole):
-        time.sleep(0.005)
-    interrupted.send_signal(signal.SIGINT)
-    _, errors = interrupted.communicate()
-    assert interrupted.returncode in (0, 130)
-    assert interrupted.returncode == 0 or "interrupted" in errors.splitlines()[-1]
-    run(*flags, "--output", "killed")
-    assert Path("killed/rows.jsonl").read_bytes() == whole
-    summaries = [json.loads(Path(name, "summary.json").read_text())["tasks"] for name in ("whole", "killed")]
-    assert summaries[0] == summaries[1]
-
-
-def test_processes_share_the_examples_and_a_lost_one_costs_its_own(members: list[str], tmp_path: Path) -> None:
-    flags = [*members, *questions(tmp_path, 40), "--alphas", "0,1", "--batch-size", 3, "--validation", 10]
-    run(*flags, "--output", "one")
-    process = start("sweep", *flags, "--output", "two", "--json", ranks=2)
-    printed, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert json.loads(printed)["tasks"] == json.loads(Path("one/summary.json").read_text())["tasks"]  # said once
-    assert Path("two/rows.jsonl").read_bytes() == Path("one/rows.jsonl").read_bytes()
-    assert not list(Path("two").glob("rows.*.jsonl"))
-    rows = Path("two/rows.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "two" / "rows.jsonl").write_text("".join(rows[:31]))  # one example is half there
-    (tmp_path / "two" / "rows.1.jsonl").write_text("".join(rows[60:70]))
-    run(*flags, "--output", "two")
-    assert Path("two/rows.jsonl").read_bytes() == Path("one/rows.jsonl").read_bytes()
-
-
-def _size(path: Path) -> int:
-    return os.stat(path).st_size if path.exists() else 0
+def test_clusters_and_a_margin_are_told(members: list[str], tmp_path: Path) -> None:
+    folder = write_tasks(tmp_path / "tasks")
+    rows = [{"question": f"q {i}", "choices": ["a", "b"], "answer": i % 2, "passage": i // 4} for i in range(40)]
+    write_rows(folder / "questions.jsonl", rows)
+    printed = run(*members, "--task", folder / "choice.yaml", "--alphas", "1", "--cluster", "passage", "--margin", 60)
+    assert "40 test documents in 10 groups by passage, on which intervals and tests rest" in printed
+    for name in ("would have shown", "p of alike to within 60 points", "clustered paired t"):
+        assert name in printed
+    assert "is as good as" in printed
+    assert "to within 60 points, p = " in printed
+    assert summary()["num_clusters"] == 10

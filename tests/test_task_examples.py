@@ -11,15 +11,17 @@ import pytest
 pytest.importorskip("lm_eval")
 
 import lm_eval.tasks
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks._yaml_loader import load_yaml
 from task_cases import write_rows
 
-from ensembler.evaluation.examples import Continuation, Generation
+from ensembler.evaluation.documents import Answer, Document
 from ensembler.evaluation.task_loading import load_tasks
-from ensembler.evaluation.tasks import EvalTask
+from ensembler.evaluation.tasks import TextTask
 
 FOLDER = Path(__file__).parent.parent / "examples" / "tasks"
 THEIRS = Path(lm_eval.tasks.__file__).parent
+_FLEXIBLE = "exact_match,flexible-extract"
 
 # Rows of our own: ours with labels as files have them, and what the hub's data set gives for the same row.
 CASES: dict[str, tuple[str, list[dict[str, Any]], list[dict[str, Any]]]] = {
@@ -66,7 +68,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def on_rows(yaml: Path, rows: list[dict[str, Any]], folder: Path, name: str) -> EvalTask:
+def on_rows(yaml: Path, rows: list[dict[str, Any]], folder: Path, name: str) -> TextTask:
     """A task of a YAML file on other rows, all splits the same."""
     data = write_rows(folder / f"{name}.jsonl", rows)
     files = {split: str(data) for split in ("train", "validation", "test")}
@@ -85,22 +87,31 @@ def test_examples_ask_what_lm_eval_asks(name: str, tmp_path: Path) -> None:
     theirs = on_rows(THEIRS / theirs_at, hub_rows, tmp_path, "theirs")
     assert ours.default_split == theirs.default_split
     assert ours.version == theirs.version
-    for mine, other in zip(ours.examples(), theirs.examples(), strict=True):
-        assert mine.requests == other.requests
+    for mine, other in zip(ours.documents(), theirs.documents(), strict=True):
+        assert asked(mine) == asked(other)
         assert (mine.gold, mine.choices) == (other.gold, other.choices)
-        for answers in answer_sheets(mine.requests):
-            values = ours.measure(mine, answers).values
-            expected = theirs.measure(other, answers).values
-            key = "exact_match,flexible-extract" if name == "gsm8k" else None
-            assert values == ({"exact_match": expected[key]} if key else dict(expected))
+        for answers in answer_sheets(mine):
+            values, _ = ours.measure(mine, answers)
+            expected, _ = theirs.measure(other, answers)
+            assert values == ({"exact_match": expected[_FLEXIBLE]} if name == "gsm8k" else expected)
     assert {metric.name for metric in ours.metrics} == {metric.name for metric in theirs.metrics}
 
 
-def answer_sheets(requests: tuple[Any, ...]) -> list[list[Any]]:
-    if isinstance(requests[0], Generation):
+def asked(document: Document) -> list[tuple[Any, ...]]:
+    found = []
+    for request in document.requests:
+        text, *more = request.args
+        if request.request_type == "generate_until":
+            more = [{"temperature": 0.0, **normalize_gen_kwargs(*more)}]
+        found.append((request.request_type, text, *more))
+    return found
+
+
+def answer_sheets(document: Document) -> list[Answer]:
+    num = len(document.requests)
+    if document.requests[0].request_type == "generate_until":
         return [[[text]] for text in (" It is 1002.", "$1,002", "1002 or 3", "none", "#### 1,002.")]
-    assert all(isinstance(request, Continuation) for request in requests)
-    return [[(-1.0 - (i != best), False) for i in range(len(requests))] for best in range(len(requests))]
+    return [[[-1.0 - (i != best), False] for i in range(num)] for best in range(num)]
 
 
 def test_every_example_is_tested() -> None:

@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("lm_eval")
 
-from task_cases import figures, recorded, run_lm_eval, write_rows
+from task_cases import figures, figures_of, recorded, run_lm_eval, write_rows
 
 from ensembler.errors import ConfigError, PromptError
-from ensembler.evaluation.examples import Continuation, Generation
+from ensembler.evaluation.documents import Document
 from ensembler.evaluation.task_files import make_task_from_file
-from ensembler.evaluation.tasks import EvalTask
+from ensembler.evaluation.tasks import TextTask
 from ensembler.evaluation.templates import field_names, fill
 
 ROWS: list[dict[str, Any]] = [
@@ -33,45 +33,50 @@ def data(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", ROWS)
 
 
-def make(data: Path, **settings: Any) -> EvalTask:
+def make(data: Path, **settings: Any) -> TextTask:
     return make_task_from_file(data, **{"prompt": "Q: {question}", "answer": "{answer}", **settings})
 
 
-def pairs(task: EvalTask) -> list[list[tuple[str, str]]]:
-    found = []
-    for example in task.examples():
-        assert all(isinstance(request, Continuation) for request in example.requests)
-        found.append([(request.context, request.text) for request in example.requests])  # type: ignore[union-attr]
-    return found
+def pairs(task: TextTask) -> list[list[tuple[str, str]]]:
+    """Context and continuation of all requests, by document."""
+    assert all(one.request_type == "loglikelihood" for document in task.documents() for one in document.requests)
+    return [[request.args for request in document.requests] for document in task.documents()]
+
+
+def settings_of(document: Document) -> dict[str, Any]:
+    """How the one text of a document is generated."""
+    (request,) = document.requests
+    assert request.request_type == "generate_until"
+    return dict(request.args[1])
 
 
 def test_choices_of_a_field(data: Path) -> None:
     task = make(data, choices="{options}", answer="{label}")
-    assert task.choose_metric().key == "acc"
-    assert (task.name, task.splits, task.output_type) == ("rows", {"test": 3}, "multiple_choice")
+    assert task.metrics[0].key == "acc"
+    assert (task.name, task.splits) == ("rows", {"test": 3})
     assert pairs(task) == [
         [("Q: a {b} c", " x"), ("Q: a {b} c", " y z")],
         [("Q: {{q}} {", " no"), ("Q: {{q}} {", " yes"), ("Q: {{q}} {", " so")],
         [("Q: q", " u"), ("Q: q", " v")],
     ]
-    assert [example.gold for example in task.examples()] == ["y z", "no", "v"]
-    right = task.measure(task.examples()[0], [(-2.0, False), (-1.0, False)])
-    assert (right.values, right.predictions) == ({"acc": 1.0}, {"none": "y z"})
+    assert [document.gold for document in task.documents()] == ["y z", "no", "v"]
+    right = task.measure(task.documents()[0], [[-2.0, False], [-1.0, False]])
+    assert right == ({"acc": 1.0}, {"none": "y z"})
 
 
 def test_choices_of_texts(tmp_path: Path) -> None:
     labels = ["0", 1, "yes", " no", True, "1"]
     data = write_rows(tmp_path / "d.jsonl", [{"q": "x", "label": label, "other": "maybe"} for label in labels[:4]])
     task = make_task_from_file(data, prompt="{q}?\n", choices="no, yes", answer="{label}")
-    assert [example.gold for example in task.examples()] == ["no", "yes", "yes", "no"]
+    assert [document.gold for document in task.documents()] == ["no", "yes", "yes", "no"]
     assert pairs(task)[0] == [("x?\n", "no"), ("x?\n", "yes")]
     task = make_task_from_file(data, prompt="{q}?", choices="no,yes,{other}", answer="{label}")
     assert pairs(task)[0] == [("x?", " no"), ("x?", " yes"), ("x?", " maybe")]
     data = write_rows(tmp_path / "d.jsonl", [{"q": "x", "label": True}, {"q": "x", "label": "1"}])
     task = make_task_from_file(data, prompt="{q}?", choices="false,true", answer="{label}")
-    assert [example.gold for example in task.examples()] == ["true", "true"]
+    assert [document.gold for document in task.documents()] == ["true", "true"]
     task = make_task_from_file(data, prompt="{q}?", choices="1,true", answer="{label}")  # text goes before index
-    assert [example.gold for example in task.examples()] == ["true", "1"]
+    assert [document.gold for document in task.documents()] == ["true", "1"]
 
 
 def test_a_space_before_the_answer(tmp_path: Path) -> None:
@@ -92,34 +97,36 @@ def test_few_shot_examples_are_other_rows(data: Path) -> None:
         assert contexts[0][0].count(f"Q: {row['question']}") == 1
         assert contexts[0][0].count("\n\nQ: ") == 2
     flexible = make(data, metric="flexible_number", num_fewshot=2)
-    request = flexible.examples()[0].requests[0]
-    assert isinstance(request, Generation)
-    assert "so 3\n#### 1,004\n\n" in request.context
+    assert "so 3\n#### 1,004\n\n" in flexible.documents()[0].prompt
     with pytest.raises(ConfigError, match="3 few-shot examples beside each question need more than the 3 rows"):
         make(data, num_fewshot=3)
 
 
 def test_exact_match(data: Path) -> None:
     task = make(data, limit=1)
-    assert task.choose_metric().key == "exact_match"
-    (example,) = task.examples()
-    request = example.requests[0]
-    assert isinstance(request, Generation)
-    assert (request.context, request.until, request.do_sample) == ("Q: a {b} c", ("\n\n",), False)
-    one_line = write_rows(data.with_name("one.jsonl"), ROWS[:1])
-    assert make(one_line).examples()[0].requests[0].until == ("\n",)  # type: ignore[union-attr]
+    assert task.metrics[0].key == "exact_match"
+    (document,) = task.documents()
+    assert document.prompt == "Q: a {b} c"
+    assert settings_of(document) == {"until": ["\n\n"], "do_sample": False, "max_gen_toks": 256}
+    one_line = make(write_rows(data.with_name("one.jsonl"), ROWS[:1]), max_new_tokens=9, gen_kwargs="temperature=0.5")
+    assert settings_of(one_line.documents()[0]) == {
+        "until": ["\n"],
+        "do_sample": False,
+        "max_gen_toks": 9,
+        "temperature": 0.5,
+    }
     for text, value in ((" 12", 1.0), ("12 \n", 1.0), ("1", 0.0), ("12.", 0.0), ("", 0.0)):
-        assert task.measure(example, [[text]]).values == {"exact_match": value}
-    listed = write_rows(data.with_name("list.jsonl"), [{"question": "q", "answer": "[1, 2]"}])
-    example = make(listed).examples()[0]
-    assert make(listed).measure(example, [["[1, 2]"]]).values == {"exact_match": 1.0}
-    assert make(listed).measure(example, [["1"]]).values == {"exact_match": 0.0}
+        assert task.measure(document, [[text]])[0] == {"exact_match": value}
+    listed = make(write_rows(data.with_name("list.jsonl"), [{"question": "q", "answer": "[1, 2]"}]))
+    (document,) = listed.documents()
+    assert listed.measure(document, [["[1, 2]"]])[0] == {"exact_match": 1.0}
+    assert listed.measure(document, [["1"]])[0] == {"exact_match": 0.0}
 
 
 def test_flexible_number(data: Path) -> None:
     task = make(data, metric="flexible_number")
-    examples = task.examples()
-    assert [example.gold for example in examples] == ["12", "1,004", "$5."]
+    documents = task.documents()
+    assert [document.gold for document in documents] == ["12", "1,004", "$5."]
     for index, text, value in (
         (0, "2 + 10 = 12", 1.0),
         (0, "it is $12.", 1.0),
@@ -128,15 +135,15 @@ def test_flexible_number(data: Path) -> None:
         (1, "so #### 1004", 1.0),
         (2, "5", 1.0),
     ):
-        assert task.measure(examples[index], [[text]]).values == {"exact_match": value}, text
+        assert task.measure(documents[index], [[text]])[0] == {"exact_match": value}, text
 
 
 def test_perplexity(data: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     task = make(data, metric="perplexity")
     assert pairs(task)[1] == [("Q: {{q}} {", " so 3\n#### 1,004")]
-    values = [task.measure(e, [(-float(i + 1), False)]).values for i, e in enumerate(task.examples())]
+    values = [task.measure(one, [[-float(one.index + 1), False]])[0] for one in task.documents()]
     assert [metric.key for metric in task.metrics] == ["word_perplexity", "byte_perplexity", "bits_per_byte"]
-    assert not task.choose_metric().higher_is_better
+    assert not task.metrics[0].higher_is_better
     words, num_bytes = 1 + 4 + 1, 2 + 15 + 3
     assert task.aggregate("word_perplexity", [v["word_perplexity"] for v in values]) == pytest.approx(
         math.exp(6 / words)
@@ -154,10 +161,7 @@ def test_figures_of_lm_eval(settings: Any, data: Path, tokenizer: PreTrainedToke
     for num_fewshot in (None, 1):
         task = make(data, num_fewshot=num_fewshot, **settings)
         results = run_lm_eval(task, make_model("llama", 5, max_position_embeddings=400), tokenizer)
-        found = figures(task, task.examples(), recorded(results, task))
-        assert {f"{key},none" for key in found} <= set(results["results"]["rows"])
-        for key, value in found.items():
-            assert value == results["results"]["rows"][f"{key},none"]
+        assert figures(task, task.documents(), recorded(results, task)) == figures_of(results, task)
 
 
 def test_templates() -> None:
@@ -228,5 +232,8 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 def test_rows_are_described(data: Path) -> None:
-    described = json.dumps(make(data, choices="{options}", answer="{label}").describe())
-    assert '"splits": {"test": 3}' in described
+    """The same in every process, and other where a template is another."""
+    settings = {"choices": "{options}", "answer": "{label}"}
+    described = make(data, **settings).describe()
+    assert json.loads(json.dumps(described)) == described == make(data, **settings).describe()
+    assert make(data).describe() != described

@@ -18,10 +18,9 @@ pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
 from recipe_cases import plan, refusal
-from sweep_cases import read_rows
 from vision_cases import CLASSES, save_clip, save_head, save_images, save_vit, with_other_classifier
 
-from ensembler.evaluation.bench.recipe_file import read_recipe
+from ensembler.evaluation.recipe_file import read_recipe
 
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 TABLE = ("cifar100", "svhn", "resisc45", "sun397", "dtd", "cars")
@@ -57,6 +56,8 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_a_recipe_of_image_classifiers_runs_whole(recipe: Path, tmp_path: Path, run: Any) -> None:
+    from sweep_cases import read_rows
+
     plan = run("bench", recipe, "--dry-run")
     assert plan.code == 0, plan.err
     assert "animals (acc): 21 test examples, alpha chosen of 3 on 14 others" in plan.out
@@ -83,6 +84,8 @@ def test_a_recipe_of_image_classifiers_runs_whole(recipe: Path, tmp_path: Path, 
 
 
 def test_the_page_shows_images_that_alpha_changed_and_the_paper_s_alpha(recipe: Path, tmp_path: Path, run: Any) -> None:
+    from sweep_cases import read_rows
+
     content = yaml.safe_load(recipe.read_text())
     content["published_alphas"] = {"animals": {"eft": 0.7}}
     content["alpha"] = {"base-change": 3.0}
@@ -112,9 +115,10 @@ def test_two_folders_of_one_name_are_refused(recipe: Path, tmp_path: Path) -> No
     assert "animals are both called 'animals', and their images would be taken for each other's" in refusal(recipe)
     (tmp_path / "others").symlink_to(tmp_path / "more" / "animals")
     recipe.write_text(yaml.safe_dump({**content, "tasks": ["animals", "others"]}))
-    (planned, *_) = plan(recipe).runs
-    assert [task.task.name for task in planned.sweep.tasks] == ["animals", "others"]
-    assert len(set(planned.sweep.ids)) == 21 + 14 + 14 + 7
+    (study,) = plan(recipe).studies
+    _, planned = study.runs[0]
+    assert [task.task.name for task in planned.tasks] == ["animals", "others"]
+    assert len({document.name for document, _ in planned.documents()}) == 21 + 14 + 14 + 7
 
 
 def test_images_that_several_experiments_have_are_read_once(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +126,7 @@ def test_images_that_several_experiments_have_are_read_once(recipe: Path, monkey
     recipe.write_text(yaml.safe_dump({**content, "experiments": [{"name": "a"}, {"name": "b", "batch_size": 4}]}))
     read: list[str] = []
     monkeypatch.setattr("ensembler.vision.tasks.decode", lambda content, name: read.append(name))
-    assert {planned.experiment.name for planned in plan(recipe).runs} == {"a", "b"}
+    assert [study.name for study in plan(recipe).studies] == ["a", "b"]
     assert len(read) == 21 + 14
 
 
@@ -236,11 +240,11 @@ def test_table_2_is_planned_whole_on_stand_ins(tmp_path: Path) -> None:
         for part, num in (("validation", 1), ("test", 2)):
             save_images(here / "data" / data / part, num, seed=num)
     planned = plan(RECIPES / "basechange_table2.yaml")
-    ensembles = [each for each in planned.runs if each.instead_of is None]
-    assert [each.name for each in ensembles] == [f"{experiment.name}.ensemble" for experiment in recipe.experiments]
-    for each in ensembles:
-        (task,) = each.sweep.tasks
-        assert (len(task.parts.validation), len(task.parts.test)) == (7, 14)
+    plans = [each for study in planned.studies for run, each in study.runs if run.instead_of is None]
+    assert [each.name for each in plans] == [f"{experiment.name}.ensemble" for experiment in recipe.experiments]
+    for each in plans:
+        (task,) = each.tasks
+        assert (len(task.parts["validation"]), len(task.parts["test"])) == (7, 14)
         assert each.checked.config.templates == ["a photo of a {}", "art of a {}"]
         assert {role: files.kind for role, files in each.checked.files.items()} == {  # type: ignore[attr-defined]
             "source_ft": "head",

@@ -18,7 +18,7 @@ from vision_cases import CLASSES, random_images, save_images
 from ensembler.errors import ConfigError, ImageError
 from ensembler.vision import images
 from ensembler.vision.datasets import LabelledImage, find_splits
-from ensembler.vision.images import ImageFile, decode, find_images
+from ensembler.vision.images import decode, find_images, image_file
 from ensembler.vision.loader import ahead
 from ensembler.vision.tasks import load_image_task
 
@@ -127,7 +127,7 @@ def test_a_large_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (20, 20))))
     monkeypatch.setattr(images, "MAX_BYTES", 10)
     with pytest.raises(ImageError, match=r"^a.png has [\d,]+ bytes; at most 10 are read"):
-        ImageFile(tmp_path / "a.png", "a.png").read()
+        image_file(tmp_path / "a.png", "a.png").read()
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif"])
@@ -160,7 +160,7 @@ def test_images_are_found_by_name_and_below_folders(tmp_path: Path) -> None:
     Image.new("RGB", (20, 20)).save(tmp_path / "set" / ".hidden" / "x.png")
     found = find_images([tmp_path / "set" / "b" / "001.png", tmp_path / "set"])
     assert found.num_others == 1
-    assert [source.path.relative_to(tmp_path / "set").as_posix() for source in found.images] == [
+    assert [Path(source.name).relative_to(tmp_path / "set").as_posix() for source in found.images] == [
         "b/001.png",
         *(f"{name}/{number:03}.png" for name in "ab" for number in (0, 1)),
     ]
@@ -176,7 +176,7 @@ def test_links_that_lead_nowhere_and_other_endings_of_jpegs_are_images(tmp_path:
         Image.new("RGB", (20, 20)).save(tmp_path / name, "jpeg")
     (tmp_path / "c.png").symlink_to(tmp_path / "gone.png")
     found = find_images([tmp_path])
-    assert [source.path.name for source in found.images] == ["a.jfif", "b.jpe", "c.png"]
+    assert [Path(source.name).name for source in found.images] == ["a.jfif", "b.jpe", "c.png"]
     with pytest.raises(ImageError, match=r"c\.png cannot be read: No such file"):
         found.images[2].read()
 
@@ -234,14 +234,17 @@ def test_a_limit_draws_from_all_classes(tmp_path: Path) -> None:
         drawn = [image.index for image in task.images["test"]]
         assert len(drawn) == limit
         assert drawn == sorted(set(drawn))
-        classes[limit] = {(image.index, image.label) for image in task.images["test"]}
+        classes[limit] = {(image.index, image.gold) for image in task.images["test"]}
         assert all(sorted(CLASSES)[index // 10] == label for index, label in classes[limit])
     assert classes[7] < classes[14]
     assert len({label for _, label in classes[14]}) > 4  # of the first 14 it would be 2
     assert {image.index for image in load_image_task(folder, CLASSES, limit=7, seed=2).images["test"]} != {
         index for index, _ in classes[7]
     }
-    with pytest.raises(ConfigError, match="a limit of 0 documents leaves none"):
+    assert [image.index for image in load_image_task(folder, CLASSES, limit=0.1, seed=1).images["test"]] == sorted(
+        index for index, _ in classes[7]
+    )
+    with pytest.raises(ConfigError, match="a limit of 0 documents"):
         load_image_task(folder, CLASSES, limit=0)
 
 

@@ -46,8 +46,8 @@ from ensembler.demo import demo_folder
 from ensembler.errors import ClassesError, ConfigError, InputError, LogitsError, MemberError, RunError
 from ensembler.rules import RULES
 from ensembler.vision import zero_shot
+from ensembler.vision.answers import describe_images
 from ensembler.vision.preflight import check_images
-from ensembler.vision.provenance import describe_images
 from ensembler.vision.towers import ClassifierTower, FeatureTower, WholeClassifier
 
 SAVE = {"vit": save_vit, "convnext": save_convnext, "dinov2": save_dinov2}

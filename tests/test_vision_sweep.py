@@ -1,10 +1,10 @@
-"""A sweep over images: each point is the ensemble at that point, and rows, choice and report are those of texts."""
+"""Images as a task, and what answers them: each point of a grid is the ensemble at that point."""
 
 from __future__ import annotations
 
 import json
+import math
 import random
-import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,26 +14,33 @@ import torch
 
 pytest.importorskip("PIL")
 pytest.importorskip("scipy")
-pytest.importorskip("matplotlib")
 
 from PIL import Image
-from sweep_cases import read_rows, start
-from vision_cases import CLASSES, random_images, save_clip, save_convnext, save_dinov2, save_images, save_vit
+from vision_cases import (
+    CLASSES,
+    random_images,
+    save_clip,
+    save_convnext,
+    save_dinov2,
+    save_images,
+    save_vit,
+    with_other_classifier,
+)
 
 from ensembler import EnsembleForImageClassification
 from ensembler.config import IMAGES, EnsembleConfig
 from ensembler.engine.grid import Grid, make_grid
 from ensembler.errors import ClassesError, ConfigError, ImageError
-from ensembler.evaluation.backends import BackendChoice
+from ensembler.evaluation.documents import Answer
+from ensembler.evaluation.parts import split_documents
 from ensembler.evaluation.provenance import versions
-from ensembler.evaluation.sweep import SweepOptions
-from ensembler.vision.images import open_image
+from ensembler.vision.answers import ImageAnswerer, describe_images
 from ensembler.vision.preflight import check_images
-from ensembler.vision.sweep import ImageSweep
-from ensembler.vision.tasks import load_image_task
+from ensembler.vision.tasks import ImageTask, load_image_task
 
 ALPHAS = tuple(round(0.1 * index, 1) for index in range(16))
 RULES = ("base-change", "eft")
+ROLES = ("source_ft", "source_pt", "target_pt")
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +69,7 @@ def pictures(tmp_path: Path) -> Path:
 def test_every_point_of_a_grid_is_the_ensemble_at_that_point_bit_for_bit(seed: int, tmp_path: Path) -> None:
     draw = random.Random(seed)
     save = [draw.choice((save_vit, save_convnext, save_dinov2)) for _ in range(3)]
-    roles = ("source_ft", "source_pt", "target_pt")
-    folders = {role: make(tmp_path / role, seed + i) for i, (role, make) in enumerate(zip(roles, save, strict=True))}
+    folders = {role: make(tmp_path / role, seed + i) for i, (role, make) in enumerate(zip(ROLES, save, strict=True))}
     images = random_images(draw.randint(1, 9), seed)
     model = EnsembleForImageClassification.from_members(members=folders)
     prepared = model.prepare(images)
@@ -78,203 +84,167 @@ def test_every_point_of_a_grid_is_the_ensemble_at_that_point_bit_for_bit(seed: i
         assert torch.equal(found[len(ALPHAS)], logits["target_pt"])
 
 
-def make_sweep(members: dict[str, str], pictures: Path, **changes: Any) -> ImageSweep:
-    checked = check_images(EnsembleConfig(task=IMAGES, members=dict(members)))
-    settings = {"rules": RULES, "alphas": (0.0, 0.5, 1.0), "validation": "validation", "batch_size": 5, **changes}
-    options = SweepOptions(**settings)
-    return ImageSweep(checked, [load_image_task(pictures, checked.classes, validation=options.validation)], options)
+def answerer_of(members: dict[str, Any]) -> ImageAnswerer:
+    return ImageAnswerer(check_images(EnsembleConfig(task=IMAGES, members=dict(members))))
 
 
-def test_rows_say_what_the_ensemble_answers_at_each_point(
-    members: dict[str, str], pictures: Path, tmp_path: Path, run: Any
+def load(pictures: Path, **settings: Any) -> ImageTask:
+    return load_image_task(pictures, CLASSES, **settings)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_answers_are_those_of_the_ensemble_at_each_point_bit_for_bit(
+    seed: int, members: dict[str, str], pictures: Path, tmp_path: Path
 ) -> None:
-    flags = [part for role, path in members.items() for part in (f"--{role.replace('_', '-')}", path)]
-    assert run("create", tmp_path / "ensemble", "--task", "image-classification", *flags).code == 0
-    command = [
-        "sweep",
-        tmp_path / "ensemble",
-        "--images",
-        pictures,
-        "--rules",
-        "base-change,eft",
-        "--alphas",
-        "0,0.5,1.2",
-    ]
-    done = run(*command, "--validation", "validation", "--batch-size", 5, "--output", tmp_path / "out", "--json")
-    assert done.code == 0, done.err
-    rows = read_rows(tmp_path / "out")
-    grid = {(row["rule"], row["alpha"]) for row in rows}
-    assert grid == {(rule, alpha) for rule in RULES for alpha in (0.0, 0.5, 1.0, 1.2)}
-    assert len(rows) == (14 + 28) * 8
-    paths = sorted((pictures / "test").rglob("*.png"))
-    for rule, alpha in sorted(grid):
-        model = EnsembleForImageClassification.from_members(rule=rule, alpha=alpha, members=members)
-        at = [row for row in rows if "/test/" in row["id"] and (row["rule"], row["alpha"]) == (rule, alpha)]
-        assert [row["id"] for row in at] == [f"pictures/test/{index}" for index in range(28)]
-        for begin in range(0, 28, 5):
-            images = [Image.open(path).convert("RGB") for path in paths[begin : begin + 5]]
-            log_probs = model(model.prepare(images)).logits.log_softmax(-1)
-            for row, path, values in zip(at[begin : begin + 5], paths[begin : begin + 5], log_probs, strict=True):
-                right = CLASSES.index(path.parent.name)
+    draw = random.Random(seed)
+    if seed % 2:  # two classifiers that share their backbone
+        members["source_pt"] = str(with_other_classifier(Path(members["source_ft"]), tmp_path / "other", 5))
+    task, answerer = load(pictures, limit=draw.randint(5, 28)), answerer_of(members)
+    documents = task.documents()
+    size = draw.randint(1, 6)
+    batches = [documents[start : start + size] for start in range(0, len(documents), size)]
+    points = make_grid(RULES, draw.sample(ALPHAS, 3))
+    with answerer.open():
+        answered = list(answerer.answer(batches, points))
+    assert [len(batch) for batch in answered] == [len(batch) for batch in batches]
+    for index, point in enumerate(points):
+        model = EnsembleForImageClassification.from_members(rule=point.rule, alpha=point.alpha, members=members)
+        for batch, answers in zip(batches, answered, strict=True):
+            images = [Image.open(pictures / "test" / one.content["image"]).convert("RGB") for one in batch]
+            with torch.inference_mode():
+                log_probs = model(model.prepare(images)).logits.log_softmax(-1)
+            for document, by_point, values in zip(batch, answers, log_probs, strict=True):
+                right = CLASSES.index(str(document.gold))
                 top = values.topk(5).indices.tolist()
-                assert row["values"] == {
-                    "acc": float(top[0] == right),
-                    "acc_top5": float(right in top),
-                    "log_prob": values[right].item(),
-                }
-                assert row["predictions"] == {"": CLASSES[top[0]]}
-                assert row["answers"] == [[CLASSES[i] for i in top], [values[right].item(), top[0] == right]]
-    (task,) = json.loads(done.out)["tasks"]
-    chosen = {choice["rule"]: choice["alpha"] for choice in task["choices"]}
-    for rule in RULES:
-        accuracies = {
-            alpha: sum(
-                row["values"]["acc"]
-                for row in rows
-                if "/validation/" in row["id"] and (row["rule"], row["alpha"]) == (rule, alpha)
-            )
-            for alpha in (0.0, 0.5, 1.2)
-        }
-        assert chosen[rule] == max(accuracies, key=lambda alpha: (accuracies[alpha], -alpha))
-    assert {method["label"] for method in task["methods"]} >= {"source FT", "target PT", "base-change α = 1"}
-    assert {each["comparison"]["test"] for each in task["differences"]} == {"exact McNemar"}
-    page = (tmp_path / "out" / "report.html").read_text("utf-8")
-    assert len(re.findall(r'src="data:image/png;base64,', page)) > 2
-    assert "0 examples in each prompt" not in page
-    assert "28 test examples; 14 validation examples. Version 1 of the task, metric acc." in page
+                assert by_point[index] == [[CLASSES[i] for i in top], [values[right].item(), top[0] == right]]
+                read_again = json.loads(json.dumps(by_point[index]))
+                assert read_again == by_point[index]
+                assert task.measure(document, read_again) == (
+                    {
+                        "acc": float(top[0] == right),
+                        "acc_top5": float(right in top),
+                        "log_prob": values[right].item(),
+                    },
+                    {"": CLASSES[top[0]]},
+                )
 
 
-def test_an_interrupted_sweep_goes_on_to_the_same_rows(
-    members: dict[str, str], pictures: Path, tmp_path: Path, run: Any
-) -> None:
-    flags = [part for role, path in members.items() for part in (f"--{role.replace('_', '-')}", path)]
-    assert run("create", tmp_path / "ensemble", "--task", "image-classification", *flags).code == 0
-    command = ["sweep", tmp_path / "ensemble", "--images", pictures, "--alphas", "0,1", "--batch-size", 4]
-    assert run(*command, "--output", tmp_path / "whole").code == 0
-    assert run(*command, "--output", tmp_path / "part").code == 0
-    lines = (tmp_path / "part" / "rows.jsonl").read_text("utf-8").splitlines(keepends=True)
-    (tmp_path / "part" / "rows.jsonl").write_text("".join(lines[:21]) + lines[21][:30])
-    done = run(*command, "--output", tmp_path / "part")
-    assert done.code == 0
-    assert "28 examples at 3 points, 7 are done" in done.err
-    assert read_rows(tmp_path / "part") == read_rows(tmp_path / "whole")
-    other = run(*command[:-1], 5, "--output", tmp_path / "part")
-    assert other.code == 2
-    assert "batch size is 4 there and 5 here" in other.error
+def test_documents_tell_their_image_and_are_told_apart_by_its_file(members: dict[str, str], pictures: Path) -> None:
+    (pictures / "test" / "owl" / "copy.png").write_bytes((pictures / "test" / "owl" / "000.png").read_bytes())
+    task, answerer = load(pictures), answerer_of(members)
+    documents = task.documents()
+    assert [document.name for document in documents] == [f"pictures/test/{index}" for index in range(29)]
+    paths = sorted((pictures / "test").rglob("*.png"))
+    for document, path in zip(documents, paths, strict=True):
+        name = path.relative_to(pictures / "test").as_posix()
+        assert document.content == {"image": name, "label": path.parent.name}
+        assert (document.prompt, document.gold, document.choices) == (name, path.parent.name, ())
+    assert len({task.identity(document) for document in documents}) == 28
+    assert [answerer.read(document).length for document in documents] == [0] * 29
+    assert len({answerer.read(document).digest for document in documents}) == 28
+    assert task.splits == {"test": 29}
 
 
-def test_processes_share_the_images(members: dict[str, str], pictures: Path, tmp_path: Path, run: Any) -> None:
-    flags = [part for role, path in members.items() for part in (f"--{role.replace('_', '-')}", path)]
-    images = ["--task", "image-classification", "--classes", tmp_path / "classes.txt"]
-    (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
-    assert run("create", tmp_path / "ensemble", *images, *flags).code == 0
-    command = ["sweep", tmp_path / "ensemble", "--images", pictures, "--alphas", "0,1", "--batch-size", 4]
-    assert run(*command, "--output", tmp_path / "one").code == 0
-    process = start(*command, "--output", tmp_path / "two", ranks=2, HF_HOME=str(tmp_path / "hf"))
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert read_rows(tmp_path / "two") == read_rows(tmp_path / "one")
+def test_the_members_end_with_the_block(members: dict[str, str], pictures: Path) -> None:
+    task, answerer = load(pictures, limit=2), answerer_of(members)
+    points = make_grid(("eft",), (0.5,))
+    with pytest.raises(ImageError, match="stop"), answerer.open():
+        raise ImageError("stop")
+    with pytest.raises(AttributeError):
+        next(answerer.answer([task.documents()], points))
+    with answerer.open():
+        first = list(answerer.answer([task.documents()], points))
+    with answerer.open():
+        assert list(answerer.answer([task.documents()], points)) == first
 
 
-def test_an_image_that_changed_is_another_run(members: dict[str, str], pictures: Path) -> None:
-    before = make_sweep(members, pictures).settings
-    assert make_sweep(members, pictures).settings == before
-    random_images(1, 99)[0].save(pictures / "test" / "cat" / "002.png")
-    assert make_sweep(members, pictures).settings != before
+def test_what_answers_depend_on_is_json(members: dict[str, str], pictures: Path) -> None:
+    answerer = answerer_of(members)
+    described = answerer.describe()
+    assert described.keys() == {"versions", "ensemble", "backend"}
+    assert described["ensemble"] == describe_images(answerer.checked)
+    assert described["backend"] == {"name": "transformers"}
+    assert described["versions"] == {**versions(), "pillow": version("pillow")}
+    assert "pillow" not in versions()
+    assert json.loads(json.dumps(described)) == described
+    task = load(pictures, validation="validation", limit=5)
+    found = task.describe()
+    assert json.loads(json.dumps(found)) == found
+    assert (found["limit"], found["splits"], found["skipped"]) == (5, {"test": 5, "validation": 5}, {})
 
 
-def test_broken_images_are_left_out_with_a_count_or_end_it(
-    members: dict[str, str], pictures: Path, tmp_path: Path, run: Any
-) -> None:
+def test_metrics_are_means_with_their_standard_error(pictures: Path) -> None:
+    task = load(pictures)
+    assert [metric.key for metric in task.metrics] == ["acc", "acc_top5", "log_prob"]
+    (document, *_) = task.documents()
+    answer: Answer = [["cat", "dog"], [-math.inf, document.gold == "cat"]]
+    values, _ = task.measure(document, answer)
+    assert values["log_prob"] == {"float": "-inf"}
+    assert task.aggregate("log_prob", [values["log_prob"], -1.0]) == -math.inf
+    assert task.aggregate("acc", [1.0, 0.0, 0.0, 1.0]) == 0.5
+    assert task.standard_error("acc", [1.0, 0.0, 0.0, 1.0]) == pytest.approx(math.sqrt(1 / 3) / 2)
+    assert task.standard_error("acc", [1.0]) is None
+
+
+def test_of_few_classes_there_is_no_top_5(tmp_path: Path) -> None:
+    folder = save_images(tmp_path / "few", 1, classes=("a", "b"))
+    task = load_image_task(folder, ("a", "b"))
+    assert [metric.key for metric in task.metrics] == ["acc", "log_prob"]
+    (document, _) = task.documents()
+    assert task.measure(document, [["a", "b"], [-0.1, True]]) == ({"acc": 1.0, "log_prob": -0.1}, {"": "a"})
+
+
+def test_broken_images_are_left_out_with_a_count_or_end_it(pictures: Path) -> None:
+    assert load(pictures).notes == ()
     for name in ("cat/001.png", "owl/003.png"):
         (pictures / "test" / name).write_bytes(b"\x89PNG\r\n\x1a\nnothing")
-    flags = [part for role, path in members.items() for part in (f"--{role.replace('_', '-')}", path)]
-    assert run("create", tmp_path / "ensemble", "--task", "image-classification", *flags).code == 0
-    command = ["sweep", tmp_path / "ensemble", "--images", pictures, "--alphas", "0,1", "--output", tmp_path / "out"]
-    strict = run(*command, "--strict")
-    assert strict.code == 2
-    assert strict.error.startswith("Error: cat/001.png is ")
-    done = run(*command, "--validation", "validation")
-    assert done.code == 0
-    assert "skipped: cat/001.png is " in done.err
-    assert "2 images cannot be read and are left out" in done.err
-    assert "26 test examples; 14 validation examples; 2 images that cannot be read left out" in done.out
-    ids = {row["id"] for row in read_rows(tmp_path / "out")}
-    assert len(ids) == 26 + 14
-    task = json.loads((tmp_path / "out" / "summary.json").read_text())["task settings"]["pictures"]
-    assert [said.split(" ")[0] for said in task["skipped"]["test"]] == ["cat/001.png", "owl/003.png"]
+    with pytest.raises(ImageError, match=r"^cat/001.png is "):
+        load(pictures, strict=True)
+    task = load(pictures, validation="validation")
+    assert task.splits == {"test": 26, "validation": 14}
+    assert task.notes == ("2 images that cannot be read left out",)
+    said = task.describe()["skipped"]
+    assert [reason.split(" ")[0] for reason in said["test"]] == ["cat/001.png", "owl/003.png"]
+    names = [document.index for document in task.documents()]
+    places = [path.relative_to(pictures / "test").as_posix() for path in sorted((pictures / "test").rglob("*.png"))]
+    assert [places[index] for index in names] == [one.content["image"] for one in task.documents()]
 
 
-def test_an_image_of_the_test_set_does_not_choose(members: dict[str, str], pictures: Path) -> None:
+def test_an_image_of_the_test_set_does_not_choose(pictures: Path) -> None:
     copied = pictures / "validation" / "cat" / "copy.png"
     copied.write_bytes((pictures / "test" / "dog" / "001.png").read_bytes())
-    (task,) = make_sweep(members, pictures).tasks
-    assert [example.doc["image"] for example in task.parts.repeated] == ["cat/copy.png"]
-    assert len(task.parts.validation) == 14
+    parts = split_documents(load(pictures, validation="validation"), "validation")
+    assert [document.content["image"] for document in parts["repeated"]] == ["cat/copy.png"]
+    assert (len(parts["validation"]), len(parts["test"])) == (14, 28)
 
 
-def test_validation_images_can_be_drawn_from_one_folder(members: dict[str, str], pictures: Path) -> None:
-    (task,) = make_sweep(members, pictures / "test", validation="8").tasks
-    assert (len(task.parts.validation), len(task.parts.test)) == (8, 20)
+def test_validation_images_can_be_drawn_from_one_folder(pictures: Path) -> None:
+    parts = split_documents(load(pictures / "test", validation="8"), "8")
+    assert (len(parts["validation"]), len(parts["test"])) == (8, 20)
 
 
 def test_thumbnails_are_small_pictures(members: dict[str, str], pictures: Path) -> None:
-    sweep = make_sweep(members, pictures)
+    answerer, task = answerer_of(members), load(pictures)
     Image.new("RGB", (900, 300)).save(pictures / "test" / "cat" / "000.png")
-    for name in sweep.ids[:20]:
-        thumbnail = sweep.thumbnail(name)
-        assert thumbnail is not None
+    for document in task.documents()[:20]:
+        thumbnail = answerer.thumbnail(document)
         assert thumbnail.startswith("data:image/png;base64,")
         assert len(thumbnail) < 60_000
-    assert open_image(sweep.chunks[0].examples[0].source[0].image.source).mode == "RGB"
 
 
-def test_what_cannot_be_swept_is_refused(members: dict[str, str], pictures: Path, tmp_path: Path, run: Any) -> None:
-    with pytest.raises(ConfigError, match="images have no prompts whose likelihood could choose alpha"):
-        make_sweep(members, pictures, select="perplexity", validation=None)
-    with pytest.raises(ConfigError, match="images are not run by vllm; leave --backend out"):
-        make_sweep(members, pictures, backend=BackendChoice("vllm"))
-    with pytest.raises(ConfigError, match="images have no metric 'f1'; they have acc, acc_top5, log_prob"):
-        make_sweep(members, pictures, metric="f1")
+def test_what_cannot_be_a_task_is_refused(pictures: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="pictures has no split 'train'; it has test, validation"):
-        make_sweep(members, pictures, validation="train")
+        load(pictures, validation="train")
+    with pytest.raises(ConfigError, match="pictures has no split 'validation'; it has test"):
+        load(pictures).documents("val")
     (pictures / "test" / "cat").rename(pictures / "test" / "tiger")
     with pytest.raises(ClassesError, match=r"images of 'tiger', which the ensemble lacks \(its classes: 'cat', 'dog'"):
-        make_sweep(members, pictures)
+        load(pictures)
+    assert load(pictures, aliases={"tiger": "cat"}).documents()[-1].gold == "cat"
     (tmp_path / "empty").mkdir()
     with pytest.raises(ImageError, match="holds no images"):
-        make_sweep(members, tmp_path / "empty")
-    done = run("sweep", "demo", "--images", pictures)
-    assert done.code == 2
-    assert "is an ensemble of language models, which see no images" in done.error
-    done = run("sweep", "demo", "--images", pictures, "--task", "sst2")
-    assert (done.code, done.error) == (2, "Error: --task and --images were both given; give one of them")
-
-
-def test_the_versions_of_a_sweep_over_images_name_pillow(members: dict[str, str], pictures: Path) -> None:
-    assert make_sweep(members, pictures).settings["versions"]["pillow"] == version("pillow")
-    assert "pillow" not in versions()
-
-
-def test_a_limited_sweep_is_of_its_seed_s_images(
-    members: dict[str, str], pictures: Path, tmp_path: Path, run: Any
-) -> None:
-    flags = [part for role, path in members.items() for part in (f"--{role.replace('_', '-')}", path)]
-    assert run("create", tmp_path / "ensemble", "--task", "image-classification", *flags).code == 0
-    (pictures / "test" / "notes.txt").write_text("no image")
-    (pictures / "test" / "cat" / "gone.jpg").symlink_to(pictures / "gone.jpg")
-    command = ["sweep", tmp_path / "ensemble", "--images", pictures, "--alphas", "0,1", "--validation", "val"]
-    done = run(*command, "--output", tmp_path / "all")
-    assert done.code == 0, done.err
-    assert done.err.splitlines()[:3] == [
-        "skipped: cat/gone.jpg cannot be read: No such file or directory",
-        "1 images cannot be read and are left out",
-        "1 files that are no images, or of no class, are left out",
-    ]
-    done = run(*command, "--limit", 5, "--seed", 3, "--output", tmp_path / "some")
-    assert done.code == 0, done.err
-    found = {row["id"] for row in read_rows(tmp_path / "some")}
-    places = list(range(29))
-    random.Random(3).shuffle(places)
-    assert {name for name in found if "/test/" in name} <= {f"pictures/test/{place}" for place in places[:5]}
-    assert len([name for name in found if "/validation/" in name]) == 5
+        load(tmp_path / "empty")
+    (tmp_path / "broken" / "cat").mkdir(parents=True)
+    (tmp_path / "broken" / "cat" / "x.png").write_bytes(b"")
+    with pytest.raises(ImageError, match="no image in the test split of broken can be read"):
+        load(tmp_path / "broken").documents()

@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 from bench_cases import recipe, save_bench_models, write_recipe
 from click.testing import CliRunner
-from sweep_cases import column, options, read_rows, run_sweep, save_ensemble
+from sweep_cases import column, plan_of, read_rows, run_plan, save_ensemble
 from task_cases import TASKS, write_tasks
 from vllm_cases import WIDE
 
 from ensembler.cli.main import cli
 from ensembler.demo import demo_folder, demo_task
-from ensembler.evaluation.backends import open_backend
-from ensembler.evaluation.rows_folder import RowsFolder
-from ensembler.evaluation.sweep import Sweep
+from ensembler.evaluation.results_file import open_results
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.serving.choice import BackendChoice
 
@@ -48,24 +46,17 @@ def test_rows_of_every_kind_of_task_are_those_of_transformers(tmp_path: Path) ->
     )
     folder = write_tasks(tmp_path / "tasks")
     tasks = load_tasks([str(folder / f"{name}.yaml") for name in TASKS])
-    plain = Sweep(ensemble.checked, tasks, options(batch_size=64))
     choice = BackendChoice("vllm", {"enforce_eager": True})
-    served = Sweep(ensemble.checked, tasks, options(batch_size=64, backend=choice))
-    assert plain.ids == served.ids
-    theirs = run_sweep(plain, ensemble.model, tmp_path / "plain")
-    rows = RowsFolder(tmp_path / "vllm", served.settings, rows_per_id=len(served.grid))
-    rows.begin("ensembler sweep", served.example_rows())
-    with open_backend(choice, ensemble.checked) as backend, rows:
-        for _ in served.run(backend, rows, served.chunks, frozenset()):
-            pass
-    ours = rows.finish(served.ids)
-    assert ours is not None
-    for name in plain.ids:
+    plain = plan_of(ensemble.checked, tasks, batch_size=64)
+    served = plan_of(ensemble.checked, tasks, batch_size=64, backend=choice)
+    ours, theirs = run_plan(served, tmp_path / "vllm"), run_plan(plain, tmp_path / "plain")
+    assert list(ours) == list(theirs)
+    for name in theirs:
         for one, other in zip(ours[name], theirs[name], strict=True):
-            assert (one["rule"], one["alpha"]) == (other["rule"], other["alpha"])
-            if not name.startswith(SAMPLED):
-                assert_near(one["answers"], other["answers"])
-    assert all(len(row["answers"][0]) == 2 for name in ours if name.startswith(SAMPLED) for row in ours[name])
+            if name.startswith(SAMPLED):
+                assert len(one.answers[0]) == 2
+            else:
+                assert_near(one.answers, other.answers)
 
 
 def test_the_commands(tmp_path: Path) -> None:
@@ -90,10 +81,11 @@ def test_a_benchmark_with_patches_and_adapters(tmp_path: Path) -> None:
     for name, more in (("plain", []), ("vllm", ["--backend", "vllm", "--engine-arg", "enforce_eager=true"])):
         done = CliRunner().invoke(cli, ["bench", str(path), "--output", str(tmp_path / name), *more])
         assert done.exit_code == 0, done.exception
-    runs = sorted(each.name for each in (tmp_path / "plain" / "runs").iterdir())
+    with open_results(tmp_path / "plain") as results:
+        runs = results.runs()
     assert len(runs) > 1
     for run in runs:
-        ours, theirs = (read_rows(tmp_path / name / "runs" / run) for name in ("vllm", "plain"))
+        ours, theirs = (read_rows(tmp_path / name, run) for name in ("vllm", "plain"))
         assert len(ours) == len(theirs)
         for one, other in zip(ours, theirs, strict=True):
             assert one["id"] == other["id"]

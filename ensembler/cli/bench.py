@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,13 +14,16 @@ import click
 from ensembler.cli.backend_options import backend_options
 from ensembler.cli.image_notices import say_left_out
 from ensembler.cli.options import DEMO
-from ensembler.cli.ranks import naming_rank, this_command, use_own_gpu
+from ensembler.cli.ranks import naming_rank, use_own_gpu
+from ensembler.cli.results import begin, finish
 from ensembler.errors import RunError
 from ensembler.launch import num_ranks, this_rank
 
 if TYPE_CHECKING:
-    from ensembler.evaluation.bench.bench import Bench
-    from ensembler.evaluation.bench.recipe import Recipe
+    from ensembler.evaluation.bench import Bench
+    from ensembler.evaluation.recipe import Recipe
+    from ensembler.evaluation.requirements import Requirement
+    from ensembler.evaluation.store import Store
     from ensembler.serving.choice import BackendChoice
     from ensembler.vision.bench import ImagePlanner
 
@@ -82,44 +85,63 @@ def bench() -> None:
     help="The folder of the results.",
 )
 @click.option("--dry-run", is_flag=True, help="Check the recipe and say what would run; no weights are loaded.")
-@click.option("--allow-code-execution", is_flag=True, help="Let tasks such as HumanEval run what a model wrote.")
+@click.option(
+    "--confirm-run-unsafe-code", is_flag=True, help="Let tasks such as HumanEval run what a model wrote, unconfined."
+)
+@click.option(
+    "--require", multiple=True, metavar="CONDITION", help='End with 1 unless it holds: "patch >= source_ft - 2".'
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @backend_options
 def run(
-    recipe: Path, output: Path, dry_run: bool, allow_code_execution: bool, as_json: bool, backend: BackendChoice
+    recipe: Path,
+    output: Path,
+    dry_run: bool,
+    confirm_run_unsafe_code: bool,
+    require: tuple[str, ...],
+    as_json: bool,
+    backend: BackendChoice,
 ) -> None:
     """Run all methods of RECIPE on the same examples and measure what each costs.
 
-    RECIPE is a YAML file, or `demo` for that of the embedded family. DIR gets the rows, summary.json, pictures and
-    report.html. An interrupted benchmark goes on when the same command is run again. Started by accelerate launch or
-    torchrun, each process takes some of the examples. With --backend vllm, each alpha is a pass of its own, and costs
-    are not measured.
+    RECIPE is a YAML file, or `demo` for that of the embedded family. DIR gets results.sqlite, summary.json, pictures
+    and report.html. An interrupted benchmark goes on when the same command is run again. Started by accelerate launch
+    or torchrun, each process takes some of the examples. With --backend vllm, each alpha is a pass of its own, and
+    costs are not measured.
 
     \b
     ensembler bench demo --dry-run
     ensembler bench my-recipe.yaml --output my-results
+    ensembler bench my-recipe.yaml --require "patch >= source_ft - 2"
     """
     from ensembler.demo import demo_recipe
-    from ensembler.evaluation.bench.bench import Bench
-    from ensembler.evaluation.bench.recipe_file import read_recipe
+    from ensembler.extras import require as require_package
+
+    require_package("pydantic", "eval")
+    from ensembler.evaluation.bench import Bench
+    from ensembler.evaluation.recipe_file import read_recipe
+    from ensembler.evaluation.requirements import Requirement
+    from ensembler.evaluation.store import Store
 
     content = read_recipe(demo_recipe() if str(recipe) == DEMO else recipe)
+    requirements = [Requirement.parse(text, [each.methods for each in content.experiments]) for text in require]
     planner = _image_planner(content)
     with _saying_once("ensembler.adapters", "ensembler.vision.loading"):
-        planned = Bench(content, allow_code_execution=allow_code_execution, backend=backend, image_planner=planner)
-        for task in () if planner is None else planner.tasks:
+        planned = Bench(content, confirm_run_unsafe_code=confirm_run_unsafe_code, backend=backend, others=planner)
+        for task in () if planner is None else planner.loaded.values():
             say_left_out(task)
         if dry_run:
-            from ensembler.cli.bench_tables import print_plan
+            from ensembler.cli.bench_plan import print_plan
 
             print_plan(planned)
             return
+        store = Store(output, planned.settings)
         with naming_rank():
-            _run(planned, output, as_json=as_json)
+            _run(planned, store, requirements, as_json=as_json)
 
 
 def _image_planner(recipe: Recipe) -> ImagePlanner | None:
-    """What plans experiments on images, where there are any: it needs packages that texts do not."""
+    """The planner of experiments on images, where there are any: it needs packages that texts do not."""
     if all(experiment.images is None for experiment in recipe.experiments):
         return None
     from ensembler.vision.bench import ImagePlanner
@@ -127,45 +149,55 @@ def _image_planner(recipe: Recipe) -> ImagePlanner | None:
     return ImagePlanner()
 
 
-def _run(planned: Bench, output: Path, *, as_json: bool) -> None:
-    from ensembler.cli.bench_tables import print_bench
+def _run(planned: Bench, store: Store, requirements: Sequence[Requirement], *, as_json: bool) -> None:
     from ensembler.cli.tables import progress
-    from ensembler.evaluation.bench.report import SUMMARY, write_bench
-    from ensembler.evaluation.bench.running import BenchRunner
+    from ensembler.engine.devices import check_devices
+    from ensembler.evaluation.runner import Runner
+
+    plans = [plan for study in planned.studies for _, plan in study.runs]
+    check_devices(files for plan in plans for files in plan.checked.files.values())
+    use_own_gpu()
+    begin(store)
+    runner = Runner(store, this_rank(), num_ranks())
+    if this_rank() and runner.is_complete(planned.studies, {}):
+        return  # what was finished before is told by the first
+    with progress(planned.num_documents, shown=this_rank() == 0, label="examples", lines=True) as advance:
+        runner.run_studies(
+            planned.studies,
+            advance,
+            lambda name, reason: click.echo(f"{name} failed, the others go on: {reason}", err=True),
+        )
+    _measure(planned, store)
+    figures = finish(
+        planned.recipe.name, planned.recipe.description, planned.studies, runner, planned.settings, as_json=as_json
+    )
+    if figures is None:
+        return
+    if all(method.test is None for task in figures for method in task.methods):
+        raise RunError(f"every method failed, the first with {figures[0].methods[0].error}")
+    failures = [failure for requirement in requirements for failure in requirement.failures(figures)]
+    if failures:
+        raise RunError("; ".join(failures))
+
+
+def _measure(planned: Bench, store: Store) -> None:
+    """Measure costs, where they are wanted and no other process is at work: speed is no speed then."""
+    from ensembler.cli.tables import progress
     from ensembler.serving.choice import VLLM
 
-    use_own_gpu()
-    runner = BenchRunner(planned, output, this_command(), this_rank(), num_ranks())
-    with progress(runner.num_examples, shown=this_rank() == 0, label="examples", lines=True) as advance:
-        runner.answer(advance, lambda name, reason: click.echo(f"{name} failed, the others go on: {reason}", err=True))
-    has_speed = any(experiment.speed is not None for experiment in planned.recipe.experiments)
-    if has_speed and planned.backend.name == VLLM:
-        click.echo("speed and memory are those of the transformers backend: not measured with vLLM", err=True)
-    elif has_speed and num_ranks() == 1:
-        with progress(runner.num_measurements, shown=True, label="measurements", lines=True) as advance:
-            runner.costs(advance)
-    elif has_speed and this_rank() == 0:  # speed is no speed while other processes are at work
-        click.echo("run the same command once without a launcher to measure speed and memory", err=True)
-    tasks = runner.summarise()
-    if tasks is None:
-        if this_rank() == 0:
-            click.echo(
-                "this process is done, others are not: the last one writes the summary; if one was lost, run the same "
-                "command again",
-                err=True,
-            )
+    if all(experiment.speed is None for experiment in planned.recipe.experiments):
         return
-    settings = planned.settings
-    files = write_bench(
-        output, planned.recipe, tasks, command=runner.command, settings=settings, changed=runner.changed
-    )
-    if as_json:
-        click.echo((output / SUMMARY).read_text(encoding="utf-8"), nl=False)
+    if planned.backend.name == VLLM:
+        click.echo("speed and memory are those of the transformers backend: not measured with vLLM", err=True)
+    elif num_ranks() > 1:
+        if this_rank() == 0:
+            click.echo("run the same command once without a launcher to measure speed and memory", err=True)
     else:
-        print_bench(tasks)
-    click.echo(f"{output}: runs/, rows.jsonl, {', '.join(files)}", err=True)
-    if all(method.test is None for task in tasks for method in task.methods):
-        raise RunError(f"every method failed, the first with {tasks[0].methods[0].error}")
+        from ensembler.evaluation.costs import measure_costs, measurements
+
+        num = sum(1 for _ in measurements(planned.studies, store))
+        with progress(num, shown=True, label="measurements", lines=True) as advance:
+            measure_costs(planned.studies, store, advance)
 
 
 @bench.command()
@@ -178,14 +210,12 @@ def compare(a: Path, b: Path, as_json: bool) -> None:
     \b
     ensembler bench compare results-7b results-13b
     """
-    from dataclasses import asdict
-
-    from ensembler.cli.bench_tables import print_pairs
-    from ensembler.evaluation.bench.comparing import compare_folders
+    from ensembler.cli.figures_tables import print_pairs
+    from ensembler.evaluation.report import compare_folders
 
     pairs = compare_folders(a, b)
     if as_json:
         for pair in pairs:
-            click.echo(json.dumps(asdict(pair), ensure_ascii=False))
+            click.echo(json.dumps(pair, ensure_ascii=False))
     else:
         print_pairs(pairs, str(a), str(b))

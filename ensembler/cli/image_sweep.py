@@ -11,20 +11,36 @@ from ensembler.errors import ConfigError
 if TYPE_CHECKING:
     from ensembler.cli.task_options import TaskOptions
     from ensembler.config import EnsembleConfig
-    from ensembler.evaluation.sweep import Sweep, SweepOptions
+    from ensembler.evaluation.plan import Plan, PlanOptions
+    from ensembler.serving.choice import BackendChoice
 
 
 def plan_images(
-    config: EnsembleConfig, images: Path, tasks: TaskOptions, options: SweepOptions, *, strict: bool
-) -> Sweep:
-    """Return the sweep over the images below a folder; those that cannot be read are named on standard error."""
+    name: str,
+    config: EnsembleConfig,
+    images: Path,
+    tasks: TaskOptions,
+    options: PlanOptions,
+    backend: BackendChoice,
+    *,
+    strict: bool,
+) -> Plan:
+    """Return the plan of the images below a folder; those that cannot be read are named on standard error."""
+    from ensembler.evaluation.plan import Plan
+    from ensembler.serving.choice import TRANSFORMERS
+    from ensembler.vision.answers import ImageAnswerer
     from ensembler.vision.preflight import check_images
-    from ensembler.vision.sweep import ImageSweep
     from ensembler.vision.tasks import load_image_task
 
     beside = next((name for name, value in vars(tasks).items() if value and name not in ("limit", "metric")), None)
     if beside is not None:
         raise ConfigError(f"--{beside.replace('_', '-')} and --images were both given; give one of them")
+    if options.by_perplexity:
+        raise ConfigError("images have no prompts whose likelihood could choose alpha; give --validation")
+    if backend.name != TRANSFORMERS:
+        raise ConfigError(f"images are not run by {backend.name}; leave --backend out")
+    if not isinstance(options.batch_size, int):
+        raise ConfigError(f"--batch-size {options.batch_size} is for texts; give a number of images")
     checked = check_images(config)
     task = load_image_task(
         images,
@@ -36,4 +52,4 @@ def plan_images(
         strict=strict,
     )
     say_left_out(task)
-    return ImageSweep(checked, [task], options)
+    return Plan(name, checked, ImageAnswerer(checked), [task], options)

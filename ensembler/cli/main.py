@@ -14,8 +14,10 @@ from ensembler.cli.bench import bench
 from ensembler.cli.chat import chat
 from ensembler.cli.classify import classify
 from ensembler.cli.create import create
+from ensembler.cli.export import export
 from ensembler.cli.generate import generate
 from ensembler.cli.inspect import inspect
+from ensembler.cli.lm_eval import lm_eval
 from ensembler.cli.patch import patch
 from ensembler.cli.plan import plan
 from ensembler.cli.score import score
@@ -25,7 +27,7 @@ from ensembler.errors import ConfigError, EnsemblerError, RankError
 from ensembler.launch import num_ranks, this_rank
 
 INTERRUPTED = 130
-SEVERAL_PROCESSES = ("bench", "generate", "sweep")
+SEVERAL_PROCESSES = ("bench", "generate", "lm-eval", "sweep")
 _RESUMED_BY = {"generate": "--resume", "score": "--resume", "sweep": "the same command", "bench": "the same command"}
 
 
@@ -52,7 +54,7 @@ def cli(context: click.Context, debug: bool) -> None:
         )
 
 
-for command in (create, inspect, plan, generate, classify, score, sweep, bench, chat, serve, patch):
+for command in (create, inspect, plan, generate, classify, score, sweep, bench, export, lm_eval, chat, serve, patch):
     cli.add_command(command)
 
 

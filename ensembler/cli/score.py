@@ -1,10 +1,11 @@
-"""`ensembler score`: log-probs of given continuations."""
+"""`ensembler score`: log-probs of given continuations, or the most probable tokens in their places."""
 
 from __future__ import annotations
 
 import json
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,17 +15,16 @@ from ensembler.cli.options import EnsembleOptions, ensemble_options
 from ensembler.errors import ConfigError, PromptError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from ensembler.decoding.results import ResultsFile
     from ensembler.engine.grid import GridPoint
-    from ensembler.evaluation.batches import Batch
+    from ensembler.evaluation.backends import Advance, Scorer
+    from ensembler.evaluation.batches import Batch, Done
     from ensembler.evaluation.logits_folder import LogitsFolder
     from ensembler.evaluation.scoring import ScoredRequest
+    from ensembler.evaluation.top_k import TopKWriter
     from ensembler.preflight import CheckedEnsemble
-
-    # Begins scoring and yields batches; it calls its argument with the number of lines that a member has finished.
-    Start = Callable[[Callable[[int], None]], Iterator[list[ScoredRequest]]]
 
 
 @click.command()
@@ -39,10 +39,16 @@ if TYPE_CHECKING:
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Sequences scored together.")
 @click.option("--offline-members", is_flag=True, help="Load one member at a time; its logits wait beside --output.")
 @click.option("--per-token", is_flag=True, help="Add the tokens and the log-prob of each to the JSON lines.")
+@click.option(
+    "--top-k-logits",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Write the N most probable tokens at each position, at one alpha, to the folder --output: for distillation.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON line per line of --data.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the JSON lines to a file, in input order.")
-@click.option("--resume", is_flag=True, help="Go on with an --output file that was interrupted.")
-@click.option("--overwrite", is_flag=True, help="Replace the --output file if it exists.")
+@click.option("--resume", is_flag=True, help="Go on with an --output that was interrupted.")
+@click.option("--overwrite", is_flag=True, help="Replace the --output if it exists.")
 def score(
     given: EnsembleOptions,
     alphas: tuple[float, ...],
@@ -51,6 +57,7 @@ def score(
     batch_size: int,
     offline_members: bool,
     per_token: bool,
+    top_k_logits: int | None,
     as_json: bool,
     output: Path | None,
     resume: bool,
@@ -61,12 +68,11 @@ def score(
     \b
     ensembler score math --data questions.jsonl --alpha 0 --alpha 0.5 --alpha 1
     ensembler score math --data questions.jsonl --output scores.jsonl --offline-members
+    ensembler score math --data texts.jsonl --alpha 0.8 --top-k-logits 50 --output teacher
     """
-    if output is None and (resume or overwrite or offline_members):
-        option = "resume" if resume else "overwrite" if overwrite else "offline-members"
-        raise ConfigError(f"--{option} was given without --output; name the file")
-    if per_token and output is None and not as_json:
-        raise ConfigError("--per-token was given without --json or --output; the table has no room for tokens")
+    options = {"resume": resume, "overwrite": overwrite, "offline-members": offline_members, "per-token": per_token}
+    options |= {"top-k-logits": top_k_logits is not None, "json": as_json}
+    _check_options([option for option, is_given in options.items() if is_given], output, len(alphas))
     from ensembler.decoding.results import ResultsFile, check_output
     from ensembler.engine.grid import make_grid
     from ensembler.evaluation.batches import can_share_contexts, make_batches
@@ -77,35 +83,78 @@ def score(
 
     skip = (lambda message: click.echo(f"skipped: {message}", err=True)) if skip_bad else None
     questions = read_questions(data, skip=skip)
-    if output is not None:
+    if output is not None and top_k_logits is None:
         check_output(output, resume=resume, overwrite=overwrite)
         if output.exists() and output.samefile(data):
             raise ConfigError(f"--output is the file of the data, {data}; choose another name")
     checked = check_ensemble(given.load_config())
     rule = checked.config.get_rule()
-    grid = make_grid([rule.name], alphas or [checked.config.alpha])
+    points = make_grid([rule.name], alphas or [checked.config.alpha])
     tokenizer = checked.require_tokenizer()
     requests = encode_questions(questions, tokenizer, context=checked.shortest_context, skip=skip)
     if not requests:
         raise PromptError("no line is left to score; mend the skipped lines")
+    settings = {"batch_size": batch_size, "per_token": per_token, "top_k": top_k_logits}
+    run = fingerprint(checked.config, requests, points, settings)
+    if top_k_logits is not None and output is not None:
+        from ensembler.evaluation.top_k import TopKWriter
+
+        width = checked.contract.widths[rule.anchor]
+        own = LogitsFolder(output, run, resume=resume, overwrite=overwrite)
+        _write_top_k(checked, TopKWriter(requests, top_k_logits, width, own), points[0], batch_size)
+        return
     batches = make_batches(requests, batch_size, share_contexts=can_share_contexts(checked.model_configs.values()))
-    results, done = None, frozenset[int]()
-    if output is not None:
-        run = fingerprint(checked.config, requests, grid, batch_size=batch_size, per_token=per_token)
-        results = ResultsFile(output, run, resume=resume, overwrite=overwrite)
-        done = results.done
+    results = None if output is None else ResultsFile(output, run, resume=resume, overwrite=overwrite)
+    done = frozenset[int]() if results is None else results.done
     folder = None
     if offline_members:
         folder = LogitsFolder(Path(f"{output}.members"), run, resume=resume, overwrite=overwrite)
-    num_rounds, start = _scorer(checked, batches, grid, folder, done)
+    scorer, num_rounds = _scorer(checked, folder, batches, done)
     with results or nullcontext():
+        start = partial(scorer.score, batches, points, done)
         num_steps = num_rounds * (len(requests) - len(done))
         shown = tokenizer if per_token else None
-        _score(start, [point.alpha for point in grid], results, num_steps, shown, as_json=as_json)
+        _score(start, [point.alpha for point in points], results, num_steps, shown, as_json=as_json)
+
+
+def _check_options(given: list[str], output: Path | None, num_alphas: int) -> None:
+    """Raise ConfigError for options that do not go together."""
+    for option in ("resume", "overwrite", "offline-members", "top-k-logits"):
+        if option in given and output is None:
+            what = "folder" if option == "top-k-logits" else "file"
+            raise ConfigError(f"--{option} was given without --output; name the {what}")
+    if "per-token" in given and "json" not in given and output is None:
+        raise ConfigError("--per-token was given without --json or --output; the table has no room for tokens")
+    if "top-k-logits" in given:
+        for option in ("offline-members", "per-token", "json"):
+            if option in given:
+                raise ConfigError(f"--top-k-logits was given with --{option}, which it does not know; leave one out")
+        if num_alphas > 1:
+            raise ConfigError(
+                f"--top-k-logits was given with {num_alphas} alphas; a teacher has one: give --alpha once"
+            )
+
+
+def _scorer(
+    checked: CheckedEnsemble, folder: LogitsFolder | None, batches: Sequence[Batch], done: Done
+) -> tuple[Scorer, int]:
+    """Return what scores, all members at once or one by one with a `folder`, and how often it goes over the lines."""
+    if folder is None:
+        from ensembler.evaluation.backends import TransformersBackend
+        from ensembler.modeling import EnsembleForCausalLM
+
+        return TransformersBackend(EnsembleForCausalLM.from_checked(checked)), 1
+    from ensembler.evaluation.offline import OfflineScorer
+    from ensembler.planning.budgets import show_size
+
+    offline = OfflineScorer(checked, folder)
+    num_bytes = offline.check_space(batches, done)
+    click.echo(f"{folder.path} will take {show_size(num_bytes)} until the scores are complete", err=True)
+    return offline, offline.num_rounds
 
 
 def _score(
-    start: Start,
+    start: Callable[[Advance], Iterator[list[ScoredRequest]]],
     alphas: list[float],
     results: ResultsFile | None,
     num_steps: int,
@@ -129,31 +178,23 @@ def _score(
                 waiting.append(scored)
             num_lines += 1
             num_tokens += sum(score.num_tokens for score in scored.scores)
-            advance(1)
     if waiting:
         print_scores(sorted(waiting, key=lambda scored: scored.request.number), alphas)
     seconds = time.perf_counter() - began
     click.echo(f"lines: {num_lines}, tokens: {num_tokens}, seconds: {seconds:.1f}", err=True)
 
 
-def _scorer(
-    checked: CheckedEnsemble,
-    batches: list[Batch],
-    grid: list[GridPoint],
-    folder: LogitsFolder | None,
-    done: frozenset[int],
-) -> tuple[int, Start]:
-    """How often the lines are gone over, and what starts it: all members at once, or one after another by `folder`."""
-    if folder is None:
-        from ensembler.evaluation.scoring import score_together
-        from ensembler.modeling import EnsembleForCausalLM
-
-        model = EnsembleForCausalLM.from_checked(checked)
-        return 1, lambda advance: score_together(model, batches, grid, done=done)
-    from ensembler.evaluation.offline import OfflineScoring
+def _write_top_k(checked: CheckedEnsemble, writer: TopKWriter, point: GridPoint, batch_size: int) -> None:
+    """Load the members, and write what is missing in the folder."""
+    from ensembler.cli.tables import progress
+    from ensembler.modeling import EnsembleForCausalLM
     from ensembler.planning.budgets import show_size
 
-    offline = OfflineScoring(checked, batches, folder, done=done)
-    offline.check_space()
-    click.echo(f"{folder.path} will take {show_size(offline.num_bytes)} until the scores are complete", err=True)
-    return 1 + offline.num_groups, lambda advance: offline.run(grid, advance=advance)
+    click.echo(f"{writer.folder.path} will take {show_size(writer.check_space())}", err=True)
+    missing = [sequence for shard in writer.missing.values() for sequence in shard]
+    model = EnsembleForCausalLM.from_checked(checked)
+    began = time.perf_counter()
+    with progress(len(missing), shown=True, label="sequences") as advance:
+        writer.write(model, point, batch_size=batch_size, advance=advance)
+    num_tokens, seconds = sum(len(one.continuations[0]) for one in missing), time.perf_counter() - began
+    click.echo(f"sequences: {len(missing)}, tokens: {num_tokens}, seconds: {seconds:.1f}", err=True)

@@ -11,16 +11,19 @@ import click
 from ensembler.cli.backend_options import backend_options
 from ensembler.cli.image_sweep import plan_images
 from ensembler.cli.options import DEMO, EnsembleOptions, ensemble_options
-from ensembler.cli.ranks import naming_rank, this_command, use_own_gpu
+from ensembler.cli.ranks import naming_rank, use_own_gpu
+from ensembler.cli.results import begin, finish, read_batch_size
 from ensembler.cli.task_options import TaskOptions, task_options
 from ensembler.launch import num_ranks, this_rank
 from ensembler.rules import RULE_NAMES
 
 if TYPE_CHECKING:
-    from ensembler.evaluation.answering import Chunk
-    from ensembler.evaluation.rows_folder import RowsFolder
-    from ensembler.evaluation.sweep import Sweep, SweepOptions
+    from ensembler.config import EnsembleConfig
+    from ensembler.evaluation.plan import Plan, PlanOptions
+    from ensembler.evaluation.store import Store
     from ensembler.serving.choice import BackendChoice
+
+NAME = "sweep"
 
 
 @click.command()
@@ -48,8 +51,13 @@ if TYPE_CHECKING:
     help="Choose alpha by the validation metric, or without labels by the likelihood of the reported prompts.",
 )
 @click.option("--one-standard-error", is_flag=True, help="Choose the alpha nearest 0 within one of the best.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Examples run together.")
+@click.option("--cluster", metavar="FIELD", help="Count documents with one value of this field together (a passage).")
+@click.option("--margin", type=float, metavar="M", help="Test whether methods are alike to within M points.")
+@click.option("--batch-size", default="8", show_default=True, metavar="N|auto", help="Documents asked together.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of samples, draws and bootstrap.")
+@click.option(
+    "--log", "trackers", multiple=True, type=click.Choice(["wandb", "tensorboard"]), help="Also log the curve there."
+)
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -70,8 +78,11 @@ def sweep(
     validation: str | None,
     select: str,
     one_standard_error: bool,
-    batch_size: int,
+    cluster: str | None,
+    margin: float | None,
+    batch_size: str,
     seed: int,
+    trackers: tuple[str, ...],
     output: Path,
     as_json: bool,
     backend: BackendChoice,
@@ -79,7 +90,7 @@ def sweep(
     """Choose alpha for ENSEMBLE on validation examples, and report it on others.
 
     All alphas and rules share the forwards of the members: a grid costs little more than one alpha. DIR gets
-    rows.jsonl, summary.json, sweep.png and report.html. An interrupted sweep goes on when the same command is run
+    results.sqlite, summary.json, pictures and report.html. An interrupted sweep goes on when the same command is run
     again. Started by accelerate launch or torchrun, each process takes some of the examples. With --backend vllm, each
     alpha is a pass of its own.
 
@@ -91,67 +102,75 @@ def sweep(
     ensembler sweep my-classifiers --images flowers --validation validation
     """
     names = tuple(name.strip() for name in rules.split(",")) if rules is not None else ()
-    from ensembler.demo import demo_task
-    from ensembler.evaluation.rows_folder import RowsFolder
-    from ensembler.evaluation.sweep import Sweep, SweepOptions
-    from ensembler.preflight import check_ensemble
+    from ensembler.evaluation.plan import PlanOptions
+    from ensembler.evaluation.store import Store
+    from ensembler.evaluation.tracking import check_trackers
     from ensembler.rules import parse_alphas
 
-    options = SweepOptions(
+    options = PlanOptions(
         rules=names,
         alphas=parse_alphas(alphas),
         validation=validation,
         select=select,
         one_standard_error=one_standard_error,
         metric=tasks.metric_key,
-        batch_size=batch_size,
+        cluster=cluster,
+        margin=margin,
+        batch_size=read_batch_size(batch_size),
         seed=seed,
-        backend=backend,
     )
+    check_trackers(trackers)
     config = replace(given, rule=names[0] if names else None).load_config()
     if not names:
         options = replace(options, rules=(config.get_rule().name,))
     if images is not None:
-        plan = plan_images(config, images, tasks, options, strict=strict)
+        plan = plan_images(NAME, config, images, tasks, options, backend, strict=strict)
     else:
-        checked = check_ensemble(config)
-        limit = backend.shortest_context(checked)
-        loaded = tasks.load(demo_task() if given.ensemble == DEMO else None, None if limit is None else limit[1])
-        plan = Sweep(checked, loaded, options)
-    folder = RowsFolder(output, plan.settings, rows_per_id=len(plan.grid), rank=this_rank())
+        plan = _plan_texts(config, tasks, options, backend, is_demo=given.ensemble == DEMO)
+    store = Store(output, plan.settings)
     if this_rank() == 0:
         _say_choice(options)
     with naming_rank():
-        folder.begin(this_command(), plan.example_rows())
-        if this_rank() == 0:
-            folder.release()
-        done = frozenset(folder.rows())
-        chunks = plan.unfinished(done, rank=this_rank(), num_ranks=num_ranks())
-        if chunks:
-            _run(plan, folder, chunks, done)
-        if not done.issuperset(plan.ids) or this_rank() == 0:  # what was finished before is told by the first
-            _finish(plan, folder, as_json=as_json)
+        _run(plan, store, trackers, as_json=as_json)
 
 
-def _run(plan: Sweep, folder: RowsFolder, chunks: list[Chunk], done: frozenset[str]) -> None:
+def _plan_texts(
+    config: EnsembleConfig, tasks: TaskOptions, options: PlanOptions, backend: BackendChoice, *, is_demo: bool
+) -> Plan:
+    from ensembler.demo import demo_task
+    from ensembler.evaluation.plan import Plan
+    from ensembler.evaluation.text_answers import TextAnswerer
+    from ensembler.preflight import check_ensemble
+
+    checked = check_ensemble(config)
+    limit = backend.shortest_context(checked)
+    loaded = tasks.load(demo_task() if is_demo else None, None if limit is None else limit[1])
+    answerer = TextAnswerer(checked, options.batch_size, options.seed, backend)
+    return Plan(NAME, checked, answerer, [task.asked_of(answerer.model) for task in loaded], options)
+
+
+def _run(plan: Plan, store: Store, trackers: tuple[str, ...], *, as_json: bool) -> None:
     from ensembler.cli.tables import progress
+    from ensembler.evaluation.runner import Runner
+    from ensembler.evaluation.study import sweep_study
 
-    if this_rank() == 0:
-        _say_begin(plan, chunks, done)
-    use_own_gpu()
-    num_examples = sum(len(chunk.examples) for chunk in chunks)
-    shown = this_rank() == 0
-    with (
-        plan.open() as backend,
-        folder,
-        progress(num_examples, shown=shown, label="examples", lines=True) as advance,
-    ):
-        for num in plan.run(backend, folder, chunks, done):
-            advance(num)
+    runner = Runner(store, this_rank(), num_ranks())
+    begin(store)
+    names = {document.name for document, _ in plan.documents()}
+    num_done = len(names & store.done(NAME))
+    if num_done < len(names):
+        if this_rank() == 0:
+            _say_begin(len(names), num_done, plan)
+        use_own_gpu()
+        with progress(len(names), shown=this_rank() == 0, label="examples", lines=True) as advance:
+            runner.run(plan, advance)
+    elif this_rank() != 0:
+        return  # what was finished before is told by the first
+    finish(NAME, "", [sweep_study(plan)], runner, plan.settings, trackers=trackers, as_json=as_json)
 
 
-def _say_choice(options: SweepOptions) -> None:
-    """Say what may have been meant otherwise, before it takes hours."""
+def _say_choice(options: PlanOptions) -> None:
+    """Warn about likely mistakes before a long run."""
     if len(options.alphas) == 1:
         click.echo(f"one alpha, {options.alphas[0]:g}: there is nothing to choose", err=True)
     elif options.validation is None and not options.by_perplexity:
@@ -162,35 +181,8 @@ def _say_choice(options: SweepOptions) -> None:
         )
 
 
-def _say_begin(plan: Sweep, chunks: list[Chunk], done: frozenset[str]) -> None:
-    known = f", {len(done):,} are done" if done else ""
-    click.echo(f"{len(plan.ids):,} examples at {len(plan.grid)} points{known}", err=True)
+def _say_begin(num_documents: int, num_done: int, plan: Plan) -> None:
+    known = f", {num_done:,} are done" if num_done else ""
+    click.echo(f"{num_documents:,} examples at {len(plan.grid)} points{known}", err=True)
     if num_ranks() > 1:
-        click.echo(f"{num_ranks()} processes; this one has {len(chunks):,} batches", err=True)
-
-
-def _finish(plan: Sweep, folder: RowsFolder, *, as_json: bool) -> None:
-    """Of several processes the last one to finish has all rows."""
-    from ensembler.cli.sweep_tables import print_sweep
-    from ensembler.evaluation.report import write_results
-    from ensembler.evaluation.summary import summarise
-
-    rows = folder.finish(plan.ids)
-    if rows is not None and num_ranks() > 1 and not folder.claim():
-        return
-    if rows is None:
-        if this_rank() == 0:
-            click.echo(
-                "this process is done, others are not: the last one writes the summary; if one was lost, run the same "
-                "command again",
-                err=True,
-            )
-        return
-    summaries = summarise(plan, rows)
-    write_results(plan, folder, rows, summaries)
-    if as_json:
-        click.echo((folder.path / "summary.json").read_text(encoding="utf-8"), nl=False)
-    else:
-        print_sweep(summaries)
-    folder.release()
-    click.echo(f"{folder.path}: rows.jsonl, summary.json, sweep.png, report.html", err=True)
+        click.echo(f"{num_ranks()} processes share the batches", err=True)

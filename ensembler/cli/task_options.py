@@ -13,7 +13,7 @@ import click
 from ensembler.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ensembler.evaluation.tasks import EvalTask
+    from ensembler.evaluation.tasks import TextTask
 
 _MOST_TOKENS = 256  # as in lm-eval
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -26,20 +26,24 @@ class TaskOptions:
     task: tuple[str, ...]
     include_path: Path | None
     num_fewshot: int | None
-    limit: int | None
+    limit: float | None
+    apply_chat_template: str | None
+    fewshot_as_multiturn: bool | None
+    system_instruction: str | None
+    gen_kwargs: str | None
     data: Path | None
     prompt: str | None
     choices: str | None
     answer: str | None
     metric: str | None
-    allow_code_execution: bool
+    confirm_run_unsafe_code: bool
 
     @property
     def metric_key(self) -> str | None:
         """The metric asked for of the tasks; that of a data file is its only one, and said to its making."""
         return self.metric if self.data is None else None
 
-    def load(self, default: Path | None = None, context: int | None = None) -> list[EvalTask]:
+    def load(self, default: Path | None = None, context: int | None = None) -> list[TextTask]:
         """Return the tasks; without any given, the one at `default`. Raises ConfigError or PromptError.
 
         `context`: the shortest of the members, in tokens; generated answers to a data file take half of it at most.
@@ -58,12 +62,23 @@ class TaskOptions:
         return load_tasks(
             names,
             include_path=self.include_path,
-            num_fewshot=self.num_fewshot,
-            limit=self.limit,
-            allow_code_execution=self.allow_code_execution,
+            confirm_run_unsafe_code=self.confirm_run_unsafe_code,
+            **self._asking,
         )
 
-    def _from_file(self, data: Path, context: int | None) -> EvalTask:
+    @property
+    def _asking(self) -> dict[str, Any]:
+        """How the documents are asked."""
+        from ensembler.evaluation.tasks import PromptStyle
+
+        chat, turns = self.apply_chat_template, self.fewshot_as_multiturn
+        if turns and not chat:
+            raise ConfigError("--fewshot-as-multiturn was given without --apply-chat-template; add it")
+        style = PromptStyle(chat or False, bool(chat) if turns is None else turns, self.system_instruction)
+        given = {"num_fewshot": self.num_fewshot, "limit": self.limit, "gen_kwargs": self.gen_kwargs}
+        return {**given, "style": style}
+
+    def _from_file(self, data: Path, context: int | None) -> TextTask:
         beside = "--task" if self.task else "--include-path" if self.include_path is not None else None
         if beside is not None:
             raise ConfigError(f"{beside} and --data were both given; give one of them")
@@ -78,8 +93,7 @@ class TaskOptions:
             answer=self.answer,
             choices=self.choices,
             metric=self.metric,
-            num_fewshot=self.num_fewshot,
-            limit=self.limit,
+            **self._asking,
             max_new_tokens=_MOST_TOKENS if context is None else min(_MOST_TOKENS, context // 2),
         )
 
@@ -90,7 +104,25 @@ _TASK_OPTIONS = (
         "--include-path", type=click.Path(path_type=Path), metavar="DIR", help="YAML files that win over lm-eval's."
     ),
     click.option("--num-fewshot", type=int, metavar="N", help="Solved examples in each prompt.  [default: the task's]"),
-    click.option("--limit", type=int, metavar="N", help="The first N documents of each split; N drawn images."),
+    click.option(
+        "--limit", type=float, metavar="N", help="The first N documents of each split, below 1 a share; N drawn images."
+    ),
+    click.option(
+        "--apply-chat-template",
+        is_flag=False,
+        flag_value="default",
+        metavar="[NAME]",
+        help="Write prompts as chats, in the template of the anchor's tokenizer.",
+    ),
+    click.option(
+        "--fewshot-as-multiturn/--no-fewshot-as-multiturn",
+        default=None,
+        help="Solved examples as turns of the chat, or all in one.  [default: turns]",
+    ),
+    click.option("--system-instruction", metavar="TEXT", help="Put before each prompt, or as the chat's system turn."),
+    click.option(
+        "--gen-kwargs", metavar="NAME=VALUE,...", help="Settings of generation in place of the task's: temperature=0.8."
+    ),
     click.option("--data", type=click.Path(path_type=Path), metavar="FILE", help="In place of --task: JSON lines."),
     click.option("--prompt", metavar="TEXT", help="With --data: what is asked; {field} is a field of the row."),
     click.option("--choices", metavar="A,B,...", help="With --data: the answers to choose from; may hold fields."),
@@ -100,7 +132,11 @@ _TASK_OPTIONS = (
         metavar="METRIC",
         help="One of the task's, its first by default; with --data acc, exact_match, flexible_number or perplexity.",
     ),
-    click.option("--allow-code-execution", is_flag=True, help="Let tasks such as HumanEval run what a model wrote."),
+    click.option(
+        "--confirm-run-unsafe-code",
+        is_flag=True,
+        help="Let tasks such as HumanEval run what a model wrote, unconfined.",
+    ),
 )
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from collections.abc import Iterable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
+from itertools import chain, count, pairwise
 from typing import Any
 
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ensembler.evaluation.passes import Fork, Pass, Row, Target, forked_pass, whole_pass
+from ensembler.engine.row_cache import common_length
+from ensembler.evaluation.passes import Pass, Row, forked_passes, make_pass
 from ensembler.evaluation.requests import ScoringRequest
 
 _FORWARD = 16  # a forward costs as much as so many tokens more: one of a token takes about that long
@@ -19,17 +20,20 @@ _FORWARD = 16  # a forward costs as much as so many tokens more: one of a token 
 _MOST_TARGETS = 2048  # positions of a pass that go through the heads, for the logits' memory: of texts, not of choices
 
 
+Done = Set[int]
+"""The numbers of requests that are scored already."""
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Requests that are scored together; more choices than `batch_size` allows take several passes."""
+    """Requests that are scored together, by passes in this order."""
 
     requests: tuple[ScoringRequest, ...]
     passes: tuple[Pass, ...]
 
-    @property
-    def all_passes(self) -> tuple[Pass, ...]:
-        """The passes and their tails, by their numbers."""
-        return tuple(one for whole in self.passes for one in whole.together)
+    def num_left(self, done: Done) -> int:
+        """Return how many requests have numbers that are not in `done`."""
+        return sum(request.number not in done for request in self.requests)
 
 
 def can_share_contexts(model_configs: Iterable[Any]) -> bool:
@@ -49,91 +53,70 @@ def make_batches(requests: Sequence[ScoringRequest], batch_size: int, *, share_c
     nothing else.
     """
     ordered = sorted(requests, key=lambda request: (-request.num_positions, request.number))
-    batches: list[Batch] = []
-    num_passes = 0
+    batches, numbers = [], count()
     for start in range(0, len(ordered), batch_size):
         together = tuple(ordered[start : start + batch_size])
-        batch = Batch(together, tuple(_passes(together, batch_size, num_passes, share_contexts)))
-        num_passes += len(batch.all_passes)
-        batches.append(batch)
+        slots = count()  # number the tokens of all continuations, in the order of requests and continuations
+        rows = [_row(*window, slots) for request in together for window in request.windows()]
+        passes = _passes(rows, batch_size, share_contexts)
+        batches.append(Batch(together, tuple(replace(one, number=next(numbers)) for one in passes)))
     return batches
 
 
-def _passes(requests: Sequence[ScoringRequest], batch_size: int, first: int, share_contexts: bool) -> Iterator[Pass]:
-    forks = list(_forks(requests))
-    forking = [fork for fork in forks if len(fork.tails) > 1] if share_contexts else []
-    shared = forked_pass(first, forking, batch_size) if forking else None
-    if shared is None or _cost([shared]) >= _cost(list(_whole_passes(forking, batch_size, first))):
-        yield from _whole_passes(forks, batch_size, first)
-        return
-    yield shared
-    yield from _whole_passes([fork for fork in forks if len(fork.tails) == 1], batch_size, first + len(shared.together))
+def unfinished(batches: Iterable[Batch], done: Done) -> list[Batch]:
+    """Return the batches with a request whose number is not in `done`."""
+    return [batch for batch in batches if batch.num_left(done)]
 
 
-def _whole_passes(forks: Sequence[Fork], batch_size: int, first: int) -> Iterator[Pass]:
+def _passes(rows: Sequence[Row], batch_size: int, share_contexts: bool) -> list[Pass]:
+    """More choices than `batch_size` allows take several passes."""
+    forking = [row for row in rows if len(row.tails) > 1] if share_contexts else []
+    if forking:
+        shared = forked_passes(forking, batch_size)
+        if _cost(shared) < _cost(_whole_passes(forking, batch_size)):
+            return [*shared, *_whole_passes([row for row in rows if len(row.tails) == 1], batch_size)]
+    return list(_whole_passes(rows, batch_size))
+
+
+def _whole_passes(rows: Iterable[Row], batch_size: int) -> Iterator[Pass]:
     chunk: list[Row] = []
-    for row in (row for fork in forks for row in fork.whole()):
+    for row in chain.from_iterable(row.unforked() for row in rows):
         most = max(len(one.targets) for one in [*chunk, row])
         if chunk and (len(chunk) == batch_size or (len(chunk) + 1) * most > _MOST_TARGETS):
-            yield whole_pass(first, chunk)
-            chunk, first = [], first + 1
+            yield make_pass(chunk)
+            chunk = []
         chunk.append(row)
     if chunk:
-        yield whole_pass(first, chunk)
+        yield make_pass(chunk)
 
 
-def _cost(passes: Sequence[Pass]) -> int:
+def _cost(passes: Iterable[Pass]) -> int:
     """What passes cost, in tokens."""
-    return sum(one.input_ids.numel() + _FORWARD for whole in passes for one in whole.together)
+    return sum(one.step.input_ids.numel() + _FORWARD for one in passes)
 
 
-def _forks(requests: Sequence[ScoringRequest]) -> Iterator[Fork]:
-    """Slots number the tokens of all continuations, in the order of requests and continuations."""
-    slot = 0
-    for request in requests:
-        for context, continuations in request.windows():
-            yield _fork(context, continuations, slot)
-            slot += sum(map(len, continuations))
+def _row(context: tuple[int, ...], continuations: Sequence[tuple[int, ...]], slots: Iterator[int]) -> Row:
+    """A context and its tails: continuations without their last tokens, but those that another one begins with.
 
-
-def _fork(context: tuple[int, ...], continuations: Sequence[tuple[int, ...]], slot: int) -> Fork:
-    tails, owners = _tails(continuations)
-    behind: list[list[Target]] = [[] for _ in tails]
-    at_once: list[Target] = []
-    for ids in continuations:
-        tail = next(index for index, tail in enumerate(tails) if _begins(ids[:-1], tail))
-        for position, token in enumerate(ids):
-            if position:
-                behind[owners[tail][position]].append(Target(position - 1, token, slot))
-            else:
-                at_once.append(Target(len(context) - 1, token, slot))
-            slot += 1
-    rows = (Row(ids, tuple(targets)) for ids, targets in zip(tails, behind, strict=True))
-    return Fork(Row(context, tuple(at_once)), tuple(rows))
-
-
-def _tails(continuations: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[list[int]]]:
-    """Return what has to be run behind the context, sorted, and for each position of each tail the tail that owns it.
-
-    A tail is a continuation without its last token, and no beginning of another tail. It has one position more than
-    tokens: the first is that of the context's last token. Where tails begin alike, the first of them owns the
-    positions, so that each is stored once: of choices of one token each, all share one.
+    Where tails begin alike, the first of them owns the positions, so that each is stored once: of choices of one token
+    each, all share the context's last one.
     """
-    whole = sorted({continuation[:-1] for continuation in continuations})
+    sequences = sorted({continuation[:-1] for continuation in continuations})
     # Sorted, a beginning stands right before what it begins, and a tail shares most with its neighbours.
-    tails = [
-        tail for tail, after in zip(whole, [*whole[1:], None], strict=True) if not after or not _begins(tail, after)
-    ]
-    owners: list[list[int]] = []
-    for number, tail in enumerate(tails):
-        shared = 0
-        if number:
-            pairs = zip(tails[number - 1], tail, strict=False)
-            shared = 1 + sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-            owners.append(owners[-1][:shared] + [number] * (len(tail) + 1 - shared))
-        else:
-            owners.append([0] * (len(tail) + 1))
-    return tails, owners
+    tails = [one for one, after in pairwise(sequences) if not _begins(one, after)] + sequences[-1:]
+    owners = [[0] * (len(tails[0]) + 1)]  # for each position of each tail, from the context's last token on
+    for number, (before, tail) in enumerate(pairwise(tails), 1):
+        shared = 1 + common_length([before, tail])
+        owners.append(owners[-1][:shared] + [number] * (len(tail) + 1 - shared))
+    at_once: list[tuple[int, int, int]] = []
+    behind: list[list[tuple[int, int, int]]] = [[] for _ in tails]
+    for ids in continuations:
+        own = next(number for number, tail in enumerate(tails) if _begins(ids[:-1], tail))
+        for position, token in enumerate(ids):
+            scored = behind[owners[own][position]] if position else at_once
+            scored.append((len(context) - 1 + position, token, next(slots)))
+    rows = (Row(ids, tuple(targets)) for ids, targets in zip(tails, behind, strict=True))
+    return Row(context, tuple(at_once), tuple(rows))
 
 
 def _begins(tail: tuple[int, ...], other: tuple[int, ...]) -> bool:

@@ -1,9 +1,10 @@
-"""A folder of logits on disk: one safetensors file per group of members and pass, each there whole or not at all."""
+"""A folder of tensors on disk: one safetensors file for each part of a run, each there whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors.torch import load_file, save
@@ -24,13 +25,17 @@ class LogitsFolder:
         self.path = path
         self._run = run
         self._replaces = False
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise OutputError(f"{path.parent} is not a folder that may be written to; choose another --output")
         if not path.exists():
             return
         mark = path / _MARK
         if not path.is_dir() or (any(path.iterdir()) and not mark.is_file()):
             raise OutputError(f"{path} holds something else than logits of a run; move it, or choose another --output")
         if not (resume or overwrite):
-            raise OutputError(f"{path} is left of an interrupted run; add --resume to go on with it or --overwrite")
+            raise OutputError(
+                f"{path} is left of an interrupted run or a finished one; add --resume to go on with it or --overwrite"
+            )
         found = mark.read_text(encoding="utf-8") if mark.is_file() else run
         if resume and found != run:
             raise OutputError(
@@ -39,34 +44,37 @@ class LogitsFolder:
             )
         self._replaces = not resume
 
+    def check_space(self, num_bytes: int) -> None:
+        """Raise OutputError where the disk has no room for so many bytes more."""
+        free = shutil.disk_usage(self.path.parent).free
+        if free < num_bytes:
+            raise OutputError(
+                f"{self.path} will take {num_bytes:,} bytes and its disk has {free:,} free; make room, or choose "
+                "an --output on another disk"
+            )
+
     def open(self) -> None:
         """Make the folder, or take it up where it is."""
         if self._replaces:
             self.remove()
         self.path.mkdir(exist_ok=True)
-        self._write(_MARK, self._run.encode())
+        self.write_bytes(_MARK, self._run.encode())
 
     def has(self, name: str) -> bool:
-        """Whether the logits `name` are there and may be used."""
+        """Whether the tensors `name` are there and may be used."""
         return not self._replaces and self._file(name).is_file()
 
     def read(self, name: str) -> dict[str, Tensor]:
-        """Return logits (num_needed, V_member) by role, in the dtype in which they were written."""
+        """Return tensors by their keys, in the dtype in which they were written."""
         return load_file(self._file(name))
 
-    def write(self, name: str, logits: dict[str, Tensor]) -> None:
-        """Write logits by role; raise RunError, and leave nothing half-written, where the disk does not take them."""
-        self._write(self._file(name).name, save({role: values.contiguous().cpu() for role, values in logits.items()}))
+    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors by their keys; raise RunError as `write_bytes` does."""
+        whole = {key: values.contiguous().cpu() for key, values in tensors.items()}
+        self.write_bytes(self._file(name).name, save(whole))
 
-    def remove(self) -> None:
-        """Remove the folder and what is in it."""
-        shutil.rmtree(self.path)
-        self._replaces = False
-
-    def _file(self, name: str) -> Path:
-        return self.path / f"{name}.safetensors"
-
-    def _write(self, name: str, content: bytes) -> None:
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a file; raise RunError, and leave nothing half-written, where the disk does not take it."""
         path, partial = self.path / name, self.path / f".{name}.partial"
         try:
             partial.write_bytes(content)
@@ -76,3 +84,11 @@ class LogitsFolder:
             raise RunError(
                 f"{path} cannot be written ({error.strerror}); make room or mend the disk, and go on with --resume"
             ) from error
+
+    def remove(self) -> None:
+        """Remove the folder and what is in it."""
+        shutil.rmtree(self.path)
+        self._replaces = False
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.safetensors"

@@ -6,7 +6,7 @@ again are padded on the left, with a mask, so that what follows stands right beh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,162 +15,119 @@ from torch import Tensor
 from ensembler.engine.ensemble_cache import EnsembleCache
 from ensembler.engine.forward import Step
 
-RunStep = Callable[[Step, EnsembleCache | None], dict[str, Tensor]]
+RunStep = Callable[[Step, EnsembleCache | None], Mapping[str, Tensor]]
 """Returns the logits (rows, num_kept, V_member) of members by role, whose caches advance."""
+
+Logits = dict[str, Tensor]
+"""For a pass, the needed logits (num_needed, V_member) of members by role."""
 
 _PADDING = 0  # any id: what is computed from it is not read
 
 
 @dataclass(frozen=True)
-class Target:
-    """A token that is scored by the logits at `column` of a row; `slot` is its number among those of the batch."""
-
-    column: int
-    token: int
-    slot: int
-
-
-@dataclass(frozen=True)
 class Row:
-    """Token ids that are read, and what is scored behind them."""
+    """Token ids that are read, and tails that are read behind them, each by itself.
+
+    `targets`: (column, token, slot) of each token that the logits of these ids score: the column of the logits, counted
+    from the first token of the context; the token's id; its number among the tokens of the batch.
+    """
 
     ids: tuple[int, ...]
-    targets: tuple[Target, ...]
+    targets: tuple[tuple[int, int, int], ...]
+    tails: tuple[Row, ...] = ()
+
+    def unforked(self) -> list[Row]:
+        """Return a row for each tail, the ids before it; the first also has the targets of the ids themselves."""
+        first, *others = (Row(self.ids + tail.ids, tail.targets) for tail in self.tails)
+        return [replace(first, targets=self.targets + first.targets), *others]
 
 
-@dataclass(frozen=True)
-class Fork:
-    """A context and the tails that are read behind it, each by itself."""
-
-    context: Row
-    tails: tuple[Row, ...]
-
-    def whole(self) -> list[Row]:
-        """The context before each of the tails; what the context's own logits score, the first of them does."""
-        start = len(self.context.ids)
-        rows: list[Row] = []
-        for tail in self.tails:
-            targets = tuple(replace(target, column=start + target.column) for target in tail.targets)
-            rows.append(Row(self.context.ids + tail.ids, targets if rows else self.context.targets + targets))
-        return rows
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pass:
     """One forward of every member: rows of a batch, and the logits that are needed of it.
 
-    `number` counts the passes of a run. `input_ids` (rows, positions) int64. `kept` (num_kept,): the positions that go
-    through the vocabulary head. `rows` and `columns` (num_needed,): which rows, and which of the kept positions, are
-    needed. `tokens`, `needed` and `slots` (num_tokens,): the tokens that are scored, by which of the needed logits, and
-    their numbers in the batch. Tokens of several choices may share one position.
+    `step`: rows of ids, of which some positions go through the vocabulary head. `taken` (num_needed,): which of the
+    logits are needed, counted row by row. `tokens`, `needed` and `slots` (num_tokens,): the tokens that are scored, by
+    which of the needed logits, and their numbers in the batch. Tokens of several choices may share one position.
 
-    `tails` are passes that go on from the cache of this one: row i behind its row `parents[i]`. `attention_mask` and
-    `position_ids`: as in Step, where contexts are padded.
+    Row i of a pass with `parents` stands behind row `parents[i]` of the last pass before it that `is_forked`. `number`
+    counts the passes of a run.
     """
 
-    number: int
-    input_ids: Tensor
-    kept: Tensor
-    rows: Tensor
-    columns: Tensor
+    step: Step
+    taken: Tensor
     tokens: Tensor
     needed: Tensor
     slots: Tensor
-    attention_mask: Tensor | None = None
-    position_ids: Tensor | None = None
     parents: Tensor | None = None
-    tails: tuple[Pass, ...] = ()
+    is_forked: bool = False
+    number: int = 0
 
-    @property
-    def step(self) -> Step:
-        """The input for the members. Without a mask: nothing that is needed stands behind padding."""
-        return Step(self.input_ids, self.attention_mask, self.position_ids, logits_to_keep=self.kept)
-
-    @property
-    def num_needed(self) -> int:
-        """The number of rows of logits that each member contributes."""
-        return self.rows.shape[0]
-
-    @property
-    def together(self) -> tuple[Pass, ...]:
-        """This pass and its tails."""
-        return (self, *self.tails)
-
-    def take(self, logits: Tensor) -> Tensor:
-        """Return the needed logits (num_needed, V) of those that a member computed, (rows, num_kept, V)."""
-        if self.num_needed == logits.shape[0] * logits.shape[1]:
-            return logits.flatten(0, 1)  # all are, in their order: no copy
-        return logits[self.rows.to(logits.device), self.columns.to(logits.device)]
+    def take(self, logits: Mapping[str, Tensor]) -> Logits:
+        """Return the needed logits of those that members computed, (rows, num_kept, V_member)."""
+        flat = {role: values.flatten(0, 1) for role, values in logits.items()}
+        return {
+            role: values if values.shape[0] == len(self.taken) else values[self.taken.to(values.device)]  # all: no copy
+            for role, values in flat.items()
+        }
 
 
-def run_pass(
-    one: Pass, run: RunStep, new_cache: Callable[[], EnsembleCache]
-) -> Iterator[tuple[Pass, dict[str, Tensor]]]:
-    """Yield a pass, and each of its tails, with the needed logits (num_needed, V_member) of members by role."""
-    cache = new_cache() if one.tails else None
-    yield one, _taken(one, run(one.step, cache))
-    for tail in one.tails:
-        assert cache is not None
-        assert tail.parents is not None
-        yield tail, _taken(tail, run(tail.step, cache.selected(tail.parents)))
+def run_passes(
+    passes: Iterable[Pass], run: RunStep, new_cache: Callable[[], EnsembleCache]
+) -> Iterator[tuple[Pass, Logits]]:
+    """Yield one pass after another with the needed logits of the members."""
+    cache = None
+    for one in passes:
+        if one.parents is None:
+            cache = new_cache() if one.is_forked else None
+            logits = run(one.step, cache)
+        else:
+            assert cache is not None
+            logits = run(one.step, cache.selected(one.parents))
+        yield one, one.take(logits)
 
 
-def _taken(one: Pass, logits: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {role: one.take(values) for role, values in logits.items()}
+def make_pass(
+    rows: Sequence[Row], shifts: Sequence[int] = (), mask: Tensor | None = None, positions: Tensor | None = None
+) -> Pass:
+    """Return the pass of rows that are read from their first token on.
 
-
-def whole_pass(number: int, rows: Sequence[Row]) -> Pass:
-    """Return the pass of rows that are read from their first token on."""
-    return _pass(number, rows, [0] * len(rows))
-
-
-def forked_pass(number: int, forks: Sequence[Fork], batch_size: int) -> Pass:
-    """Return the pass of the contexts, with passes of at most `batch_size` tails."""
-    lengths = [len(fork.context.ids) for fork in forks]
-    padding = [max(lengths) - length for length in lengths]
-    whole = _pass(number, [fork.context for fork in forks], padding)
-    if any(padding):
-        places = torch.arange(max(lengths)) - torch.tensor(padding)[:, None]
-        whole = replace(whole, attention_mask=(places >= 0).long(), position_ids=places.clamp(min=0))
-    rows = [(parent, tail) for parent, fork in enumerate(forks) for tail in fork.tails]
-    chunks = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
-    tails = (_tail_pass(whole, number + 1 + index, chunk, lengths) for index, chunk in enumerate(chunks))
-    return replace(whole, tails=tuple(tails))
-
-
-def _tail_pass(contexts: Pass, number: int, chunk: Sequence[tuple[int, Row]], lengths: Sequence[int]) -> Pass:
-    parents = torch.tensor([parent for parent, _ in chunk])
-    one = replace(_pass(number, [tail for _, tail in chunk], [0] * len(chunk)), parents=parents)
-    if contexts.attention_mask is None:
-        return one
-    mask = torch.cat([contexts.attention_mask[parents], torch.ones_like(one.input_ids)], dim=1)
-    positions = torch.tensor(lengths)[parents, None] + torch.arange(one.input_ids.shape[1])
-    return replace(one, attention_mask=mask, position_ids=positions)
-
-
-def _pass(number: int, rows: Sequence[Row], padding: Sequence[int]) -> Pass:
-    """Rows, each behind so much `padding`."""
-    longest = max(before + len(row.ids) for before, row in zip(padding, rows, strict=True))
+    With `shifts`, their columns are shifted: to the right by so much padding before them, to the left by a context;
+    `mask` and `positions` are those of a Step then.
+    """
+    shifts = shifts or [0] * len(rows)
+    padded = [[_PADDING] * shift + list(row.ids) for shift, row in zip(shifts, rows, strict=True)]
+    longest = max(map(len, padded))
+    ids = torch.tensor([one + [_PADDING] * (longest - len(one)) for one in padded])
     targets = [
-        (index, before + target.column, target)
-        for index, (before, row) in enumerate(zip(padding, rows, strict=True))
-        for target in row.targets
+        ((index, shift + column), token, slot)
+        for index, (shift, row) in enumerate(zip(shifts, rows, strict=True))
+        for column, token, slot in row.targets
     ]
-    places = sorted({(index, column) for index, column, _ in targets})
-    kept = sorted({column for _, column in places})
-    index_of_place = {place: index for index, place in enumerate(places)}
-    index_of_column = {column: index for index, column in enumerate(kept)}
-    padded = [
-        [*[_PADDING] * before, *row.ids, *[_PADDING] * (longest - before - len(row.ids))]
-        for before, row in zip(padding, rows, strict=True)
-    ]
+    needed = {place: number for number, place in enumerate(sorted({place for place, _, _ in targets}))}
+    kept = {column: number for number, column in enumerate(sorted({column for _, column in needed}))}
     return Pass(
-        number=number,
-        input_ids=torch.tensor(padded),
-        kept=torch.tensor(kept),
-        rows=torch.tensor([index for index, _ in places]),
-        columns=torch.tensor([index_of_column[column] for _, column in places]),
-        tokens=torch.tensor([target.token for _, _, target in targets]),
-        needed=torch.tensor([index_of_place[index, column] for index, column, _ in targets]),
-        slots=torch.tensor([target.slot for _, _, target in targets]),
+        Step(ids, mask, None if mask is None else positions, logits_to_keep=torch.tensor(list(kept))),
+        taken=torch.tensor([index * len(kept) + kept[column] for index, column in needed]),
+        tokens=torch.tensor([token for _, token, _ in targets]),
+        needed=torch.tensor([needed[place] for place, _, _ in targets]),
+        slots=torch.tensor([slot for _, _, slot in targets]),
     )
+
+
+def forked_passes(rows: Sequence[Row], batch_size: int) -> list[Pass]:
+    """Return the pass of the rows' own ids, and behind it passes of at most `batch_size` of their tails."""
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    padding = lengths.max() - lengths
+    places = torch.arange(int(lengths.max())) - padding[:, None]
+    mask = (places >= 0).long() if padding.any() else None
+    passes = [replace(make_pass(rows, padding.tolist(), mask, places.clamp(min=0)), is_forked=True)]
+    tails = [(parent, tail) for parent, row in enumerate(rows) for tail in row.tails]
+    for start in range(0, len(tails), batch_size):
+        of, chunk = zip(*tails[start : start + batch_size], strict=True)
+        parents = torch.tensor(of)
+        behind = lengths[parents]
+        positions = behind[:, None] + torch.arange(max(len(tail.ids) for tail in chunk))
+        seen = None if mask is None else torch.cat([mask[parents], torch.ones_like(positions)], dim=1)
+        passes.append(replace(make_pass(chunk, (-behind).tolist(), seen, positions), parents=parents))
+    return passes

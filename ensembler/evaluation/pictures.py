@@ -1,82 +1,155 @@
-"""Pictures of results, as PNG."""
+"""Pictures of figures, drawn once for both: as SVG for the page, as PNG for a file. A picture goes by its name here."""
 
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
-from ensembler.evaluation.statistics import Interval
-from ensembler.evaluation.summary import Figure, TaskSummary
+from ensembler.evaluation.figures import COSTS, MethodFigure, TaskFigures
+from ensembler.evaluation.tables import metric_name
 from ensembler.extras import require
 
-_COLOURS = ("#1f6fb4", "#d9730d", "#2e8b57", "#8a4fbf")
-_LEVEL_COLOUR = "#555555"
-_LEVEL_STYLES = ("--", "-.", ":")
+FILES = {
+    "curve": "curve.png",
+    "methods": "methods.png",
+    "tokens_per_second": "speed.png",
+    "peak_device_bytes": "memory.png",
+    "peak_host_bytes": "memory.png",
+}
+_WIDTH, _LONGEST = 4.2, 60_000  # inches: letters are nearly as large as a telephone's; pixels
+_INK, _GREY = "#1a1d21", "#848b94"
+_COLOURS = ("#1f77c4", "#d9650d", "#1d9a6c", "#a259c4", "#c9408a", "#a8860b", "#2aa3b8", "#6f6fe0")
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+_STYLE = {
+    "svg.fonttype": "none",  # letters stay letters, in the page's own font
+    "text.parse_math": False,  # a task may be named after a sum of dollars
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.15,
+    "legend.frameon": False,
+    **dict.fromkeys(_INKED, _INK),
+}
 
 
-def draw_sweep(summaries: Sequence[TaskSummary]) -> bytes:
-    """Return a PNG with one panel per task: the metric against α (Figure 2 of the base-change paper), with intervals.
+def pictures_of(tasks: Sequence[TaskFigures]) -> dict[str, list[TaskFigures]]:
+    """Return the pictures that there are for any of the tasks, with those tasks; of two of memory that of devices."""
+    found = {name: [task for task in tasks if _shown(name, task)] for name in FILES}
+    if found["peak_device_bytes"]:
+        del found["peak_host_bytes"]
+    return {name: those for name, those in found.items() if those}
 
-    One line per rule on the test examples with its 95 % band, dotted on the validation examples; members as levels; the
-    chosen α as a star.
-    """
-    figure = require("matplotlib.figure", "eval").Figure(
-        figsize=(9.5, 0.6 + 4.2 * len(summaries)), layout="constrained", dpi=120
-    )
-    panels = figure.subplots(len(summaries), squeeze=False)
-    for axes, summary in zip(panels[:, 0], summaries, strict=True):
-        _draw_task(axes, summary)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": "ensembler"})
+
+def draw_png(name: str, tasks: Sequence[TaskFigures]) -> bytes:
+    """Return a picture as PNG, with one panel for each task under its name."""
+    return _draw(name, tasks, "png", metadata={"Software": "ensembler"})
+
+
+def draw_svg(name: str, task: TaskFigures) -> str:
+    """Return a picture of one task as an SVG element in the colours of the text around it."""
+    nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    text = _draw(name, [task], "svg", transparent=True, metadata=nothing).decode()
+    return text[text.index("<svg") :].replace(_INK, "currentColor")
+
+
+def _shown(name: str, task: TaskFigures) -> list[MethodFigure]:
+    """The methods that a picture shows: those with a finite figure."""
+    found = [method for method in task.methods if method.test is not None and math.isfinite(method.test.estimate)]
+    if name in COSTS:
+        return [method for method in found if name in method.cost]
+    is_worth_it = len(task.curve) > len(task.rules) if name == "curve" else len(found) > 1
+    return found if is_worth_it else []
+
+
+def _draw(name: str, tasks: Sequence[TaskFigures], kind: str, **options: Any) -> bytes:
+    base, step = (0.5, 0.42) if name == "methods" else (2.8, 0.06) if name == "curve" else (2.5, 0.18)
+    heights = [base + step * len(_shown(name, task)) for task in tasks]
+    with require("matplotlib", "eval").rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = require("matplotlib.figure", "eval").Figure((_WIDTH, sum(heights)), layout="constrained")
+        panels = figure.subplots(len(tasks), squeeze=False, height_ratios=heights)[:, 0]
+        for axes, task in zip(panels, tasks, strict=True):
+            _draw_task(axes, name, task)
+            if kind == "png":
+                axes.set_title(task.name, loc="left", fontsize="medium")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=min(200, _LONGEST / sum(heights)), **options)
     return buffer.getvalue()
 
 
-def _draw_task(axes: Any, summary: TaskSummary) -> None:
-    by_label = {figure.label: figure for figure in summary.methods}
-    for style, name in zip(_LEVEL_STYLES, summary.levels, strict=False):
-        level = by_label[name].test.estimate
-        axes.axhline(level, color=_LEVEL_COLOUR, linestyle=style, linewidth=1.2, label=name)
-    rules = list(dict.fromkeys(figure.rule for figure in summary.curve))
-    for colour, rule in zip(_COLOURS, rules, strict=False):
-        _draw_rule(axes, colour, rule, sorted_curve(summary, rule), summary)
-    axes.set_xlabel("α")
-    axes.set_ylabel(f"{summary.metric}, {summary.num_test:,} test examples")
-    axes.set_title(summary.task)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    axes.grid(alpha=0.25)
+def _draw_task(axes: Any, name: str, task: TaskFigures) -> None:
+    methods = _shown(name, task)
+    if name == "methods":
+        _draw_methods(axes, methods, task)
+        axes.set_xlabel(metric_name(task))
+        return
+    if name == "curve":
+        _draw_curve(axes, [method for method in methods if method.method in task.levels], task)
+    else:
+        unit = 2**30 if name.endswith("_bytes") else 1
+        for method in methods:
+            _draw_point(axes, method, task, x=method.cost[name].median / unit)
+        axes.set_xlim(left=0)
+    axes.set_xlabel("α" if name == "curve" else COSTS[name] + (", GiB" if name.endswith("_bytes") else ""))
+    axes.set_ylabel(metric_name(task))
+    columns = 2 if max(map(len, axes.get_legend_handles_labels()[1])) <= 24 else 1
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 0.0), borderaxespad=4.2, ncols=columns, fontsize="small")
 
 
-def sorted_curve(summary: TaskSummary, rule: str) -> list[Figure]:
-    """Return the points of a rule by α."""
-    return sorted((figure for figure in summary.curve if figure.rule == rule), key=lambda figure: figure.alpha)
+def _draw_curve(axes: Any, levels: Sequence[MethodFigure], task: TaskFigures) -> None:
+    for dashes, method in zip(cycle(("--", "-.", ":")), levels, strict=False):
+        axes.axhline(_edges(method, task)[0], color=_GREY, linestyle=dashes, linewidth=1.1, label=method.name)
+    for rule in task.rules:
+        points = sorted((point for point in task.curve if point.rule == rule), key=lambda point: point.alpha)
+        alphas, chosen = [point.alpha for point in points], task.chosen(rule)
+        middle, low, high = zip(*(_edges(point, task) for point in points), strict=True)
+        colour = _colour(rule if chosen is None else chosen.name, task)
+        label = rule if chosen is None else f"{chosen.name}, ★ α = {chosen.alpha:g}"
+        axes.fill_between(alphas, low, high, color=colour, alpha=0.16, linewidth=0)
+        axes.plot(alphas, middle, ".-", color=colour, markersize=4, label=label)
+        validation = [math.nan if point.validation is None else _scale(task) * point.validation for point in points]
+        axes.plot(alphas, validation, ":", color=colour, linewidth=1.1)
+        if chosen is not None and chosen.alpha in alphas:
+            star = (chosen.alpha, middle[alphas.index(chosen.alpha)])
+            axes.plot(*star, "*", markersize=13, color=colour, markeredgecolor=_INK, markeredgewidth=0.7)
 
 
-def _draw_rule(axes: Any, colour: str, rule: str, curve: Sequence[Figure], summary: TaskSummary) -> None:
-    alphas = [figure.alpha for figure in curve]
-    marker = "o" if len(curve) < 40 else None
-    axes.plot(
-        alphas, [figure.test.estimate for figure in curve], color=colour, marker=marker, markersize=3.5, label=rule
-    )
-    low, high = zip(*(_edges(figure.test) for figure in curve), strict=True)
-    axes.fill_between(alphas, low, high, color=colour, alpha=0.15, linewidth=0)
-    if all(figure.validation is not None for figure in curve):
-        validation = [figure.validation for figure in curve]
-        axes.plot(alphas, validation, color=colour, linestyle=":", linewidth=1, label=f"{rule}, validation")
-    choice = summary.choice(rule)
-    if choice is not None:
-        chosen = next(figure for figure in curve if figure.alpha == choice.alpha)
-        axes.plot(
-            [choice.alpha],
-            [chosen.test.estimate],
-            marker="*",
-            markersize=15,
-            color=colour,
-            markeredgecolor="black",
-            linestyle="none",
-            label=f"{rule}, α = {choice.alpha:g} ({choice.by})",
-        )
+def _draw_methods(axes: Any, methods: Sequence[MethodFigure], task: TaskFigures) -> None:
+    for height, method in enumerate(reversed(methods)):
+        seeds = [_scale(task) * seed for seed in method.seeds]
+        axes.plot(seeds, [height] * len(seeds), "|", color=_INK, markersize=9)
+        _draw_point(axes, method, task, y=height)
+        axes.plot(method.published.get(task.metric, math.nan), height, "D", color=_INK, markerfacecolor="none")
+        place = {"xycoords": ("axes fraction", "data"), "xytext": (2, 7), "textcoords": "offset points"}
+        axes.annotate(method.title, (0, height), **place, fontsize="small")
+    axes.set_ylim(-0.5, len(methods) - 0.2)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
 
 
-def _edges(interval: Interval) -> tuple[float, float]:
-    return interval.low, interval.high
+def _draw_point(
+    axes: Any, method: MethodFigure, task: TaskFigures, *, x: float | None = None, y: float | None = None
+) -> None:
+    """Draw a figure with its interval: upright at `x`, or lying at `y`."""
+    middle, low, high = _edges(method, task)
+    reach = {"yerr" if y is None else "xerr": [[middle - low], [high - middle]]}
+    look = {"fmt": "osDv^PXd"[task.methods.index(method) % 8], "color": _colour(method.name, task), "markersize": 5}
+    place = (middle if x is None else x, middle if y is None else y)
+    axes.errorbar(*place, **reach, **look, capsize=2.5, label=method.title)
+
+
+def _colour(name: str, task: TaskFigures) -> str:
+    """The same for a curve and for its methods at any α."""
+    names = list(dict.fromkeys((*(method.name for method in task.methods), *task.rules)))
+    return _COLOURS[names.index(name) % len(_COLOURS)]
+
+
+def _scale(task: TaskFigures) -> float:
+    return 100.0 if task.is_percent else 1.0
+
+
+def _edges(one: Any, task: TaskFigures) -> tuple[float, float, float]:
+    """The figure of a method or a point of the curve, with its interval, in the unit of the axis."""
+    return _scale(task) * one.test.estimate, _scale(task) * one.test.low, _scale(task) * one.test.high

@@ -1,13 +1,16 @@
-"""lm-eval and datasets without their chatter: results alone go to stdout, and what matters is said by us."""
+"""lm-eval and datasets without their chatter and their processes: results alone go to stdout."""
 
 from __future__ import annotations
 
 import io
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 from ensembler.extras import require
+
+_ONE_PROCESS = "DISABLE_MULTIPROC"  # lm-eval's own switch; forking a process that runs models may hang
 
 
 @contextmanager
@@ -32,3 +35,17 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
         if had_bars:
             datasets.enable_progress_bars()
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """Within, lm-eval starts no processes for its bootstrap."""
+    before = os.environ.get(_ONE_PROCESS)
+    os.environ[_ONE_PROCESS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_ONE_PROCESS]
+        else:
+            os.environ[_ONE_PROCESS] = before

@@ -1,85 +1,85 @@
-"""A sweep as one self-contained HTML page: the picture, the tables, examples that α changed, how to run it again."""
+"""Figures as files: summary.json, pictures, and one self-contained HTML page; two summaries side by side."""
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ensembler.evaluation.changes import Answers, changed_by
-from ensembler.evaluation.pictures import draw_sweep
-from ensembler.evaluation.rows_folder import Row, RowsFolder, read_examples, write_whole
-from ensembler.evaluation.summary import TaskSummary, to_json
-from ensembler.evaluation.sweep import Sweep
-from ensembler.evaluation.sweep_texts import choice_lines, columns, curve_rows, difference_rows, heading, method_rows
+from ensembler.errors import OutputError
+from ensembler.evaluation import pictures, tables
+from ensembler.evaluation.figures import TaskFigures
+from ensembler.evaluation.verdict import verdict
 from ensembler.extras import require
+from ensembler.files import write_whole
+
+SUMMARY, REPORT = "summary.json", "report.html"
+_KEY = ("experiment", "task", "metric", "is_percent")
 
 
-def make_report(
-    summaries: Sequence[TaskSummary],
-    rows: Mapping[str, Sequence[Row]],
-    examples: Mapping[str, Row],
-    picture: bytes,
+def write_report(
+    out: Path,
+    name: str,
+    description: str,
+    tasks: Sequence[TaskFigures],
     *,
     command: str,
     settings: Mapping[str, Any],
-    thumbnail: Callable[[str], str | None] = lambda name: None,
-) -> str:
-    """Return the page. `rows`, `examples` and `thumbnail` are those of `Answers`."""
-    return render(
-        "sweep_report.html.jinja",
-        summaries=summaries,
-        lines=[line for summary in summaries for line in choice_lines(summary)],
-        picture=base64.b64encode(picture).decode(),
-        tasks=[
-            _task(
-                summary,
-                Answers(summary.task, summary.metric, summary.higher_is_better, rows, examples, thumbnail),
-            )
-            for summary in summaries
-        ],
-        command=command,
-        settings=json.dumps(settings, indent=2, ensure_ascii=False),
-    )
+    changed: Callable[[TaskFigures], Sequence[Mapping[str, Any]]],
+) -> list[str]:
+    """Write the files of a finished run into the folder `out` and return their names. Raises OutputError.
 
-
-def render(template: str, **values: Any) -> str:
-    """Return one of this package's pages; values are escaped."""
+    `changed` returns what `changed_by` found of a task, for each α that is to be shown. In JSON, null is a number that
+    is not finite.
+    """
     jinja2 = require("jinja2", "eval")
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
-    return str(jinja2.Environment(loader=folder, autoescape=True).get_template(template).render(**values))
-
-
-def _task(summary: TaskSummary, answers: Answers) -> dict[str, Any]:
-    changed = [changed_by(answers, choice.rule, choice.alpha) for choice in summary.choices]
-    return {
-        "summary": summary,
-        "heading": heading(summary),
-        "columns": columns(summary),
-        "methods": method_rows(summary),
-        "differences": difference_rows(summary),
-        "changed": [one for one in changed if one is not None],
-        "curve": curve_rows(summary),
+    environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.globals |= {"tables": tables, "verdict": verdict, "pictures": pictures, "changed": changed}
+    told = [{**vars(task), "verdict": verdict(task)} for task in tasks]
+    shown = {"name": name, "description": description, "tasks": tasks, "command": command, "settings": _json(settings)}
+    files: dict[str, str | bytes] = {
+        SUMMARY: _json({"name": name, "command": command, "tasks": told, "settings": settings}) + "\n",
+        **{pictures.FILES[one]: pictures.draw_png(one, of) for one, of in pictures.pictures_of(tasks).items()},
+        REPORT: environment.get_template("report.html.jinja").render(shown),
     }
+    for file, written in files.items():
+        write_whole(out / file, written)
+    return list(files)
 
 
-def write_results(
-    sweep: Sweep, folder: RowsFolder, rows: Mapping[str, Sequence[Row]], summaries: Sequence[TaskSummary]
-) -> None:
-    """Write summary.json, sweep.png and report.html beside the rows of a finished sweep. Raises OutputError."""
-    picture = draw_sweep(summaries)
-    command = folder.command
-    write_whole(folder.path / "sweep.png", picture)
-    write_whole(folder.path / "summary.json", to_json(summaries, sweep, command))
-    page = make_report(
-        summaries,
-        rows,
-        read_examples(folder.path),
-        picture,
-        command=command,
-        settings=sweep.settings,
-        thumbnail=sweep.thumbnail,
-    )
-    write_whole(folder.path / "report.html", page)
+def compare_folders(a: Path, b: Path) -> list[dict[str, Any]]:
+    """Return every method of every task that either folder has, as JSON.
+
+    Beside the names of its experiment, task, metric and method: `a` and `b`, its figures as summary.json has them, None
+    where a folder has none, and whether both were tested on the `same_documents`. Raises OutputError for a folder
+    without a summary.
+    """
+    one, other = _read(a), _read(b)
+    found = []
+    for key in dict.fromkeys((*one, *other)):
+        (left, tests), (right, others) = one.get(key, (None, "")), other.get(key, (None, ""))
+        names = dict(zip((*_KEY, "method"), key, strict=True))
+        found.append({**names, "a": left, "b": right, "same_documents": tests == others})
+    return found
+
+
+def _read(folder: Path) -> dict[tuple[Any, ...], tuple[dict[str, Any] | None, str]]:
+    """The methods of a folder by their names, each with a hash of its test documents."""
+    path = folder / SUMMARY
+    try:
+        return {
+            (*(task[name] for name in _KEY), method["method"]): (method, task["tests"])
+            for task in json.loads(path.read_text(encoding="utf-8"))["tasks"]
+            for method in task["methods"]
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(
+            f"{path} is no summary of this version; give two folders of `ensembler bench` or `ensembler sweep`, or run "
+            "the command of an older one again"
+        ) from error
+
+
+def _json(content: Mapping[str, Any]) -> str:
+    return str(require("pydantic_core", "eval").to_json(content, indent=2, inf_nan_mode="null"), "utf-8")

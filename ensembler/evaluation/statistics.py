@@ -8,8 +8,8 @@ LEVEL; drawing is seeded, so the same rows give the same numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,25 +19,28 @@ from ensembler.errors import ConfigError
 from ensembler.evaluation.bootstrap import (
     NUM_RESAMPLES,
     Aggregate,
+    Groups,
     Numbers,
     Rows,
     resampled_aggregates,
     resampled_means,
 )
+from ensembler.evaluation.clusters import number_clusters, standard_error
 from ensembler.extras import require
 
 stats: Any = require("scipy.stats", "eval")
 
 LEVEL = 0.95
-WILSON, NEWCOMBE = "Wilson", "Newcombe"
 _FEW = 50  # rows, below which the percentile bootstrap of a mean is too sure of itself
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and its 95 % interval. `method` is 'Wilson', 't', 'bootstrap' or 'Newcombe'.
+    """An estimate and its 95 % interval.
 
-    `standard_error`: of a mean that of lm-eval, s / √n; NaN where one row is all there is.
+    `method` is 'Wilson', 't', 'bootstrap' or 'Newcombe'; of rows in clusters 'clustered t' or 'clustered bootstrap', of
+    several seeds 'seeds × documents' or 'seeds × clusters'. `standard_error`: of a mean that of lm-eval, s / √n; NaN
+    where one row is all there is. `degrees_of_freedom`: of Student's t; of a clustered bootstrap clusters − 1.
     """
 
     estimate: float
@@ -46,18 +49,16 @@ class Interval:
     standard_error: float
     num_rows: int
     method: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same for JSON, where None is a number that is not finite."""
-        return _finite(asdict(self))
+    degrees_of_freedom: float | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Two methods on the same rows: metric(a) − metric(b), and p of 'the two are alike', two-sided.
 
-    `test` is 'exact McNemar', 'paired bootstrap' or 'paired t'. Of McNemar's test, `only_a` and `only_b` count the rows
-    that one of the two alone has right.
+    `test` is 'exact McNemar', 'paired bootstrap' or 'paired t'; of clusters 'clustered paired bootstrap' or 'clustered
+    paired t', of seeds 'seeds × documents t' or 'seeds × clusters t'. Of McNemar's test, `only_a` and `only_b` count
+    the rows that one of the two alone has right.
     """
 
     difference: Interval
@@ -65,10 +66,6 @@ class Comparison:
     test: str
     only_a: int | None = None
     only_b: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same for JSON."""
-        return {**_finite(asdict(self)), "difference": self.difference.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -84,70 +81,103 @@ class Selection:
     best_metric: float
     threshold: float
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same for JSON."""
-        return _finite(asdict(self))
-
 
 def metric_interval(
-    rows: Rows, aggregate: Aggregate | None = None, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+    rows: Rows,
+    aggregate: Aggregate | None = None,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
 ) -> Interval:
     """Return the metric with its interval: Wilson's for rows of 0 and 1, Student's t for other numbers.
 
-    With an `aggregate`, its percentile bootstrap of `num_resamples`.
+    With an `aggregate`, its percentile bootstrap of `num_resamples`. `clusters` labels each row: rows of a cluster are
+    not independent, so the standard error is cluster-robust, with t of clusters − 1 degrees of freedom, and a bootstrap
+    draws clusters. Where all rows are 0, or all 1, the interval is Wilson's of as many rows as there are clusters.
 
-    Raises ConfigError for no rows, or rows that are no finite numbers.
+    Raises ConfigError for no rows, rows that are no finite numbers, or fewer than two clusters.
     """
+    groups = number_clusters(clusters, len(rows))
     if aggregate is not None:
-        return bootstrap_interval(rows, aggregate, seed=seed, num_resamples=num_resamples)
-    values = _numbers(rows)
-    return accuracy_interval(values) if _is_binary(values) else mean_interval(values)
+        (estimate,), (found,) = resampled_aggregates(aggregate, [rows], seed, num_resamples, groups)
+        return _percentiles(float(estimate), found, len(rows), groups)
+    values = row_numbers(rows)
+    interval = mean_interval(values, groups)
+    if not is_binary(values):
+        return interval
+    if groups is None:
+        low, high = _wilson(values)
+        return replace(interval, low=low, high=high, method="Wilson", degrees_of_freedom=None)
+    if values.min() < values.max():
+        return within_unit(interval)
+    low, high = _wilson(values[: groups.max() + 1])
+    return replace(interval, low=low, high=high)
 
 
-def accuracy_interval(correct: ArrayLike) -> Interval:
-    """Return the fraction of ones in `correct` (n,), 0 or 1, with Wilson's score interval (Wilson 1927)."""
-    values = _numbers(correct)
-    if not _is_binary(values):
-        raise ConfigError("an accuracy was asked for of rows that are not all 0 or 1; use mean_interval")
-    return Interval(float(values.mean()), *_wilson(values), _standard_error(values), len(values), WILSON)
-
-
-def mean_interval(values: ArrayLike) -> Interval:
-    """Return the mean of `values` (n,) with the interval by Student's t.
+def mean_interval(values: ArrayLike, groups: Groups | None = None) -> Interval:
+    """Return the mean of `values` (n,) with the interval by Student's t, over clusters that `groups` (n,) numbers.
 
     t and not the bootstrap: of many rows the two agree, of few the percentile bootstrap of a mean is too narrow. One
     row leaves the interval unbounded.
     """
-    values = _numbers(values)
-    mean, error = float(values.mean()), _standard_error(values)
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error if len(values) > 1 else math.inf
-    return Interval(mean, mean - reach, mean + reach, error, len(values), "t")
+    values = row_numbers(values)
+    method, degrees = ("t", len(values) - 1) if groups is None else ("clustered t", int(groups.max()))
+    return t_interval(float(values.mean()), standard_error(values, groups), degrees, len(values), method)
 
 
-def bootstrap_interval(
-    rows: Rows, aggregate: Aggregate, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
-) -> Interval:
-    """Return aggregate(rows) with its percentile bootstrap interval. Raises ConfigError for no rows."""
-    estimate, found = resampled_aggregates(aggregate, [rows], seed, num_resamples)
-    return _percentiles(float(estimate[0]), found[0], len(rows))
+def t_interval(mean: float, error: float, degrees: float, num_rows: int, method: str) -> Interval:
+    """Return the interval of a mean by Student's t of `degrees` of freedom; unbounded for 0 of them."""
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, degrees)) * error if degrees > 0 else math.inf
+    return Interval(mean, mean - reach, mean + reach, error, num_rows, method, degrees)
+
+
+def t_p_value(interval: Interval) -> float:
+    """Return the two-sided p of 'the mean is 0' of an interval by t; of a standard error of 0 that of the sign test."""
+    degrees = interval.degrees_of_freedom or 0.0
+    if interval.standard_error > 0:
+        return float(2 * stats.t.sf(abs(interval.estimate) / interval.standard_error, degrees))
+    return min(1.0, 2 * 0.5 ** (degrees + 1)) if interval.estimate else 1.0
+
+
+def within_unit(interval: Interval) -> Interval:
+    """Return an interval of a share, cut to 0 and 1."""
+    return replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
 
 
 def compare(
-    a: Rows, b: Rows, aggregate: Aggregate | None = None, *, seed: int = 0, num_resamples: int = NUM_RESAMPLES
+    a: Rows,
+    b: Rows,
+    aggregate: Aggregate | None = None,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
 ) -> Comparison:
     """Return metric(a) − metric(b) with interval and p; row i of `a` and of `b` belongs to the same example.
 
     Rows of 0 and 1: exact McNemar test, and Newcombe's interval. Other numbers: paired bootstrap, below 50 rows the
     paired t test instead, since there the bootstrap finds too much. An `aggregate`: paired bootstrap of
-    `num_resamples`. Raises ConfigError for no rows, unequal numbers of them, or rows that are no finite numbers.
+    `num_resamples`. With `clusters` (see `metric_interval`): t on the cluster-robust standard error of the paired
+    differences, or the paired bootstrap over clusters; the other tests need independent rows. Raises ConfigError for no
+    rows, unequal numbers of them, rows that are no finite numbers, or fewer than two clusters.
     """
+    check_paired(a, b)
+    groups = number_clusters(clusters, len(a))
+    if aggregate is not None:
+        (of_a, of_b), found = resampled_aggregates(aggregate, [a, b], seed, num_resamples, groups)
+        return _compared(float(of_a - of_b), found[0] - found[1], len(a), groups)
+    x, y = row_numbers(a), row_numbers(b)
+    if groups is not None:
+        interval = mean_interval(x - y, groups)
+        return Comparison(interval, t_p_value(interval), "clustered paired t")
+    return _paired_binary(x, y) if is_binary(x) and is_binary(y) else _paired_means(x - y, seed)
+
+
+def check_paired(a: Rows, b: Rows) -> None:
+    """Raise ConfigError unless both methods have as many rows."""
     if len(a) != len(b):
         raise ConfigError(f"methods with {len(a)} and {len(b)} rows cannot be paired; give both on the same examples")
-    if aggregate is not None:
-        (of_a, of_b), found = resampled_aggregates(aggregate, [a, b], seed, num_resamples)
-        return _compared(float(of_a - of_b), found[0] - found[1], len(a))
-    x, y = _numbers(a), _numbers(b)
-    return _paired_binary(x, y) if _is_binary(x) and _is_binary(y) else _paired_means(x - y, seed)
 
 
 def mcnemar(only_a: int, only_b: int) -> float:
@@ -161,12 +191,11 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     Those of at most 0.05 are significant with a family-wise error of 5 %. NaN, an undefined p, counts as 1.
     """
-    known = [1.0 if math.isnan(p_value) else p_value for p_value in p_values]
-    adjusted, largest = [0.0] * len(known), 0.0
-    for place, index in enumerate(sorted(range(len(known)), key=known.__getitem__)):
-        largest = max(largest, min(1.0, (len(known) - place) * known[index]))
-        adjusted[index] = largest
-    return adjusted
+    known = np.array([1.0 if math.isnan(p_value) else p_value for p_value in p_values])
+    order = known.argsort()
+    adjusted = np.empty(len(known))
+    adjusted[order] = np.maximum.accumulate(np.arange(len(known), 0, -1) * known[order]).clip(max=1.0)
+    return adjusted.tolist()
 
 
 def choose_alpha(
@@ -194,6 +223,22 @@ def choose_alpha(
     return Selection(*map(float, (alphas[chosen], metrics[chosen], alphas[best], metrics[best], threshold)))
 
 
+def is_binary(values: Numbers) -> bool:
+    """Return whether all numbers are 0 or 1."""
+    return bool(((values == 0) | (values == 1)).all())
+
+
+def row_numbers(values: Any) -> Numbers:
+    """Return rows as an array (n,). Raises ConfigError for none, or for one that is no finite number."""
+    numbers = np.asarray(values, dtype=np.float64)
+    if numbers.ndim != 1 or not len(numbers):
+        raise ConfigError(f"rows of shape {numbers.shape}; expected one number for each of one row or more")
+    if not np.isfinite(numbers).all():
+        index = int(np.flatnonzero(~np.isfinite(numbers))[0])
+        raise ConfigError(f"row {index} is {numbers[index]}; expected a finite number")
+    return numbers
+
+
 def _paired_binary(a: Numbers, b: Numbers) -> Comparison:
     """With Newcombe's interval (1998, Statistics in Medicine 17:2635, method 10): Wilson's of both, correlated."""
     both, only_a, only_b = int((a * b).sum()), int((a * (1 - b)).sum()), int(((1 - a) * b).sum())
@@ -208,68 +253,42 @@ def _paired_binary(a: Numbers, b: Numbers) -> Comparison:
         return math.sqrt(max(down**2 - 2 * phi * down * up + up**2, 0.0))
 
     low, high = p - q - reach(p - low_a, high_b - q), p - q + reach(high_a - p, q - low_b)
-    difference = Interval(p - q, low, high, _standard_error(a - b), n, NEWCOMBE)
+    difference = Interval(p - q, low, high, standard_error(a - b), n, "Newcombe")
     return Comparison(difference, mcnemar(only_a, only_b), "exact McNemar", only_a, only_b)
 
 
 def _paired_means(differences: Numbers, seed: int) -> Comparison:
-    """Rows are put in an order and a sign of their own: neither their order nor which method is `a` changes a digit."""
+    """Rows are put in an order and a sign of their own: neither their order nor which method is `a` changes a digit.
+
+    Of differences that are all alike t is undefined: then p is that of the sign test, and 1 where they are 0.
+    """
     ordered, mirrored = np.sort(differences), np.sort(-differences)
-    sign = 1.0 if ordered.tolist() >= mirrored.tolist() else -1.0
-    values = ordered if sign > 0 else mirrored
-    if len(values) < _FEW:
-        return _paired_t(values, sign)
-    return _compared(sign * float(values.mean()), sign * resampled_means(values, seed), len(values))
+    sign, values = (1.0, ordered) if ordered.tolist() >= mirrored.tolist() else (-1.0, mirrored)
+    mean = sign * float(values.mean())
+    if len(values) >= _FEW:
+        return _compared(mean, sign * resampled_means(values, seed), len(values))
+    interval = t_interval(mean, standard_error(values), len(values) - 1, len(values), "t")
+    p_value = stats.ttest_1samp(values, 0.0).pvalue if interval.standard_error > 0 else t_p_value(interval)
+    return Comparison(interval, float(p_value), "paired t")
 
 
-def _paired_t(values: Numbers, sign: float) -> Comparison:
-    """Of differences that are all alike t is undefined: then p is that of the sign test, and 1 where they are 0."""
-    interval = mean_interval(values)
-    if len(values) > 1 and interval.standard_error > 0:
-        p_value = float(stats.ttest_1samp(values, 0.0).pvalue)
-    else:
-        p_value = min(1.0, 2 * 0.5 ** len(values)) if values.any() else 1.0
-    low, high = sorted((sign * interval.low, sign * interval.high))
-    return Comparison(replace(interval, estimate=sign * interval.estimate, low=low, high=high), p_value, "paired t")
-
-
-def _compared(difference: float, found: Numbers, num_rows: int) -> Comparison:
+def _compared(difference: float, found: Numbers, num_rows: int, groups: Groups | None = None) -> Comparison:
     """p is the level at which the percentile interval begins to hold 0, so that the two never disagree."""
     beyond = min(int((found <= 0).sum()), int((found >= 0).sum()))
     p_value = min(1.0, 2 * (beyond + 1) / (len(found) + 1)) if np.isfinite(found).all() else math.nan
-    return Comparison(_percentiles(difference, found, num_rows), p_value, "paired bootstrap")
+    test = "paired bootstrap" if groups is None else "clustered paired bootstrap"
+    return Comparison(_percentiles(difference, found, num_rows, groups), p_value, test)
 
 
-def _percentiles(estimate: float, found: Numbers, num_rows: int) -> Interval:
+def _percentiles(estimate: float, found: Numbers, num_rows: int, groups: Groups | None) -> Interval:
     """NaN edges where a resample gave no finite number."""
+    method, degrees = ("bootstrap", None) if groups is None else ("clustered bootstrap", int(groups.max()))
     if not np.isfinite(found).all():
-        return Interval(estimate, math.nan, math.nan, math.nan, num_rows, "bootstrap")
+        return Interval(estimate, math.nan, math.nan, math.nan, num_rows, method, degrees)
     low, high = (float(edge) for edge in np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-    return Interval(estimate, low, high, float(found.std(ddof=1)), num_rows, "bootstrap")
+    return Interval(estimate, low, high, float(found.std(ddof=1)), num_rows, method, degrees)
 
 
 def _wilson(correct: Numbers) -> tuple[float, float]:
     found = stats.binomtest(int(correct.sum()), len(correct)).proportion_ci(LEVEL, method="wilson")
     return float(found.low), float(found.high)
-
-
-def _standard_error(values: Numbers) -> float:
-    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
-def _is_binary(values: Numbers) -> bool:
-    return bool(((values == 0) | (values == 1)).all())
-
-
-def _numbers(values: Any) -> Numbers:
-    numbers = np.asarray(values, dtype=np.float64)
-    if numbers.ndim != 1 or not len(numbers):
-        raise ConfigError(f"rows of shape {numbers.shape}; expected one number for each of one row or more")
-    if not np.isfinite(numbers).all():
-        index = int(np.flatnonzero(~np.isfinite(numbers))[0])
-        raise ConfigError(f"row {index} is {numbers[index]}; expected a finite number")
-    return numbers
-
-
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

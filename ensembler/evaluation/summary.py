@@ -1,241 +1,278 @@
-"""What the rows of a sweep come to: curves, the choice of α, and paired comparisons on rows that chose nothing."""
+"""Figures from results: of each study and task the curve, every method beside its cost, and paired comparisons."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from typing import Any
 
 from ensembler.engine.grid import GridPoint
-from ensembler.evaluation.rows_folder import Row
-from ensembler.evaluation.statistics import (
-    WILSON,
-    Comparison,
-    Interval,
-    Selection,
-    holm,
+from ensembler.evaluation.decisions import detectable_effect
+from ensembler.evaluation.documents import Document
+from ensembler.evaluation.figures import (
+    BY_PERPLEXITY,
+    BY_VALIDATION,
+    COSTS,
+    GIVEN,
+    CurvePoint,
+    Difference,
+    MethodFigure,
+    Spread,
+    TaskFigures,
 )
-from ensembler.evaluation.sweep import Sweep
-from ensembler.evaluation.sweep_tasks import TEST, VALIDATION, SweepTask
-from ensembler.evaluation.task_figures import TaskFigures
+from ensembler.evaluation.parts import REPEATED, TEST, VALIDATION, PlannedTask
+from ensembler.evaluation.plan import Plan
+from ensembler.evaluation.results_file import Results
+from ensembler.evaluation.statistics import LEVEL, Selection, holm
+from ensembler.evaluation.study import Method, Run, Study, compared_pairs, finished_runs
+from ensembler.evaluation.values import Statistics, TaskValues, Values, choose
 
-BY_METRIC, BY_PERPLEXITY, GIVEN = "validation", "prompt perplexity", "given"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """The metric at one point: on the test examples with its interval, and on those that chose α where there are any.
-
-    Of compared methods only: `standard_error` by lm-eval's own formula or bootstrap, and `others`, the task's other
-    metrics on the test examples by key.
-    """
-
-    label: str
-    rule: str
-    alpha: float
-    test: Interval
-    validation: float | None
-    standard_error: float | None = None
-    others: Mapping[str, float] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same for JSON."""
-        return {**asdict(self), "test": self.test.to_dict()}
+COST = "cost"  # the kind of notes of measurements
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The α of a rule, and what it was chosen by: 'validation', 'prompt perplexity', or 'given' where it was the only.
+class _Source:
+    """Results, whether each run is finished, and why runs failed, both by their names."""
 
-    `selection`: by which numbers; of prompts these are perplexities.
-    """
+    results: Results
+    finished: Mapping[str, bool]
+    errors: Mapping[str, str] = field(default_factory=dict)
 
-    rule: str
-    alpha: float
-    by: str
+    @cached_property
+    def read(self) -> Callable[[str, str], dict[str, list[Any]]]:
+        """`Results.values`, which reads all rows of a run, once for each run and metric."""
+        return cache(self.results.values)
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """A method that has all its answers: its values and its point of the grid for each seed of training."""
+
+    method: Method
+    plan: Plan
+    found: Sequence[TaskValues]
+    points: Sequence[GridPoint]
     selection: Selection | None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The same for JSON."""
-        return {**asdict(self), "selection": None if self.selection is None else self.selection.to_dict()}
+    @property
+    def point(self) -> GridPoint:
+        """The point of the first seed; those of others may be of a member alone."""
+        return self.points[0]
+
+    def is_also(self, other: _Answered) -> bool:
+        """Whether both are one rule at one α."""
+        return self.method.has_alpha and other.method.has_alpha and self.point == other.point
+
+    def values(self) -> list[Values]:
+        """The values of the test documents for each seed."""
+        return [one.values(point, TEST) for one, point in zip(self.found, self.points, strict=True)]
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Two methods on the same test examples; `p_holm` is corrected over all comparisons of the sweep."""
+def summarise(studies: Sequence[Study], results: Results, errors: Mapping[str, str] | None = None) -> list[TaskFigures]:
+    """Return the figures of every task of every study; `errors` says why runs failed, by their name.
 
-    method: str
-    against: str
-    comparison: Comparison
-    p_holm: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same for JSON."""
-        return {**asdict(self), "comparison": self.comparison.to_dict()}
-
-
-@dataclass(frozen=True)
-class TaskSummary:
-    """One task of a sweep. `methods`: the members that are points of the grid, and each rule at its α and at 1.
-
-    `is_percent`: the metric is right or wrong per example, and told in percent; `num_repeated`: validation examples
-    left out because test has them; `num_truncated`: requests that lost tokens on the left; `num_skipped`: images that
-    cannot be read.
+    p values are corrected together, over all comparisons (Holm).
     """
+    source = _Source(results, finished_runs(studies, results), errors or {})
+    found = [_task(study, index, source) for study in studies for index in range(len(study.runs[0][1].tasks))]
+    everything = [each for task in found for each in task.differences]
+    corrected = iter(holm([each.comparison.p_value for each in everything]))
+    equivalent = iter(holm([each.p_equivalent for each in everything if each.p_equivalent is not None]))
+    level = (1 - LEVEL) / max(1, len(everything))
 
-    task: str
-    version: str
-    num_fewshot: int | None
-    metric: str
-    higher_is_better: bool
-    is_percent: bool
-    num_validation: int
-    num_test: int
-    num_repeated: int
-    num_truncated: int
-    num_skipped: int
-    curve: tuple[Figure, ...]
-    methods: tuple[Figure, ...]
-    levels: tuple[str, ...]
-    choices: tuple[Choice, ...]
-    differences: tuple[Difference, ...]
+    def correct(each: Difference) -> Difference:
+        return replace(
+            each,
+            p_holm=next(corrected),
+            detectable=detectable_effect(each.comparison, level=level),
+            p_equivalent=None if each.p_equivalent is None else next(equivalent),
+        )
 
-    def choice(self, rule: str) -> Choice | None:
-        """Return the choice of a rule, or None where nothing chose."""
-        return next((choice for choice in self.choices if choice.rule == rule), None)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same for JSON."""
-        content = {key: value for key, value in vars(self).items() if not isinstance(value, tuple)}
-        for name in ("curve", "methods", "choices", "differences"):
-            content[name] = [each.to_dict() for each in getattr(self, name)]
-        return {**content, "levels": list(self.levels)}
+    return [replace(task, differences=tuple(map(correct, task.differences))) for task in found]
 
 
-def summarise(sweep: Sweep, rows: Mapping[str, Sequence[Row]]) -> list[TaskSummary]:
-    """Return the figures of every task of a sweep from all its rows, by example."""
-    found = [_summary(sweep, task, rows) for task in sweep.tasks]
-    differences = [difference for summary in found for difference in summary.differences]
-    corrected = iter(holm([difference.comparison.p_value for difference in differences]))
-    return [
-        replace(summary, differences=tuple(replace(each, p_holm=next(corrected)) for each in summary.differences))
-        for summary in found
-    ]
+def chosen_alpha(study: Study, key: str, index: int, results: Results) -> float:
+    """Return the α of a method: the one given, or the one that the validation documents of a task choose."""
+    source = _Source(results, finished_runs([study], results))
+    return _answered(study.runs_of(key, source.finished), key, index, source).point.alpha
 
 
-def label(point: GridPoint) -> str:
-    """Return how a point is named in tables."""
-    return f"{point.rule} α = {point.alpha:g}"
-
-
-def level_label(role: str) -> str:
-    """Return how a member is named in tables: source FT."""
-    name, _, kind = role.rpartition("_")
-    return f"{name} {kind.upper()}" if name in ("source", "target") else role
-
-
-def _summary(sweep: Sweep, task: SweepTask, rows: Mapping[str, Sequence[Row]]) -> TaskSummary:
-    figures = TaskFigures(task, sweep.grid, rows, seed=sweep.options.seed)
-    choices = tuple(filter(None, (_choose(sweep, figures, rule) for rule in sweep.options.rules)))
-    levels = {level_label(role): point for role, point in sweep.levels.items()}
-    ones = [GridPoint(rule, 1.0) for rule in sweep.options.rules]
-    chosen = {choice.rule: GridPoint(choice.rule, choice.alpha) for choice in choices}
-    methods = {point: name for name, point in levels.items()}
-    for one in ones:
-        for point in filter(None, (chosen.get(one.rule), one)):
-            methods.setdefault(point, label(point))
-    curve = tuple(_figure(figures, point, label(point)) for point in sweep.points)
-    compared = tuple(_compared_figure(figures, point, name) for point, name in methods.items())
-    wanted = [
-        (point, other) for one in ones for point in [chosen.get(one.rule, one)] for other in (*levels.values(), one)
-    ]
-    return TaskSummary(
+def _task(study: Study, index: int, source: _Source) -> TaskFigures:
+    plan = study.runs[0][1]
+    task, options = plan.tasks[index], plan.options
+    numbers = Statistics(task, options.cluster, options.seed)
+    answered: dict[str, _Answered] = {}
+    figures: dict[str, MethodFigure] = {}
+    for key in study.method_keys:
+        runs = study.runs_of(key, source.finished)
+        if runs is None:
+            figures[key] = _failed(study, key, task, source.errors)
+            continue
+        one = _answered(runs, key, index, source)
+        if study.experiment is None and any(one.is_also(other) for other in answered.values()):
+            continue  # a rule whose chosen α is 1
+        answered[key] = one
+        figures[key] = _figure(study, one, index, numbers, source.results)
+    values = [value for one in answered.values() for of_seed in one.values() for value in of_seed]
+    is_percent = task.metric.is_mean and all(value in (0, 1) for value in values)
+    margin = None if options.margin is None else options.margin / (100 if is_percent else 1)
+    choosing = [run_plan.tasks[index] for run, run_plan in study.runs if run.chooses] or [task]
+    return TaskFigures(
+        experiment=study.name,
         task=task.task.name,
         version=task.task.version,
-        num_fewshot=task.task.num_fewshot,
         metric=task.metric.key,
         higher_is_better=task.metric.higher_is_better,
-        num_validation=len(task.parts.validation),
-        num_test=len(task.parts.test),
-        num_repeated=len(task.parts.repeated),
-        num_truncated=sweep.num_truncated(task),
-        num_skipped=sweep.num_skipped(task),
-        is_percent=all(figure.test.method == WILSON for figure in (*curve, *compared)),
-        curve=curve,
-        methods=compared,
-        levels=tuple(levels),
-        choices=choices,
-        differences=tuple(
-            Difference(
-                methods[point],
-                methods[other],
-                figures.compare(figures.values(point, TEST), figures.values(other, TEST)),
-                math.nan,
-            )
-            for point, other in _different(sweep, wanted)
-        ),
+        is_percent=is_percent,
+        num_validation=len(choosing[0].parts[VALIDATION]),
+        num_test=len(task.parts[TEST]),
+        tests=_hash(task.parts[TEST]),
+        methods=tuple(figures.values()),
+        differences=tuple(_differences(study, answered, numbers, margin)),
+        curve=tuple(_curve(study, index, source, numbers)),
+        levels=tuple(key for key, one in answered.items() if one.method.alone is not None),
+        cluster=options.cluster,
+        num_clusters=None if numbers.clusters is None else len(set(numbers.clusters)),
+        margin=options.margin,
+        source="" if study.experiment is None else study.experiment.source,
+        notes=tuple(_notes(task.task.notes, choosing[0], study, index)),
+        not_measured=tuple(_not_measured(figures, study)),
     )
 
 
-def _different(sweep: Sweep, pairs: Sequence[tuple[GridPoint, GridPoint]]) -> list[tuple[GridPoint, GridPoint]]:
-    """The pairs of different formulas, each once: base-change and EFT are the same at α = 1."""
-    found: dict[frozenset[object], tuple[GridPoint, GridPoint]] = {}
-    for pair in pairs:
-        formulas = frozenset(map(sweep.formula, pair))
-        if len(formulas) == 2:
-            found.setdefault(formulas, pair)
-    return list(found.values())
+def _answered(runs: list[tuple[Run, Plan]] | None, key: str, index: int, source: _Source) -> _Answered:
+    assert runs is not None
+    methods = [next(method for method in run.methods if method.key == key) for run, _ in runs]
+    method, (_, plan) = methods[0], runs[0]
+    found = [TaskValues(each, index, source.read) for _, each in runs]
+    selection = choose(found, plan, method.rule) if method.alpha is None else None
+    alphas = [each.alpha if selection is None else selection.alpha for each in methods]
+    points = [GridPoint(each.rule, alpha) for each, alpha in zip(methods, alphas, strict=True) if alpha is not None]
+    return _Answered(method, plan, found, points, selection)
 
 
-def _choose(sweep: Sweep, figures: TaskFigures, rule: str) -> Choice | None:
-    options = sweep.options
-    if len(options.alphas) == 1:
-        return Choice(rule, options.alphas[0], GIVEN, None)
-    if options.by_perplexity:
-        selection = figures.choose_by_prompts(rule, options.alphas, sweep.num_prompt_tokens(figures.task))
-        return Choice(rule, selection.alpha, BY_PERPLEXITY, selection)
-    if not figures.has_validation:
-        return None
-    selection = figures.choose(rule, options.alphas, one_standard_error=options.one_standard_error)
-    return Choice(rule, selection.alpha, BY_METRIC, selection)
-
-
-def _figure(figures: TaskFigures, point: GridPoint, name: str) -> Figure:
-    validation = figures.estimate(point, VALIDATION) if figures.has_validation else None
-    return Figure(name, point.rule, point.alpha, figures.quick_interval(point), validation)
-
-
-def _compared_figure(figures: TaskFigures, point: GridPoint, name: str) -> Figure:
-    return replace(
-        _figure(figures, point, name),
-        test=figures.interval(point),
-        standard_error=figures.standard_error(point, TEST),
-        others=figures.others(point),
+def _figure(study: Study, one: _Answered, index: int, numbers: Statistics, results: Results) -> MethodFigure:
+    """The figure of a method; where there are several seeds of training, other metrics are those of the first."""
+    method, seeds, task = one.method, one.values(), one.found[0].task
+    by = BY_PERPLEXITY if one.plan.options.by_perplexity else BY_VALIDATION
+    is_given = method.has_alpha and one.selection is None and not method.key.endswith(" at 1")
+    has_point = study.experiment is None and method.key == method.rule
+    cost, error = _cost(study, method, index, results)
+    return MethodFigure(
+        method.key,
+        f"{method.label} α = {one.point.alpha:g}" if has_point else method.label,
+        method.rule,
+        alpha=one.point.alpha if method.has_alpha else None,
+        chosen_by=by if one.selection is not None else GIVEN if is_given else None,
+        selection=one.selection,
+        test=numbers.interval(seeds),
+        standard_error=one.found[0].standard_error(one.point, TEST),
+        others=one.found[0].others(one.point),
+        seeds=tuple(task.task.aggregate(task.metric.key, of) for of in seeds) if len(seeds) > 1 else (),
+        cost=cost,
+        error=error,
+        **_published(study, method.key, task),
     )
 
 
-def to_json(summaries: Sequence[TaskSummary], sweep: Sweep, command: str) -> str:
-    """Return summary.json: the figures of all tasks, and what they were made with."""
-    content = {
-        "command": command,
-        "selection": {
-            "validation": sweep.options.validation,
-            "select": sweep.options.select,
-            "one standard error": sweep.options.one_standard_error,
-        },
-        "tasks": [finite(summary.to_dict()) for summary in summaries],
-        "settings": sweep.settings,
-        "task settings": {task.task.name: task.task.describe() for task in sweep.tasks},
+def _failed(study: Study, key: str, task: PlannedTask, errors: Mapping[str, str]) -> MethodFigure:
+    runs = [(run, plan) for run, plan in study.runs if any(method.key == key for method in run.methods)]
+    method = next(method for method in runs[0][0].methods if method.key == key)
+    error = next((errors[plan.name] for _, plan in runs if plan.name in errors), "it was not run")
+    return MethodFigure(key, method.label, method.rule, error=error, **_published(study, key, task))
+
+
+def _published(study: Study, key: str, task: PlannedTask) -> dict[str, Any]:
+    experiment = study.experiment
+    if experiment is None:
+        return {}
+    return {
+        "published": experiment.published_figures(task.task.name, key, task.metric.key),
+        "published_alpha": experiment.published_alphas.get(task.task.name, {}).get(key),
+        "published_cost": dict(experiment.published_costs.get(key, {})),
     }
-    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-def finite(value: Any) -> Any:
-    """JSON knows no infinity: null stands for a number that is not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: finite(each) for key, each in value.items()}
-    return [finite(each) for each in value] if isinstance(value, list | tuple) else value
+def _curve(study: Study, index: int, source: _Source, numbers: Statistics) -> list[CurvePoint]:
+    """The metric at every point of the first run with a grid; of a benchmark, where several α were tried."""
+    for run, plan in study.runs:
+        has_grid = study.experiment is None or len(plan.options.alphas) > 1
+        if source.finished[plan.name] and run.seed in (None, 0) and has_grid:
+            found = TaskValues(plan, index, source.read)
+            chooses = bool(plan.tasks[index].parts[VALIDATION])
+            return [
+                CurvePoint(
+                    point.rule,
+                    point.alpha,
+                    numbers.quick_interval(found.values(point, TEST)),
+                    found.estimate(point, VALIDATION) if chooses else None,
+                )
+                for point in plan.points
+            ]
+    return []
+
+
+def _differences(
+    study: Study, answered: Mapping[str, _Answered], numbers: Statistics, margin: float | None
+) -> list[Difference]:
+    """All pairs; of a sweep those of different formulas, each once: base-change and EFT are the same at α = 1."""
+    pairs = study.pairs if study.experiment is None else compared_pairs(list(answered))
+    found: list[Difference] = []
+    known: set[frozenset[object]] = set()
+    for key, against in pairs:
+        if key not in answered or against not in answered:
+            continue
+        a, b = answered[key], answered[against]
+        if a.plan is b.plan:
+            formulas = frozenset(one.plan.formula(one.point) for one in (a, b))
+            if study.experiment is None and (len(formulas) < 2 or formulas in known):
+                continue
+            known.add(formulas)
+        values = (a.values(), b.values())
+        p_equivalent = None if margin is None else numbers.p_equivalent(*values, margin)
+        found.append(Difference(key, against, numbers.compare(*values), math.nan, p_equivalent=p_equivalent))
+    return found
+
+
+def _cost(study: Study, method: Method, index: int, results: Results) -> tuple[dict[str, Spread], str | None]:
+    """Costs over the rounds by name, and why a measurement failed, if one did."""
+    notes = [content for name, content in results.notes(COST) if name == f"{study.name}/{method.key}"]
+    whole = {content["round"]: content for content in notes if "error" not in content}
+    lost = [content["error"] for content in notes if "error" in content and content["round"] not in whole]
+    names = [name for name in COSTS if name != "examples_per_second" or index == 0]  # of the first task's documents
+    found = {}
+    for name in names:
+        values = [content[name] for content in whole.values() if content.get(name) is not None]
+        if values:
+            found[name] = Spread(statistics.median(values), min(values), max(values), len(values))
+    return found, lost[-1] if lost else None
+
+
+def _notes(own: Sequence[str], task: PlannedTask, study: Study, index: int) -> list[str]:
+    said = list(own)
+    if repeated := len(task.parts[REPEATED]):
+        said.append(f"{repeated:,} left out of validation since test has them too")
+    if num_cut := max(plan.tasks[index].num_cut for _, plan in study.runs):
+        said.append(f"{num_cut:,} requests cut on the left to fit into the shortest context")
+    if study.experiment is not None and study.experiment.num_seeds > 1:
+        said.append(f"{study.experiment.num_seeds} seeds of training; the alpha of a method is the same for all")
+    return said
+
+
+def _not_measured(figures: Mapping[str, MethodFigure], study: Study) -> list[str]:
+    said = [f"{one.label}: {one.error}" for one in figures.values() if one.test is None]
+    for one in figures.values():
+        if one.test is not None and one.error is not None:
+            said.append(f"{one.label} could not be measured in every round: {one.error}")
+    if study.experiment is not None and study.experiment.speed is None:
+        said.append("speed and memory")
+    return said
+
+
+def _hash(documents: Sequence[Document]) -> str:
+    asked = repr([(one.name, [getattr(each, "args", each) for each in one.requests]) for one in documents])
+    return hashlib.sha256(asked.encode()).hexdigest()[:16]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ensembler.errors import ConfigError, RunError
-from ensembler.evaluation.examples import Answer, Continuation, Example, Measurement, Metric, Rolling
+from ensembler.evaluation.documents import Answer, Document, Metric
 
 _LOCAL = ("json", "csv", "parquet", "text", "arrow")
 _TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
@@ -30,36 +30,33 @@ def check_fields(task: Any, doc: Any, source: str) -> None:
                 raise ConfigError(f"{source} has no field {field!r}, which the task's {name} uses; mend the row")
 
 
-def check_gold(task: Any, examples: list[Example]) -> None:
+def check_gold(task: Any, documents: list[Document]) -> None:
     """Raise ConfigError where no document names a right answer among its choices: lm-eval counts all as wrong."""
-    if not any(example.choices for example in examples) or any(example.gold for example in examples):
+    if not any(document.choices for document in documents) or any(document.gold for document in documents):
         return
-    first = examples[0]
+    first = documents[0]
     raise ConfigError(
-        f"{first.id}: the right answer {task.doc_to_target(first.source[0].doc)!r} is neither one of the choices "
+        f"{first.name}: the right answer {task.doc_to_target(first.requests[0].doc)!r} is neither one of the choices "
         f"{list(first.choices)} nor an index of them; the same goes for all other documents"
     )
 
 
-def check_metrics(
-    metrics: Iterable[Metric], example: Example, measure: Callable[[Example, list[Answer]], Measurement]
-) -> None:
-    """Raise ConfigError unless the declared metrics come of the task's output, as its first example shows."""
+def check_metrics(metrics: Iterable[Metric], document: Document, measure: Callable[[Document, Answer], Any]) -> None:
+    """Raise ConfigError unless the declared metrics come of the task's output, as its first document shows."""
     try:
-        values = measure(example, [_any_answer(request) for request in example.requests]).values
+        values, _ = measure(document, [_any_answer(request) for request in document.requests])
     except RunError:
         return  # of an answer that no model gave; a true one is told when it is measured
     for metric in metrics:
         value = values.get(metric.key)
         if metric.key not in values or (metric.is_mean and not isinstance(value, int | float | dict)):
-            task = example.id.split("/")[0]
             raise ConfigError(
-                f"metric {metric.name} of task {task} does not fit its output; lm-eval makes "
+                f"metric {metric.name} of task {document.task} does not fit its output; lm-eval makes "
                 f"{value!r} of it for one document: choose another metric or output_type"
             )
 
 
-def _any_answer(request: Any) -> Answer:
-    if isinstance(request, Rolling):
+def _any_answer(request: Any) -> Any:
+    if request.request_type == "loglikelihood_rolling":
         return -1.0
-    return (-1.0, False) if isinstance(request, Continuation) else ["1"] * request.repeats
+    return [-1.0, False] if request.request_type == "loglikelihood" else ["1"] * (request.repeats or 1)

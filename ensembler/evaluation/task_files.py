@@ -10,8 +10,8 @@ from typing import Any
 from ensembler.decoding.prompts import check_utf8, read_lines
 from ensembler.errors import ConfigError, PromptError
 from ensembler.evaluation.quiet import quiet
-from ensembler.evaluation.task_loading import check_counts, set_fewshot
-from ensembler.evaluation.tasks import EvalTask
+from ensembler.evaluation.task_loading import check_counts, set_fewshot, set_generation
+from ensembler.evaluation.tasks import PromptStyle, TextTask
 from ensembler.evaluation.templates import as_text, field_names, fill, look_up
 from ensembler.extras import require
 
@@ -78,9 +78,11 @@ def make_task_from_file(
     metric: str | None = None,
     name: str | None = None,
     num_fewshot: int | None = None,
-    limit: int | None = None,
+    limit: float | None = None,
+    gen_kwargs: str | Mapping[str, Any] | None = None,
+    style: PromptStyle | None = None,
     max_new_tokens: int = 256,
-) -> EvalTask:
+) -> TextTask:
     """Return the rows of a JSON Lines file as a task with one split, test.
 
     ``{field}`` stands for a field of the row in `prompt` and `answer`. `choices`: the texts to choose from, as
@@ -111,7 +113,8 @@ def make_task_from_file(
             config=_settings(file, documents, name or data.stem, max_new_tokens)
         )
     set_fewshot(task, num_fewshot)
-    return EvalTask(task, limit)
+    set_generation(task, gen_kwargs)
+    return TextTask(task, limit, style or PromptStyle())
 
 
 def _settings(file: TaskFile, documents: Sequence[Mapping[str, Any]], name: str, max_new_tokens: int) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ensembler.errors import ConfigError, EnsemblerError
-from ensembler.evaluation.code_tasks import check_code_task, is_code_task, read_code_task
 from ensembler.evaluation.quiet import quiet
-from ensembler.evaluation.tasks import EvalTask
+from ensembler.evaluation.tasks import PromptStyle, TextTask
 from ensembler.extras import require
 
 _YAML = (".yaml", ".yml")
@@ -21,38 +20,42 @@ def load_tasks(
     *,
     include_path: Path | None = None,
     num_fewshot: int | None = None,
-    limit: int | None = None,
-    allow_code_execution: bool = False,
-) -> list[EvalTask]:
+    limit: float | None = None,
+    gen_kwargs: str | Mapping[str, Any] | None = None,
+    style: PromptStyle | None = None,
+    confirm_run_unsafe_code: bool = False,
+) -> list[TextTask]:
     """Return the tasks of `names`, groups and tags expanded.
 
     A name is one that lm-eval knows, one of a YAML file in `include_path` (which wins), or the path of a YAML file.
     Local data files in a YAML file are looked for in its folder, then in the current one. `num_fewshot` changes
-    tasks that do not fix it to 0, as in lm-eval; `limit`: only so many documents of each split. Tasks that run code
-    which a model wrote need `allow_code_execution`. Raises ConfigError.
+    tasks that do not fix it to 0; `limit`: only so many documents of each split, or a share of them below 1;
+    `gen_kwargs`: settings of generation in place of the tasks', as "temperature=0.8,do_sample=true" or a mapping; tasks
+    that run code which a model wrote need `confirm_run_unsafe_code`: all as in lm-eval. Raises ConfigError.
     """
     if not names:
         raise ConfigError("no task was given; give a name that lm-eval knows or the path of a YAML file")
     check_counts(num_fewshot, limit)
     if include_path is not None and not include_path.is_dir():
         raise ConfigError(f"{include_path} is no folder; --include-path takes a folder of YAML tasks")
-    finder = _Finder(include_path, allow_code_execution)
-    tasks: dict[str, EvalTask] = {}
+    finder = _Finder(include_path, confirm_run_unsafe_code)
+    tasks: dict[str, TextTask] = {}
     for name in names:
         for task in finder.load(name):
             set_fewshot(task, num_fewshot)
+            set_generation(task, gen_kwargs)
             if task.task_name in tasks:
                 raise ConfigError(f"task {task.task_name} is given twice; leave one out")
-            tasks[task.task_name] = EvalTask(task, limit)
+            tasks[task.task_name] = TextTask(task, limit, style or PromptStyle())
     return list(tasks.values())
 
 
-def check_counts(num_fewshot: int | None, limit: int | None) -> None:
-    """Raise ConfigError unless both are counts."""
+def check_counts(num_fewshot: int | None, limit: float | None) -> None:
+    """Raise ConfigError unless both are counts; a limit may be a share below 1."""
     if num_fewshot is not None and num_fewshot < 0:
         raise ConfigError(f"{num_fewshot} few-shot examples are not possible; give 0 or more")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"a limit of {limit} documents leaves none; give 1 or more")
+    if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit))):
+        raise ConfigError(f"a limit of {limit:g} documents is not possible; give a number from 1, or a share below 1")
 
 
 def set_fewshot(task: Any, num_fewshot: int | None) -> None:
@@ -64,12 +67,23 @@ def set_fewshot(task: Any, num_fewshot: int | None) -> None:
         task.set_config(key="num_fewshot", value=0)
 
 
+def set_generation(task: Any, gen_kwargs: str | Mapping[str, Any] | None) -> None:
+    """Put settings of generation in place of a task's, as lm-eval's evaluator does. Raises ConfigError."""
+    if not gen_kwargs or task.OUTPUT_TYPE != "generate_until":
+        return
+    if isinstance(gen_kwargs, str):
+        if any(not name or not equals for name, equals, _ in (one.partition("=") for one in gen_kwargs.split(","))):
+            raise ConfigError(f"{gen_kwargs!r} are no settings of generation; give NAME=VALUE,... (temperature=0.8)")
+        gen_kwargs = require("lm_eval.utils", "eval").simple_parse_args_string(gen_kwargs)
+    task.set_config(key="generation_kwargs", value=gen_kwargs, update=True)
+
+
 class _Finder:
     """Loads by name. lm-eval's own index, of 14,000 tasks, takes many seconds: made when a name needs it."""
 
-    def __init__(self, include_path: Path | None, allow_code_execution: bool) -> None:
+    def __init__(self, include_path: Path | None, confirm_run_unsafe_code: bool) -> None:
         self._include_path = include_path
-        self._allow_code_execution = allow_code_execution
+        self._confirmed = confirm_run_unsafe_code
         self._managers: dict[bool, Any] = {}
 
     def load(self, name: str) -> list[Any]:
@@ -106,12 +120,9 @@ class _Finder:
         settings = _read(path, name, resolve=False)
         if "group" in settings:
             return self._load(str(path), name, True)  # it may name any other task
-        if is_code_task(settings):
-            if not self._allow_code_execution:
-                raise ConfigError(_unsafe(name))
-            settings = read_code_task(settings, path)
-        else:
-            settings = _read(path, name, resolve=True)
+        if settings.get("unsafe_code") and not self._confirmed:  # before functions that it names are imported
+            raise ConfigError(_unsafe(name))
+        settings = _read(path, name, resolve=True)
         for key in ("tag", "task_list"):
             settings.pop(key, None)
         return self._load(_find_files(settings, path.parent), name, False)
@@ -138,16 +149,14 @@ class _Finder:
         functions = getattr(task, "_metric_fn_list", {})
         if unknown := [name for name in functions if functions[name] is None and not task.config.process_results]:
             raise ConfigError(f"metric {unknown[0]} of task {task.task_name} is not known to lm-eval; name another")
-        if getattr(task, "UNSAFE_CODE", False):
-            if not self._allow_code_execution:
-                raise ConfigError(_unsafe(task.task_name))
-            check_code_task(task)
+        if getattr(task, "UNSAFE_CODE", False) and not self._confirmed:
+            raise ConfigError(_unsafe(task.task_name))
 
 
 def _unsafe(name: str) -> str:
     return (
-        f"task {name} runs code that the model wrote; add --allow-code-execution if it may run here, in a separate "
-        "process with limits"
+        f"task {name} runs code that the model wrote, with all that you may do on this machine; run it in a container, "
+        "and add --confirm-run-unsafe-code"
     )
 
 
@@ -166,6 +175,10 @@ def _read(path: Path, name: str, *, resolve: bool) -> dict[str, Any]:
     except EnsemblerError:
         raise
     except Exception as error:  # YAML itself, a file that is included, a Python file that it names
+        if "HF_ALLOW_CODE_EVAL" in str(error):
+            raise ConfigError(
+                f"{name} runs code by Hugging Face's code_eval; allow it: HF_ALLOW_CODE_EVAL=1"
+            ) from error
         raise ConfigError(f"{name} cannot be read as a task: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(settings.get("task"), str) and "group" not in settings:
         raise ConfigError(f"{path} names no task; expected 'task: NAME' in it")

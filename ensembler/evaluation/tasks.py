@@ -2,42 +2,64 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ensembler.errors import ConfigError, RunError
-from ensembler.evaluation.examples import Answer, Example, Measurement, Metric, Request
+from ensembler.evaluation.documents import Answer, Document, Metric
 from ensembler.evaluation.metric_values import from_json, to_json
-from ensembler.evaluation.quiet import quiet, unprinted
-from ensembler.evaluation.standard_errors import NUM_RESAMPLES, standard_error
+from ensembler.evaluation.quiet import one_process, quiet, unprinted
 from ensembler.evaluation.task_checks import check_fields, check_gold, check_metrics
-from ensembler.evaluation.task_documents import (
-    OtherDocuments,
-    choices_of,
-    gold_of,
-    prediction_of,
-    request_of,
-    responses_of,
-)
 from ensembler.extras import require
 
 _SPLITS = {"test": "test_docs", "validation": "validation_docs", "train": "training_docs"}
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of functions, another in every process
+_NUM_RESAMPLES = 100  # of a standard error by bootstrap, where an aggregation may take many milliseconds
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How prompts are written, as lm-eval's options of the same names say."""
+
+    apply_chat_template: bool | str = False
+    fewshot_as_multiturn: bool = False
+    system_instruction: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
-class EvalTask:
+class TextTask:
     """A task of lm-eval, as `load_tasks` or `make_task_from_file` return it.
 
-    `task`: lm-eval's own. `limit`: only so many documents of a split, from its start.
+    `task`: lm-eval's own. `limit`: as in lm-eval, so many documents of a split from its start, or a share of them below
+    1. `chat`: what writes a chat as one text, `apply_chat_template` of the model that is asked; see `asked_of`.
     """
 
     task: Any
-    limit: int | None = None
+    limit: float | None = None
+    style: PromptStyle = PromptStyle()
+    chat: Callable[..., str] | None = None
+    _known: dict[str, list[Document]] = field(default_factory=dict, repr=False)
+
+    def asked_of(self, model: Any) -> TextTask:
+        """Return the task with prompts in the chat template of lm-eval's `model`, where the style wants one."""
+        if not self.style.apply_chat_template:
+            return self
+        with quiet():
+            try:
+                template = model.chat_template(self.style.apply_chat_template)
+            except ValueError as error:  # none of this name
+                raise ConfigError(f"{error} Give --apply-chat-template another name, or none") from error
+        if template is None:
+            raise ConfigError("the anchor's tokenizer has no chat template; leave --apply-chat-template out")
+        model.tokenizer.chat_template = template  # lm-eval chooses by name, and then writes with the default one
+        return replace(self, chat=model.apply_chat_template, _known={})
 
     @property
     def name(self) -> str:
@@ -50,24 +72,19 @@ class EvalTask:
         return str(self.task.VERSION)
 
     @property
-    def output_type(self) -> str:
-        """multiple_choice, loglikelihood, loglikelihood_rolling or generate_until."""
-        return str(self.task.OUTPUT_TYPE)
-
-    @property
     def num_fewshot(self) -> int:
         """How many solved examples stand before each question."""
         return int(self.task.config.num_fewshot or 0)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """The number of few-shot examples, for readers of the figures."""
+        return (f"{self.num_fewshot} examples in each prompt",)
+
     @cached_property
     def splits(self) -> dict[str, int]:
         """The number of documents (before `limit`) of each of the splits that the task has."""
-        has = {
-            "test": self.task.has_test_docs,
-            "validation": self.task.has_validation_docs,
-            "train": self.task.has_training_docs,
-        }
-        return {split: len(self._docs(split)) for split in _SPLITS if has[split]()}
+        return {one: len(self._docs(one)) for one, docs in _SPLITS.items() if getattr(self.task, f"has_{docs}")()}
 
     @property
     def default_split(self) -> str:
@@ -76,42 +93,26 @@ class EvalTask:
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """The metrics that the task declares, for each of its filters, in its order."""
-        declared = list(self.task.aggregation())
-        return tuple(self._metric(name, each.name) for each in self.task._filters for name in declared)
-
-    def choose_metric(self, key: str | None = None) -> Metric:
-        """Return the metric that a user asked for by its key, or the task's first; raise ConfigError if unknown."""
-        known = {metric.key: metric for metric in self.metrics}
-        if key is not None and key not in known:
-            raise ConfigError(f"task {self.name} has no metric {key!r}; it has {', '.join(known)}")
-        return known[key] if key is not None else self.metrics[0]
-
-    def metric(self, key: str) -> Metric:
-        """Return the metric of a key of `Measurement.values`; one that the task does not declare is a mean."""
-        if self._has_filters:
-            name, _, filter_name = key.rpartition(",")
-        else:
-            name, filter_name = key, self.task._filters[0].name
-        return self._metric(name, filter_name)
+        """The metrics that the task declares, for each of its filters, in its order; pass@k by its k."""
+        settings = getattr(self.task, "_metric_fn_kwargs", {})
+        names: list[str] = []
+        for name in self.task.aggregation():
+            ks = (settings.get(name) or {}).get("k")
+            names += [name] if ks is None else [f"pass@{k}" for k in ([ks] if isinstance(ks, int) else ks)]
+        return tuple(self._metric(name, each.name) for each in self.task._filters for name in names)
 
     def describe(self) -> dict[str, Any]:
-        """Return what was evaluated, for a summary: name, version, few-shot examples, splits and lm-eval's settings."""
+        """Return what was evaluated: version, few-shot examples, limit, style, and a hash of lm-eval's settings."""
         config = json.loads(json.dumps(self.task.dump_config(), default=str))
         data = config.get("dataset_kwargs") or {}
         if "data_files" in data:  # where files lie is no part of a task
             data["data_files"] = _names(data["data_files"])
-        return {
-            "name": self.name,
-            "version": self.version,
-            "output_type": self.output_type,
-            "num_fewshot": self.num_fewshot,
-            "limit": self.limit,
-            "splits": self.splits,
-            "config": config,
-        }
+        content = _ADDRESS.sub("", json.dumps(config))
+        found = {"version": self.version, "fewshot": self.num_fewshot, "limit": self.limit}
+        style = {} if self.style == PromptStyle() else {"style": vars(self.style)}
+        return {**found, **style, "config": hashlib.sha256(content.encode()).hexdigest()[:16]}
 
-    def examples(self, split: str | None = None) -> list[Example]:
+    def documents(self, split: str | None = None) -> list[Document]:
         """Return the documents of a split with their requests, prompts made by lm-eval.
 
         Two calls give the same prompts: few-shot examples are drawn anew with lm-eval's seed. In the split that lm-eval
@@ -120,32 +121,33 @@ class EvalTask:
         split = split or self.default_split
         if split not in self.splits:
             raise ConfigError(f"task {self.name} has no split {split!r}; it has {', '.join(self.splits)}")
-        with quiet():
-            examples = list(self._examples(split))
-        if not examples:
-            raise ConfigError(f"the {split} split of task {self.name} is empty; give another one")
-        check_gold(self.task, examples)
-        if self._metrics_can_be_tried:
-            check_metrics(self.metrics, examples[0], self.measure)
-        return examples
+        if split not in self._known:
+            with quiet():
+                documents = list(self._documents(split))
+            if not documents:
+                raise ConfigError(f"the {split} split of task {self.name} is empty; give another one")
+            check_gold(self.task, documents)
+            if self._metrics_can_be_tried:
+                check_metrics(self.metrics, documents[0], self.measure)
+            self._known[split] = documents
+        return self._known[split]
 
-    def bare_requests(self, example: Example) -> tuple[Request, ...]:
-        """Return what an example asks without few-shot examples: equal ones are of equal documents."""
+    def identity(self, document: Document) -> str:
+        """Return what a document asks without few-shot examples: equal ones are of equal documents."""
         if not self.num_fewshot:
-            return example.requests
-        split = example.id.split("/")[-2]
+            return repr([instance.args for instance in document.requests])
         with quiet():
-            instances = self._instances(example.source[0].doc, split, example.index, num_fewshot=0)
-        return tuple(request_of(instance) for instance in instances)
+            bare = self._instances(document.requests[0].doc, document.split, document.index, num_fewshot=0)
+        return repr([instance.args for instance in bare])
 
-    def measure(self, example: Example, answers: Sequence[Answer]) -> Measurement:
-        """Return what one document's answers, one per request, come to by lm-eval's filters and metrics.
+    def measure(self, document: Document, answers: Answer) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return what one document's answers come to by lm-eval's metrics, and what was answered, by its filters.
 
         Raises RunError where these fail.
         """
         instances = [
-            replace(instance, resps=responses_of(instance, answer), filtered_resps={})
-            for instance, answer in zip(example.source, answers, strict=True)
+            replace(instance, resps=_responses(instance, answer), filtered_resps={})
+            for instance, answer in zip(document.requests, answers, strict=True)
         ]
         values: dict[str, Any] = {}
         predictions: dict[str, str] = {}
@@ -156,14 +158,10 @@ class EvalTask:
                     results = [instance.filtered_resps[pipeline.name] for instance in instances]
                     for name, value in self.task.process_results(instances[0].doc, results).items():
                         values[self._key(name, pipeline.name)] = value
-                    predictions[pipeline.name] = prediction_of(example, results)
-        except RunError:
-            raise
+                    predictions[pipeline.name] = _prediction(document, results)
         except Exception as error:  # filters and metrics are programs of the task's authors
-            raise RunError(f"{example.id} could not be measured: {type(error).__name__}: {error}") from error
-        return Measurement(
-            {key: to_json(value, f"{key} of {example.id}") for key, value in values.items()}, predictions
-        )
+            raise RunError(f"{document.name} could not be measured: {type(error).__name__}: {error}") from error
+        return {key: to_json(value, f"{key} of {document.name}") for key, value in values.items()}, predictions
 
     def aggregate(self, key: str, values: Sequence[Any]) -> float:
         """Return the figure of all documents from their `values` (as in rows), by lm-eval's own aggregation."""
@@ -171,58 +169,52 @@ class EvalTask:
             raise ValueError(f"{key} of no documents")
         with unprinted():
             try:
-                return float(self._aggregation(self.metric(key).name)(from_json(list(values))))
+                return float(self._aggregation(key)(from_json(list(values))))
             except OverflowError:  # lm-eval's perplexities of what is all but impossible
                 return math.inf
 
-    def standard_error(self, key: str, values: Sequence[Any], *, num_resamples: int = NUM_RESAMPLES) -> float | None:
-        """Return lm-eval's standard error of `aggregate`, or None where it has none for this metric.
+    def standard_error(self, key: str, values: Sequence[Any], *, num_resamples: int = _NUM_RESAMPLES) -> float | None:
+        """Return lm-eval's standard error of `aggregate`, or None where it has none, or fewer than two values.
 
         A formula for means; for the others `num_resamples` draws of a bootstrap (lm-eval's default is 100,000).
         """
-        return standard_error(self._aggregation(self.metric(key).name), from_json(list(values)), num_resamples)
+        estimate = require("lm_eval.api.metrics", "eval").stderr_for_metric(self._aggregation(key), num_resamples)
+        if estimate is None or len(values) < 2:
+            return None
+        with unprinted(), one_process():
+            return float(estimate(from_json(list(values))))
 
-    def _examples(self, split: str) -> Iterator[Example]:
+    def _documents(self, split: str) -> Iterator[Document]:
         self.task.set_fewshot_seed(seed=require("lm_eval.defaults", "eval").DEFAULT_OTHER_SEED)
         docs = self._docs(split)
-        for index in range(len(docs) if self.limit is None else min(self.limit, len(docs))):
-            yield self._example(docs[index], split, index)
-
-    def _example(self, doc: Any, split: str, index: int) -> Example:
-        check_fields(self.task, doc, f"{self.name}/{split}/{index}")
-        instances = self._instances(doc, split, index)
-        choices = choices_of(self.task, doc)
-        return Example(
-            f"{self.name}/{split}/{index}",
-            json.loads(json.dumps(doc, default=require("lm_eval.utils", "eval").handle_non_serializable)),
-            tuple(request_of(instance) for instance in instances),
-            choices,
-            gold_of(self.task, doc, choices),
-            tuple(instances),
-        )
+        limit = len(docs) if self.limit is None else self.limit
+        limit = math.ceil(len(docs) * limit) if limit < 1 else int(limit)
+        for index in range(min(limit, len(docs))):
+            doc = docs[index]
+            check_fields(self.task, doc, f"{self.name}/{split}/{index}")
+            instances = self._instances(doc, split, index)
+            choices = _choices(self.task, doc)
+            content = json.loads(json.dumps(doc, default=require("lm_eval.utils", "eval").handle_non_serializable))
+            prompt, gold = str(instances[0].args[0]), _gold(self.task, doc, choices)
+            yield Document(self.name, split, index, content, prompt, tuple(instances), choices, gold)
 
     def _instances(self, doc: Any, split: str, index: int, num_fewshot: int | None = None) -> list[Any]:
         """The calls of `Task.build_all_requests`, which knows of one split only."""
         sampler = getattr(self.task, "sampler", None)
         if sampler is not None and split != self.default_split:
-            self.task.sampler = OtherDocuments(sampler, doc)
+            self.task.sampler = _OtherDocuments(sampler, doc)
+        chat = {"apply_chat_template": self.chat is not None, "chat_template": self.chat}
         try:
             context = self.task.fewshot_context(
                 doc,
                 num_fewshot=self.num_fewshot if num_fewshot is None else num_fewshot,
-                system_instruction=None,
-                apply_chat_template=False,
-                fewshot_as_multiturn=False,
-                chat_template=None,
+                system_instruction=self.style.system_instruction,
+                fewshot_as_multiturn=self.style.fewshot_as_multiturn,
                 gen_prefix=self.task.doc_to_prefix(doc),
+                **chat,
             )
-            made = self.task.construct_requests(
-                doc=doc,
-                ctx=context,
-                metadata=(self.name, index, self.task.config.repeats),
-                apply_chat_template=False,
-                chat_template=None,
-            )
+            metadata = (self.name, index, self.task.config.repeats)
+            made = self.task.construct_requests(doc=doc, ctx=context, metadata=metadata, **chat)
         except Exception as error:  # templates and functions are programs of the task's authors
             raise ConfigError(
                 f"{self.name}/{split}/{index}: no prompt could be made ({type(error).__name__}: {error}); "
@@ -244,25 +236,71 @@ class EvalTask:
             docs = getattr(self.task, _SPLITS[split])()
         return docs if hasattr(docs, "__getitem__") else list(docs)
 
-    @property
-    def _has_filters(self) -> bool:
-        return len(self.task._filters) > 1
-
     def _key(self, name: str, filter_name: str) -> str:
-        return f"{name},{filter_name}" if self._has_filters else name
+        return f"{name},{filter_name}" if len(self.task._filters) > 1 else name
 
     def _metric(self, name: str, filter_name: str) -> Metric:
-        return Metric(
-            self._key(name, filter_name),
-            name,
-            filter_name,
-            self.task.higher_is_better().get(name) is not False,  # None where a task does not say
-            self._aggregation(name) is require("lm_eval.api.metrics", "eval").mean,
-        )
+        higher = self.task.higher_is_better().get(name) is not False  # None where a task does not say
+        is_mean = self._aggregation(name) is require("lm_eval.api.metrics", "eval").mean
+        return Metric(self._key(name, filter_name), name, filter_name, higher, is_mean)
 
-    def _aggregation(self, name: str) -> Any:
-        """lm-eval's own, the mean where it has none, as its evaluator does."""
+    def _aggregation(self, key: str) -> Any:
+        """lm-eval's own of a metric, with its filter or without; the mean where it has none, as in its evaluator."""
+        name = key.rpartition(",")[0] if len(self.task._filters) > 1 and "," in key else key
         return self.task.aggregation().get(name, require("lm_eval.api.metrics", "eval").mean)
+
+
+@dataclass(frozen=True)
+class _OtherDocuments:
+    """A sampler of few-shot examples, as lm-eval calls it, that never gives `doc`."""
+
+    sampler: Any
+    doc: Any
+
+    def sample(self, n: int, eval_doc: Any = None) -> Any:
+        """Return `n` other documents."""
+        return self.sampler.sample(n=n, eval_doc=self.doc)
+
+
+def _responses(instance: Any, answer: Any) -> list[Any]:
+    """An answer as the responses that lm-eval keeps: one for each repeat."""
+    repeats = instance.repeats or 1
+    if instance.request_type == "generate_until":
+        if len(answer) != repeats:
+            raise ValueError(f"{len(answer)} texts for {repeats} repeats")
+        return list(answer)
+    return [tuple(answer) if isinstance(answer, list | tuple) else answer] * repeats
+
+
+def _choices(task: Any, doc: Any) -> tuple[str, ...]:
+    """The texts to choose from, none where the task is no multiple choice."""
+    if task.OUTPUT_TYPE != "multiple_choice" or task.config.doc_to_choice is None:
+        return ()
+    return tuple(map(str, task.doc_to_choice(doc)))
+
+
+def _gold(task: Any, doc: Any, choices: Sequence[str]) -> str | None:
+    """The right answer as text (several joined by " | "), or None: some tasks have none, or one that is no text."""
+    try:
+        target = task.doc_to_text(doc) if getattr(task, "multiple_input", 0) else task.doc_to_target(doc)
+        targets = target if isinstance(target, list) else [target]
+        return " | ".join(_text(one, choices) for one in targets) or None
+    except Exception:  # any task may refuse; the text is for people to read
+        return None
+
+
+def _text(target: Any, choices: Sequence[str]) -> str:
+    if not choices:
+        return str(target)
+    return choices[range(len(choices))[target] if isinstance(target, int) else list(choices).index(target)]
+
+
+def _prediction(document: Document, results: Sequence[Any]) -> str:
+    """The choice of the highest log-prob (the first of equals, as in lm-eval), or the filtered text."""
+    if not document.choices:
+        return str(results[0])
+    log_probs = [float(result[0]) for result in results[: len(document.choices)]]
+    return document.choices[log_probs.index(max(log_probs))]
 
 
 def _names(files: Any) -> Any:

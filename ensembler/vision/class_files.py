@@ -13,7 +13,7 @@ from ensembler.errors import ConfigError
 
 
 def as_images(
-    config: EnsembleConfig, *, classes: Path | None, templates: Path | None, aliases: Path | None
+    config: EnsembleConfig, *, classes: Path | None = None, templates: Path | None = None, aliases: Path | None = None
 ) -> EnsembleConfig:
     """Return the same members as an ensemble of image classifiers, with what the files say. Raises ConfigError."""
     labels, texts = (None, None) if classes is None else read_classes(classes)

@@ -10,7 +10,6 @@ from typing import Any
 
 from ensembler.class_names import some
 from ensembler.errors import ClassesError
-from ensembler.vocab import VocabularyContract
 
 
 def label_names(model_config: Any) -> tuple[str, ...]:
@@ -43,12 +42,6 @@ def agree(
         if names != expected:
             raise ClassesError(_difference(first, expected, role, names))
     return expected
-
-
-def make_contract(classes: Sequence[str], roles: Sequence[str]) -> VocabularyContract:
-    """Return the contract that the combination and the points of a grid take: all members hold all classes."""
-    widths = dict.fromkeys(roles, len(classes))
-    return VocabularyContract("identical", len(classes), widths, widths, dict.fromkeys(roles, 0))
 
 
 def _difference(first: str, expected: Sequence[str], role: str, names: Sequence[str]) -> str:

@@ -34,20 +34,10 @@ class Classified:
 
     def to_row(self) -> dict[str, Any]:
         """The same for JSON."""
-        if self.error is not None:
+        if self.anchor is None:
             return {"image": self.name, "error": self.error}
-        return {
-            "image": self.name,
-            "classes": [vars(candidate) for candidate in self.candidates],
-            "anchor": None if self.anchor is None else vars(self.anchor),
-        }
-
-
-@dataclass(frozen=True)
-class _Batch:
-    names: tuple[str, ...]
-    errors: dict[str, str]
-    prepared: dict[str, Tensor]
+        classes = [vars(candidate) for candidate in self.candidates]
+        return {"image": self.name, "classes": classes, "anchor": vars(self.anchor)}
 
 
 def classify(
@@ -63,40 +53,40 @@ def classify(
     An image that cannot be read has an `error` in place of classes; `strict` raises ImageError for the first one.
     """
 
-    def prepare(batch: Sequence[ImageSource]) -> _Batch:
+    def prepare(batch: Sequence[ImageSource]) -> tuple[Sequence[ImageSource], dict[str, str], dict[str, Tensor]]:
         errors: dict[str, str] = {}
-        prepared = model.prepare(_readable(batch, errors, strict=strict))
-        return _Batch(tuple(source.name for source in batch), errors, prepared)
+        return batch, errors, model.prepare(_readable(batch, errors, strict=strict))
 
     batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
-    for batch in ahead(batches, prepare):
-        yield from _classified(model, batch, top_k)
+    for batch, errors, prepared in ahead(batches, prepare):
+        seen = _see(model, prepared, top_k) if prepared else iter(())
+        for source in batch:
+            if source.name in errors:
+                yield Classified(source.name, error=errors[source.name])
+            else:
+                yield Classified(source.name, *next(seen))
 
 
 def _readable(batch: Sequence[ImageSource], errors: dict[str, str], *, strict: bool) -> Iterator[Any]:
     """The images of a batch, each decoded when it is asked for; why others cannot be read goes into `errors`."""
     for source in batch:
         try:
-            image = open_image(source)
+            yield open_image(source)
         except ImageError as error:
             if strict:
                 raise
             errors[source.name] = str(error)
-        else:
-            yield image
 
 
 @torch.inference_mode()
-def _classified(model: EnsembleForImageClassification, batch: _Batch, top_k: int) -> Iterator[Classified]:
-    if batch.prepared:
-        logits = model.member_logits(batch.prepared)
-        found = iter(_top(model, model.combine(logits), top_k))
-        anchors = iter(_top(model, logits[model.rule.anchor].float(), 1))
-    for name in batch.names:
-        if name in batch.errors:
-            yield Classified(name, error=batch.errors[name])
-        else:
-            yield Classified(name, next(found), next(anchors)[0])
+def _see(
+    model: EnsembleForImageClassification, prepared: dict[str, Tensor], top_k: int
+) -> Iterator[tuple[tuple[Candidate, ...], Candidate]]:
+    """The most probable classes of each image, and the anchor's first."""
+    logits = model.member_logits(prepared)
+    anchors = _top(model, logits[model.rule.anchor].float(), 1)
+    found = _top(model, model.combine(logits), top_k)
+    return zip(found, (first for (first,) in anchors), strict=True)
 
 
 def _top(model: EnsembleForImageClassification, logits: Tensor, top_k: int) -> list[tuple[Candidate, ...]]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ensembler.errors import ImageError
 from ensembler.extras import require
 from ensembler.sources import one_line
-from ensembler.vision.images import SUFFIXES, ImageFile, ImageSource, images_below
+from ensembler.vision.images import SUFFIXES, Found, ImageSource, image_file, images_below, read_file
 
 TEST = "test"  # the split that is reported, and the one of a folder that has none
 SPLITS = {"train": "train", "validation": "validation", "val": "validation", TEST: TEST}  # by the names of folders
@@ -24,34 +25,7 @@ class LabelledImage:
     label: str
 
 
-@dataclass(frozen=True)
-class LabelledImages:
-    """The images of a split in the order of their paths or rows; `num_others`: how many other files lie there."""
-
-    images: tuple[LabelledImage, ...]
-    num_others: int = 0
-
-
-ReadSplit = Callable[[], LabelledImages]
-
-
-@dataclass(frozen=True)
-class _Row:
-    """A row of a data set of `datasets`, whose image is kept as bytes or as the path of a file."""
-
-    rows: Any
-    index: int
-    column: str
-    name: str
-
-    def read(self) -> bytes:
-        """Return the bytes of the image's file. Raises ImageError."""
-        image = self.rows[self.index][self.column]
-        if image is None:
-            raise ImageError(f"{self.name} is empty")
-        if image["bytes"] is not None:
-            return bytes(image["bytes"])
-        return ImageFile(Path(image["path"]), self.name).read()
+ReadSplit = Callable[[], Found[LabelledImage]]  # images in the order of their paths or rows
 
 
 def find_splits(folder: Path) -> dict[str, ReadSplit]:
@@ -68,13 +42,14 @@ def find_splits(folder: Path) -> dict[str, ReadSplit]:
     parted = [name for name in below if name in SPLITS and any(each.is_dir() for each in _entries(folder / name))]
     unknown = [name for name in below if name not in SPLITS]
     if TEST not in parted and (unknown or not parted):  # a class may be called `train`
-        return {TEST: _reader(folder)}
+        return {TEST: partial(_read_classes, folder)}
     if unknown:
         raise ImageError(
             f"{folder} has {unknown[0]!r} beside {TEST}; expected train, validation (or val) and test alone, each with "
             "CLASS/xxx.png"
         )
-    return {split: _reader(folder / name) for split, name in _named(folder, below, TEST in parted).items()}
+    named = _named(folder, below, TEST in parted)
+    return {split: partial(_read_classes, folder / name) for split, name in named.items()}
 
 
 def _named(folder: Path, names: list[str], has_test: bool) -> dict[str, str]:
@@ -89,24 +64,19 @@ def _named(folder: Path, names: list[str], has_test: bool) -> dict[str, str]:
     return {SPLITS.get(name, name): name for name in names}
 
 
-def _reader(folder: Path) -> ReadSplit:
-    return lambda: _read_classes(folder)
-
-
-def _read_classes(folder: Path) -> LabelledImages:
+def _read_classes(folder: Path) -> Found[LabelledImage]:
     """The images of class/xxx.png; deeper folders belong to their class."""
-    found: list[LabelledImage] = []
-    num_others = sum(not entry.is_dir() for entry in _entries(folder))
-    for entry in _entries(folder):
-        if entry.is_dir():
-            images, num_others_below = images_below(entry)
-            found += [
-                LabelledImage(ImageFile(path, path.relative_to(folder).as_posix()), entry.name) for path in images
-            ]
-            num_others += num_others_below
-    if found:
-        return LabelledImages(tuple(found), num_others)
-    if images_below(folder)[0]:
+    entries = _entries(folder)
+    below = {entry.name: images_below(entry) for entry in entries if entry.is_dir()}
+    num_others = len(entries) - len(below) + sum(found.num_others for found in below.values())
+    images = [
+        LabelledImage(image_file(path, path.relative_to(folder).as_posix()), label)
+        for label, found in below.items()
+        for path in found.images
+    ]
+    if images:
+        return Found(tuple(images), num_others)
+    if images_below(folder).images:
         raise ImageError(f"{folder} has images without classes; expected class/xxx.png")
     raise ImageError(f"{folder} holds no images; expected class/xxx.png, with files ending in {', '.join(SUFFIXES)}")
 
@@ -123,14 +93,11 @@ def _find_rows(folder: Path) -> dict[str, ReadSplit]:
         raise ImageError(f"{folder} cannot be read as a data set: {one_line(error)}") from error
     splits: Mapping[str, Any] = found if isinstance(found, Mapping) else {TEST: found}
     named = _named(folder, list(splits), TEST in splits)
-    return {split: _row_reader(folder, name, splits[name], datasets) for split, name in named.items()}
+    return {split: partial(_read_rows, folder, name, splits[name]) for split, name in named.items()}
 
 
-def _row_reader(folder: Path, split: str, rows: Any, datasets: Any) -> ReadSplit:
-    return lambda: LabelledImages(tuple(_rows(folder, split, rows, datasets)))
-
-
-def _rows(folder: Path, split: str, rows: Any, datasets: Any) -> Iterator[LabelledImage]:
+def _read_rows(folder: Path, split: str, rows: Any) -> Found[LabelledImage]:
+    datasets = require("datasets", "eval")
     images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     labels = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(images) != 1 or len(labels) != 1:
@@ -142,7 +109,18 @@ def _rows(folder: Path, split: str, rows: Any, datasets: Any) -> Iterator[Labell
         raise ImageError(f"the {split} split of {folder} is empty")
     names = rows.features[labels[0]].names
     raw = rows.cast_column(images[0], datasets.Image(decode=False))
+    found = []
     for index, label in enumerate(rows[labels[0]]):
         if label is None or label < 0:
             raise ImageError(f"row {index} of the {split} split of {folder} has no label")
-        yield LabelledImage(_Row(raw, index, images[0], f"row {index}"), names[label])
+        name = f"row {index}"
+        found.append(LabelledImage(ImageSource(name, partial(_read_row, raw, index, images[0], name)), names[label]))
+    return Found(tuple(found))
+
+
+def _read_row(rows: Any, index: int, column: str, name: str) -> bytes:
+    """The bytes of an image's file, which a row holds or has the path of."""
+    image = rows[index][column]
+    if image is None:
+        raise ImageError(f"{name} is empty")
+    return read_file(Path(image["path"]), name) if image["bytes"] is None else bytes(image["bytes"])

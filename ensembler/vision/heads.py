@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,7 +32,6 @@ class HeadInfo:
     """What the header of a head's file says: `classes` and `normalize` are None where it says nothing of them."""
 
     num_classes: int
-    num_features: int
     classes: tuple[str, ...] | None
     normalize: bool | None
 
@@ -45,8 +47,7 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits (rows, C) in float32, whatever the dtype of the features."""
-        features = features.float()
-        features = unit_length(features) if self.normalize else features
+        features = unit_length(features.float()) if self.normalize else features.float()
         logits: Tensor = nn.functional.linear(features, self.weight, self.bias)
         return logits
 
@@ -59,34 +60,28 @@ def unit_length(features: Tensor) -> Tensor:
 
 def read_info(role: str, path: Path) -> HeadInfo:
     """Return what the header of a head's file says; raise MemberError unless it is one."""
-    if not path.is_file():
-        raise MemberError(f"{role}: there is no head {path}; give a safetensors file with weight (classes, features)")
     with naming(role):
+        if not path.is_file():
+            raise MemberError(f"there is no head {path}; give a safetensors file with weight (classes, features)")
         header = safetensors_header(path)
-    shape = header.get("weight", {}).get("shape", [])
-    if len(shape) != 2:
-        raise MemberError(f"{role}: {path} has no matrix 'weight'; expected (classes, features), and perhaps a 'bias'")
-    unknown = sorted(set(header) - {"weight", "bias"})
-    if unknown or ("bias" in header and header["bias"]["shape"] != shape[:1]):
-        what = f"holds {unknown[0]!r}" if unknown else f"has a bias of shape {header['bias']['shape']}"
-        raise MemberError(f"{role}: {path} {what}; expected weight (classes, features) and bias (classes,) alone")
-    try:
-        with safe_open(path, "pt") as file:
+        shape = header.get("weight", {}).get("shape", [])
+        if len(shape) != 2:
+            raise MemberError(f"{path} has no matrix 'weight'; expected (classes, features), and perhaps a 'bias'")
+        unknown = sorted(set(header) - {"weight", "bias"})
+        if unknown or ("bias" in header and header["bias"]["shape"] != shape[:1]):
+            fault = f"holds {unknown[0]!r}" if unknown else f"has a bias of shape {header['bias']['shape']}"
+            raise MemberError(f"{path} {fault}; expected weight (classes, features) and bias (classes,) alone")
+        with _opened(path) as file:
             said = file.metadata() or {}
-    except SafetensorError as error:
-        raise MemberError(f"{role}: the head {path} cannot be read: {one_line(error)}") from error
-    classes = _classes(role, path, said.get("classes"), shape[0])
-    return HeadInfo(shape[0], shape[1], classes, _normalize(role, path, said.get("normalize")))
+        classes = _read_classes(path, said.get("classes"), shape[0])
+        known = {None: None, "true": True, "false": False}
+        normalize = said.get("normalize")
+        if normalize not in known:
+            raise MemberError(f"{path} says normalize {normalize!r}; expected 'true' or 'false' in its metadata")
+        return HeadInfo(shape[0], classes, known[normalize])
 
 
-def _normalize(role: str, path: Path, said: str | None) -> bool | None:
-    known = {None: None, "true": True, "false": False}
-    if said not in known:
-        raise MemberError(f"{role}: {path} says normalize {said!r}; expected 'true' or 'false' in its metadata")
-    return known[said]
-
-
-def _classes(role: str, path: Path, said: str | None, num: int) -> tuple[str, ...] | None:
+def _read_classes(path: Path, said: str | None, num: int) -> tuple[str, ...] | None:
     if said is None:
         return None
     try:
@@ -94,17 +89,24 @@ def _classes(role: str, path: Path, said: str | None, num: int) -> tuple[str, ..
     except (ValueError, TypeError):
         classes = ()
     if len(classes) != num or not all(isinstance(name, str) for name in classes):
-        raise MemberError(f"{role}: {path} says classes that are not {num} names; expected a JSON list in its metadata")
+        raise MemberError(f"{path} says classes that are not {num} names; expected a JSON list in its metadata")
     return classes
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise MemberError(f"the head {path} cannot be read: {one_line(error)}") from error
 
 
 def load_head(role: str, path: Path, *, normalize: bool) -> Head:
     """Return the head in a file, in float32. Raises MemberError."""
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise MemberError(f"{role}: the head {path} cannot be read: {one_line(error)}") from error
+    with naming(role), _opened(path) as file:
+        # Copied, since a product with weights that are not aligned in memory, as in a file, rounds otherwise.
+        tensors = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in file.keys()}  # noqa: SIM118
     return Head(tensors["weight"], tensors.get("bias"), normalize=normalize)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
@@ -18,34 +20,31 @@ MAX_BYTES = 2**28
 MAX_RATIO = 100  # of the sides: a processor scales the shorter one up to its input size, and the other with it
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-
-class ImageSource(Protocol):
-    """Where an image is: its name, for people, and its bytes."""
-
-    @property
-    def name(self) -> str:
-        """The name of the image."""
-
-    def read(self) -> bytes:
-        """Return the bytes of its file. Raises ImageError."""
+AnImage = TypeVar("AnImage")
 
 
 @dataclass(frozen=True)
-class ImageFile:
-    """An image in a file; `name` is its path as it was given, or within its folder."""
+class ImageSource:
+    """Where an image is: its name, for people, and what returns the bytes of its file or raises ImageError."""
 
-    path: Path
     name: str
+    read: Callable[[], bytes]
 
-    def read(self) -> bytes:
-        """Return the bytes of the file. Raises ImageError."""
-        try:
-            size = self.path.stat().st_size
-            if size > MAX_BYTES:
-                raise ImageError(f"{self.name} has {size:,} bytes; at most {MAX_BYTES:,} are read")
-            return self.path.read_bytes()
-        except OSError as error:
-            raise ImageError(f"{self.name} cannot be read: {error.strerror}") from error
+
+def image_file(path: Path, name: str) -> ImageSource:
+    """Return the source of an image in a file; `name` is its path as it was given, or within its folder."""
+    return ImageSource(name, partial(read_file, path, name))
+
+
+def read_file(path: Path, name: str) -> bytes:
+    """Return the bytes of an image's file. Raises ImageError, which calls it `name`."""
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise ImageError(f"{name} has {size:,} bytes; at most {MAX_BYTES:,} are read")
+        return path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{name} cannot be read: {error.strerror}") from error
 
 
 def open_image(source: ImageSource) -> Any:
@@ -104,33 +103,30 @@ def _eight_bits(image: Any, name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Found:
+class Found(Generic[AnImage]):
     """Images that were named or lie below folders, and how many other files do."""
 
-    images: tuple[ImageFile, ...]
+    images: tuple[AnImage, ...]
     num_others: int = 0
 
 
-def find_images(places: list[Path]) -> Found:
+def find_images(places: list[Path]) -> Found[ImageSource]:
     """Return the images that were named, and those below the folders that were, by path. Raises ImageError."""
-    found: list[ImageFile] = []
+    found: list[Path] = []
     num_others = 0
     for place in places:
-        if place.is_dir():
-            below, num_others_below = images_below(place)
-            if not below:
-                raise ImageError(f"{place} holds no images; expected files ending in {', '.join(SUFFIXES)}")
-            found += [ImageFile(path, str(path)) for path in below]
-            num_others += num_others_below
-        elif place.is_file():
-            found.append(ImageFile(place, str(place)))
-        else:
+        if not place.is_dir() and not place.is_file():
             raise ImageError(f"there is no file or folder {place}")
-    return Found(tuple(found), num_others)
+        below = images_below(place) if place.is_dir() else Found((place,))
+        if not below.images:
+            raise ImageError(f"{place} holds no images; expected files ending in {', '.join(SUFFIXES)}")
+        found += below.images
+        num_others += below.num_others
+    return Found(tuple(image_file(path, str(path)) for path in found), num_others)
 
 
-def images_below(folder: Path) -> tuple[list[Path], int]:
-    """Return the images in a folder and those below it, by path, and how many other files there are.
+def images_below(folder: Path) -> Found[Path]:
+    """Return the images in a folder and those below it, by path.
 
     Hidden files are left out. A link that leads nowhere is an image by its name, which then cannot be read.
     """
@@ -139,5 +135,5 @@ def images_below(folder: Path) -> tuple[list[Path], int]:
         for path in folder.rglob("*")
         if not path.is_dir() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
-    images = [path for path in files if path.suffix.lower() in SUFFIXES]
-    return images, len(files) - len(images)
+    images = tuple(path for path in files if path.suffix.lower() in SUFFIXES)
+    return Found(images, len(files) - len(images))

@@ -6,13 +6,12 @@ device in one dtype, with one way to prepare images; of classifiers all weights 
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
 
@@ -23,24 +22,14 @@ from ensembler.sources import one_line
 from ensembler.vision.heads import Head, load_head
 from ensembler.vision.members import CLASSIFIER, HEAD, ImageMember
 from ensembler.vision.preflight import CheckedImages
-from ensembler.vision.towers import CLASSIFIER_MODULE, ClassifierTower, FeatureTower, SharedTower, WholeClassifier
+from ensembler.vision.towers import CLASSIFIER_MODULE, FeatureTower, SharedTower, WholeClassifier
 from ensembler.vision.zero_shot import zero_shot_head
 from ensembler.weights import naming
 
 _logger = logging.get_logger(__name__)
-# In a config, but no part of what is computed: names, the labels, and what tools noted.
-_NAMES = (
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "finetuning_task",
-    "id2label",
-    "label2id",
-    "num_labels",
-    "problem_type",
-    "torch_dtype",
-    "transformers_version",
-)
+# In a config, but no part of what is computed: what classes are called, and what tools noted.
+_LABELS = ("id2label", "label2id", "num_labels", "problem_type")
+_NOTES = ("_name_or_path", "architectures", "dtype", "finetuning_task", "torch_dtype", "transformers_version")
 
 
 def load_towers(checked: CheckedImages) -> list[SharedTower]:
@@ -56,7 +45,8 @@ def load_towers(checked: CheckedImages) -> list[SharedTower]:
         if member.kind == CLASSIFIER:
             _add_classifier(towers, member, _load(member))
             continue
-        key = repr((_place(member), member.processor.to_dict()))
+        config = member.config
+        key = repr((config.model, config.revision, config.dtype, config.device, member.processor.to_dict()))
         if key not in loaded:
             loaded[key] = _feature_tower(towers, member, _load(member))
         loaded[key].heads[role] = _head(member, loaded[key], checked)
@@ -76,9 +66,19 @@ def _feature_tower(towers: list[SharedTower], member: ImageMember, model: PreTra
     return new
 
 
-def _place(member: ImageMember) -> tuple[object, ...]:
-    config = member.config
-    return (config.model, config.revision, config.dtype, config.device)
+def _add_classifier(towers: list[SharedTower], member: ImageMember, model: PreTrainedModel) -> None:
+    """Add a classifier, to a tower that is loaded already where it differs in its head alone."""
+    for index, tower in enumerate(towers):
+        if isinstance(tower, FeatureTower) or not _is_alike(tower, member, model, but=CLASSIFIER_MODULE):
+            continue
+        if isinstance(tower, WholeClassifier):
+            parted = tower.parted(_blank(tower))
+            if parted is None:
+                continue
+            towers[index] = tower = parted
+        tower.heads[member.role] = model.get_submodule(CLASSIFIER_MODULE)
+        return
+    towers.append(WholeClassifier(model, {member.role: nn.Identity()}, member.processor))
 
 
 def _load(member: ImageMember) -> PreTrainedModel:
@@ -112,23 +112,16 @@ def _class_of(member: ImageMember) -> Any:
 
 
 def _head(member: ImageMember, tower: FeatureTower, checked: CheckedImages) -> Head:
-    if member.kind == HEAD:
-        head = load_head(member.role, Path(str(member.config.head)), normalize=member.normalize).to(tower.device)
-        num = _num_features(member, tower)
-        if head.weight.shape[1] != num:
-            raise MemberError(
-                f"{member.role}: its head reads {head.weight.shape[1]} features, and {member.config.model} has {num}; "
-                "give the head that was trained on it"
-            )
-        return head
-    config = checked.config
-    model = tower.model
-    if not hasattr(model, "get_text_features") or not hasattr(model, "logit_scale"):
-        kind = type(model).__name__
-        raise MemberError(f"{member.role}: a {kind} cannot be used zero-shot here; give it a linear head with --head")
-    return zero_shot_head(member, model, checked.classes, texts=config.class_texts, templates=config.templates).to(
-        tower.device
-    )
+    if member.kind != HEAD:
+        return zero_shot_head(member, tower.model, checked)
+    head = load_head(member.role, Path(str(member.config.head)), normalize=member.normalize).to(tower.device)
+    num = _num_features(member, tower)
+    if head.weight.shape[1] != num:
+        raise MemberError(
+            f"{member.role}: its head reads {head.weight.shape[1]} features, and {member.config.model} has {num}; "
+            "give the head that was trained on it"
+        )
+    return head
 
 
 @torch.inference_mode()
@@ -150,41 +143,24 @@ def _blank(tower: SharedTower) -> Tensor:
     return tower.prepare(image.new("RGB", (64, 64), (90, 120, 150))).to(tower.device, tower.model.dtype)
 
 
-def _add_classifier(towers: list[SharedTower], member: ImageMember, model: PreTrainedModel) -> None:
-    """Add a classifier, to a tower that is loaded already where it differs in its head alone."""
-    for index, tower in enumerate(towers):
-        if not isinstance(tower, WholeClassifier | ClassifierTower):
-            continue
-        if not _is_alike(tower, member, model, but=CLASSIFIER_MODULE):
-            continue
-        if isinstance(tower, WholeClassifier):
-            if not _ends_with_classifier(tower):
-                continue
-            (role,) = tower.roles
-            own = copy.copy(tower.model.get_submodule(CLASSIFIER_MODULE))
-            tower = ClassifierTower(tower.model, {role: own}, tower.processor)
-            towers[index] = tower
-        tower.adopt(member.role, model.get_submodule(CLASSIFIER_MODULE))
-        return
-    towers.append(WholeClassifier(member.role, model, member.processor))
-
-
 def _is_alike(tower: SharedTower, member: ImageMember, model: PreTrainedModel, but: str | None = None) -> bool:
     """Whether a member's images and weights are those of a tower, bit for bit, `but` for a submodule of it."""
-    mine, theirs = tower.model, model
-    if type(mine) is not type(theirs) or mine.device != theirs.device or (but is not None and not hasattr(mine, but)):
+    if but is not None and not hasattr(model, but):
         return False
-    if _settings(mine.config.to_dict()) != _settings(theirs.config.to_dict()):
+    if _facts(tower.model, tower.processor) != _facts(model, member.processor):
         return False
-    if tower.processor.to_dict() != member.processor.to_dict():
-        return False
-    one, other = (
+    mine, theirs = (
         {name: value for name, value in each.state_dict().items() if but is None or not name.startswith(f"{but}.")}
-        for each in (mine, theirs)
+        for each in (tower.model, model)
     )
-    return list(one) == list(other) and all(
-        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+    return list(mine) == list(theirs) and all(
+        mine[name].dtype == theirs[name].dtype and torch.equal(mine[name], theirs[name]) for name in mine
     )
+
+
+def _facts(model: PreTrainedModel, processor: Any) -> tuple[object, ...]:
+    """All that must be the same in models that are one, but for their weights."""
+    return type(model), model.device, _settings(model.config.to_dict()), processor.to_dict()
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
@@ -192,18 +168,5 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     return {
         name: _settings(value) if isinstance(value, dict) else value
         for name, value in config.items()
-        if name not in _NAMES
+        if name not in (*_LABELS, *_NOTES)
     }
-
-
-@torch.inference_mode()
-def _ends_with_classifier(tower: SharedTower) -> bool:
-    """Whether the logits are what the module `classifier` returns, and nothing is done to them behind it."""
-    found: list[Any] = []
-    module = tower.model.get_submodule(CLASSIFIER_MODULE)
-    handle = module.register_forward_hook(lambda _, inputs, output: found.append((inputs, output)))
-    try:
-        logits = tower.model(pixel_values=_blank(tower)).logits
-    finally:
-        handle.remove()
-    return len(found) == 1 and len(found[0][0]) == 1 and found[0][1] is logits

@@ -23,6 +23,11 @@ from ensembler.vision.heads import HeadInfo, read_info
 from ensembler.weights import check_folder
 
 CLASSIFIER, HEAD, ZERO_SHOT = "classifier", "head", "zero-shot"
+_REFUSED = {
+    "adapter": "merge it into the model's files first",
+    "quantization": "leave it out, or give a dtype",
+    "device_map": "give one device",
+}
 
 
 @dataclass(frozen=True)
@@ -46,8 +51,7 @@ class ImageMember(MemberFiles):
     @property
     def normalize(self) -> bool:
         """Whether its head is for features of length 1."""
-        said = None if self.head is None else self.head.normalize
-        return self.is_dual if said is None else said
+        return self.is_dual if self.head is None or self.head.normalize is None else self.head.normalize
 
     @property
     def assumptions(self) -> list[str]:
@@ -64,7 +68,9 @@ class ImageMember(MemberFiles):
 def check_image_member(role: str, config: MemberConfig) -> ImageMember:
     """Find and check a member's files: configs, processor, safetensors headers, head. Raises MemberError."""
     require("PIL.Image", "vision")
-    _check_settings(role, config)
+    for name, remedy in _REFUSED.items():
+        if getattr(config, name) is not None:
+            raise MemberError(f"{role}: an image classifier takes no {name}; {remedy}")
     config = config.absolute()
     if is_local(config.model):
         check_folder(role, Path(config.model))
@@ -74,20 +80,15 @@ def check_image_member(role: str, config: MemberConfig) -> ImageMember:
         raise not_found(role, config.model, error) from error
     head = None if config.head is None else read_info(role, Path(config.head))
     kind = _kind(role, config, model_config)
-    processor = load_processor(role, config)
-    classes = label_names(model_config) if kind == CLASSIFIER else None if head is None else head.classes
-    return ImageMember(role, config, model_config, None, None, False, kind, processor, classes, head)
-
-
-def load_processor(role: str, config: MemberConfig) -> Any:
-    """Return a member's image processor, in its variant that needs Pillow and no torchvision. Raises MemberError."""
-    try:
-        return AutoImageProcessor.from_pretrained(config.model, revision=config.revision, backend="pil")
+    try:  # in the variant that needs Pillow and no torchvision
+        processor = AutoImageProcessor.from_pretrained(config.model, revision=config.revision, backend="pil")
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise MemberError(
             f"{role}: the image processor of {config.model} (preprocessor_config.json) cannot be read: "
             f"{one_line(error)}"
         ) from error
+    classes = label_names(model_config) if kind == CLASSIFIER else None if head is None else head.classes
+    return ImageMember(role, config, model_config, None, None, False, kind, processor, classes, head)
 
 
 def _kind(role: str, config: MemberConfig, model_config: Any) -> str:
@@ -102,14 +103,3 @@ def _kind(role: str, config: MemberConfig, model_config: Any) -> str:
         f"{role}: {config.model} is a {', '.join(names) or model_config.model_type}; expected an image classifier, a "
         "dual encoder such as CLIP, or a vision tower with --head"
     )
-
-
-def _check_settings(role: str, config: MemberConfig) -> None:
-    remedies = {
-        "adapter": "merge it into the model's files first",
-        "quantization": "leave it out, or give a dtype",
-        "device_map": "give one device",
-    }
-    for name, remedy in remedies.items():
-        if getattr(config, name) is not None:
-            raise MemberError(f"{role}: an image classifier takes no {name}; {remedy}")

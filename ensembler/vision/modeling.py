@@ -45,11 +45,9 @@ class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unus
         self.rule = config.get_rule()
         self.classes = checked.classes
         self.contract = checked.contract
-        self._towers = nn.ModuleList(towers)
+        self.towers: Any = nn.ModuleList(towers)
         self.combination = make_combination(self.rule, self.contract, config.outside)
         self.eval()
-
-    # -- making one ---------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_members(
@@ -58,28 +56,16 @@ class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unus
         rule: str = "base-change",
         alpha: float = 1.0,
         members: Mapping[str, str | Path | MemberConfig | Mapping[str, Any]],
-        classes: Sequence[str] | None = None,
-        class_texts: Mapping[str, str] | None = None,
-        templates: Sequence[str] | None = None,
-        aliases: Mapping[str, str] | None = None,
-        **numbers: Any,
+        **settings: Any,
     ) -> EnsembleForImageClassification:
         """Return an ensemble of `members` by role: paths, hub ids, or MemberConfigs (a `head` among their fields).
 
-        `classes`: the labels, where no member names them or zero-shot members need them; `class_texts`: the words for
-        them in prompts by label, where these are others; `templates`: the prompts of zero-shot members; `aliases`:
-        labels by what members call them; `numbers`: of the rule, as in `EnsembleConfig`. Raises ConfigError,
-        MemberError or ClassesError before any weight is loaded.
+        `settings` are those of `EnsembleConfig`: the numbers of the rule, and `classes`, where no member names them or
+        zero-shot members need them; `class_texts`, `templates` and `aliases`. Raises ConfigError, MemberError or
+        ClassesError before any weight is loaded.
         """
-        named: dict[str, Any] = {"classes": classes, "class_texts": class_texts, "templates": templates}
-        config = EnsembleConfig(
-            task=IMAGES,
-            rule=rule,
-            alpha=alpha,
-            members={role: str(member) if isinstance(member, Path) else member for role, member in members.items()},
-            **{**named, "aliases": aliases},
-            **numbers,
-        )
+        named = {role: str(member) if isinstance(member, Path) else member for role, member in members.items()}
+        config = EnsembleConfig(task=IMAGES, rule=rule, alpha=alpha, members=named, **settings)
         return cls.from_checked(check_images(config))
 
     @classmethod
@@ -101,17 +87,10 @@ class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unus
 
         The hub's options (`revision`, `token` ...) say which folder. Raises as `from_members`.
         """
-        dtype = options.pop("torch_dtype", None) if dtype is None else dtype
-        hub_options = {name: options.pop(name) for name in folders.HUB_OPTIONS if options.get(name) is not None}
-        given = [name for name, value in options.items() if value is not None and value is not False]
-        unknown = [name for name in given if name not in _OPTIONS_OF_AUTO]
-        if unknown:
-            raise InputError(f"from_pretrained of an ensemble takes no {unknown[0]!r}; set it for each member instead")
-        folder = folders.find(pretrained_model_name_or_path, **hub_options)
-        config = folders.read(folder) if config is None else folders.located(config, folder)
-        config = config if alpha is None else config.replaced(alpha=alpha)
-        if dtype not in (None, "auto"):
-            config.change_members(dtype=str(dtype).removeprefix("torch."))
+        options = {name: value for name, value in options.items() if value is not False}  # as Auto classes give them
+        config = folders.load(
+            pretrained_model_name_or_path, config, alpha=alpha, dtype=dtype, device_map=None, options=options
+        )
         return cls.from_checked(check_images(config))
 
     def save_pretrained(  # type: ignore[override,unused-ignore]
@@ -119,8 +98,6 @@ class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unus
     ) -> None:
         """Write the folder: config.json; members and heads are referenced, not copied."""
         folders.write(self.config, Path(save_directory), tokenizer=None, generation_config=None, overwrite=overwrite)
-
-    # -- what it is ---------------------------------------------------------------------------------------------------
 
     @property
     def alpha(self) -> float:
@@ -132,17 +109,10 @@ class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unus
         self.config.alpha = self.rule.check_alpha(value)
 
     @property
-    def towers(self) -> tuple[SharedTower, ...]:
-        """What is run on images, each once."""
-        towers: Any = self._towers
-        return tuple(towers)
-
-    @property
     def device(self) -> torch.device:
         """Where logits are combined: the anchor's device."""
-        return next(tower.device for tower in self.towers if self.rule.anchor in tower.roles)
-
-    # -- running it ---------------------------------------------------------------------------------------------------
+        device: torch.device = next(tower.device for tower in self.towers if self.rule.anchor in tower.roles)
+        return device
 
     def prepare(self, images: Iterable[Any]) -> dict[str, Tensor]:
         """Return images of Pillow as every member's own pixel values (rows, channels, height, width), by role.
@@ -186,9 +156,6 @@ class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unus
         """
         ordered = [logits[role].to(self.device) for role in self.rule.roles]
         return combine(ordered, weights_for(self.combination, self.alpha if alpha is None else alpha, ordered[0]))
-
-
-_OPTIONS_OF_AUTO = {"_from_auto", "_commit_hash", "adapter_kwargs", *folders.HUB_OPTIONS}
 
 
 def _of(pixel_values: PixelValues, roles: Sequence[str]) -> Tensor:

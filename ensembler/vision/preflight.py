@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from ensembler.config import IMAGES, EnsembleConfig, check_roles
 from ensembler.errors import ClassesError, ConfigError
 from ensembler.preflight import CheckedEnsemble
-from ensembler.vision.classes import agree, make_contract
+from ensembler.vision.classes import agree
 from ensembler.vision.members import ImageMember, check_image_member
+from ensembler.vocab import VocabularyContract
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,13 @@ def check_images(config: EnsembleConfig) -> CheckedImages:
     if unknown:
         raise ClassesError(f"there are words for the class {unknown[0]!r}, which is not one of the ensemble's classes")
     config.name_classes(classes)
+    widths = dict.fromkeys(rule.roles, len(classes))
     return CheckedImages(
         config=config,
         files=dict(members),
         loaded={},
         model_configs={role: member.model_config for role, member in members.items()},
-        contract=make_contract(classes, rule.roles),
+        contract=VocabularyContract("identical", len(classes), widths, widths, dict.fromkeys(rule.roles, 0)),
         tokenizer=None,
         generation_config=None,
         members=members,

@@ -72,10 +72,8 @@ class FeatureTower(SharedTower):
         Raises MemberError for a model that does not pool.
         """
         model: Any = self.model
-        if hasattr(model, "get_image_features"):
-            output = model.get_image_features(pixel_values=pixel_values)
-        else:
-            output = model(pixel_values=pixel_values)
+        run = model.get_image_features if hasattr(model, "get_image_features") else model
+        output = run(pixel_values=pixel_values)
         if isinstance(output, Tensor):
             return output
         pooled: Tensor | None = getattr(output, "image_embeds", None)
@@ -89,31 +87,39 @@ class FeatureTower(SharedTower):
 
 
 class ClassifierTower(SharedTower):
-    """Image classifiers that differ in nothing but the module `classifier`, whose input is read where it goes in."""
+    """Image classifiers that differ in nothing but the module `classifier`; each head is that of a member."""
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """Return the input of the model's own `classifier`."""
-        found: list[Tensor] = []
-        module = self.model.get_submodule(CLASSIFIER_MODULE)
-        handle = module.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
-        try:
-            self.model(pixel_values=pixel_values)
-        finally:
-            handle.remove()
-        return found[0]
-
-    def adopt(self, role: str, head: nn.Module) -> None:
-        """Serve another member, with its own `classifier`."""
-        self.heads[role] = head
+        _, calls = _run_classifier(self.model, pixel_values)
+        features: Tensor = calls[0][0][0]
+        return features
 
 
 class WholeClassifier(SharedTower):
-    """One image classifier, run as it is."""
-
-    def __init__(self, role: str, model: PreTrainedModel, processor: Any) -> None:
-        super().__init__(model, {role: nn.Identity()}, processor)
+    """One image classifier, run as it is, with a head that changes nothing."""
 
     def features(self, pixel_values: Tensor) -> Tensor:
         """Return its logits, which need no head."""
         logits: Tensor = self.model(pixel_values=pixel_values).logits
         return logits
+
+    @torch.inference_mode()
+    def parted(self, pixel_values: Tensor) -> ClassifierTower | None:
+        """Return the same with its module `classifier` as a head; None where the logits are not what that returns."""
+        logits, calls = _run_classifier(self.model, pixel_values)
+        if len(calls) != 1 or len(calls[0][0]) != 1 or calls[0][1] is not logits:
+            return None
+        heads = dict.fromkeys(self.roles, self.model.get_submodule(CLASSIFIER_MODULE))
+        return ClassifierTower(self.model, heads, self.processor)
+
+
+def _run_classifier(model: PreTrainedModel, pixel_values: Tensor) -> tuple[Tensor, list[tuple[Any, Any]]]:
+    """The logits of a classifier, and what its module `classifier` was given and returned, call by call."""
+    calls: list[tuple[Any, Any]] = []
+    module = model.get_submodule(CLASSIFIER_MODULE)
+    handle = module.register_forward_hook(lambda _, inputs, output: calls.append((inputs, output)))
+    try:
+        return model(pixel_values=pixel_values).logits, calls
+    finally:
+        handle.remove()

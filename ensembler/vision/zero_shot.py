@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ensembler.evaluation.provenance import config_hash
 from ensembler.sources import is_local, one_line
 from ensembler.vision.heads import Head, load_head, read_info, save_head, unit_length
 from ensembler.vision.members import ImageMember
+from ensembler.vision.preflight import CheckedImages
 
 _logger = logging.get_logger(__name__)
 
@@ -41,33 +42,27 @@ def cache_folder() -> Path:
     return Path(constants.HF_HOME) / "ensembler" / "zero_shot_heads"
 
 
-def zero_shot_head(
-    member: ImageMember,
-    model: PreTrainedModel,
-    classes: Sequence[str],
-    *,
-    texts: Mapping[str, str] | None = None,
-    templates: Sequence[str] | None = None,
-    cache: Path | None = None,
-) -> Head:
-    """Return the head of a dual encoder for these classes, from the cache where it was made before.
+def zero_shot_head(member: ImageMember, model: PreTrainedModel, checked: CheckedImages) -> Head:
+    """Return the head of a dual encoder for the classes of its ensemble, from the cache where it was made before.
 
-    `texts`: words for a class in prompts by label, the label itself where there are none. A file in the cache that
-    cannot be read is made again. Raises MemberError.
+    A file in the cache that cannot be read is made again. Raises MemberError.
     """
-    templates = list(templates or DEFAULT_TEMPLATES)
-    words = [(texts or {}).get(name, name) for name in classes]
-    path = (cache or cache_folder()) / f"{_key(member, model, words, templates)}.safetensors"
+    if not hasattr(model, "get_text_features") or not hasattr(model, "logit_scale"):
+        kind = type(model).__name__
+        raise MemberError(f"{member.role}: a {kind} cannot be used zero-shot here; give it a linear head with --head")
+    templates = list(checked.config.templates or DEFAULT_TEMPLATES)
+    words = [(checked.config.class_texts or {}).get(name, name) for name in checked.classes]
+    path = cache_folder() / f"{_key(member, model, words, templates)}.safetensors"
     if path.is_file():
         try:
-            if read_info(member.role, path).num_classes == len(classes):
+            if read_info(member.role, path).num_classes == len(words):
                 return load_head(member.role, path, normalize=True).to(model.device)
         except MemberError:
             _logger.warning("the head %s in the cache cannot be read; it is made again", path)
     head = _make(member, model, [[template.replace("{}", word) for template in templates] for word in words])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_head(head, classes, path)
+        save_head(head, checked.classes, path)
     except (OSError, SafetensorError):
         return head  # a cache that cannot be written to costs time, and nothing else
     return head
@@ -77,35 +72,34 @@ def tokenizer_hash(member: ImageMember) -> str:
     """Return what tells a member's tokenizer from others: the hash of a folder's files, or the commit on the hub."""
     if not is_local(member.config.model):
         return str(getattr(member.model_config, "_commit_hash", None))
-    files = [path for name in _TOKENIZER if (path := Path(member.config.model) / name).is_file()]
-    return _hash([path.name.encode() + b"\0" + path.read_bytes() for path in files])
+    digest = hashlib.sha256()
+    for name in _TOKENIZER:
+        path = Path(member.config.model) / name
+        if path.is_file():
+            digest.update(name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _key(member: ImageMember, model: PreTrainedModel, words: Sequence[str], templates: Sequence[str]) -> str:
     """A name for all that a head depends on: the tensors that texts go through, config, tokenizer and texts."""
-    tensors = [(name, tensor) for name, tensor in model.state_dict().items() if not name.startswith(_OF_IMAGES)]
-    weights = _hash(
-        part
-        for name, tensor in tensors
-        for part in (
-            f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(),
-            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(),
-        )
-    )
-    content = [_FORMAT, weights, config_hash(member.model_config), tokenizer_hash(member), list(words), list(templates)]
-    return _hash([json.dumps(content).encode()])[:32]
-
-
-def _hash(parts: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+    weights = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(_OF_IMAGES):
+            weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    of_member = [weights.hexdigest(), config_hash(member.model_config), tokenizer_hash(member)]
+    return hashlib.sha256(json.dumps([_FORMAT, *of_member, words, templates]).encode()).hexdigest()[:32]
 
 
 @torch.inference_mode()
 def _make(member: ImageMember, model: PreTrainedModel, prompts: Sequence[Sequence[str]]) -> Head:
-    tokenizer = _tokenizer(member)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(member.config.model, revision=member.config.revision)
+    except Exception as error:  # tokenizers raises bare Exceptions for files that it cannot read
+        raise MemberError(
+            f"{member.role}: the tokenizer in {member.config.model}, which its class names need, cannot be read: "
+            f"{one_line(error)}"
+        ) from error
     flat = [prompt for of_class in prompts for prompt in of_class]
     found = [_text_features(model, tokenizer, flat[start : start + _BATCH]) for start in range(0, len(flat), _BATCH)]
     by_class = torch.split(unit_length(torch.cat(found).float()), [len(of_class) for of_class in prompts])
@@ -122,21 +116,6 @@ def _text_features(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str])
     inputs = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     accepted = inspect.signature(model.get_text_features).parameters
     given = {name: tensor.to(model.device) for name, tensor in inputs.items() if name in accepted}
-    features: Tensor = _pooled(model.get_text_features(**given))
-    return features
-
-
-def _pooled(output: Any) -> Tensor:
-    """The projected features, which transformers hands out bare or within an output."""
+    output = model.get_text_features(**given)
     features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
     return features
-
-
-def _tokenizer(member: ImageMember) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(member.config.model, revision=member.config.revision)
-    except Exception as error:  # tokenizers raises bare Exceptions for files that it cannot read
-        raise MemberError(
-            f"{member.role}: the tokenizer in {member.config.model}, which its class names need, cannot be read: "
-            f"{one_line(error)}"
-        ) from error

@@ -1,0 +1,53 @@
+"""The plan of a benchmark on the terminal: what would run, and which differences its documents can show."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ensembler.cli.tables import console
+from ensembler.inspection import summarise
+from ensembler.planning.budgets import show_size
+
+if TYPE_CHECKING:
+    from ensembler.evaluation.bench import Bench
+
+_DISAGREEMENTS = (0.05, 0.1, 0.3)  # shares of documents on which two methods differ: much alike, and not
+
+
+def print_plan(bench: Bench) -> None:
+    """Print members with their bytes, vocabulary contracts, tasks with their examples, and detectable differences."""
+    from ensembler.evaluation.parts import TEST, VALIDATION
+
+    out = console()
+    for run, plan in (pair for study in bench.studies for pair in study.runs if pair[0].instead_of is None):
+        summary = summarise(plan.checked)
+        out.print(f"\n{plan.name}: {', '.join(method.key for method in run.methods)}", markup=False)
+        out.print(f"  vocabulary {summary.vocabulary}, {summary.shared:,} shared ids", markup=False)
+        for member in summary.members:
+            size = "?" if member.num_bytes is None else show_size(member.num_bytes)
+            adapter = "" if member.adapter is None else f" + {member.adapter}"
+            out.print(f"  {member.role}: {member.model}{adapter}, {size}, {member.dtype}", markup=False)
+        given = [method for method in run.methods if method.has_alpha and method.alpha is not None]
+        if given:
+            out.print("  " + ", ".join(f"{one.key} at alpha {one.alpha:g}" for one in given), markup=False)
+        for task in plan.tasks:
+            num = len(task.parts[VALIDATION])
+            chosen = f", alpha chosen of {len(run.alphas)} on {num:,} others" if run.chooses else ""
+            num_test = len(task.parts[TEST])
+            out.print(f"  {task.task.name} ({task.metric.key}): {num_test:,} test examples{chosen}", markup=False)
+    out.print("\nDifferences of right and wrong that one comparison would show in 80 of 100 cases:", markup=False)
+    tests = {task.task.name: len(task.parts[TEST]) for study in bench.studies for task in study.runs[0][1].tasks}
+    for name, num in tests.items():
+        out.print(f"  {name}, {num:,} test examples: {_shown(num)}", markup=False)
+
+
+def _shown(num: int) -> str:
+    from ensembler.evaluation.decisions import detectable_by
+
+    found = [(share, detectable_by(num, share)) for share in _DISAGREEMENTS]
+    said = [
+        f"{100 * difference:.1f} points where the two disagree on {100 * share:g} %"
+        for share, difference in found
+        if difference <= share  # not NaN
+    ]
+    return ", ".join(said) or "none; more examples are needed"

@@ -1,1 +1,0 @@
-"""Methods side by side: the ensemble, the ported patch, the members alone."""

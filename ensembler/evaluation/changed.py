@@ -1,0 +1,91 @@
+"""Test documents that α changed, for a page: how many, and some of them beside the anchor's answer."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ensembler.engine.grid import GridPoint
+from ensembler.evaluation.documents import Document
+from ensembler.evaluation.figures import MethodFigure, TaskFigures
+from ensembler.evaluation.parts import TEST
+from ensembler.evaluation.results_file import Measured, Results
+from ensembler.evaluation.study import Study
+
+_NUM_DOCUMENTS = 10
+_PROMPT_CHARACTERS = 700  # of a prompt's end
+
+
+def changed_in(studies: Sequence[Study], results: Results, task: TaskFigures) -> list[dict[str, Any]]:
+    """Return what `changed_by` finds for each method of a task with a chosen or given α; of several seeds the first."""
+    found = []
+    for run, plan in (each for study in studies if study.name == task.experiment for each in study.runs):
+        keys = {method.key for method in run.methods if run.seed in (None, 0)}
+        methods = [method for method in task.methods if method.method in keys and method.chosen_by is not None]
+        if methods:
+            planned = next(one for one in plan.tasks if one.task.name == task.task)
+            documents = {document.name: document for document in planned.parts[TEST]}
+            measured = {name: points for name, points in results.rows(plan.name) if name in documents}
+            rows = {name: dict(zip(plan.grid, points, strict=True)) for name, points in measured.items()}
+            if rows.keys() == documents.keys():
+                found += [changed_by(documents, rows, method, task, plan.answerer.thumbnail) for method in methods]
+    return [one for one in found if one is not None]
+
+
+def changed_by(
+    documents: Mapping[str, Document],
+    rows: Mapping[str, Mapping[GridPoint, Measured]],
+    method: MethodFigure,
+    task: TaskFigures,
+    thumbnail: Callable[[Document], str | None] = lambda document: None,
+) -> dict[str, Any] | None:
+    """Return what a page shows of the test documents that a method answers otherwise than its rule at α = 0.
+
+    `documents` and `rows` go by the name of a document; `thumbnail` returns a small picture of one as a data URI,
+    where it is an image. None where α is 0, or the rows have no α = 0.
+    """
+    points = GridPoint(method.rule, 0.0), GridPoint(method.rule, method.alpha or 0.0)
+    if not method.alpha or any(points[0] not in rows[name] for name in documents):
+        return None
+    pairs = {name: [_side(point, rows[name][point], task.metric) for point in points] for name in documents}
+    changes = [name for name, (before, after) in pairs.items() if before["answer"] != after["answer"]]
+    drawn = set(random.Random(0).sample(changes, min(_NUM_DOCUMENTS, len(changes))))
+    sign = 1 if task.higher_is_better else -1
+    gains = [sign * (after["value"] - before["value"]) for before, after in pairs.values()]
+    better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    return {
+        "title": f"{method.title} beside α = 0",
+        "counts": f"α changed {len(changes):,} of {len(pairs):,} answers; by {task.metric}, {better:,} documents are "
+        f"better and {worse:,} worse. {len(drawn)} of the changed ones, drawn at random:",
+        "examples": [
+            {
+                "name": name,
+                "picture": thumbnail(documents[name]),
+                "prompt": _end(documents[name].prompt),
+                "gold": documents[name].gold,
+                "answers": pairs[name],
+            }
+            for name in changes
+            if name in drawn
+        ],
+    }
+
+
+def _end(prompt: str) -> str:
+    return prompt if len(prompt) <= _PROMPT_CHARACTERS else f"… {prompt[-_PROMPT_CHARACTERS:]}"
+
+
+def _side(point: GridPoint, measured: Measured, metric: str) -> dict[str, Any]:
+    """One answer: as it is compared; as text, whole where it was generated, the first of several; and its value.
+
+    The value is NaN by a metric of all documents at once, which tells nothing of one.
+    """
+    predictions, value = measured.predictions, measured.values.get(metric)
+    answer = text = str(predictions.get(metric.partition(",")[2], next(iter(predictions.values()), "")))
+    match measured.answers:
+        case [[str(text), *_], *_]:
+            pass
+    number = value if isinstance(value, int | float) else math.nan
+    return {"at": f"α = {point.alpha:g}", "answer": answer, "text": text, "value": number}

@@ -1,0 +1,184 @@
+"""How much a comparison can show: the smallest difference it would find, and whether two methods are alike."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ensembler.errors import ConfigError
+from ensembler.evaluation.bootstrap import NUM_RESAMPLES, Aggregate, Numbers, Rows, resampled_aggregates
+from ensembler.evaluation.clusters import number_clusters
+from ensembler.evaluation.statistics import Comparison, Interval, check_paired, is_binary, mean_interval, row_numbers
+from ensembler.extras import require
+
+stats: Any = require("scipy.stats", "eval")
+optimize: Any = require("scipy.optimize", "eval")
+
+
+def detectable_effect(comparison: Comparison, *, level: float = 0.05, power: float = 0.8) -> float:
+    """Return the smallest true difference that these rows would have shown with probability `power` at `level`.
+
+    For McNemar's test it is computed from the exact power of the test, with the disagreement that was found, or the
+    difference itself where that is larger; inf for so few rows that the test never rejects. For other tests it is that
+    of a t test with the comparison's standard error and degrees of freedom; NaN where the standard error is 0 or NaN.
+    """
+    _check(level, power)
+    interval = comparison.difference
+    if comparison.only_a is not None and comparison.only_b is not None:
+        disagreement = (comparison.only_a + comparison.only_b) / interval.num_rows
+        return _smallest_shown(interval.num_rows, disagreement, level, power)
+    if not 0 < interval.standard_error < math.inf:
+        return math.nan
+    return interval.standard_error * _effect_of_t(interval.degrees_of_freedom or interval.num_rows - 1, level, power)
+
+
+def detectable_by(num_rows: int, disagreement: float, *, level: float = 0.05, power: float = 0.8) -> float:
+    """Return the smallest difference of two right-or-wrong methods that `num_rows` rows show with `power` at `level`.
+
+    Two methods that disagree on a share `disagreement` of rows differ by that share at most; inf where the rows do not
+    show even that difference. Exact for McNemar's exact test. Raises ConfigError for numbers out of range.
+    """
+    _check(level, power)
+    if num_rows < 1 or not 0 <= disagreement <= 1:
+        raise ConfigError(f"{num_rows} rows that disagree on {disagreement}; expected 1 or more, and a share of 0 to 1")
+    smallest = _smallest_shown(num_rows, disagreement, level, power)
+    return smallest if smallest <= disagreement else math.inf
+
+
+def rows_needed(difference: float, disagreement: float, *, level: float = 0.05, power: float = 0.8) -> int:
+    """Return the number of rows that show `difference` with `power`, by the test of `detectable_by`.
+
+    One row less does not show it; the power of an exact test is not quite monotone, so some smaller number may.
+    Raises ConfigError unless 0 < difference <= disagreement <= 1: methods differ by no more than they disagree.
+    """
+    _check(level, power)
+    if not 0 < difference <= disagreement <= 1:
+        raise ConfigError(
+            f"a difference of {difference} with a disagreement of {disagreement}; expected "
+            "0 < difference <= disagreement <= 1"
+        )
+
+    def are_enough(num_rows: int) -> bool:
+        return _mcnemar_power(num_rows, disagreement, difference, level) >= power
+
+    enough = 1
+    while not are_enough(enough):
+        enough *= 2
+    return bisect_left(range(enough), True, lo=enough // 2, key=are_enough)
+
+
+def equivalence(
+    a: Rows,
+    b: Rows,
+    margin: float,
+    aggregate: Aggregate | None = None,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+) -> float:
+    """Return p of the two one-sided tests that |metric(a) − metric(b)| < `margin` (Schuirmann 1987).
+
+    Rows of 0 and 1 are tested by the score test of Tango (1998, Statistics in Medicine 17:891), since t finds too much
+    where few rows differ; other numbers, and clusters, by t on the (cluster-robust) standard error; an `aggregate` by
+    the share of paired bootstrap resamples at or beyond the margin.
+
+    Of rows between 0 and 1, p is at least (1 − margin)^n for n rows or clusters, the probability that none of n differs
+    when a share `margin` of all rows does. NaN where all differences are alike, and within the margin, and rows have
+    other values; and for an aggregate that no resample changes.
+
+    Raises ConfigError as `compare`, and for a margin that is not above 0, or not below 1 for rows of 0 and 1.
+    """
+    check_paired(a, b)
+    groups = number_clusters(clusters, len(a))
+    if not margin > 0:
+        raise ConfigError(f"an equivalence margin of {margin}; expected a number above 0")
+    if aggregate is not None:
+        of_a, of_b = resampled_aggregates(aggregate, [a, b], seed, num_resamples, groups)[1]
+        return _share_beyond(of_a - of_b, margin)
+    x, y = row_numbers(a), row_numbers(b)
+    both = np.concatenate([x, y])
+    if is_binary(both) and margin >= 1:
+        raise ConfigError(
+            f"an equivalence margin of {margin} for rows of 0 and 1; expected a share: 0.01 is one percent"
+        )
+    interval = mean_interval(x - y, groups)
+    if groups is None and is_binary(both):
+        only_a, only_b = int((x > y).sum()), int((x < y).sum())
+        p_value = max(_tango(only_a, only_b, len(x), margin), _tango(only_b, only_a, len(x), margin))
+    elif interval.standard_error > 0:
+        p_value = equivalence_by_t(interval, margin)
+    else:
+        p_value = math.nan if abs(interval.estimate) < margin else 1.0
+    if both.min() < 0 or both.max() > 1:
+        return p_value
+    num_units = len(x) if groups is None else int(groups.max()) + 1
+    return float(np.nanmax([p_value, max(0.0, 1 - margin) ** num_units]))
+
+
+def equivalence_by_t(difference: Interval, margin: float) -> float:
+    """Return the same p by t, from the standard error and the degrees of freedom; NaN where there are none."""
+    if difference.degrees_of_freedom is None or not difference.standard_error > 0:
+        return math.nan
+    reach = margin - abs(difference.estimate)
+    return float(stats.t.sf(reach / difference.standard_error, difference.degrees_of_freedom))
+
+
+def _tango(only_a: int, only_b: int, num_rows: int, margin: float) -> float:
+    """Return p of 'a is better by `margin` or more'; `rate_b` is the most likely rate of only_b under it."""
+    slope = (2 * num_rows - only_a + only_b) * margin - only_a - only_b
+    rate_b = (math.sqrt(slope**2 + 8 * num_rows * only_b * margin * (1 - margin)) - slope) / (4 * num_rows)
+    error = math.sqrt(num_rows * (2 * rate_b + margin * (1 - margin)))
+    return float(stats.norm.cdf((only_a - only_b - num_rows * margin) / error))
+
+
+def _share_beyond(found: Numbers, margin: float) -> float:
+    if not np.isfinite(found).all() or found.min() == found.max():
+        return math.nan
+    beyond = max(int((found >= margin).sum()), int((found <= -margin).sum()))
+    return (beyond + 1) / (len(found) + 1)
+
+
+def _smallest_shown(num_rows: int, disagreement: float, level: float, power: float) -> float:
+    """Return the smallest difference that is shown. The disagreement is taken to be no smaller than the difference."""
+
+    def lacking(difference: float) -> float:
+        return power - _mcnemar_power(num_rows, max(disagreement, difference), difference, level)
+
+    return float(optimize.brentq(lacking, 1e-12, 1.0)) if lacking(1.0) < 0 else math.inf
+
+
+def _mcnemar_power(num_rows: int, disagreement: float, difference: float, level: float) -> float:
+    """Return the probability that McNemar's exact test rejects, over the number of rows on which the methods disagree.
+
+    Of those rows, the better method alone is right on a share of (1 + difference / disagreement) / 2. The test rejects
+    if one of the two is right on at most `most` of them; -1 where it never does.
+    """
+    binom = stats.binom
+    fewest, largest = binom.ppf([1e-9, 1 - 1e-9], num_rows, disagreement)
+    discordant = np.arange(fewest, largest + 1)
+    most = binom.ppf(level / 2, discordant, 0.5)
+    most -= binom.cdf(most, discordant, 0.5) > level / 2
+    better = (1 + difference / disagreement) / 2
+    rejects = binom.cdf(most, discordant, better) + binom.cdf(most, discordant, 1 - better)
+    return float((binom.pmf(discordant, num_rows, disagreement) * rejects).sum())
+
+
+def _effect_of_t(degrees: float, level: float, power: float) -> float:
+    """Return the mean, in standard errors, that a two-sided t test shows with `power`.
+
+    The power is averaged over quantiles of the estimated standard error. statsmodels' solve_power would do, but returns
+    its starting value for few degrees of freedom and a low level, where scipy's noncentral t is NaN or takes minutes.
+    """
+    critical = float(stats.t.isf(level / 2, degrees))
+    found = critical * np.sqrt(stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, degrees) / degrees)
+    return float(optimize.brentq(lambda mean: power - stats.norm.cdf(mean - found).mean(), 0, found.max() + 40))
+
+
+def _check(level: float, power: float) -> None:
+    if not 0 < level < power < 1:
+        raise ConfigError(f"a level of {level} with a power of {power}; expected 0 < level < power < 1")

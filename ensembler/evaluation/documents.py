@@ -1,0 +1,132 @@
+"""One document of a task, and the protocols of tasks and of what answers them. Knows nothing of models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from ensembler.engine.grid import GridPoint
+
+Answer = list[Any]
+"""The answers to a document's requests at one point, as JSON: [log-prob in nats, is it the greedy one] of a
+continuation, a log-prob of a whole text, a list of texts of a generation."""
+
+
+@dataclass(frozen=True, eq=False)
+class Document:
+    """One document of a split of a task.
+
+    `content` is the document as JSON; `prompt`, `choices` and `gold` (the right answer) are for people to read.
+    `requests`: lm-eval's own instances, or the image.
+    """
+
+    task: str
+    split: str
+    index: int
+    content: Mapping[str, Any]
+    prompt: str
+    requests: tuple[Any, ...] = field(repr=False)
+    choices: tuple[str, ...] = ()
+    gold: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the document, the same in every run: task/split/index."""
+        return f"{self.task}/{self.split}/{self.index}"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure of a task.
+
+    `key` names it in rows: "acc", or "exact_match,flexible-extract" in a task with several filters. `is_mean`: it is
+    the mean of one number per document, and not computed from all of them at once, as F1 is.
+    """
+
+    key: str
+    name: str
+    filter: str
+    higher_is_better: bool
+    is_mean: bool
+
+
+class Reading(NamedTuple):
+    """How the members read a document.
+
+    `length` of its longest request in tokens (0 of an image), a `digest` of what they read, `num_scored` tokens whose
+    log-prob is asked for, and `num_cut` requests that lost tokens on the left to fit into the context.
+    """
+
+    length: int
+    digest: str
+    num_scored: int = 0
+    num_cut: int = 0
+
+
+class Task(Protocol):
+    """Documents by split, and how their answers become a figure: `tasks.TextTask` and `vision.tasks.ImageTask`."""
+
+    @property
+    def name(self) -> str:
+        """The name of the task."""
+
+    @property
+    def version(self) -> str:
+        """The version of its documents and metrics; figures of two versions are not to be compared."""
+
+    @property
+    def default_split(self) -> str:
+        """The split that is reported."""
+
+    @property
+    def splits(self) -> Mapping[str, int]:
+        """The number of documents of each split."""
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """Its metrics; the first counts if no other is asked for."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of its figures should know: few-shot examples, documents that were left out."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what was evaluated, as JSON; part of what rows depend on."""
+
+    def documents(self, split: str | None = None) -> list[Document]:
+        """Return the documents of a split, by default of the one that is reported. Raises ConfigError."""
+
+    def identity(self, document: Document) -> str:
+        """Return what tells documents apart: two with the same hold the same question."""
+
+    def measure(self, document: Document, answers: Answer) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return the values of a document's answers by metric key, and what was answered by filter. Raises RunError."""
+
+    def aggregate(self, key: str, values: Sequence[Any]) -> float:
+        """Return the figure of a metric from the values of all documents."""
+
+    def standard_error(self, key: str, values: Sequence[Any]) -> float | None:
+        """Return the standard error of a figure; None where there is none."""
+
+
+class Answerer(Protocol):
+    """Members that answer documents at all points of a grid: `grid_lm.TextAnswerer` and `vision.answers`."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return the ensemble, the backend and the packages that answers depend on, as JSON."""
+
+    def read(self, document: Document) -> Reading:
+        """Return how the members read a document. Raises PromptError for what cannot be asked; loads nothing."""
+
+    def open(self) -> AbstractContextManager[None]:
+        """Load the members; they end with the `with` block. Raises MemberError or RunError."""
+
+    def answer(
+        self, batches: Iterable[Sequence[Document]], points: Sequence[GridPoint]
+    ) -> Iterator[list[list[Answer]]]:
+        """Yield the answers to one batch after another: of each document, at each point."""
+
+    def thumbnail(self, document: Document) -> str | None:
+        """Return a small picture of the document as a data URI, where it is an image."""

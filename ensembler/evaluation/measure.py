@@ -1,0 +1,195 @@
+"""What a method costs, measured in a process of its own: `python -m ensembler.evaluation.measure`.
+
+Reads a JSON `Load` from standard input, prints a JSON `Cost` on standard output. One process loads one method, as its
+user would: nothing of another method is in its memory.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import peft  # noqa: F401  (a patch would load it while the clock runs)
+import psutil
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from ensembler.config import EnsembleConfig
+from ensembler.decoding.batches import pad_id
+from ensembler.engine.grid import GridPoint
+from ensembler.evaluation.backends import TransformersBackend
+from ensembler.evaluation.batches import can_share_contexts, make_batches
+from ensembler.evaluation.requests import ScoringRequest
+from ensembler.modeling import EnsembleForCausalLM
+from ensembler.planning.measuring import loaded_bytes
+from ensembler.preflight import check_ensemble
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is measured: an ensemble at α, or its one member `alone`, on prompts and continuations as ids.
+
+    `requests`, each a context and its continuation, are those of `num_examples` documents.
+    """
+
+    config: Mapping[str, Any]
+    alpha: float
+    alone: bool
+    prompts: Sequence[Sequence[int]]
+    requests: Sequence[Sequence[Sequence[int]]]
+    num_examples: int
+    new_tokens: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What it came to. Medians over the prompts; sizes in bytes; peaks less what the process had before loading.
+
+    `examples_per_second` is None where nothing is scored, `peak_device_bytes` without a GPU, `peak_host_bytes` where
+    the system does not tell it (other than Linux).
+    """
+
+    setup_seconds: float
+    weight_bytes: int
+    first_token_seconds: float
+    tokens_per_second: float
+    examples_per_second: float | None
+    peak_host_bytes: int | None
+    peak_device_bytes: int | None
+
+
+class _Clock(BaseStreamer):  # type: ignore[misc,unused-ignore]
+    """Notes when the prompt is handed over and when each token arrives."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        if self.times and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+def measure(load: Load) -> Cost:
+    """Load a method, warm it up, and measure it. Raises EnsemblerError."""
+    config = EnsembleConfig(**{**load.config, "alpha": load.alpha})
+    checked = check_ensemble(config)
+    before = psutil.Process().memory_info().rss
+    _forget_host_peak()
+    start = time.perf_counter()
+    model = EnsembleForCausalLM.from_checked(checked)
+    _read_weights(model)
+    setup = time.perf_counter() - start
+    decoder = model.anchor if load.alone else model
+    requests = _together(load.requests)
+    pad = pad_id(model, checked.require_tokenizer())
+    _decode(decoder, pad, load.prompts[0], 4)
+    _score(model, checked.model_configs, requests[: load.batch_size], load)
+    times = [_decode(decoder, pad, prompt, load.new_tokens) for prompt in load.prompts]
+    return Cost(
+        setup_seconds=setup,
+        weight_bytes=loaded_bytes([model]),
+        first_token_seconds=statistics.median(first for first, _ in times),
+        tokens_per_second=statistics.median(rate for _, rate in times),
+        examples_per_second=_score(model, checked.model_configs, requests, load),
+        peak_host_bytes=_host_peak(before),
+        peak_device_bytes=_device_peak(),
+    )
+
+
+def _read_weights(model: EnsembleForCausalLM) -> None:
+    """Weights that keep the dtype of their file are only mapped when they are loaded: read every page of them."""
+    for weight in (weight for weight in model.parameters() if weight.device.type == "cpu"):
+        weight.detach().flatten()[:: max(1, 4096 // weight.element_size())].sum()
+
+
+def _together(pairs: Sequence[Sequence[Sequence[int]]]) -> list[ScoringRequest]:
+    """Continuations of one context, which are read together."""
+    found: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
+    for context, continuation in pairs:
+        found.setdefault(tuple(context), {})[tuple(continuation)] = None
+    return [
+        ScoringRequest(number, *one, "a document") for number, one in enumerate((c, tuple(t)) for c, t in found.items())
+    ]
+
+
+@torch.inference_mode()
+def _decode(decoder: Any, pad: int, prompt: Sequence[int], num: int) -> tuple[float, float]:
+    """Seconds to the first token, and tokens per second after it; nothing ends the text before its length."""
+    ids = torch.tensor([list(prompt)], device=decoder.device)
+    clock = _Clock()
+    settings = GenerationConfig(max_new_tokens=num, do_sample=False, pad_token_id=pad)
+    decoder.generation_config = GenerationConfig(pad_token_id=pad)
+    start = time.perf_counter()
+    decoder.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings, streamer=clock)
+    _prompt, first, *_rest = clock.times
+    return first - start, (num - 1) / (clock.times[-1] - first)
+
+
+def _score(
+    model: EnsembleForCausalLM, model_configs: Mapping[str, Any], requests: Sequence[ScoringRequest], load: Load
+) -> float | None:
+    """Examples per second; None where there are none."""
+    share = can_share_contexts(model_configs.values())
+    batches = make_batches(requests, load.batch_size, share_contexts=share)
+    start = time.perf_counter()
+    for _ in TransformersBackend(model).score(batches, [GridPoint(load.config["rule"], load.alpha)]):
+        pass
+    return load.num_examples / (time.perf_counter() - start) if requests else None
+
+
+_STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def _forget_host_peak() -> None:
+    """Begin anew with the largest resident size. `ru_maxrss` would not do: a process has it from its parent."""
+    if _REFERENCES.exists():
+        _REFERENCES.write_text("5")
+
+
+def _host_peak(before: int) -> int | None:
+    """The largest resident size since it was forgotten, over `before`, in bytes."""
+    if not _STATUS.exists():
+        return None
+    lines = (line.split() for line in _STATUS.read_text().splitlines())
+    return next(int(line[1]) * 1024 for line in lines if line[0] == "VmHWM:") - before
+
+
+def _device_peak() -> int | None:
+    if not torch.cuda.is_available():
+        return None
+    return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+
+
+def main() -> None:
+    """Print the cost, or {"error": ...}."""
+    load = Load(**json.load(sys.stdin))
+    try:
+        found: dict[str, Any] = {**asdict(measure(load)), **_machine()}
+    except Exception as error:  # a model may raise anything; it is the row of this measurement
+        found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    print(json.dumps(found))
+
+
+def _machine() -> dict[str, Any]:
+    """On what it was measured."""
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    device = ", ".join(names) or platform.processor() or platform.machine()
+    return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+if __name__ == "__main__":
+    main()

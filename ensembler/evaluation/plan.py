@@ -1,0 +1,210 @@
+"""The work of one ensemble: its grid, and documents in batches. All is checked and read; nothing is loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from ensembler.engine.grid import Grid, GridPoint, make_grid
+from ensembler.errors import ConfigError
+from ensembler.evaluation.documents import Answer, Answerer, Document, Reading, Task
+from ensembler.evaluation.metric_values import to_json
+from ensembler.evaluation.parts import PROMPTS, TEST, PlannedTask, choose_metric, split_documents
+from ensembler.extras import require
+from ensembler.preflight import CheckedEnsemble
+from ensembler.rules import RULES, Rule
+
+_FORMAT = 2  # of the store; another number is another version's
+LOG_PROB = "log_prob"  # the value of a prompt
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a run does besides its tasks.
+
+    `rules` and `alphas` make the grid. `validation`: a number of documents or a split (`split_documents`). By `select`
+    "metric", α is chosen by the metric of the validation documents, with `one_standard_error` by that rule; by
+    "perplexity", by the likelihood of the reported documents' prompts, without labels. `metric`: a key of the tasks'
+    metrics instead of their first. `cluster`: a field of the documents; those with one value are counted together.
+    `margin`: the largest difference, in the unit of the table, within which methods count as alike. `seed`: of the draw
+    of validation documents and of the bootstrap. Raises ConfigError.
+    """
+
+    rules: tuple[str, ...]
+    alphas: tuple[float, ...]
+    validation: str | None = None
+    select: str = "metric"
+    one_standard_error: bool = False
+    metric: str | None = None
+    cluster: str | None = None
+    margin: float | None = None
+    batch_size: int | str = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.select not in ("metric", "perplexity"):
+            raise ConfigError(f"alpha cannot be selected by {self.select!r}; give metric or perplexity")
+        if self.select == "perplexity" and self.validation is not None:
+            raise ConfigError("the choice by the prompts' perplexity takes no validation examples; give one of the two")
+        if self.one_standard_error and self.validation is None:
+            raise ConfigError("the one-standard-error rule needs validation examples; give --validation")
+        if self.validation == "1" and self.one_standard_error:
+            raise ConfigError("one validation example has no standard error; give --validation two or more")
+        if self.margin is not None and not self.margin > 0:
+            raise ConfigError(f"a margin of {self.margin:g} leaves no room; give a number above 0")
+
+    @property
+    def by_perplexity(self) -> bool:
+        """Whether α is chosen by the likelihood of the prompts."""
+        return self.select == "perplexity"
+
+
+class Plan:
+    """The documents, points and settings of one ensemble under the name `name`.
+
+    Raises ConfigError or PromptError for what cannot be asked of this ensemble.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        checked: CheckedEnsemble,
+        answerer: Answerer,
+        tasks: Sequence[Task],
+        options: PlanOptions,
+    ) -> None:
+        self.name, self.checked, self.answerer, self.options = name, checked, answerer, options
+        self.rule = checked.config.get_rule()
+        self.points = make_grid(options.rules, options.alphas)
+        self.levels = levels(self.rule)
+        ones = make_grid(options.rules, [1.0])
+        # Member logits depend on no point: those that are compared cost nothing beside those that were asked for.
+        self.grid = list(dict.fromkeys([*self.points, *ones, *self.levels.values()]))
+        for points in (self.points, self.grid):  # raises for duplicates
+            Grid.of(points, self.rule, checked.contract, checked.config.outside)
+        self._read: dict[str, Reading] = {}
+        self.tasks = [self._plan(task) for task in tasks]
+
+    def _plan(self, task: Task) -> PlannedTask:
+        options = self.options
+        parts = split_documents(task, options.validation, seed=options.seed)
+        if options.by_perplexity:
+            parts[PROMPTS] = tuple(map(prompts_of, parts[TEST]))
+        planned = PlannedTask(task, choose_metric(task, options.metric), parts)
+        if options.cluster is not None:
+            planned.clusters(options.cluster)
+        documents = [document for of_split in planned.by_split() for document in of_split]
+        found = {document.name: self.answerer.read(document) for document in documents}
+        self._read |= found
+        return replace(
+            planned,
+            num_cut=sum(found[one.name].num_cut for one in documents if one.split != PROMPTS),
+            num_prompt_tokens=sum(found[one.name].num_scored for one in parts[PROMPTS]),
+        )
+
+    def documents(self) -> Iterator[tuple[Document, str]]:
+        """Yield all documents with their part, in the order of the results."""
+        for task in self.tasks:
+            for part, documents in task.parts.items():
+                for document in documents:
+                    yield document, part
+
+    def formula(self, point: GridPoint) -> tuple[object, ...]:
+        """Return what a point computes: two points with the same are one method."""
+        rule = self.rule if point.rule == self.rule.name else RULES[point.rule]
+        weights = {role: round(weight, 9) for role, weight in rule.weights(point.alpha).items() if weight}
+        return (rule.cutoff, *sorted(weights.items()))
+
+    def batches(self, size: int) -> list[list[Document]]:
+        """Return the documents in batches of `size`, of one split and similar length, the longest first.
+
+        Too little memory shows at once. A batch, and so the rounding of its answers, depends on no earlier run.
+        """
+        found = []
+        for task in self.tasks:
+            for documents in task.by_split():
+                ordered = sorted(documents, key=lambda one: -self._read[one.name].length)
+                found += [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        return found
+
+    @property
+    def longest(self) -> Document:
+        """The longest document of all."""
+        return max((document for document, _ in self.documents()), key=lambda one: self._read[one.name].length)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """All that answers depend on, as JSON: a store is gone on with only where they are the same."""
+        options = self.options
+        return {
+            "format": _FORMAT,
+            **self.answerer.describe(),
+            "rules": list(options.rules),
+            "alphas": list(options.alphas),
+            "tasks": {task.task.name: self._task_settings(task) for task in self.tasks},
+            "batch size": options.batch_size,
+            "seed": options.seed,
+        }
+
+    def _task_settings(self, task: PlannedTask) -> dict[str, Any]:
+        """Of the documents those that are reported: others may choose α otherwise, see `Store.begin_run`."""
+        documents = [document for of_split in task.by_split() for document in of_split]
+        documents = [document for document in documents if document.split == task.task.default_split]
+        asked = [
+            [one.name, one.content, repr([getattr(each, "args", "") for each in one.requests])] for one in documents
+        ]
+        return {
+            **task.task.describe(),
+            "documents": _hash(json.dumps(asked)),
+            "tokens": _hash(repr([self._read[one.name].digest for one in documents])),
+        }
+
+    def measure(self, document: Document, answers: Answer) -> tuple[dict[str, Any], dict[str, str]]:
+        """Return the values and predictions of a document's answers. Raises RunError."""
+        if document.split == PROMPTS:
+            return {LOG_PROB: to_json(sum(answers), document.name)}, {}
+        task = next(one.task for one in self.tasks if one.task.name == document.task)
+        return task.measure(document, answers)
+
+
+def levels(rule: Rule) -> dict[str, GridPoint]:
+    """Return the members that are points of a grid too, by role: the anchors, at α = 0, of all rules for such members.
+
+    Of source FT, source PT and target PT these are the first (base-change) and the last (EFT).
+    """
+    alike = {name: each for name, each in RULES.items() if set(each.roles) == set(rule.roles)}
+    found: dict[str, GridPoint] = {}
+    for name, each in {**alike, rule.name: rule}.items():
+        if each.cutoff is None and dict(each.constant) == {each.anchor: 1.0}:
+            found.setdefault(each.anchor, GridPoint(name, 0.0))
+    return found
+
+
+def prompts_of(document: Document) -> Document:
+    """Return a document that asks how probable the prompts of another are, each different one once.
+
+    Raises ConfigError where their likelihood cannot choose α.
+    """
+    remedy = "give --validation in place of --select perplexity"
+    if document.requests[0].request_type == "loglikelihood_rolling":
+        raise ConfigError(
+            f"{document.name} is measured by the likelihood of its text, which so cannot choose alpha without it; "
+            f"{remedy}"
+        )
+    texts = [text for text in dict.fromkeys(request.args[0] for request in document.requests) if text]
+    if not texts:
+        raise ConfigError(f"{document.name} has an empty prompt, whose likelihood is the same at every alpha; {remedy}")
+    instance = require("lm_eval.api.instance", "eval").Instance
+    metadata = (document.task, document.index, 1)
+    requests = tuple(
+        instance("loglikelihood_rolling", {}, (text,), number, metadata=metadata) for number, text in enumerate(texts)
+    )
+    return Document(document.task, PROMPTS, document.index, {}, texts[0], requests)
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

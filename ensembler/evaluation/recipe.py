@@ -1,0 +1,283 @@
+"""The content of a recipe, checked: models by role, tasks, methods, seeds, and published figures to set beside."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SkipValidation, ValidationInfo, model_validator
+
+from ensembler.config import MemberConfig
+from ensembler.errors import ConfigError
+from ensembler.evaluation.documents import Task
+from ensembler.evaluation.figures import COSTS
+from ensembler.rules import parse_alphas
+
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "source_ft": ("source_ft",),
+    "source_pt": ("source_pt",),
+    "target_pt": ("target_pt",),
+    "base-change": ("source_ft", "source_pt", "target_pt"),
+    "eft": ("source_ft", "source_pt", "target_pt"),
+    "patch": ("target_pt", "patch"),
+    "patch+base-change": ("source_ft", "source_pt", "target_pt", "patch"),
+    "direct": ("direct",),
+}
+"""The methods that can be compared, and the roles that each needs. `patch`: θ′ + Δθ_i (PortLLM, eq. 6);
+`patch+base-change`: that as the target of base-change; `direct`: the target fine-tuned itself."""
+
+ROLES = ("source_ft", "source_pt", "target_pt", "patch", "direct")
+TUNED = ("base-change", "eft", "patch+base-change")  # methods with an α
+_OF_TEXTS = ("num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "system_instruction", "gen_kwargs")
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return the end of an error's sentence: the nearest of the known names, or all of them."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(known)}"
+
+
+def _one_of(known: Sequence[str], kind: str) -> BeforeValidator:
+    def check(name: Any) -> Any:
+        if name not in known:
+            raise ConfigError(f"unknown {kind} {name!r}{nearest(str(name), known)}")
+        return name
+
+    return BeforeValidator(check)
+
+
+def _check_distinct(values: Sequence[Any]) -> Sequence[Any]:
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise ConfigError(f"{value!r} is given twice; leave one out")
+    return values
+
+
+def _find(name: Any, info: ValidationInfo) -> Any:
+    """The path in the recipe's folder (the context) if there is such a file or folder; else the name, ~ expanded."""
+    if not isinstance(name, str) or not name:
+        return name
+    beside = Path(info.context or "", name)
+    return str(beside) if os.path.exists(beside) else os.path.expanduser(name)
+
+
+def _read_models(given: Mapping[str, Any], info: ValidationInfo) -> dict[str, MemberConfig]:
+    models = {}
+    for role, member in given.items():
+        if role == "patch" and not isinstance(member, str):
+            raise ConfigError(f"the patch is {member!r}; expected the path of a LoRA or of an extracted patch")
+        found = {"model": member} if isinstance(member, str) else member
+        if isinstance(found, Mapping):
+            paths = ("model", "adapter", "head")
+            found = {key: _find(value, info) if key in paths else value for key, value in found.items()}
+        try:
+            models[role] = MemberConfig.parse(role, found)
+        except ConfigError as error:
+            raise ConfigError(f"{role}: {error}") from error
+    return models
+
+
+def _read_alphas(given: Any) -> Any:
+    return given if isinstance(given, list | tuple) else parse_alphas(str(given))
+
+
+def _check_seeds(seeds: tuple[Models, ...]) -> tuple[Models, ...]:
+    for number, models in enumerate(seeds, start=1):
+        if not models:
+            raise ConfigError(f"number {number} has no models; give them by role: {', '.join(ROLES)}")
+        if models.keys() != seeds[0].keys():
+            roles, expected = ", ".join(models), ", ".join(seeds[0])
+            raise ConfigError(f"number {number} has the roles {roles}; expected those of number 1: {expected}")
+        if models in seeds[: number - 1]:
+            raise ConfigError(f"number {number} has the models of an earlier one; give those of another seed")
+    return seeds
+
+
+def _begin_with_first_seed(models: Models, info: ValidationInfo) -> Models:
+    found = {**models, **(info.data.get("seeds") or ({},))[0]}
+    if not found:
+        raise ConfigError(f"there are none; give them by role: {', '.join(ROLES)}")
+    return found
+
+
+def _possible_methods(data: Mapping[str, Any]) -> tuple[str, ...]:
+    models = data.get("models", ())  # absent where they are at fault themselves
+    return tuple(method for method, roles in METHODS.items() if all(role in models for role in roles))
+
+
+def _check_methods(methods: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+    models = info.data.get("models", ROLES)
+    if not methods:
+        possible = ", ".join(_possible_methods(info.data)) or "none, so give others too"
+        raise ConfigError(f"no method is given; the models {', '.join(models)} allow {possible}")
+    for method in methods:
+        missing = [role for role in METHODS[method] if role not in models]
+        if missing:
+            raise ConfigError(f"{method} needs the model {missing[0]!r}; give it under models, or leave it out")
+    return methods
+
+
+def _check_is_run(method: str, info: ValidationInfo) -> str:
+    """A figure beside which nothing stands would be lost in silence."""
+    if method not in info.data.get("methods", METHODS):
+        raise ConfigError(f"{method} is not among the methods; add it to them, or leave its figures out")
+    return method
+
+
+Flag = Annotated[bool, Field(strict=True)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+CountFrom0 = Annotated[int, Field(strict=True, ge=0)]
+Text = Annotated[str, Field(strict=True, pattern=r"\S")]
+FoundPath = Annotated[Text, AfterValidator(_find)]
+Role = Annotated[str, _one_of(ROLES, "role")]
+Models = Annotated[Mapping[Role, SkipValidation[MemberConfig]], AfterValidator(_read_models)]
+Seeds = Annotated[tuple[Models, ...], Field(min_length=2), AfterValidator(_check_seeds)]
+Method = Annotated[str, _one_of(tuple(METHODS), "method")]
+Methods = Annotated[tuple[Method, ...], AfterValidator(_check_distinct), AfterValidator(_check_methods)]
+Tuned = Annotated[str, _one_of(TUNED, "method with an alpha")]
+Alphas = Annotated[tuple[Number, ...], BeforeValidator(_read_alphas), AfterValidator(_check_distinct)]
+Cost = Annotated[str, _one_of(tuple(COSTS), "cost")]
+IsRun = AfterValidator(_check_is_run)
+Figure = Number | Annotated[Mapping[str, Number], Field(min_length=1)]
+
+
+class Speed(BaseModel, frozen=True, extra="forbid"):
+    """How speed is measured, in fresh processes by turns: `rounds` of all methods.
+
+    In each, `num_prompts` prompts are decoded one by one for `new_tokens` tokens, and `num_examples` are scored.
+    """
+
+    rounds: CountFrom0 = 4
+    num_prompts: Count = 4
+    new_tokens: Annotated[int, Field(strict=True, ge=2)] = 32  # a speed is that behind the first token
+    num_examples: Count = 16
+
+
+class Images(BaseModel, frozen=True, extra="forbid"):
+    """That the models are image classifiers, and what `ensembler create` takes of them: paths of files, or None."""
+
+    classes: FoundPath | None = None
+    templates: FoundPath | None = None
+    aliases: FoundPath | None = None
+
+
+class Experiment(BaseModel, frozen=True, extra="forbid"):
+    """One set of models on some tasks.
+
+    `models`: members by role, and the path of `patch` as one of them; with `images` they are image classifiers, and
+    `tasks` are folders of images. `seeds`: models of several seeds of training by role; `models` has those of the
+    first. `methods`: by default all that the models allow. `alphas`: the grid that validation chooses from; `alpha`
+    fixes it for a method. `validation`: a number of documents or a split. `num_fewshot`, `limit`,
+    `apply_chat_template`, `fewshot_as_multiturn`, `system_instruction` and `gen_kwargs`: as in lm-eval.
+
+    `cluster`: a field of the documents; those that share its value count together in intervals and tests. `margin`:
+    the difference up to which methods are tested to be alike, in the unit of the report's table. `published`: figures
+    of a paper by task and method in that unit (per cent for shares of right answers): a number is of the metric that
+    is shown, a mapping by metric. `published_alphas`: the α that it chose, by task and method. `published_costs`: its
+    costs by method and name (`COSTS`). `source` is theirs. `speed`: how it is measured; None: not at all.
+    """
+
+    name: Text
+    seeds: Seeds = ()
+    models: Annotated[Models, AfterValidator(_begin_with_first_seed)] = Field(default={}, validate_default=True)
+    tasks: Annotated[tuple[FoundPath, ...], Field(min_length=1)]
+    methods: Methods = Field(default_factory=_possible_methods, validate_default=True)
+    alphas: Alphas = parse_alphas("0.1:1.5:0.1")  # base-change at prediction, appendix B
+    alpha: Mapping[Tuned, Number] = Field(default={})
+    validation: Annotated[Count | Text, AfterValidator(str)] | None = None
+    metric: Text | None = None
+    num_fewshot: CountFrom0 | None = None
+    limit: Count | None = None
+    apply_chat_template: Flag | Text = False
+    fewshot_as_multiturn: Flag = Field(default_factory=lambda data: bool(data.get("apply_chat_template")))
+    system_instruction: Text | None = None
+    gen_kwargs: Mapping[str, Any] | Text | None = None
+    batch_size: Count = 8
+    seed: CountFrom0 = 0
+    cluster: Text | None = None
+    margin: Annotated[Number, Field(gt=0)] | None = None
+    published: Mapping[str, Mapping[Annotated[Method, IsRun], Figure]] = Field(default={})
+    published_alphas: Mapping[str, Mapping[Annotated[Tuned, IsRun], Number]] = Field(default={})
+    published_costs: Mapping[Annotated[Method, IsRun], Mapping[Cost, Number]] = Field(default={})
+    source: Text = ""
+    images: Images | None = None
+    speed: Annotated[Speed | None, BeforeValidator(lambda given: None if given is False else given)] = None
+
+    @property
+    def patch(self) -> str | None:
+        """The path of the LoRA or of the extracted patch."""
+        return self.models["patch"].model if "patch" in self.models else None
+
+    @property
+    def num_seeds(self) -> int:
+        """The number of seeds of training."""
+        return max(1, len(self.seeds))
+
+    def has_seeds(self, method: str) -> bool:
+        """Return whether a method has models of several seeds."""
+        return any(role in models for models in self.seeds for role in METHODS[method])
+
+    def with_seed(self, number: int) -> Experiment:
+        """Return the experiment with the models of one seed, from 0, and no `seeds`; itself where there are none."""
+        if not self.seeds:
+            return self
+        return self.model_copy(update={"models": {**self.models, **self.seeds[number]}, "seeds": ()})
+
+    def published_figures(self, task: str, method: str, metric: str) -> dict[str, float]:
+        """Return a paper's figures by metric; one that names none is of `metric`, the one that the table shows."""
+        figure = self.published.get(task, {}).get(method, {})
+        return dict(figure) if isinstance(figure, Mapping) else {metric: figure}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        """Every α comes from somewhere, and not from the documents that report it; settings of texts are of texts."""
+        if self.images is not None and self.speed is not None:
+            raise ConfigError("speed is measured of texts alone; leave it out, or write speed: false")
+        of_texts = [key for key in _OF_TEXTS if getattr(self, key)]
+        if self.images is not None and of_texts:
+            raise ConfigError(f"{of_texts[0]} is a setting of texts; leave it out of an experiment on images")
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            raise ConfigError("fewshot_as_multiturn is true without a chat template; give apply_chat_template too")
+        free = [method for method in self.methods if method in TUNED and method not in self.alpha]
+        if free and not self.alphas:
+            raise ConfigError("alphas is empty; expected FIRST:LAST:STEP or a list of numbers")
+        if free and self.validation is None and len(self.alphas) > 1:
+            raise ConfigError(
+                f"nothing chooses the alpha of {free[0]}; give validation (a number of examples or a split), or "
+                f"alpha: {{{free[0]}: NUMBER}}"
+            )
+        return self
+
+
+def _check_names(experiments: tuple[Experiment, ...]) -> tuple[Experiment, ...]:
+    names = [experiment.name for experiment in experiments]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"two of them are called {name!r}; give each a name of its own")
+    return experiments
+
+
+class Recipe(BaseModel, frozen=True, extra="forbid"):
+    """A benchmark: its experiments, each with a name of its own."""
+
+    name: Text
+    description: Annotated[str, BeforeValidator(str)] = ""
+    experiments: Annotated[tuple[Experiment, ...], Field(min_length=1), AfterValidator(_check_names)]
+
+
+def check_tasks(experiment: Experiment, tasks: Sequence[Task]) -> None:
+    """Raise ConfigError where figures are of a task that is not run, or of a metric that a task has not."""
+    metrics = {task.name: [metric.key for metric in task.metrics] for task in tasks}
+    for name in (*experiment.published, *experiment.published_alphas):
+        if name not in metrics:
+            raise ConfigError(f"published figures of a task that is not run, {name!r}{nearest(name, list(metrics))}")
+    for name, figures in experiment.published.items():
+        for metric in (metric for figure in figures.values() if isinstance(figure, Mapping) for metric in figure):
+            if metric not in metrics[name]:
+                raise ConfigError(
+                    f"published figures of {name} by an unknown metric, {metric!r}{nearest(metric, metrics[name])}"
+                )

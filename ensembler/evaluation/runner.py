@@ -1,0 +1,159 @@
+"""Plans run into a store: what is missing is answered, measured and written by batches. Goes on where it stopped."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ensembler.errors import MissingExtraError, OutputError
+from ensembler.evaluation.documents import Answer, Document
+from ensembler.evaluation.plan import Plan
+from ensembler.evaluation.results_file import Measured
+from ensembler.evaluation.store import Store
+from ensembler.evaluation.study import Study
+from ensembler.evaluation.text_answers import AUTO, TextAnswerer
+
+Advance = Callable[[int], None]
+ERROR, BEGUN, BATCH_SIZE = "error", "begun", "batch size"  # kinds of notes
+_MOST_LOSSES = 2  # without a new row in between
+
+
+@dataclass
+class Runner:
+    """Answers plans into `store`, as process `rank` of `num_ranks`: every `num_ranks`-th batch is its own."""
+
+    store: Store
+    rank: int = 0
+    num_ranks: int = 1
+
+    def run(self, plan: Plan, advance: Advance, *, alone: bool = False) -> None:
+        """Answer what is missing of a plan; `alone`: all of it, whatever other processes do.
+
+        Raises EnsemblerError, or what torch raises without memory.
+        """
+        self.store.begin_run(plan.name, plan.grid, plan.documents())
+        done = self.store.done(plan.name)
+        names = {document.name for document, _ in plan.documents()}
+        advance(len(names & done))
+        if names <= done:
+            return
+        rank, num_ranks = (0, 1) if alone else (self.rank, self.num_ranks)
+        size = plan.options.batch_size
+
+        def missing(size: int) -> list[list[Document]]:
+            own = plan.batches(size)[rank::num_ranks]
+            return [batch for batch in own if any(document.name not in done for document in batch)]
+
+        if size != AUTO and not missing(int(size)):
+            return
+        try:
+            with plan.answerer.open():
+                self._answer(plan, missing(self._batch_size(plan) if size == AUTO else int(size)), done, advance)
+        finally:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _batch_size(self, plan: Plan) -> int:
+        """The size that the first process of the run found, which all keep to: rounding depends on it."""
+        if not isinstance(plan.answerer, TextAnswerer):
+            return 8
+        if not any(name == plan.name for name, _ in self.store.notes(BATCH_SIZE)):
+            self.store.note(BATCH_SIZE, plan.name, {"size": plan.answerer.largest_batch(plan.longest)})
+        return next(int(content["size"]) for name, content in self.store.notes(BATCH_SIZE) if name == plan.name)
+
+    def _answer(
+        self, plan: Plan, batches: Sequence[Sequence[Document]], done: frozenset[str], advance: Advance
+    ) -> None:
+        for batch, answered in zip(batches, plan.answerer.answer(batches, plan.grid), strict=True):
+            rows = [
+                (document.name, _measured(plan, document, by_point))
+                for document, by_point in zip(batch, answered, strict=True)
+                if document.name not in done
+            ]
+            self.store.add(plan.name, rows)
+            advance(len(rows))
+
+    def run_studies(self, studies: Iterable[Study], advance: Advance, report: Callable[[str, str], None]) -> None:
+        """Answer all runs of several studies. A run that fails is noted and reported, and the others go on.
+
+        Of several processes, one whose ensemble failed does all of what is in its place: the others may not know of it.
+        Raises OutputError for a store that cannot be written to.
+        """
+        failed: set[str] = set()
+        for run, plan in (pair for study in studies for pair in study.runs):
+            if run.instead_of is not None and run.instead_of not in failed:
+                continue
+            reason = self._try(plan, advance, alone=run.instead_of is not None)
+            if reason is not None:
+                failed.add(plan.name)
+                report(plan.name, reason)
+
+    def _try(self, plan: Plan, advance: Advance, *, alone: bool) -> str | None:
+        """Run a plan, and return why that failed, if it did."""
+        try:
+            self._note_beginning(plan)
+            self.run(plan, advance, alone=alone)
+        except (OutputError, MissingExtraError):
+            raise
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self.store.note(ERROR, plan.name, {"rank": self.rank, "done": self._num_done(plan), "error": reason})
+            if not isinstance(error, Exception):  # Ctrl-C, which ends everything
+                raise
+            return reason  # a model may raise anything; it is the note of this run
+        return None
+
+    def _num_done(self, plan: Plan) -> int:
+        return len(self.store.done(plan.name))
+
+    def _note_beginning(self, plan: Plan) -> None:
+        """Note that a run is begun, or raise MemoryError where the process was lost in it again and again.
+
+        A process that the system ends for lack of memory says nothing, and the same command would end there for ever.
+        """
+        if self.num_ranks > 1 or self.is_finished(plan):
+            return
+        lost, num_done = 0, self._num_done(plan)
+        for kind, change in ((BEGUN, 1), (ERROR, -1)):
+            notes = self.store.notes(kind)
+            lost += change * sum(name == plan.name and content["done"] == num_done for name, content in notes)
+        if lost >= _MOST_LOSSES:
+            raise MemoryError(
+                f"the process was lost in it {lost} times without a new row, as where the system lacks memory; make "
+                "room and run the same command again, or leave its methods out and give --output another folder"
+            )
+        self.store.note(BEGUN, plan.name, {"done": num_done})
+
+    def errors(self, studies: Iterable[Study]) -> dict[str, str]:
+        """Return what failed, by the name of the run: the last failure of each without all of its rows."""
+        unfinished = {plan.name for study in studies for _, plan in study.runs if not self.is_finished(plan)}
+        return {name: content["error"] for name, content in self.store.notes(ERROR) if name in unfinished}
+
+    def is_complete(self, studies: Iterable[Study], errors: Mapping[str, str]) -> bool:
+        """Whether each run is finished or failed, or is in place of one that did not fail."""
+        return all(
+            self.is_finished(plan) or plan.name in errors
+            for study in studies
+            for run, plan in study.runs
+            if run.instead_of is None or run.instead_of in errors
+        )
+
+    def is_finished(self, plan: Plan) -> bool:
+        """Whether all documents of a plan are measured."""
+        return {document.name for document, _ in plan.documents()} <= self.store.done(plan.name)
+
+
+def _measured(plan: Plan, document: Document, by_point: Sequence[Answer]) -> list[Measured]:
+    """What the answers at each point come to; many points answer alike, and are measured once."""
+    known: dict[str, Measured] = {}
+    rows = []
+    for answers in by_point:
+        key = repr(answers)
+        if key not in known:
+            known[key] = Measured(answers, *plan.measure(document, answers))
+        rows.append(known[key])
+    return rows

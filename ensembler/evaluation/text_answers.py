@@ -1,0 +1,148 @@
+"""What an ensemble of language models answers to documents of lm-eval, at all points of a grid."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from ensembler.engine.grid import GridPoint
+from ensembler.errors import PromptError
+from ensembler.evaluation.backends import open_backend
+from ensembler.evaluation.documents import Answer, Document, Reading
+from ensembler.evaluation.grid_lm import GridLM
+from ensembler.evaluation.provenance import describe_ensemble, versions
+from ensembler.evaluation.quiet import quiet
+from ensembler.preflight import CheckedEnsemble
+from ensembler.serving.choice import VLLM, BackendChoice
+
+AUTO = "auto"
+TokenIds = tuple[tuple[int, ...], ...]
+
+
+@dataclass(eq=False)
+class TextAnswerer:
+    """Answers documents with an ensemble that is loaded by `open`.
+
+    `batch_size`: documents that are asked together, or 'auto' for the most that fit into memory, found by lm-eval when
+    the members are loaded. `seed`: of sampled texts, which depend on it and the document alone. Raises an InputError
+    for members that the backend cannot run.
+    """
+
+    checked: CheckedEnsemble
+    batch_size: int | str = 8
+    seed: int = 0
+    backend: BackendChoice = field(default_factory=BackendChoice)
+
+    def __post_init__(self) -> None:
+        self.backend.check(self.checked)
+
+    @cached_property
+    def model(self) -> GridLM:
+        """The model of lm-eval that asks; it has no members before `open`."""
+        with quiet():
+            return GridLM(
+                self.checked,
+                points=(),
+                max_length=self.backend.max_length(self.checked),
+                seed=self.seed,
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """Return the ensemble, the backend, versions and the batch size, as JSON."""
+        return {
+            "versions": versions(),
+            "ensemble": describe_ensemble(self.checked),
+            "batch size": self.batch_size,
+            "backend": self.backend.describe(self.checked),
+        }
+
+    def read(self, document: Document) -> Reading:
+        """Return how the members read a document. Raises PromptError, which names it, for what they cannot be asked."""
+        num_cut = self.model.num_cut
+        tokens = self.tokens(document)
+        return Reading(
+            max((sum(map(len, one)) for one in tokens), default=0),
+            hashlib.sha256(repr(tokens).encode()).hexdigest()[:16],
+            sum(len(one[-1]) for one in tokens),
+            self.model.num_cut - num_cut,
+        )
+
+    def tokens(self, document: Document) -> list[TokenIds]:
+        """Return a document's requests as the members read them: (context, continuation), or the prompt alone."""
+        members, self.model.backend_of_members = self.model.backend_of_members, None  # loaded ones are not asked
+        self.model.encoded.clear()
+        try:
+            self._ask(document.requests)
+        except PromptError as error:
+            raise PromptError(f"{document.name}: {error}") from error
+        except IndexError as error:  # lm-eval looks at the first token of an empty continuation
+            raise PromptError(f"{document.name}: an answer is no token of its own; give it more text") from error
+        finally:
+            self.model.backend_of_members = members
+        return list(self.model.encoded)
+
+    def _ask(self, requests: Sequence[Any]) -> list[list[Any]]:
+        """Answer lm-eval's instances, one kind after the other: a list of each, of a generation one text per repeat."""
+        answers: list[list[Any]] = [[] for _ in requests]
+        for kind in dict.fromkeys(request.request_type for request in requests):
+            asked = [
+                number
+                for number, request in enumerate(requests)
+                if request.request_type == kind
+                for _ in range((request.repeats or 1) if kind == "generate_until" else 1)
+            ]
+            found = getattr(self.model, kind)([requests[number] for number in asked], disable_tqdm=True)
+            for number, answer in zip(asked, found, strict=True):
+                answers[number].append(answer)
+        return answers
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Load the members. Raises MemberError or RunError."""
+        with open_backend(self.backend, self.checked) as members:
+            self.model.take(members)
+            try:
+                yield
+            finally:
+                self.model.take(None)
+
+    def largest_batch(self, document: Document) -> int:
+        """Return how many of a document fit into memory at once, as lm-eval finds it; the members are loaded."""
+        if self.backend.name == VLLM:  # whose engine makes its own batches
+            return int(self.model.max_batch_size)
+        with quiet():
+            return self.model.largest_batch(max(self.read(document).length, 1))
+
+    def answer(
+        self, batches: Iterable[Sequence[Document]], points: Sequence[GridPoint]
+    ) -> Iterator[list[list[Answer]]]:
+        """Yield the answers to one batch after another: of each document, at each point."""
+        self.model.points = tuple(points)
+        for batch in batches:
+            self.model.batch_size_per_gpu = len(batch)
+            found = iter(self._ask([request for document in batch for request in document.requests]))
+            yield [_by_point(document, found, len(points)) for document in batch]
+
+    def thumbnail(self, document: Document) -> str | None:
+        """Return None: a text has no picture."""
+        return None
+
+
+def _by_point(document: Document, found: Iterator[list[Any]], num_points: int) -> list[Answer]:
+    """Take a document's answers off `found`, which holds them over the points, and turn them into JSON by point."""
+    answers: list[Answer] = [[] for _ in range(num_points)]
+    for request in document.requests:
+        first, *others = next(found)
+        if request.request_type == "generate_until":
+            over_points = [list(texts) for texts in zip(first, *others, strict=True)]
+        elif request.request_type == "loglikelihood":
+            over_points = [list(pair) for pair in zip(*(each.tolist() for each in first), strict=True)]
+        else:
+            over_points = first.tolist() if hasattr(first, "tolist") else [first] * num_points  # of an empty text
+        for answer, one in zip(answers, over_points, strict=True):
+            answer.append(one)
+    return answers

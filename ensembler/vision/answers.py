@@ -1,0 +1,131 @@
+"""Image classifiers that answer images at all points of a grid: one pass, the next images being read meanwhile."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ensembler.config import EnsembleConfig
+from ensembler.engine.grid import Grid, GridPoint
+from ensembler.evaluation.documents import Answer, Document, Reading
+from ensembler.evaluation.provenance import describe_ensemble, versions
+from ensembler.vision.images import open_image
+from ensembler.vision.loader import ahead
+from ensembler.vision.members import ZERO_SHOT, ImageMember
+from ensembler.vision.modeling import EnsembleForImageClassification
+from ensembler.vision.preflight import CheckedImages
+from ensembler.vision.tasks import TOP
+from ensembler.vision.zero_shot import DEFAULT_TEMPLATES, tokenizer_hash
+
+_THUMBNAIL = (96, 96)
+_HASH = 16  # hexadecimal digits
+_SMALL = 48  # pixels; images below are shown larger, with their pixels to be seen
+
+
+class ImageAnswerer:
+    """The members of a checked ensemble, which answer the documents of an `ImageTask`. Implements `Answerer`."""
+
+    _model: EnsembleForImageClassification  # within `open`
+
+    def __init__(self, checked: CheckedImages) -> None:
+        self.checked = checked
+
+    def describe(self) -> dict[str, Any]:
+        """Return the ensemble, the backend and versions, as JSON."""
+        ensemble = describe_images(self.checked)
+        return {"versions": versions("pillow"), "ensemble": ensemble, "backend": {"name": "transformers"}}
+
+    def read(self, document: Document) -> Reading:
+        """Return the hash of the image's file; of tokens there are none."""
+        return Reading(0, document.requests[0].digest)
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Load the members. Raises ConfigError, MemberError or RunError."""
+        self._model = EnsembleForImageClassification.from_checked(self.checked)
+        try:
+            yield
+        finally:
+            del self._model
+
+    def answer(
+        self, batches: Iterable[Sequence[Document]], points: Sequence[GridPoint]
+    ) -> Iterator[list[list[Answer]]]:
+        """Yield the answers to one batch after another; the images of the next ones are prepared meanwhile."""
+        model = self._model
+        grid = Grid.of(points, model.rule, model.contract, model.config.outside).on(model.device)
+
+        def prepare(batch: Sequence[Document]) -> tuple[Sequence[Document], dict[str, Tensor]]:
+            return batch, model.prepare(open_image(document.requests[0].source) for document in batch)
+
+        for batch, prepared in ahead(batches, prepare):
+            yield answer_prepared(model, grid, batch, prepared)
+
+    def thumbnail(self, document: Document) -> str:
+        """Return a small picture of the image as a data URI. Raises ImageError."""
+        image = open_image(document.requests[0].source)
+        if max(image.size) < _SMALL:
+            factor = _SMALL // max(image.size) + 1
+            image = image.resize((factor * image.width, factor * image.height), 0)  # nearest
+        image.thumbnail(_THUMBNAIL)
+        buffer = io.BytesIO()
+        image.save(buffer, "png")
+        return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+@torch.inference_mode()
+def answer_prepared(
+    model: EnsembleForImageClassification, grid: Grid, documents: Sequence[Document], prepared: Mapping[str, Tensor]
+) -> list[list[Answer]]:
+    """Return [the most probable classes, [log-prob of the right one, is it the first]] of each image at each point.
+
+    `prepared`: pixel values (rows, channels, height, width) by role, as `model.prepare` returns them.
+    """
+    logits = {role: values.to(model.device) for role, values in model.member_logits(prepared).items()}
+    combined = grid.combine(logits).cpu().transpose(0, 1)  # (rows, points, C)
+    right = torch.tensor([model.classes.index(str(document.gold)) for document in documents]).unsqueeze(-1)
+    log_probs = combined.log_softmax(-1).gather(-1, right.expand(-1, len(grid)).unsqueeze(-1)).squeeze(-1)
+    # Stable: of equal logits the first class is the answer, as for argmax.
+    top = combined.sort(dim=-1, descending=True, stable=True).indices[..., :TOP]
+    return [
+        [
+            [[model.classes[index] for index in classes], [log_prob, is_first]]
+            for classes, log_prob, is_first in zip(*row, strict=True)
+        ]
+        for row in zip(top.tolist(), log_probs.tolist(), (top[..., 0] == right).tolist(), strict=True)
+    ]
+
+
+def describe_images(checked: CheckedImages) -> dict[str, Any]:
+    """Return the rule's numbers, the classes, and each member with the hashes of its weights, head and processor.
+
+    Heads that are made from texts go by their prompts and their tokenizer as well.
+    """
+    described = describe_ensemble(checked)
+    for role, member in checked.members.items():
+        described["members"][role] |= _describe(member, checked.config)
+    return {**described, "classes": _hash(checked.classes)}
+
+
+def _describe(member: ImageMember, config: EnsembleConfig) -> dict[str, Any]:
+    found: dict[str, Any] = {"kind": member.kind, "processor": _hash(member.processor.to_dict())}
+    if member.config.head is not None:
+        path = Path(member.config.head)
+        found |= {"head": path.name, "head_sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:_HASH]}
+    if member.kind == ZERO_SHOT:
+        prompts = [config.templates or list(DEFAULT_TEMPLATES), config.class_texts]
+        found |= {"prompts": _hash(prompts), "tokenizer": tokenizer_hash(member)[:_HASH]}
+    return found
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:_HASH]
