@@ -212,16 +212,13 @@ def not_finite() -> TaskFigures:
     )
 
 
-def answered(
-    num: int = 60, *, images: bool = False
-) -> tuple[dict[str, Document], dict[str, dict[GridPoint, Measured]]]:
+def answered(num: int = 60, *, images: bool = False) -> list[tuple[Document, dict[GridPoint, Measured]]]:
     """Documents of a two-way question, of which α = 1 turns those with an odd number to the right answer."""
-    documents, rows = {}, {}
+    found = []
     for index in range(num):
         prompt = f"{index}.png" if images else f"<script>{index}</script> & is it yes or no?\nAnswer:" + " why" * 300
-        one = Document("t", "test", index, {}, prompt, (), ("yes", "no"), "yes")
-        documents[one.name] = one
-        rows[one.name] = {
+        document = Document("t", "test", index, {}, prompt, (), ("yes", "no"), "yes")
+        rows = {
             GridPoint("eft", alpha): Measured(
                 [[-1.0, True], [-2.0, False]],
                 {"acc": float(alpha > 0 and index % 2)},
@@ -229,4 +226,5 @@ def answered(
             )
             for alpha in (0.0, 1.0)
         }
-    return documents, rows
+        found.append((document, rows))
+    return found

@@ -14,7 +14,8 @@ from typing import Any
 
 from ensembler.errors import RunError
 from ensembler.evaluation import results_file
-from ensembler.evaluation.store import FILE, Measured, Store, open_results
+from ensembler.evaluation.results_file import FILE, Measured, open_results
+from ensembler.evaluation.store import Store
 
 POINTS = [SimpleNamespace(rule=rule, alpha=alpha) for rule in ("base-change", "eft") for alpha in (0.0, 0.5, 1.0)]
 NUM = 60

@@ -20,9 +20,9 @@ from ensembler import EnsembleConfig, EnsembleForCausalLM
 from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.figures import TaskFigures
 from ensembler.evaluation.plan import Plan, PlanOptions
-from ensembler.evaluation.results_file import Results
+from ensembler.evaluation.results_file import FILE, Measured, Results
 from ensembler.evaluation.runner import Runner
-from ensembler.evaluation.store import FILE, Measured, Store
+from ensembler.evaluation.store import Store
 from ensembler.evaluation.study import sweep_study
 from ensembler.evaluation.summary import summarise
 from ensembler.evaluation.task_loading import load_tasks

@@ -24,9 +24,10 @@ from ensembler.evaluation.bench import Bench
 from ensembler.evaluation.parts import TEST, VALIDATION
 from ensembler.evaluation.plan import Plan
 from ensembler.evaluation.recipe_file import read_recipe
+from ensembler.evaluation.results_file import open_results
 from ensembler.evaluation.runner import BEGUN, ERROR, Runner
 from ensembler.evaluation.statistics import holm
-from ensembler.evaluation.store import Store, open_results
+from ensembler.evaluation.store import Store
 from ensembler.evaluation.study import Run, plan_runs
 from ensembler.evaluation.summary import summarise
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +19,18 @@ pytest.importorskip("lm_eval")
 
 from bench_cases import ALL, recipe, save_bench_models, write_recipe
 from click.testing import CliRunner
-from sweep_cases import start
-from task_cases import write_tasks
+from process_cases import fork, launch
+from sweep_cases import read_rows
+from task_cases import write_rows, write_tasks
 
 from ensembler.cli.main import cli
 from ensembler.errors import EnsemblerError, RunError
+from ensembler.evaluation.decisions import detectable_by
+from ensembler.evaluation.results_file import FILE, TABLES, open_results
+from ensembler.evaluation.summary import COST
 
 SPEED = {"rounds": 2, "num_prompts": 1, "new_tokens": 3, "num_examples": 2}
-FILES = {"run.json", "rows.jsonl", "runs", "summary.json", "metrics.png", "report.html"}
+FILES = {FILE, "summary.json", "curve.png", "methods.png", "report.html"}
 
 
 @pytest.fixture(autouse=True)
@@ -61,29 +68,42 @@ def refused(*arguments: object) -> str:
     return str(found.value)
 
 
-def visible(folder: Path) -> dict[str, bytes]:
-    files = (path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock")
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+def contents(folder: Path) -> dict[str, Any]:
+    """All files of a folder; of the results all rows of their tables."""
+    found: dict[str, Any] = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != FILE}
+    if (folder / FILE).exists():
+        with closing(sqlite3.connect(folder / FILE)) as connection:
+            found |= {table: connection.execute(f"SELECT * FROM {table}").fetchall() for table in TABLES}
+    return found
+
+
+def summary(folder: str = "bench") -> dict[str, Any]:
+    (task,) = json.loads(Path(folder, "summary.json").read_text())["tasks"]
+    return dict(task)
+
+
+def costs(folder: str = "bench") -> list[tuple[str, dict[str, Any]]]:
+    with open_results(Path(folder)) as results:
+        return results.notes(COST)
 
 
 def test_everything_is_written_and_the_same_again(models: dict[str, Any], task: Path) -> None:
     write_recipe(Path("r.yaml"), recipe(models, task, description="Tiny <models>"))
     printed = run("r.yaml")
-    assert {path.name for path in Path("bench").iterdir() if path.suffix != ".lock"} == FILES
+    assert {path.name for path in Path("bench").iterdir()} == FILES
     for name in ("source FT", "target PT", "base-change", "EFT", "the patch", "the directly tuned target"):
         assert name in printed
-    assert "− source FT" in printed
-    assert "no difference seen between" in printed
-    summary = json.loads(Path("bench/summary.json").read_text())
-    assert [method["method"] for method in summary["tasks"][0]["methods"]] == list(ALL)
+    for said in ("− source FT", "* no difference seen between", "not measured: speed and memory"):
+        assert said in printed
+    assert [method["method"] for method in summary()["methods"]] == list(ALL)
     page = Path("bench/report.html").read_text()
     assert "Tiny &lt;models&gt;" in page
-    assert not re.search(r"""(src|href)=["'](?!data:)""", page)
-    before = visible(Path("bench"))
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
+    before = contents(Path("bench"))
     assert told(run("r.yaml")) == told(printed)
-    assert visible(Path("bench")) == before
+    assert contents(Path("bench")) == before
     shown = CliRunner().invoke(cli, ["bench", "r.yaml", "--json"])
-    assert json.loads(shown.stdout) == summary
+    assert json.loads(shown.stdout) == json.loads(Path("bench/summary.json").read_text())
 
 
 def test_published_figures_stand_beside_the_measured(models: dict[str, Any], task: Path) -> None:
@@ -102,55 +122,62 @@ def test_published_figures_stand_beside_the_measured(models: dict[str, Any], tas
         assert shown in page
 
 
-def test_costs_are_measured_by_turns_and_kept(models: dict[str, Any], task: Path) -> None:
+def test_costs_are_those_of_each_method_alone(models: dict[str, Any], task: Path) -> None:
+    held = torch.ones(300_000_000, dtype=torch.uint8)  # the peak is not that of the process that asks
+    del held
     methods = ["base-change", "patch"]
-    write_recipe(Path("r.yaml"), recipe(models, task, methods=methods, speed=SPEED))
+    write_recipe(Path("r.yaml"), recipe(models, task, methods=methods, speed={**SPEED, "rounds": 1}))
     printed = run("r.yaml")
-    rows = [json.loads(line) for line in Path("bench/rows.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["id"].startswith("cost/")]
-    assert [row["id"].split("/")[2:] for row in rows] == [[m, str(n)] for n in range(2) for m in methods]
-    for row in rows:
-        assert "error" not in row
+    found = dict(costs())
+    assert list(found) == ["r/base-change", "r/patch"]
+    for content in found.values():
+        assert "error" not in content
         for name in ("setup_seconds", "first_token_seconds", "tokens_per_second", "examples_per_second"):
-            assert row[name] > 0
-        assert row["peak_device_bytes"] is None
-    bytes_of = {row["id"].split("/")[2]: row["weight_bytes"] for row in rows}
+            assert content[name] > 0
+        assert content["peak_device_bytes"] is None
+        assert 0 < content["peak_host_bytes"] < 250_000_000
     size = Path(models["target_pt"], "model.safetensors").stat().st_size
-    assert size * 0.9 < bytes_of["patch"] <= size
-    assert bytes_of["base-change"] > 1.9 * bytes_of["patch"]
+    assert size * 0.9 < found["r/patch"]["weight_bytes"] <= size
+    assert found["r/base-change"]["weight_bytes"] > 1.9 * found["r/patch"]["weight_bytes"]
     assert "tokens/s" in printed
     assert {"speed.png", "memory.png"} <= {path.name for path in Path("bench").iterdir()}
-    Path("bench/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:3]))
+
+
+def test_costs_are_measured_by_turns_and_kept(models: dict[str, Any], task: Path, monkeypatch: Any) -> None:
+    speeds = iter(range(1, 9))
+    measure = "ensembler.evaluation.costs._measure_apart"
+    monkeypatch.setattr(measure, lambda load: {"tokens_per_second": float(next(speeds))})
+    methods = ["base-change", "patch"]
+    write_recipe(Path("r.yaml"), recipe(models, task, methods=methods, speed=SPEED))
     run("r.yaml")
-    again = [json.loads(line) for line in Path("bench/rows.jsonl").read_text().splitlines()]
-    again = [row for row in again if row["id"].startswith("cost/")]
-    assert again[:3] == rows[:3]
-    assert [row["id"] for row in again] == [row["id"] for row in rows]
+    found = costs()
+    assert [(name, content["round"]) for name, content in found] == [(f"r/{m}", n) for n in range(2) for m in methods]
+    spread = {"median": 3.0, "low": 2.0, "high": 4.0, "num_rounds": 2}
+    assert summary()["methods"][1]["cost"] == {"tokens_per_second": spread}
+    with closing(sqlite3.connect(f"bench/{FILE}")) as connection, connection:
+        connection.execute("DELETE FROM notes WHERE id = (SELECT max(id) FROM notes)")
+    run("r.yaml")
+    assert costs() == [*found[:3], (found[3][0], {**found[3][1], "tokens_per_second": 5.0})]
+    write_recipe(Path("r.yaml"), recipe(models, task, methods=methods, speed={**SPEED, "rounds": 3}))  # one more
+    run("r.yaml")
+    assert [content["round"] for _, content in costs()] == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_method_that_cannot_be_measured_says_why(models: dict[str, Any], task: Path, monkeypatch: Any) -> None:
     write_recipe(Path("r.yaml"), recipe(models, task, methods=["patch", "direct"], speed={**SPEED, "rounds": 1}))
     with monkeypatch.context() as broken:
-        broken.setattr("ensembler.evaluation.bench.costs.sys.executable", "/bin/false")
+        broken.setattr("ensembler.evaluation.costs.sys.executable", "/bin/false")
         printed = run("r.yaml")
-    summary = json.loads(Path("bench/summary.json").read_text())
-    for method in summary["tasks"][0]["methods"]:
+    for method in summary()["methods"]:
         assert "ended with 1" in method["error"]
         assert method["test"] is not None
-    assert printed.count("ended with 1") >= 2
+    assert printed.count("could not be measured in every round: the process ended with 1") == 2
+    monkeypatch.setattr("ensembler.evaluation.costs._measure_apart", lambda load: {"tokens_per_second": 2.5})
     run("r.yaml")  # what could not be measured is tried again
-    summary = json.loads(Path("bench/summary.json").read_text())
-    assert all(method["error"] is None and method["cost"] for method in summary["tasks"][0]["methods"])
-
-
-def test_the_peak_is_not_that_of_the_process_that_asks(models: dict[str, Any], task: Path) -> None:
-    held = torch.ones(300_000_000, dtype=torch.uint8)
-    del held
-    content = recipe(models, task, methods=["patch"], speed={**SPEED, "rounds": 1})
-    write_recipe(Path("r.yaml"), content)
-    run("r.yaml")
-    summary = json.loads(Path("bench/summary.json").read_text())
-    assert 0 < summary["tasks"][0]["methods"][0]["cost"]["peak_host_bytes"]["median"] < 250_000_000
+    for method in summary()["methods"]:
+        assert method["error"] is None
+        spread = {"median": 2.5, "low": 2.5, "high": 2.5, "num_rounds": 1}
+        assert method["cost"] == {"tokens_per_second": spread}
 
 
 def test_all_methods_failing_is_a_failure(models: dict[str, Any], task: Path, monkeypatch: Any) -> None:
@@ -167,7 +194,7 @@ def test_all_methods_failing_is_a_failure(models: dict[str, Any], task: Path, mo
 def test_another_recipe_on_the_folder_is_refused_by_its_difference(models: dict[str, Any], task: Path) -> None:
     write_recipe(Path("r.yaml"), recipe(models, task))
     run("r.yaml", "--output", "out")
-    before = visible(Path("out"))
+    before = contents(Path("out"))
     write_recipe(Path("r.yaml"), recipe(models, task, seed=3))
     assert "seed is 0 there and 3 here" in refused("r.yaml", "--output", "out")
     write_recipe(Path("r.yaml"), recipe(models, task, methods=["patch"]))
@@ -175,8 +202,19 @@ def test_another_recipe_on_the_folder_is_refused_by_its_difference(models: dict[
     Path("else").mkdir()
     Path("else/thesis.tex").write_text("42")
     assert "holds something else" in refused("r.yaml", "--output", "else")
-    assert visible(Path("out")) == before
-    assert visible(Path("else")) == {"thesis.tex": b"42"}
+    assert contents(Path("out")) == before
+    assert contents(Path("else")) == {"thesis.tex": b"42"}
+
+
+def test_a_recipe_that_only_chooses_otherwise_goes_on(models: dict[str, Any], task: Path) -> None:
+    write_recipe(Path("r.yaml"), recipe(models, task, methods=["base-change"]))
+    run("r.yaml")
+    rows = read_rows(Path("bench"), "r.ensemble")
+    changes = {"validation": 2, "metric": "acc_norm", "cluster": "answer", "margin": 5, "source": "A paper"}
+    write_recipe(Path("r.yaml"), recipe(models, task, methods=["base-change"], **changes))
+    run("r.yaml")
+    assert [row["answers"] for row in read_rows(Path("bench"), "r.ensemble")] == [row["answers"] for row in rows]
+    assert (summary()["metric"], summary()["num_test"], summary()["margin"]) == ("acc_norm", 3, 5)
 
 
 def test_a_dry_run_says_what_would_run_and_reads_no_weights(
@@ -193,6 +231,22 @@ def test_a_dry_run_says_what_would_run_and_reads_no_weights(
     assert not Path("bench").exists()
 
 
+def test_a_dry_run_says_which_differences_the_documents_can_show(models: dict[str, Any], task: Path) -> None:
+    rows = [{"question": f"q {i}", "choices": ["a", "b"], "answer": i % 2} for i in range(300)]
+    write_rows(Path("questions.jsonl"), rows)
+    Path("many.yaml").write_text(task.read_text().replace("tiny_choice", "many"))
+    write_rows(Path("train_questions.jsonl"), [{**row, "question": f"t {i}"} for i, row in enumerate(rows[:9])])
+    write_recipe(Path("r.yaml"), recipe(models, Path("many.yaml"), tasks=["many.yaml", str(task)]))
+    printed = run("r.yaml", "--dry-run")
+    assert "Differences of right and wrong that one comparison would show in 80 of 100 cases:" in printed
+    shown = ", ".join(
+        f"{100 * detectable_by(300, share):.1f} points where the two disagree on {100 * share:g} %"
+        for share in (0.05, 0.1, 0.3)
+    )
+    assert f"many, 300 test examples: {shown}" in printed
+    assert "tiny_choice, 5 test examples: none; more examples are needed" in printed
+
+
 def test_two_folders_side_by_side(models: dict[str, Any], task: Path) -> None:
     write_recipe(Path("r.yaml"), recipe(models, task, methods=["source_ft", "patch"]))
     run("r.yaml", "--output", "a")
@@ -204,36 +258,35 @@ def test_two_folders_side_by_side(models: dict[str, Any], task: Path) -> None:
         ("patch", False, False),
         ("direct", True, False),
     ]
-    assert not any(pair["same_examples"] for pair in pairs)
-    summary = json.loads(Path("a/summary.json").read_text())
-    assert pairs[1]["a"]["estimate"] == summary["tasks"][0]["methods"][1]["test"]["estimate"]
+    assert not any(pair["same_documents"] for pair in pairs)
+    assert pairs[1]["a"] == summary("a")["methods"][1]
     same = [json.loads(line) for line in run("compare", "a", "a", "--json").splitlines()]
-    assert all(pair["same_examples"] and pair["a"] == pair["b"] for pair in same)
+    assert all(pair["same_documents"] and pair["a"] == pair["b"] for pair in same)
     assert "the same" in run("compare", "a", "a")
-    assert "no summary of a benchmark" in refused("compare", "a", "nowhere")
+    assert "nowhere/summary.json is no summary of this version" in refused("compare", "a", "nowhere")
 
 
 def test_an_interrupted_benchmark_goes_on(models: dict[str, Any], task: Path) -> None:
     write_recipe(Path("r.yaml"), recipe(models, task))
-    process = start("bench", "r.yaml", "--output", "out")
-    deadline = time.monotonic() + 120
-    while not list(Path("out").glob("runs/*/rows.jsonl")) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode in (0, 130), said  # it may have been faster than the signal
-    if process.returncode == 130:
-        assert "interrupted" in said
+    process = fork(["bench", "r.yaml", "--output", "out"])
+    while process.is_alive() and not (Path("out", FILE).exists() and Path("out", FILE).stat().st_size > 60_000):
+        time.sleep(0.002)
+    os.kill(process.pid or 0, signal.SIGINT)
+    process.join()
+    said = Path("said").read_text()
+    assert process.exitcode == 130, said
+    assert said.splitlines()[-1] == "Error: interrupted; finished rows are kept; go on with the same command"
     goes_on, whole = (told(run("r.yaml", "--output", name)).rsplit(f"{name}:", 1)[0] for name in ("out", "whole"))
     assert goes_on == whole
 
 
-def test_two_processes_make_the_same_rows(models: dict[str, Any], task: Path) -> None:
+def test_processes_of_a_launcher_make_the_same_rows(models: dict[str, Any], task: Path) -> None:
     write_recipe(Path("r.yaml"), recipe(models, task, batch_size=2))
-    process = start("bench", "r.yaml", "--output", "ranks", ranks=2)
-    said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
+    said = launch(["bench", "r.yaml", "--output", "ranks"], 2, [1, 0])
+    assert [("p (Holm)" in said[rank]) for rank in (0, 1)] == [True, False]  # the last one says what came of it
     run("r.yaml", "--output", "one")
-    one, ranks = (json.loads(Path(name, "summary.json").read_text())["tasks"] for name in ("one", "ranks"))
-    assert one == ranks
-    assert not list(Path("ranks").rglob("rows.*.jsonl"))
+    assert summary("one") == summary("ranks")
+    for name in ("r.ensemble", "r.patched", "r.source_pt", "r.direct"):
+        assert read_rows(Path("one"), name) == read_rows(Path("ranks"), name)
+    again = launch(["bench", "r.yaml", "--output", "ranks"], 2, [1, 0])  # what is finished is told once
+    assert [("p (Holm)" in again[rank]) for rank in (0, 1)] == [True, False]

@@ -14,7 +14,7 @@ from statsmodels.stats.power import tt_solve_power  # noqa: E402
 from statsmodels.stats.weightstats import ttost_paired  # noqa: E402
 
 from ensembler.errors import ConfigError  # noqa: E402
-from ensembler.evaluation.decisions import detectable_by, detectable_effect, equivalence, rows_needed  # noqa: E402
+from ensembler.evaluation.decisions import detectable_by, detectable_effect, equivalence  # noqa: E402
 from ensembler.evaluation.seeds import compare_seeded  # noqa: E402
 from ensembler.evaluation.statistics import compare, mcnemar  # noqa: E402
 
@@ -53,17 +53,6 @@ def test_of_many_rows_it_is_that_of_the_normal_formula() -> None:
     for disagreement in (0.1, 0.4):
         expected = effect * math.sqrt(disagreement / (1 + effect**2))  # δ = effect · √(d − δ²)
         assert detectable_by(20_000, disagreement) == pytest.approx(expected, rel=0.01)
-
-
-def test_the_rows_that_are_needed() -> None:
-    generator = np.random.default_rng(1)
-    for _ in range(20):
-        disagreement = generator.uniform(0.02, 0.6)
-        difference = disagreement * generator.uniform(0.2, 1.0)
-        rows = rows_needed(difference, disagreement)
-        assert detectable_by(rows, disagreement) <= difference + 1e-9 < detectable_by(rows - 1, disagreement) + 2e-9
-    assert rows_needed(0.05, 0.1) > rows_needed(0.1, 0.1)
-    assert rows_needed(1.0, 1.0) == 6  # 2 / 2^6 < 0.05 < 2 / 2^5
 
 
 def test_differences_that_no_rows_show() -> None:
@@ -191,8 +180,6 @@ def test_clusters_and_aggregates() -> None:
         (lambda: equivalence([1, 0], [1, 1], 0.1, clusters="aa"), "one cluster"),
         (lambda: detectable_by(0, 0.1), "0 rows that disagree on 0.1"),
         (lambda: detectable_by(10, 1.1), "disagree on 1.1"),
-        (lambda: rows_needed(0.2, 0.1), "difference of 0.2 with a disagreement of 0.1"),
-        (lambda: rows_needed(0.0, 0.1), "difference of 0.0"),
         (lambda: detectable_by(10, 0.1, power=1.0), "power of 1.0"),
     ],
 )

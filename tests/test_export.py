@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import sqlite3
 import sys
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +16,8 @@ from click.testing import CliRunner
 
 from ensembler.cli.export import export
 from ensembler.errors import EnsemblerError
-from ensembler.evaluation.store import FILE, Measured, Store
+from ensembler.evaluation.results_file import FILE, Measured
+from ensembler.evaluation.store import Store
 
 POINTS = [SimpleNamespace(rule="eft", alpha=0.0), SimpleNamespace(rule="base-change", alpha=0.5)]
 ROWS = [
@@ -117,6 +120,23 @@ def test_parquet_holds_the_same(results: Path, tmp_path: Path, what: str) -> Non
         for row in parquet.read_table(out).to_pylist()
     ]
     assert rows == printed(results, "--what", what)
+
+
+def test_a_document_that_is_not_at_all_points_is_told(results: Path, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(results / FILE)) as damaged:
+        damaged.execute("DELETE FROM measurements WHERE point = (SELECT max(id) FROM points)")
+        damaged.commit()
+    told = "results.sqlite is damaged: t/test/0 is not measured at all points; put an undamaged copy in its place"
+    assert told in error(results)
+    assert told in error(results, "--output", tmp_path / "rows.jsonl")
+
+
+def test_what_is_no_text_is_told(results: Path, tmp_path: Path) -> None:
+    with closing(sqlite3.connect(results / FILE)) as damaged:
+        damaged.execute("UPDATE answers SET answer = x'00' WHERE request = 0")
+        damaged.commit()
+    assert "results.sqlite cannot be read: Expecting value: " in error(results, "--output", tmp_path / "rows.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["bench"]
 
 
 def test_an_empty_table_has_its_columns(tmp_path: Path) -> None:

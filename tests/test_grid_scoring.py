@@ -255,9 +255,9 @@ def test_long_texts_need_lm_eval_and_short_ones_do_not(
 
     monkeypatch.setitem(sys.modules, "lm_eval.utils", None)
     question = Question(0, "", ("abcdef",), "it", is_text=True)
-    assert make_batches([encode_question(question, tokenizer, window=6)], 1)
+    assert make_batches([encode_question(question, tokenizer, context=("it", 6))], 1)
     with pytest.raises(MissingExtraError, match=r"logit-ensembler\[eval\]"):
-        make_batches([encode_question(question, tokenizer, window=5)], 1)
+        make_batches([encode_question(question, tokenizer, context=("it", 5))], 1)
 
 
 # -- the benchmark ----------------------------------------------------------------------------------------------------

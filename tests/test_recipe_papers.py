@@ -40,8 +40,16 @@ ROWS: dict[str, tuple[int, dict[str, str]]] = {
 }
 
 
+class CodeEval:
+    """Stands for the metric that `evaluate` takes from the hub, which HumanEval's functions try when imported."""
+
+    def compute(self, **_: Any) -> Any:
+        return {}, {}
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaluate.load", lambda name: CodeEval())
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.chdir(tmp_path)
 

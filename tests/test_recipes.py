@@ -139,28 +139,27 @@ def test_models_of_several_seeds(roles: Path) -> None:
     content["seeds"] = [{"source_ft": "source_ft", "patch": "patch"}, {"source_ft": {"model": "b"}, "patch": "b/lora"}]
     (experiment,) = read_recipe(write_recipe(roles / "seeds.yaml", content)).experiments
     assert experiment.methods == tuple(METHODS)  # the patch is there with the seeds
-    assert experiment.num_seeds == 2
-    first, second = (experiment.with_seed(number) for number in range(2))
-    assert (first.models, first.patch) == (experiment.models, experiment.patch)
-    assert (first.models["source_ft"].model, first.patch) == (str(roles / "source_ft"), str(roles / "patch"))
-    assert (second.models["source_ft"].model, second.patch) == ("b", "b/lora")
+    first, second = experiment.by_seed
+    assert first.models == experiment.models
+    assert [first.models[role].model for role in ("source_ft", "patch")] == [
+        str(roles / "source_ft"),
+        str(roles / "patch"),
+    ]
+    assert [second.models[role].model for role in ("source_ft", "patch")] == ["b", "b/lora"]
     assert second.models["target_pt"] == experiment.models["target_pt"] == first.models["target_pt"]
-    assert (second.num_seeds, second.published) == (1, experiment.published)
-    with pytest.raises(IndexError):
-        experiment.with_seed(2)
+    assert (second.seeds, second.published) == ((), experiment.published)
 
 
 def test_an_experiment_without_seeds_is_of_one(roles: Path, tmp_path: Path) -> None:
     (experiment,) = read_recipe(write_recipe(tmp_path / "good.yaml", good(roles))).experiments
-    assert (experiment.num_seeds, experiment.seeds) == (1, ())
-    assert experiment.with_seed(0) is experiment
+    assert experiment.by_seed == [experiment]
 
 
 def test_models_may_be_those_of_the_seeds_alone(tmp_path: Path) -> None:
     content = {"tasks": ["t"], "seeds": [{"source_ft": "a"}, {"source_ft": "b"}]}
     (experiment,) = read_recipe(write_recipe(tmp_path / "seeds.yaml", content)).experiments
     assert experiment.methods == ("source_ft",)
-    assert [experiment.with_seed(number).models["source_ft"].model for number in range(2)] == ["a", "b"]
+    assert [one.models["source_ft"].model for one in experiment.by_seed] == ["a", "b"]
 
 
 def test_a_recipe_cannot_be_changed(roles: Path, tmp_path: Path) -> None:
@@ -173,7 +172,7 @@ def test_paths_are_looked_for_beside_the_recipe(roles: Path, tmp_path: Path) -> 
     content = {"models": {"target_pt": "target_pt", "patch": "patch"}, "tasks": ["tasks/pairs.yaml"]}
     path = write_recipe(roles / "beside.yaml", content)
     (experiment,) = read_recipe(path).experiments
-    assert experiment.patch == str(roles / "patch")
+    assert experiment.models["patch"].model == str(roles / "patch")
     assert experiment.tasks == (str(roles / "tasks/pairs.yaml"),)
     assert [run.name for study in plan(path).studies for run, _ in study.runs] == ["beside.target_pt", "beside.patch"]
 

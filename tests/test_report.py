@@ -41,9 +41,8 @@ CASES: dict[str, Callable[[], list[TaskFigures]]] = {
 
 def write(out: Path, tasks: Sequence[TaskFigures], *, images: bool = False) -> list[str]:
     def changes(task: TaskFigures) -> list[Mapping[str, Any]]:
-        documents, rows = answered(images=images)
         method = MethodFigure("eft", "eft", "eft", 1.0)
-        found = changed_by(documents, rows, method, task, lambda document: PICTURE if images else None)
+        found = changed_by(answered(images=images), method, task, lambda document: PICTURE if images else None)
         return [] if found is None or not task.curve else [found]
 
     settings = {"seed": 0, "hash": "f" * 300, "limit": float("inf")}
@@ -167,23 +166,21 @@ def test_a_picture_depends_on_the_figures_alone(tmp_path: Path) -> None:
 
 
 def test_documents_that_alpha_changed_are_counted_and_drawn() -> None:
-    documents, rows = answered()
-    found = changed_by(documents, rows, MethodFigure("eft", "EFT", "eft", 1.0), sweep())
+    measured = answered()
+    found = changed_by(measured, MethodFigure("eft", "EFT", "eft", 1.0), sweep())
     assert found is not None
     assert found["title"] == "EFT, α = 1 beside α = 0"
     assert found["counts"].startswith("α changed 30 of 60 answers; by acc, 30 documents are better and 0 worse. 10 of")
     names = [one["name"] for one in found["examples"]]
     assert len(names) == 10
-    assert set(names) <= {name for name, one in documents.items() if one.index % 2}
+    assert set(names) <= {document.name for document, _ in measured if document.index % 2}
     assert [one["value"] for one in found["examples"][0]["answers"]] == [0.0, 1.0]
     assert all(len(one["prompt"]) == 702 and one["prompt"].startswith("… ") for one in found["examples"])
-    lower = changed_by(
-        documents, rows, MethodFigure("eft", "EFT", "eft", 1.0), replace(sweep(), higher_is_better=False)
-    )
+    lower = changed_by(measured, MethodFigure("eft", "EFT", "eft", 1.0), replace(sweep(), higher_is_better=False))
     assert lower is not None
     assert "0 documents are better and 30 worse" in lower["counts"]
-    assert changed_by(documents, rows, MethodFigure("eft", "EFT", "eft", 0.0), sweep()) is None
-    assert changed_by(documents, rows, MethodFigure("x", "x", "base-change", 1.0), sweep()) is None
+    assert changed_by(measured, MethodFigure("eft", "EFT", "eft", 0.0), sweep()) is None
+    assert changed_by(measured, MethodFigure("x", "x", "base-change", 1.0), sweep()) is None
 
 
 def test_changed_documents_are_shown_with_their_answers(tmp_path: Path) -> None:

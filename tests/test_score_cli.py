@@ -133,13 +133,19 @@ def test_one_member_at_a_time_writes_the_same_file(run: Run, command: list[objec
     assert sorted(path.name for path in tmp_path.glob("*apart*")) == ["apart.jsonl"]
 
 
-def test_a_run_that_was_cut_goes_on(run: Run, command: list[object], tmp_path: Path) -> None:
+def test_a_run_that_was_cut_goes_on(
+    run: Run, command: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     assert run(*command, "--output", whole).code == 0
     for offline in ([], ["--offline-members"]):
         cut.write_text("".join(whole.read_text().splitlines(keepends=True)[1:3]))
-        assert run(*command, "--output", cut, "--resume", *offline).code == 0
+        resumed = run(*command, "--output", cut, "--resume", *offline)
+        assert (resumed.code, resumed.err.splitlines()[-1].split(",")[0]) == (0, "lines: 2")
         assert cut.read_text() == whole.read_text()
+        with monkeypatch.context() as patch:
+            patch.setattr(Forward, "_run", lambda *inputs: pytest.fail("what is finished runs again"))
+            assert run(*command, "--output", cut, "--resume", *offline).err.splitlines()[-1].startswith("lines: 0, ")
     changed = run(*command, "--alpha", 1.5, "--output", cut, "--resume")
     assert changed.code == 2
     assert "with another ensemble" in changed.error

@@ -19,10 +19,9 @@ from transformers import PreTrainedTokenizerFast
 from ensembler import EnsembleForCausalLM
 from ensembler.engine.forward import Forward
 from ensembler.engine.grid import make_grid
-from ensembler.engine.members import LoadedGroup
 from ensembler.errors import ConfigError, LogitsError, OutputError, PromptError, RunError
 from ensembler.evaluation import offline as offline_module
-from ensembler.evaluation.backends import Scorer, TransformersBackend
+from ensembler.evaluation.backends import TransformersBackend
 from ensembler.evaluation.batches import make_batches
 from ensembler.evaluation.logits_folder import LogitsFolder
 from ensembler.evaluation.offline import OfflineScorer
@@ -39,7 +38,13 @@ def case(request: pytest.FixtureRequest) -> Case:
     return CASES[request.param]
 
 
-def scored(scorer: Scorer, rule: str, batch_size: int, alphas: list[float] = ALPHAS, **options: Any) -> Scores:
+def scored(
+    scorer: TransformersBackend | OfflineScorer,
+    rule: str,
+    batch_size: int,
+    alphas: list[float] = ALPHAS,
+    **options: Any,
+) -> Scores:
     share_contexts = options.pop("share_contexts", False)
     batches = make_batches(REQUESTS, batch_size, share_contexts=share_contexts)
     found = scorer.score(batches, make_grid([rule], alphas), **options)
@@ -178,16 +183,13 @@ def test_only_needed_positions_go_through_the_heads(
     assert [step.logits_to_keep.tolist() for step in kept] == 3 * [[35, 36]]
 
 
-def test_the_longest_run_first_and_finished_requests_are_left_out(base_change: EnsembleForCausalLM) -> None:
+def test_the_longest_run_first(base_change: EnsembleForCausalLM) -> None:
     batches = make_batches(REQUESTS, 4)
     lengths = [request.num_positions for batch in batches for request in batch.requests]
     assert lengths == sorted(lengths, reverse=True)
-    done = frozenset(request.number for request in batches[0].requests[:3] + batches[1].requests)
     counted: list[int] = []
-    found = together(base_change, 4, done=done, advance=counted.append)
-    whole = together(base_change, 4)
-    assert found == {number: scores for number, scores in whole.items() if number not in done}
-    assert counted == [1, 4, 1]
+    together(base_change, 4, advance=counted.append)
+    assert counted == [4, 4, 4, 1]
 
 
 # -- one member at a time ---------------------------------------------------------------------------------------------
@@ -198,15 +200,15 @@ def test_one_group_of_members_is_in_memory_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     weights: list[list[weakref.ref[nn.Parameter]]] = []
-    load = offline_module.load_group
+    load = offline_module.load_members
 
-    def watched(group: Any) -> LoadedGroup:
+    def watched(files: Any) -> Any:
         assert not [ref for refs in weights for ref in refs if ref() is not None], "members of before are alive"
-        loaded = load(group)
-        weights.append([weakref.ref(p) for model in loaded.models.values() for p in model.parameters()])
-        return loaded
+        models, backbones = load(files)
+        weights.append([weakref.ref(p) for model in models.values() for p in model.parameters()])
+        return models, backbones
 
-    monkeypatch.setattr(offline_module, "load_group", watched)
+    monkeypatch.setattr(offline_module, "load_members", watched)
     gc.disable()  # freeing must not wait for a collection by chance
     try:
         offline(check_ensemble(CASES[name].config(tmp_path)), LogitsFolder(tmp_path / "out.members", "a1"), 4)
@@ -223,7 +225,7 @@ def test_the_folder_holds_as_many_bytes_as_was_said(case: Case, tmp_path: Path) 
     expected = scorer.check_space(batches)
     next(scorer.score(batches, make_grid([checked.config.get_rule().name], ALPHAS)))
     assert scorer.check_space(batches) == expected
-    stored = [folder.read(path.stem) for path in folder.path.glob("*.safetensors")]
+    stored = [folder.read(path.name) for path in folder.path.glob("*.safetensors")]
     assert expected == sum(t.numel() * t.element_size() for tensors in stored for t in tensors.values())
     roles = {role: tensor.dtype for tensors in stored for role, tensor in tensors.items()}
     members = EnsembleForCausalLM.from_checked(checked).members
@@ -288,13 +290,12 @@ def test_an_interruption_while_combining_needs_no_forward_again(tmp_path: Path, 
     first = next(begun)
     begun.close()
     interruption.counts.clear()
-    done = frozenset(one.request.number for one in first)
     counted: list[int] = []
     scorer = OfflineScorer(checked, LogitsFolder(path, "a1", resume=True))
-    rest = scorer.score(batches, grid, done, counted.append)
+    rest = scorer.score(batches[1:], grid, counted.append)
     numbers = [one.request.number for batch in rest for one in batch]
     assert sum(counted) == scorer.num_rounds * len(numbers)
-    assert sorted([*numbers, *done]) == list(range(len(REQUESTS)))
+    assert sorted([*numbers, *(one.request.number for one in first)]) == list(range(len(REQUESTS)))
     assert not interruption.counts
     assert not path.exists()
 

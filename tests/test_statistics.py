@@ -15,7 +15,7 @@ from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 from ensembler.errors import ConfigError, MissingExtraError  # noqa: E402
-from ensembler.evaluation.bootstrap import NUM_RESAMPLES  # noqa: E402
+from ensembler.evaluation.resampling import NUM_RESAMPLES  # noqa: E402
 from ensembler.evaluation.statistics import (  # noqa: E402
     choose_alpha,
     compare,

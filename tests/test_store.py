@@ -17,7 +17,8 @@ from store_cases import NUM, POINTS, SETTINGS, begun, check_whole, contents, doc
 
 from ensembler.errors import OutputError, RunError
 from ensembler.evaluation import results_file
-from ensembler.evaluation.store import FILE, Measured, Store, open_results
+from ensembler.evaluation.results_file import FILE, Measured, open_results
+from ensembler.evaluation.store import Store
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from ensembler import EnsembleForCausalLM
 from ensembler.demo import demo_folder, demo_task
 from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.plan import Plan
-from ensembler.evaluation.store import FILE, Measured
+from ensembler.evaluation.results_file import FILE, Measured
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.evaluation.tasks import TextTask
 from ensembler.folder import read

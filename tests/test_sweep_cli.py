@@ -19,8 +19,7 @@ from task_cases import write_rows, write_tasks
 
 from ensembler.cli.main import cli
 from ensembler.errors import EnsemblerError
-from ensembler.evaluation.results_file import TABLES
-from ensembler.evaluation.store import FILE
+from ensembler.evaluation.results_file import FILE, TABLES
 from ensembler.evaluation.text_answers import TextAnswerer
 
 FILES = {FILE, "summary.json", "curve.png", "methods.png", "report.html"}
@@ -260,10 +259,9 @@ def test_one_alpha_is_allowed_and_said(members: list[str], tmp_path: Path) -> No
 
 
 def test_clusters_and_a_margin_are_told(members: list[str], tmp_path: Path) -> None:
-    folder = write_tasks(tmp_path / "tasks")
-    rows = [{"question": f"q {i}", "choices": ["a", "b"], "answer": i % 2, "passage": i // 4} for i in range(40)]
-    write_rows(folder / "questions.jsonl", rows)
-    printed = run(*members, "--task", folder / "choice.yaml", "--alphas", "1", "--cluster", "passage", "--margin", 60)
+    rows = [{"question": f"q {i}", "label": "ab"[i % 2], "passage": {"number": i // 4}} for i in range(40)]
+    flags = data_flags(write_rows(tmp_path / "q.jsonl", rows))
+    printed = run(*members, *flags, "--alphas", "1", "--cluster", "passage", "--margin", 60)
     assert "40 test documents in 10 groups by passage, on which intervals and tests rest" in printed
     for name in ("would have shown", "p of alike to within 60 points", "clustered paired t"):
         assert name in printed

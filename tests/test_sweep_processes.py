@@ -23,7 +23,7 @@ pytest.importorskip("lm_eval")
 from process_cases import fork, launch
 from sweep_cases import data_flags, read_rows, save_ensemble, start, write_questions
 
-from ensembler.evaluation.store import FILE, open_results
+from ensembler.evaluation.results_file import FILE, open_results
 from ensembler.evaluation.text_answers import TextAnswerer
 
 

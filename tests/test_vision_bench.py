@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 import subprocess
@@ -18,9 +17,11 @@ pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
 from recipe_cases import plan, refusal
+from sweep_cases import read_rows
 from vision_cases import CLASSES, save_clip, save_head, save_images, save_vit, with_other_classifier
 
 from ensembler.evaluation.recipe_file import read_recipe
+from ensembler.evaluation.results_file import open_results
 
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
 TABLE = ("cifar100", "svhn", "resisc45", "sun397", "dtd", "cars")
@@ -56,15 +57,13 @@ def recipe(tmp_path: Path) -> Path:
 
 
 def test_a_recipe_of_image_classifiers_runs_whole(recipe: Path, tmp_path: Path, run: Any) -> None:
-    from sweep_cases import read_rows
-
     plan = run("bench", recipe, "--dry-run")
     assert plan.code == 0, plan.err
     assert "animals (acc): 21 test examples, alpha chosen of 3 on 14 others" in plan.out
     done = run("bench", recipe, "--output", tmp_path / "out", "--json")
     assert done.code == 0, done.err
     (task,) = json.loads(done.out)["tasks"]
-    rows = read_rows(tmp_path / "out" / "runs" / "recipe.ensemble")
+    rows = read_rows(tmp_path / "out", "recipe.ensemble")
     assert {method["method"] for method in task["methods"]} == {
         "source_ft",
         "source_pt",
@@ -84,8 +83,6 @@ def test_a_recipe_of_image_classifiers_runs_whole(recipe: Path, tmp_path: Path, 
 
 
 def test_the_page_shows_images_that_alpha_changed_and_the_paper_s_alpha(recipe: Path, tmp_path: Path, run: Any) -> None:
-    from sweep_cases import read_rows
-
     content = yaml.safe_load(recipe.read_text())
     content["published_alphas"] = {"animals": {"eft": 0.7}}
     content["alpha"] = {"base-change": 3.0}
@@ -95,15 +92,15 @@ def test_the_page_shows_images_that_alpha_changed_and_the_paper_s_alpha(recipe: 
     (task,) = json.loads(done.out)["tasks"]
     eft = next(method for method in task["methods"] if method["method"] == "eft")
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
-    assert f"{eft['alpha']:g}; published 0.7" in page
-    rows = [row for row in read_rows(tmp_path / "out" / "runs" / "recipe.ensemble") if "/test/" in row["id"]]
+    assert f"{eft['alpha']:g} (validation); published 0.7" in re.sub(r"<[^>]+>", "", page)
+    rows = [row for row in read_rows(tmp_path / "out", "recipe.ensemble") if "/test/" in row["id"]]
     answers = {(row["id"], row["rule"], row["alpha"]): row["predictions"][""] for row in rows}
     for rule, alpha in (("base-change", 3.0), ("eft", eft["alpha"])):
         of = {name for name, its_rule, its_alpha in answers if (its_rule, its_alpha) == (rule, alpha)}
         num = sum(answers[name, rule, alpha] != answers[name, rule, 0.0] for name in of)
         assert num > 0
         assert f"α changed {num} of 21 answers" in page
-    assert page.count('<div class="strip">') == 2
+    assert page.count("α changed ") == 2
     assert len(re.findall(r'src="data:image/png;base64,', page)) > 3
 
 
@@ -284,10 +281,13 @@ def test_the_committed_rows_give_the_committed_accuracies() -> None:
     tasks = json.loads((DIGITS / "summary.json").read_text("utf-8"))["tasks"]
     assert len(tasks) == 12
     for task in tasks:
-        content = (DIGITS / "runs" / f"{task['experiment']}.ensemble.rows.jsonl.gz").read_bytes()
+        with open_results(DIGITS) as results:
+            run = f"{task['experiment']}.ensemble"
+            values, points = results.values(run, "acc"), results.points(run)
         right: dict[tuple[str, str, float], list[float]] = {}
-        for row in map(json.loads, gzip.decompress(content).decode().splitlines()):
-            right.setdefault((row["id"].split("/")[1], row["rule"], row["alpha"]), []).append(row["values"]["acc"])
+        for name, of_points in values.items():
+            for (rule, alpha), value in zip(points, of_points, strict=True):
+                right.setdefault((name.split("/")[1], rule, alpha), []).append(value)
         accuracy = {key: sum(values) / len(values) for key, values in right.items()}
         methods = {one["method"]: one for one in task["methods"]}
         for rule in ("base-change", "eft"):

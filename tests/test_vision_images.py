@@ -17,16 +17,16 @@ from vision_cases import CLASSES, random_images, save_images
 
 from ensembler.errors import ConfigError, ImageError
 from ensembler.vision import images
-from ensembler.vision.datasets import LabelledImage, find_splits
-from ensembler.vision.images import decode, find_images, image_file
+from ensembler.vision.datasets import find_splits
+from ensembler.vision.images import ImageSource, decode, find_images, image_file
 from ensembler.vision.loader import ahead
 from ensembler.vision.tasks import load_image_task
 
 RAMP = np.arange(64 * 64).reshape(64, 64)
 
 
-def read_splits(folder: Path) -> dict[str, tuple[LabelledImage, ...]]:
-    return {split: read().images for split, read in find_splits(folder).items()}
+def read_splits(folder: Path) -> dict[str, list[ImageSource]]:
+    return {split: read()[0] for split, read in find_splits(folder).items()}
 
 
 def encoded(image: Any, kind: str = "png", **settings: Any) -> bytes:
@@ -158,9 +158,9 @@ def test_images_are_found_by_name_and_below_folders(tmp_path: Path) -> None:
     (tmp_path / "set" / "notes.txt").write_text("no image")
     (tmp_path / "set" / ".hidden").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "set" / ".hidden" / "x.png")
-    found = find_images([tmp_path / "set" / "b" / "001.png", tmp_path / "set"])
-    assert found.num_others == 1
-    assert [Path(source.name).relative_to(tmp_path / "set").as_posix() for source in found.images] == [
+    found, num_others = find_images([tmp_path / "set" / "b" / "001.png", tmp_path / "set"])
+    assert num_others == 1
+    assert [Path(source.name).relative_to(tmp_path / "set").as_posix() for source in found] == [
         "b/001.png",
         *(f"{name}/{number:03}.png" for name in "ab" for number in (0, 1)),
     ]
@@ -175,17 +175,17 @@ def test_links_that_lead_nowhere_and_other_endings_of_jpegs_are_images(tmp_path:
     for name in ("a.jfif", "b.jpe"):
         Image.new("RGB", (20, 20)).save(tmp_path / name, "jpeg")
     (tmp_path / "c.png").symlink_to(tmp_path / "gone.png")
-    found = find_images([tmp_path])
-    assert [Path(source.name).name for source in found.images] == ["a.jfif", "b.jpe", "c.png"]
+    found, _ = find_images([tmp_path])
+    assert [Path(source.name).name for source in found] == ["a.jfif", "b.jpe", "c.png"]
     with pytest.raises(ImageError, match=r"c\.png cannot be read: No such file"):
-        found.images[2].read()
+        found[2].read()
 
 
 def test_class_folders_with_and_without_splits(tmp_path: Path) -> None:
     save_images(tmp_path / "plain", 2)
     found = read_splits(tmp_path / "plain")
     assert list(found) == ["test"]
-    assert [(one.label, one.source.name) for one in found["test"]][:3] == [
+    assert [(one.label, one.name) for one in found["test"]][:3] == [
         ("bee", "bee/000.png"),
         ("bee", "bee/001.png"),
         ("cat", "cat/000.png"),
@@ -203,8 +203,9 @@ def test_val_is_validation_and_splits_are_read_when_they_are_used(tmp_path: Path
     (tmp_path / "set" / "train" / "a").mkdir(parents=True)
     splits = find_splits(tmp_path / "set")
     assert set(splits) == {"train", "validation", "test"}
-    assert (len(splits["validation"]().images), splits["validation"]().num_others) == (2, 0)
-    assert (len(splits["test"]().images), splits["test"]().num_others) == (2, 1)
+    for name, expected in (("validation", (2, 0)), ("test", (2, 1))):
+        found, num_others = splits[name]()
+        assert (len(found), num_others) == expected
     with pytest.raises(ImageError, match="train holds no images"):
         splits["train"]()
     (tmp_path / "set" / "validation").mkdir()
@@ -280,10 +281,10 @@ def test_a_folder_of_datasets(tmp_path: Path) -> None:
     found = read_splits(tmp_path / "set")
     assert [one.label for one in found["test"]] == ["cat", "bee", "bee", "dog", "pig"]
     for one, picture in zip(found["test"], pictures, strict=True):
-        assert (np.asarray(decode(one.source.read(), "x")) == np.asarray(picture)).all()
+        assert (np.asarray(decode(one.read(), "x")) == np.asarray(picture)).all()
     assert len(found["validation"]) == 1
     rows.save_to_disk(tmp_path / "one")
-    assert [one.source.name for one in read_splits(tmp_path / "one")["test"]][-1] == "row 4"
+    assert [one.name for one in read_splits(tmp_path / "one")["test"]][-1] == "row 4"
     rows.remove_columns("fine").save_to_disk(tmp_path / "bare")
     with pytest.raises(ImageError, match="has 1 columns of images and 0 of class labels"):
         read_splits(tmp_path / "bare")

@@ -15,7 +15,6 @@ import torch
 
 pytest.importorskip("PIL")
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
@@ -48,7 +47,6 @@ from ensembler.rules import RULES
 from ensembler.vision import zero_shot
 from ensembler.vision.answers import describe_images
 from ensembler.vision.preflight import check_images
-from ensembler.vision.towers import ClassifierTower, FeatureTower, WholeClassifier
 
 SAVE = {"vit": save_vit, "convnext": save_convnext, "dinov2": save_dinov2}
 TRIO = ("source_ft", "source_pt", "target_pt")
@@ -186,8 +184,7 @@ def test_classifiers_that_differ_in_their_head_alone_run_their_backbone_once(fam
     images = random_images(4, 2)
     model = EnsembleForImageClassification.from_members(alpha=0.9, members=folders)
     assert [tower.roles for tower in model.towers] == [("source_ft", "source_pt"), ("target_pt",)]
-    assert isinstance(model.towers[0], ClassifierTower)
-    assert isinstance(model.towers[1], WholeClassifier)
+    assert [type(tower.model.classifier) for tower in model.towers] == [torch.nn.Identity, torch.nn.Linear]
     assert num_forwards(model, images) == 2
     logits = model.member_logits(model.prepare(images))
     for role, folder in folders.items():
@@ -204,7 +201,6 @@ def test_zero_shot_and_a_head_share_their_frozen_tower(tmp_path: Path) -> None:
     images = random_images(4, 2)
     model = EnsembleForImageClassification.from_members(alpha=0.5, members=members)
     assert [tower.roles for tower in model.towers] == [("source_ft", "source_pt"), ("target_pt",)]
-    assert isinstance(model.towers[0], FeatureTower)
     assert num_forwards(model, images) == 2
     logits = model.member_logits(model.prepare(images))
     prompts = [f"a photo of a {name}." for name in CLASSES]
@@ -400,15 +396,11 @@ def test_a_damaged_head_in_the_cache_is_made_again(tmp_path: Path, said: list[st
     assert len([line for line in said if "it is made again" in line]) == 3
 
 
-@pytest.mark.parametrize("error", [OSError("full"), SafetensorError("full")])
-def test_a_cache_that_cannot_be_written_to_costs_nothing_else(
-    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def save(tensors: Any, path: Path, **_: Any) -> None:
-        path.write_bytes(b"half")
-        raise error
+def test_a_cache_that_cannot_be_written_to_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Path) -> None:
+        raise OSError("full")
 
-    monkeypatch.setattr("ensembler.vision.heads.save_file", save)
+    monkeypatch.setattr("os.replace", full)
     checked = check_images(config_of(save_clip(tmp_path / "clip", 1)))
     assert EnsembleForImageClassification.from_checked(checked).towers[0].heads["a"].weight.shape == (7, 12)
     assert list((tmp_path / "heads").iterdir()) == []

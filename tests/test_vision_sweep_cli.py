@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from sweep_cases import read_rows, start
 from vision_cases import CLASSES, save_clip, save_convnext, save_images, save_vit
 
 from ensembler import EnsembleForImageClassification
+from ensembler.evaluation.results_file import FILE
 
 RULES = ("base-change", "eft")
 
@@ -85,7 +88,7 @@ def test_rows_say_what_the_ensemble_answers_at_each_point(
                 assert row["predictions"] == {"": CLASSES[top[0]]}
                 assert row["answers"] == [[CLASSES[i] for i in top], [values[right].item(), top[0] == right]]
     (task,) = json.loads(done.out)["tasks"]
-    chosen = {choice["rule"]: choice["alpha"] for choice in task["choices"]}
+    chosen = {method["rule"]: method["alpha"] for method in task["methods"] if method["chosen_by"] == "validation"}
     for rule in RULES:
         accuracies = {
             alpha: sum(
@@ -100,8 +103,8 @@ def test_rows_say_what_the_ensemble_answers_at_each_point(
     assert {each["comparison"]["test"] for each in task["differences"]} == {"exact McNemar"}
     page = (tmp_path / "out" / "report.html").read_text("utf-8")
     assert len(re.findall(r'src="data:image/png;base64,', page)) > 2
-    assert "0 examples in each prompt" not in page
-    assert "28 test examples; 14 validation examples. Version 1 of the task, metric acc." in page
+    assert "examples in each prompt" not in page
+    assert "28 test documents; 14 others chose alpha. Version 1 of the task, metric acc." in page
 
 
 def test_an_interrupted_sweep_goes_on_to_the_same_rows(
@@ -112,8 +115,9 @@ def test_an_interrupted_sweep_goes_on_to_the_same_rows(
     command = ["sweep", tmp_path / "ensemble", "--images", pictures, "--alphas", "0,1", "--batch-size", 4]
     assert run(*command, "--output", tmp_path / "whole").code == 0
     assert run(*command, "--output", tmp_path / "part").code == 0
-    lines = (tmp_path / "part" / "rows.jsonl").read_text("utf-8").splitlines(keepends=True)
-    (tmp_path / "part" / "rows.jsonl").write_text("".join(lines[:21]) + lines[21][:30])
+    with closing(sqlite3.connect(tmp_path / "part" / FILE)) as connection, connection:
+        for table in ("answers", "measurements"):
+            connection.execute(f"DELETE FROM {table} WHERE document > (SELECT min(id) + 6 FROM documents)")
     done = run(*command, "--output", tmp_path / "part")
     assert done.code == 0
     assert "28 examples at 3 points, 7 are done" in done.err
@@ -151,10 +155,11 @@ def test_broken_images_are_left_out_with_a_count_or_end_it(
     assert done.code == 0
     assert "skipped: cat/001.png is " in done.err
     assert "2 images cannot be read and are left out" in done.err
-    assert "26 test examples; 14 validation examples; 2 images that cannot be read left out" in done.out
+    assert "26 test documents; 14 others chose alpha" in done.out
+    assert "\n2 images that cannot be read left out\n" in done.out
     ids = {row["id"] for row in read_rows(tmp_path / "out")}
     assert len(ids) == 26 + 14
-    task = json.loads((tmp_path / "out" / "summary.json").read_text())["task settings"]["pictures"]
+    task = json.loads((tmp_path / "out" / "summary.json").read_text())["settings"]["tasks"]["pictures"]
     assert [said.split(" ")[0] for said in task["skipped"]["test"]] == ["cat/001.png", "owl/003.png"]
 
 

@@ -126,7 +126,7 @@ def run(
     content = read_recipe(demo_recipe() if str(recipe) == DEMO else recipe)
     requirements = [Requirement.parse(text, [each.methods for each in content.experiments]) for text in require]
     planner = _image_planner(content)
-    with _saying_once("ensembler.adapters", "ensembler.vision.loading"):
+    with _saying_once("ensembler.adapters", "ensembler.vision.towers"):
         planned = Bench(content, confirm_run_unsafe_code=confirm_run_unsafe_code, backend=backend, others=planner)
         for task in () if planner is None else planner.loaded.values():
             say_left_out(task)

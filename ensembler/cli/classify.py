@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -13,7 +13,6 @@ from ensembler.cli.options import EnsembleOptions
 from ensembler.errors import RunError
 
 if TYPE_CHECKING:
-    from ensembler.vision.classify import Classified
     from ensembler.vision.modeling import EnsembleForImageClassification
 
 
@@ -56,33 +55,32 @@ def classify(
 
     given = EnsembleOptions(ensemble, rule=rule, alpha=alpha, dtype=dtype, device=device)
     checked = check_images(given.load_config())
-    found_images = find_images(list(images))
-    sources = found_images.images
-    say_others(found_images.num_others)
+    sources, num_others = find_images(images)
+    say_others(num_others)
     model = EnsembleForImageClassification.from_checked(checked)
     num_skipped = 0
-    for found in classify_images(model, sources, top_k=top_k, batch_size=batch_size, strict=strict):
-        num_skipped += found.error is not None
-        _print(found, model, as_json=as_json)
+    for row in classify_images(model, sources, top_k=top_k, batch_size=batch_size, strict=strict):
+        num_skipped += "error" in row
+        _print(row, model, as_json=as_json)
     if num_skipped:
         click.echo(f"{num_skipped:,} of {len(sources):,} images could not be read and were skipped", err=True)
     if num_skipped == len(sources):
         raise RunError("no image could be read")
 
 
-def _print(found: Classified, model: EnsembleForImageClassification, *, as_json: bool) -> None:
+def _print(row: dict[str, Any], model: EnsembleForImageClassification, *, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(found.to_row(), ensure_ascii=False))
+        click.echo(json.dumps(row, ensure_ascii=False))
         return
-    if found.error is not None:
-        click.echo(f"skipped: {found.error}", err=True)
+    if "error" in row:
+        click.echo(f"skipped: {row['error']}", err=True)
         return
-    click.echo(found.name)
-    for candidate in found.candidates:
-        click.echo(f"  {candidate.probability:6.1%}  {candidate.label}")
-    first, anchor = found.candidates[0], found.anchor
-    if anchor is not None and anchor.label != first.label:
+    click.echo(row["image"])
+    for each in row["classes"]:
+        click.echo(f"  {each['probability']:6.1%}  {each['label']}")
+    first, anchor = row["classes"][0], row["anchor"]
+    if anchor["label"] != first["label"]:
         click.echo(
-            f"  alpha {model.alpha:g} moves the choice: {model.rule.anchor} alone would say {anchor.label} "
-            f"({anchor.probability:.1%})"
+            f"  alpha {model.alpha:g} moves the choice: {model.rule.anchor} alone would say {anchor['label']} "
+            f"({anchor['probability']:.1%})"
         )

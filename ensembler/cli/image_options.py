@@ -38,12 +38,11 @@ class ImageOptions:
     def apply(self, config: EnsembleConfig) -> EnsembleConfig:
         """Return the configuration with these; raise ConfigError where they are for another task."""
         if not self.is_given:
-            options = {"--head": self.head, "--classes": self.classes, "--templates": self.templates}
-            beside = next((name for name, value in {**options, "--aliases": self.aliases}.items() if value), None)
+            beside = next((name for name in ("head", "classes", "templates", "aliases") if getattr(self, name)), None)
             if beside is not None:
-                raise ConfigError(f"{beside} was given without --task {_IMAGES}; add it")
+                raise ConfigError(f"--{beside} was given without --task {_IMAGES}; add it")
             return config
-        from ensembler.vision.class_files import as_images
+        from ensembler.vision.classes import as_images
 
         config = as_images(config, classes=self.classes, templates=self.templates, aliases=self.aliases)
         for role, head in by_role("--head", self.head, tuple(config.members)).items():
@@ -51,6 +50,7 @@ class ImageOptions:
         return config
 
 
+_FILE: dict[str, Any] = {"type": click.Path(path_type=Path), "metavar": "FILE"}
 _IMAGE_OPTIONS = (
     click.option(
         "--task", type=click.Choice([_TEXTS, _IMAGES]), default=_TEXTS, show_default=True, help="What the members do."
@@ -60,22 +60,15 @@ _IMAGE_OPTIONS = (
     ),
     click.option(
         "--classes",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
+        **_FILE,
         help="Labels, one on each line; or JSON: a list, or an object from label to words for prompts.",
     ),
     click.option(
         "--templates",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
+        **_FILE,
         help='Prompts of zero-shot members, one on each line with {} for the class.  ["a photo of a {}."]',
     ),
-    click.option(
-        "--aliases",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="JSON object: labels by what members call them.",
-    ),
+    click.option("--aliases", **_FILE, help="JSON object: labels by what members call them."),
 )
 
 

@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from ensembler.evaluation.store import Store
     from ensembler.evaluation.study import Study
 
-_SUMMARY = "summary"  # what one process claims
-
-SUMMARY_CLAIM = "summary"  # of several processes that finish together one writes it
+_SUMMARY = "summary"  # of several processes that finish together the one that claims it writes it
 
 
 def read_batch_size(given: str) -> int | str:
@@ -84,6 +82,5 @@ def finish(
     else:
         print_figures(figures)
     log_curves(trackers, store.folder, figures, settings)
-    store.release(_SUMMARY)
     click.echo(f"{store.folder}: {store.file.name}, {', '.join(files)}", err=True)
     return figures

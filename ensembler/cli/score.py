@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ensembler.cli.options import EnsembleOptions, ensemble_options
+from ensembler.cli.tables import print_scores, progress
 from ensembler.errors import ConfigError, PromptError
+from ensembler.planning.budgets import show_size
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence, Set
 
     from ensembler.decoding.results import ResultsFile
     from ensembler.engine.grid import GridPoint
-    from ensembler.evaluation.backends import Advance, Scorer
-    from ensembler.evaluation.batches import Batch, Done
-    from ensembler.evaluation.logits_folder import LogitsFolder
+    from ensembler.evaluation.backends import Advance
     from ensembler.evaluation.scoring import ScoredRequest
     from ensembler.evaluation.top_k import TopKWriter
-    from ensembler.preflight import CheckedEnsemble
+    from ensembler.modeling import EnsembleForCausalLM
 
 
 @click.command()
@@ -75,10 +75,14 @@ def score(
     _check_options([option for option, is_given in options.items() if is_given], output, len(alphas))
     from ensembler.decoding.results import ResultsFile, check_output
     from ensembler.engine.grid import make_grid
+    from ensembler.evaluation.backends import TransformersBackend
     from ensembler.evaluation.batches import can_share_contexts, make_batches
     from ensembler.evaluation.logits_folder import LogitsFolder
+    from ensembler.evaluation.offline import OfflineScorer
     from ensembler.evaluation.requests import encode_questions, read_questions
     from ensembler.evaluation.scoring import fingerprint
+    from ensembler.evaluation.top_k import TopKWriter
+    from ensembler.modeling import EnsembleForCausalLM
     from ensembler.preflight import check_ensemble
 
     skip = (lambda message: click.echo(f"skipped: {message}", err=True)) if skip_bad else None
@@ -89,7 +93,8 @@ def score(
             raise ConfigError(f"--output is the file of the data, {data}; choose another name")
     checked = check_ensemble(given.load_config())
     rule = checked.config.get_rule()
-    points = make_grid([rule.name], alphas or [checked.config.alpha])
+    alphas = alphas or (checked.config.alpha,)
+    points = make_grid([rule.name], alphas)
     tokenizer = checked.require_tokenizer()
     requests = encode_questions(questions, tokenizer, context=checked.shortest_context, skip=skip)
     if not requests:
@@ -97,24 +102,28 @@ def score(
     settings = {"batch_size": batch_size, "per_token": per_token, "top_k": top_k_logits}
     run = fingerprint(checked.config, requests, points, settings)
     if top_k_logits is not None and output is not None:
-        from ensembler.evaluation.top_k import TopKWriter
-
-        width = checked.contract.widths[rule.anchor]
-        own = LogitsFolder(output, run, resume=resume, overwrite=overwrite)
-        _write_top_k(checked, TopKWriter(requests, top_k_logits, width, own), points[0], batch_size)
+        folder = LogitsFolder(output, run, resume=resume, overwrite=overwrite)
+        writer = TopKWriter(requests, top_k_logits, checked.contract.widths[rule.anchor], folder)
+        click.echo(f"{output} will take {show_size(writer.check_space())}", err=True)
+        _write_top_k(EnsembleForCausalLM.from_checked(checked), writer, points[0], batch_size)
         return
     batches = make_batches(requests, batch_size, share_contexts=can_share_contexts(checked.model_configs.values()))
     results = None if output is None else ResultsFile(output, run, resume=resume, overwrite=overwrite)
     done = frozenset[int]() if results is None else results.done
-    folder = None
+    batches = [batch for batch in batches if any(one.number not in done for one in batch.requests)]
+    num_steps = sum(len(batch.requests) for batch in batches)
+    scorer: TransformersBackend | OfflineScorer
     if offline_members:
         folder = LogitsFolder(Path(f"{output}.members"), run, resume=resume, overwrite=overwrite)
-    scorer, num_rounds = _scorer(checked, folder, batches, done)
+        scorer = OfflineScorer(checked, folder)
+        num_steps *= scorer.num_rounds
+        num_bytes = scorer.check_space(batches)
+        click.echo(f"{folder.path} will take {show_size(num_bytes)} until the scores are complete", err=True)
+    else:
+        scorer = TransformersBackend(EnsembleForCausalLM.from_checked(checked))
+    start = partial(scorer.score, batches, points)
     with results or nullcontext():
-        start = partial(scorer.score, batches, points, done)
-        num_steps = num_rounds * (len(requests) - len(done))
-        shown = tokenizer if per_token else None
-        _score(start, [point.alpha for point in points], results, num_steps, shown, as_json=as_json)
+        _score(start, num_steps, done, alphas, results, tokenizer if per_token else None, as_json=as_json)
 
 
 def _check_options(given: list[str], output: Path | None, num_alphas: int) -> None:
@@ -135,40 +144,21 @@ def _check_options(given: list[str], output: Path | None, num_alphas: int) -> No
             )
 
 
-def _scorer(
-    checked: CheckedEnsemble, folder: LogitsFolder | None, batches: Sequence[Batch], done: Done
-) -> tuple[Scorer, int]:
-    """Return what scores, all members at once or one by one with a `folder`, and how often it goes over the lines."""
-    if folder is None:
-        from ensembler.evaluation.backends import TransformersBackend
-        from ensembler.modeling import EnsembleForCausalLM
-
-        return TransformersBackend(EnsembleForCausalLM.from_checked(checked)), 1
-    from ensembler.evaluation.offline import OfflineScorer
-    from ensembler.planning.budgets import show_size
-
-    offline = OfflineScorer(checked, folder)
-    num_bytes = offline.check_space(batches, done)
-    click.echo(f"{folder.path} will take {show_size(num_bytes)} until the scores are complete", err=True)
-    return offline, offline.num_rounds
-
-
 def _score(
     start: Callable[[Advance], Iterator[list[ScoredRequest]]],
-    alphas: list[float],
-    results: ResultsFile | None,
     num_steps: int,
+    done: Set[int],
+    alphas: Sequence[float],
+    results: ResultsFile | None,
     tokenizer: Any | None,
     *,
     as_json: bool,
 ) -> None:
     """Hand on each row at once; a table, which has no other place to go, is printed at the end in input order."""
-    from ensembler.cli.tables import print_scores, progress
-
     waiting: list[ScoredRequest] = []
     began, num_lines, num_tokens = time.perf_counter(), 0, 0
     with progress(num_steps, shown=True, label="scoring") as advance:
-        for scored in (one for batch in start(advance) for one in batch):
+        for scored in (one for batch in start(advance) for one in batch if one.request.number not in done):
             row = scored.to_row(alphas, tokenizer)
             if results is not None:
                 results.append(row)
@@ -184,15 +174,9 @@ def _score(
     click.echo(f"lines: {num_lines}, tokens: {num_tokens}, seconds: {seconds:.1f}", err=True)
 
 
-def _write_top_k(checked: CheckedEnsemble, writer: TopKWriter, point: GridPoint, batch_size: int) -> None:
-    """Load the members, and write what is missing in the folder."""
-    from ensembler.cli.tables import progress
-    from ensembler.modeling import EnsembleForCausalLM
-    from ensembler.planning.budgets import show_size
-
-    click.echo(f"{writer.folder.path} will take {show_size(writer.check_space())}", err=True)
+def _write_top_k(model: EnsembleForCausalLM, writer: TopKWriter, point: GridPoint, batch_size: int) -> None:
+    """Write what is missing in the folder."""
     missing = [sequence for shard in writer.missing.values() for sequence in shard]
-    model = EnsembleForCausalLM.from_checked(checked)
     began = time.perf_counter()
     with progress(len(missing), shown=True, label="sequences") as advance:
         writer.write(model, point, batch_size=batch_size, advance=advance)

@@ -2,49 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any
 
 from ensembler.decoding.options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
+from ensembler.decoding.samples import Sample
 from ensembler.decoding.texts import GridCompletion, complete_grid
 from ensembler.engine.grid import Grid, GridPoint
-from ensembler.evaluation.batches import Batch, Done, unfinished
-from ensembler.evaluation.passes import run_passes
-from ensembler.evaluation.scoring import ScoredRequest, score_batch
+from ensembler.evaluation.batches import Batch, run_passes
+from ensembler.evaluation.requests import ScoringRequest
+from ensembler.evaluation.scoring import Score, ScoredRequest, score_batch
 from ensembler.modeling import EnsembleForCausalLM
 from ensembler.preflight import CheckedEnsemble
 from ensembler.serving.choice import VLLM, BackendChoice
+from ensembler.serving.engine import Engine
+from ensembler.serving.texts import complete_in_engine
+
+_MOST_TOKENS = 2048  # in a step of vLLM, which computes the logits of all tokens of a prompt that is scored
 
 Advance = Callable[[int], object]
 """Is told how many requests have been gone over since it was called last."""
 
+TokenScore = tuple[float, bool]
+"""A token's log-prob (nats), and whether it is the most probable one."""
+
 
 def ignore(num: int) -> None:
     """Show no progress."""
-
-
-class Scorer(Protocol):
-    """Scores requests at all points of a grid."""
-
-    def score(
-        self, batches: Sequence[Batch], points: Sequence[GridPoint], done: Done = frozenset(), advance: Advance = ignore
-    ) -> Iterator[list[ScoredRequest]]:
-        """Yield the scores of one batch after another, without the requests whose numbers are in `done`.
-
-        Raises ConfigError for a rule of other roles than the members', and RunError.
-        """
-
-
-class Backend(Scorer, Protocol):
-    """Scores and completes at all points of a grid."""
-
-    def complete(
-        self, prompts: Sequence[EncodedPrompt], points: Sequence[GridPoint], options: DecodingOptions
-    ) -> Iterator[GridCompletion]:
-        """Yield the texts of each prompt; sampled ones depend on the seed and the prompt's number alone."""
 
 
 @dataclass(frozen=True)
@@ -55,33 +44,108 @@ class TransformersBackend:
     tokenizer: Any = None
 
     def score(
-        self, batches: Sequence[Batch], points: Sequence[GridPoint], done: Done = frozenset(), advance: Advance = ignore
+        self, batches: Sequence[Batch], points: Sequence[GridPoint], advance: Advance = ignore
     ) -> Iterator[list[ScoredRequest]]:
-        """Yield the scores of one batch after another."""
+        """Yield the scores of one batch after another.
+
+        Raises ConfigError for a rule of other roles than the members', and RunError.
+        """
         model = self.model
         grid = Grid.of(points, model.rule, model.contract, model.config.outside).on(model.device)
-        for batch in unfinished(batches, done):
-            passes = run_passes(batch.passes, model.member_set.logits, model.new_cache)
-            scored = score_batch(batch, passes, grid, done)
+        for batch in batches:
+            scored = score_batch(batch, run_passes(batch.passes, model.member_set), grid)
             advance(len(scored))
             yield scored
 
     def complete(
         self, prompts: Sequence[EncodedPrompt], points: Sequence[GridPoint], options: DecodingOptions
     ) -> Iterator[GridCompletion]:
-        """Yield the texts of the prompts, all decoded together."""
+        """Yield the texts of the prompts, decoded together; sampled ones depend on seed and prompt's number alone."""
         yield from complete_grid(self.model, self.tokenizer, prompts, points, options, batch_size=len(prompts))
+
+
+@dataclass(frozen=True)
+class VllmBackend:
+    """Every point of a grid by itself in vLLM's engine, which gets one request for each continuation.
+
+    Requests are those of the other backend, token for token.
+    """
+
+    engine: Engine
+    tokenizer: Any
+
+    def score(
+        self, batches: Sequence[Batch], points: Sequence[GridPoint], advance: Advance = ignore
+    ) -> Iterator[list[ScoredRequest]]:
+        """Yield the scores of one batch after another; all of them are in the engine at once."""
+        requests = [request for batch in batches for request in batch.requests]
+        tokens = zip(*[self._score(requests, point) for point in points], strict=True)
+        for batch in batches:
+            advance(len(batch.requests))
+            yield [
+                ScoredRequest(one, tuple(_score(islice(tokens, len(ids))) for ids in one.continuations))
+                for one in batch.requests
+            ]
+
+    def complete(
+        self, prompts: Sequence[EncodedPrompt], points: Sequence[GridPoint], options: DecodingOptions
+    ) -> Iterator[GridCompletion]:
+        """Yield the texts of the prompts, as the other backend does."""
+        samples: dict[int, dict[GridPoint, list[Sample]]] = {prompt.number: {} for prompt in prompts}
+        for point in points:
+            self.engine.set_point(point)
+            for one in complete_in_engine(self.engine, self.tokenizer, prompts, options):
+                samples[one.number][point] = one.samples
+        for prompt in prompts:
+            yield GridCompletion(prompt.number, prompt.ids, samples[prompt.number])
+
+    def _score(self, requests: Sequence[ScoringRequest], point: GridPoint) -> list[TokenScore]:
+        """Return the scores of all tokens of all continuations at a point, in their order."""
+        from vllm import SamplingParams
+
+        self.engine.set_point(point)
+        pieces = [
+            (context, continuation)
+            for request in requests
+            for context, continuations in request.windows()
+            for continuation in continuations
+        ]
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+        scored: dict[int, list[TokenScore]] = {}
+        for number, output in self.engine.run([[*one, *other] for one, other in pieces], [params] * len(pieces)):
+            context, continuation = pieces[number]
+            behind = output.prompt_logprobs[len(context) :]
+            scored[number] = [_token_score(*pair) for pair in zip(continuation, behind, strict=True)]
+        return [one for number in range(len(pieces)) for one in scored[number]]
+
+
+def _token_score(token: int, entries: Mapping[int, Any]) -> TokenScore:
+    """Of vLLM's entries by token id: those of the token and of the most probable one."""
+    best = max(entries, key=lambda one: float(entries[one].logprob))
+    logprob = float(entries[token].logprob)
+    return logprob, token == best and logprob > -math.inf
+
+
+def _score(tokens: Iterable[Sequence[TokenScore]]) -> Score:
+    """Return the score of one continuation, from those of its tokens at all points."""
+    points = list(zip(*tokens, strict=True))
+    return Score(
+        tuple(math.fsum(logprob for logprob, _ in of_point) for of_point in points),
+        tuple(all(is_greedy for _, is_greedy in of_point) for of_point in points),
+        tuple(tuple(logprob for logprob, _ in of_point) for of_point in points),
+    )
+
+
+Backend = TransformersBackend | VllmBackend
+"""Scores and completes at all points of a grid."""
 
 
 @contextmanager
 def open_backend(choice: BackendChoice, checked: CheckedEnsemble) -> Iterator[Backend]:
     """Load the members; a `with` block gets the backend and ends it. Raises MemberError or RunError."""
     tokenizer = checked.require_tokenizer()
-    if choice.name != VLLM:
+    if choice.name == VLLM:
+        with Engine(checked, {"max_num_batched_tokens": _MOST_TOKENS, **choice.arguments}) as engine:
+            yield VllmBackend(engine, tokenizer)
+    else:
         yield TransformersBackend(EnsembleForCausalLM.from_checked(checked), tokenizer)
-        return
-    from ensembler.evaluation.vllm_backend import MOST_TOKENS, VllmBackend
-    from ensembler.serving.engine import Engine
-
-    with Engine(checked, {"max_num_batched_tokens": MOST_TOKENS, **choice.arguments}) as engine:
-        yield VllmBackend(engine, tokenizer)

@@ -27,33 +27,32 @@ def changed_in(studies: Sequence[Study], results: Results, task: TaskFigures) ->
         if methods:
             planned = next(one for one in plan.tasks if one.task.name == task.task)
             documents = {document.name: document for document in planned.parts[TEST]}
-            measured = {name: points for name, points in results.rows(plan.name) if name in documents}
-            rows = {name: dict(zip(plan.grid, points, strict=True)) for name, points in measured.items()}
-            if rows.keys() == documents.keys():
-                found += [changed_by(documents, rows, method, task, plan.answerer.thumbnail) for method in methods]
+            rows = [(documents[name], points) for name, points in results.rows(plan.name) if name in documents]
+            if len(rows) == len(documents):
+                measured = [(document, dict(zip(plan.grid, points, strict=True))) for document, points in rows]
+                found += [changed_by(measured, method, task, plan.answerer.thumbnail) for method in methods]
     return [one for one in found if one is not None]
 
 
 def changed_by(
-    documents: Mapping[str, Document],
-    rows: Mapping[str, Mapping[GridPoint, Measured]],
+    measured: Sequence[tuple[Document, Mapping[GridPoint, Measured]]],
     method: MethodFigure,
     task: TaskFigures,
     thumbnail: Callable[[Document], str | None] = lambda document: None,
 ) -> dict[str, Any] | None:
     """Return what a page shows of the test documents that a method answers otherwise than its rule at α = 0.
 
-    `documents` and `rows` go by the name of a document; `thumbnail` returns a small picture of one as a data URI,
-    where it is an image. None where α is 0, or the rows have no α = 0.
+    `thumbnail` returns a small picture of a document as a data URI, where it is an image. None where α is 0, or the
+    rows have no α = 0.
     """
     points = GridPoint(method.rule, 0.0), GridPoint(method.rule, method.alpha or 0.0)
-    if not method.alpha or any(points[0] not in rows[name] for name in documents):
+    if not method.alpha or any(points[0] not in rows for _, rows in measured):
         return None
-    pairs = {name: [_side(point, rows[name][point], task.metric) for point in points] for name in documents}
-    changes = [name for name, (before, after) in pairs.items() if before["answer"] != after["answer"]]
-    drawn = set(random.Random(0).sample(changes, min(_NUM_DOCUMENTS, len(changes))))
+    pairs = [(document, [_side(point, rows[point], task.metric) for point in points]) for document, rows in measured]
+    changes = [pair for pair in pairs if pair[1][0]["answer"] != pair[1][1]["answer"]]
+    drawn = sorted(random.Random(0).sample(range(len(changes)), min(_NUM_DOCUMENTS, len(changes))))
     sign = 1 if task.higher_is_better else -1
-    gains = [sign * (after["value"] - before["value"]) for before, after in pairs.values()]
+    gains = [sign * (after["value"] - before["value"]) for _, (before, after) in pairs]
     better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
     return {
         "title": f"{method.title} beside α = 0",
@@ -61,14 +60,13 @@ def changed_by(
         f"better and {worse:,} worse. {len(drawn)} of the changed ones, drawn at random:",
         "examples": [
             {
-                "name": name,
-                "picture": thumbnail(documents[name]),
-                "prompt": _end(documents[name].prompt),
-                "gold": documents[name].gold,
-                "answers": pairs[name],
+                "name": document.name,
+                "picture": thumbnail(document),
+                "prompt": _end(document.prompt),
+                "gold": document.gold,
+                "answers": sides,
             }
-            for name in changes
-            if name in drawn
+            for document, sides in (changes[index] for index in drawn)
         ],
     }
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
 
 from ensembler.errors import ConfigError
-from ensembler.evaluation.bootstrap import NUM_RESAMPLES, Aggregate, Numbers, Rows, resampled_aggregates
-from ensembler.evaluation.clusters import number_clusters
+from ensembler.evaluation.resampling import NUM_RESAMPLES, Aggregate, Rows, number_clusters, resampled_aggregates
 from ensembler.evaluation.statistics import Comparison, Interval, check_paired, is_binary, mean_interval, row_numbers
 from ensembler.extras import require
 
@@ -33,7 +31,13 @@ def detectable_effect(comparison: Comparison, *, level: float = 0.05, power: flo
         return _smallest_shown(interval.num_rows, disagreement, level, power)
     if not 0 < interval.standard_error < math.inf:
         return math.nan
-    return interval.standard_error * _effect_of_t(interval.degrees_of_freedom or interval.num_rows - 1, level, power)
+    # The power is averaged over quantiles of the estimated standard error. statsmodels' solve_power returns where it
+    # begins for few degrees of freedom and a low level, and scipy's noncentral t is NaN there or takes minutes.
+    degrees = interval.degrees_of_freedom or interval.num_rows - 1
+    critical = float(stats.t.isf(level / 2, degrees))
+    found = critical * np.sqrt(stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, degrees) / degrees)
+    mean = optimize.brentq(lambda mean: power - stats.norm.cdf(mean - found).mean(), 0, found.max() + 40)
+    return interval.standard_error * float(mean)
 
 
 def detectable_by(num_rows: int, disagreement: float, *, level: float = 0.05, power: float = 0.8) -> float:
@@ -47,28 +51,6 @@ def detectable_by(num_rows: int, disagreement: float, *, level: float = 0.05, po
         raise ConfigError(f"{num_rows} rows that disagree on {disagreement}; expected 1 or more, and a share of 0 to 1")
     smallest = _smallest_shown(num_rows, disagreement, level, power)
     return smallest if smallest <= disagreement else math.inf
-
-
-def rows_needed(difference: float, disagreement: float, *, level: float = 0.05, power: float = 0.8) -> int:
-    """Return the number of rows that show `difference` with `power`, by the test of `detectable_by`.
-
-    One row less does not show it; the power of an exact test is not quite monotone, so some smaller number may.
-    Raises ConfigError unless 0 < difference <= disagreement <= 1: methods differ by no more than they disagree.
-    """
-    _check(level, power)
-    if not 0 < difference <= disagreement <= 1:
-        raise ConfigError(
-            f"a difference of {difference} with a disagreement of {disagreement}; expected "
-            "0 < difference <= disagreement <= 1"
-        )
-
-    def are_enough(num_rows: int) -> bool:
-        return _mcnemar_power(num_rows, disagreement, difference, level) >= power
-
-    enough = 1
-    while not are_enough(enough):
-        enough *= 2
-    return bisect_left(range(enough), True, lo=enough // 2, key=are_enough)
 
 
 def equivalence(
@@ -99,7 +81,10 @@ def equivalence(
         raise ConfigError(f"an equivalence margin of {margin}; expected a number above 0")
     if aggregate is not None:
         of_a, of_b = resampled_aggregates(aggregate, [a, b], seed, num_resamples, groups)[1]
-        return _share_beyond(of_a - of_b, margin)
+        found = of_a - of_b
+        if not np.isfinite(found).all() or found.min() == found.max():
+            return math.nan
+        return (max(int((found >= margin).sum()), int((found <= -margin).sum())) + 1) / (len(found) + 1)
     x, y = row_numbers(a), row_numbers(b)
     both = np.concatenate([x, y])
     if is_binary(both) and margin >= 1:
@@ -136,13 +121,6 @@ def _tango(only_a: int, only_b: int, num_rows: int, margin: float) -> float:
     return float(stats.norm.cdf((only_a - only_b - num_rows * margin) / error))
 
 
-def _share_beyond(found: Numbers, margin: float) -> float:
-    if not np.isfinite(found).all() or found.min() == found.max():
-        return math.nan
-    beyond = max(int((found >= margin).sum()), int((found <= -margin).sum()))
-    return (beyond + 1) / (len(found) + 1)
-
-
 def _smallest_shown(num_rows: int, disagreement: float, level: float, power: float) -> float:
     """Return the smallest difference that is shown. The disagreement is taken to be no smaller than the difference."""
 
@@ -166,17 +144,6 @@ def _mcnemar_power(num_rows: int, disagreement: float, difference: float, level:
     better = (1 + difference / disagreement) / 2
     rejects = binom.cdf(most, discordant, better) + binom.cdf(most, discordant, 1 - better)
     return float((binom.pmf(discordant, num_rows, disagreement) * rejects).sum())
-
-
-def _effect_of_t(degrees: float, level: float, power: float) -> float:
-    """Return the mean, in standard errors, that a two-sided t test shows with `power`.
-
-    The power is averaged over quantiles of the estimated standard error. statsmodels' solve_power would do, but returns
-    its starting value for few degrees of freedom and a low level, where scipy's noncentral t is NaN or takes minutes.
-    """
-    critical = float(stats.t.isf(level / 2, degrees))
-    found = critical * np.sqrt(stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, degrees) / degrees)
-    return float(optimize.brentq(lambda mean: power - stats.norm.cdf(mean - found).mean(), 0, found.max() + 40))
 
 
 def _check(level: float, power: float) -> None:

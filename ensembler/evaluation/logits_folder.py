@@ -24,34 +24,34 @@ class LogitsFolder:
     def __init__(self, path: Path, run: str, *, resume: bool = False, overwrite: bool = False) -> None:
         self.path = path
         self._run = run
-        self._replaces = False
+        self._replaces = path.exists() and not resume
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise OutputError(f"{path.parent} is not a folder that may be written to; choose another --output")
         if not path.exists():
             return
-        mark = path / _MARK
-        if not path.is_dir() or (any(path.iterdir()) and not mark.is_file()):
+        found = (path / _MARK).read_text(encoding="utf-8") if (path / _MARK).is_file() else None
+        if not path.is_dir() or (found is None and any(path.iterdir())):
             raise OutputError(f"{path} holds something else than logits of a run; move it, or choose another --output")
         if not (resume or overwrite):
             raise OutputError(
                 f"{path} is left of an interrupted run or a finished one; add --resume to go on with it or --overwrite"
             )
-        found = mark.read_text(encoding="utf-8") if mark.is_file() else run
-        if resume and found != run:
+        if resume and found not in (run, None):
             raise OutputError(
                 f"{path} was begun with another ensemble, other data or other options (run {found}, now {run}); "
                 "resume with the same ones, choose another --output or add --overwrite"
             )
-        self._replaces = not resume
 
-    def check_space(self, num_bytes: int) -> None:
-        """Raise OutputError where the disk has no room for so many bytes more."""
+    def check_space(self, sizes: Mapping[str, int]) -> int:
+        """Return the bytes of all files, `sizes` by name; raise OutputError where the missing ones have no room."""
+        num_bytes = sum(size for name, size in sizes.items() if not self.has(name))
         free = shutil.disk_usage(self.path.parent).free
         if free < num_bytes:
             raise OutputError(
                 f"{self.path} will take {num_bytes:,} bytes and its disk has {free:,} free; make room, or choose "
                 "an --output on another disk"
             )
+        return sum(sizes.values())
 
     def open(self) -> None:
         """Make the folder, or take it up where it is."""
@@ -61,17 +61,16 @@ class LogitsFolder:
         self.write_bytes(_MARK, self._run.encode())
 
     def has(self, name: str) -> bool:
-        """Whether the tensors `name` are there and may be used."""
-        return not self._replaces and self._file(name).is_file()
+        """Whether a file is there and may be used."""
+        return not self._replaces and (self.path / name).is_file()
 
     def read(self, name: str) -> dict[str, Tensor]:
-        """Return tensors by their keys, in the dtype in which they were written."""
-        return load_file(self._file(name))
+        """Return the tensors of a file by their keys, in the dtype in which they were written."""
+        return load_file(self.path / name)
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors by their keys; raise RunError as `write_bytes` does."""
-        whole = {key: values.contiguous().cpu() for key, values in tensors.items()}
-        self.write_bytes(self._file(name).name, save(whole))
+        self.write_bytes(name, save({key: values.contiguous().cpu() for key, values in tensors.items()}))
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Write a file; raise RunError, and leave nothing half-written, where the disk does not take it."""
@@ -89,6 +88,3 @@ class LogitsFolder:
         """Remove the folder and what is in it."""
         shutil.rmtree(self.path)
         self._replaces = False
-
-    def _file(self, name: str) -> Path:
-        return self.path / f"{name}.safetensors"

@@ -15,14 +15,13 @@ from ensembler.engine.devices import check_devices
 from ensembler.engine.forward import check_nan
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.engine.member_set import MemberSet
-from ensembler.engine.members import MemberFiles, group_members, load_group
+from ensembler.engine.members import MemberFiles, group_members, load_members
 from ensembler.errors import ConfigError
 from ensembler.evaluation.backends import Advance, ignore
-from ensembler.evaluation.batches import Batch, Done, unfinished
+from ensembler.evaluation.batches import Batch, Logits, Pass, run_passes
 from ensembler.evaluation.logits_folder import LogitsFolder
-from ensembler.evaluation.passes import Logits, Pass, run_passes
 from ensembler.evaluation.scoring import ScoredRequest, score_batch
-from ensembler.inspection import summarise
+from ensembler.planning.measuring import member_dtype
 from ensembler.preflight import CheckedEnsemble
 
 
@@ -35,34 +34,27 @@ class OfflineScorer:
 
     def __init__(self, checked: CheckedEnsemble, folder: LogitsFolder) -> None:
         if checked.loaded:
-            raise ConfigError(
-                f"{next(iter(checked.loaded))} is loaded already; members one at a time are given by path"
-            )
+            role = next(iter(checked.loaded))
+            raise ConfigError(f"{role} is loaded already; members one at a time are given by path")
         check_devices(checked.files.values())
         self._checked = checked
         self._folder = folder
         self._groups = group_members(checked.files)
         self.num_rounds = len(self._groups) + 1
 
-    def check_space(self, batches: Sequence[Batch], done: Done = frozenset()) -> int:
+    def check_space(self, batches: Sequence[Batch]) -> int:
         """Return how many bytes the folder takes when it is full; raise OutputError where its disk lacks the room."""
-        # A dtype that torch names otherwise (of fp8 files) is computed in something wider; fp32 is the safe guess.
-        sizes = {
-            member.role: torch.finfo(getattr(torch, member.dtype, torch.float32)).bits // 8
-            for member in summarise(self._checked).members
-        }
         widths = self._checked.contract.widths
-        files = {
-            _name(group, one): len(one.taken) * sum(sizes[member.role] * widths[member.role] for member in group)
-            for group in self._groups
-            for batch in unfinished(batches, done)
-            for one in batch.passes
-        }
-        self._folder.check_space(sum(size for name, size in files.items() if not self._folder.has(name)))
-        return sum(files.values())
+        sizes: dict[str, int] = {}
+        for group in self._groups:
+            # A dtype that torch names otherwise (of fp8 files) is computed in something wider; fp32 is the safe guess.
+            dtypes = {member.role: getattr(torch, member_dtype(member), torch.float32) for member in group}
+            row = sum(widths[role] * dtype.itemsize for role, dtype in dtypes.items())
+            sizes |= {_name(group, one): len(one.taken) * row for batch in batches for one in batch.passes}
+        return self._folder.check_space(sizes)
 
     def score(
-        self, batches: Sequence[Batch], points: Sequence[GridPoint], done: Done = frozenset(), advance: Advance = ignore
+        self, batches: Sequence[Batch], points: Sequence[GridPoint], advance: Advance = ignore
     ) -> Iterator[list[ScoredRequest]]:
         """Yield the scores of one batch after another, once all members have run.
 
@@ -71,34 +63,34 @@ class OfflineScorer:
         config, rule = self._checked.config, self._checked.config.get_rule()
         device = torch.device(config.members[rule.anchor].device)
         grid = Grid.of(points, rule, self._checked.contract, config.outside).on(device)
-        batches = unfinished(batches, done)
         self._folder.open()
         for group in self._groups:
-            self._collect(group, batches, done, advance)
-            _free()
+            self._collect(group, batches, advance)
+            gc.collect()  # a backbone and its views refer to one another
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
         for batch in batches:
-            scored = score_batch(batch, self._read(batch), grid, done)
-            advance(len(scored))
+            scored = score_batch(batch, self._read(batch), grid)
+            advance(len(batch.requests))
             yield scored
         self._folder.remove()
 
     @torch.inference_mode()
-    def _collect(self, group: Sequence[MemberFiles], batches: Sequence[Batch], done: Done, advance: Advance) -> None:
+    def _collect(self, group: Sequence[MemberFiles], batches: Sequence[Batch], advance: Advance) -> None:
         """Load a group, run it, keep its needed logits. All that holds its weights ends with this function."""
         members = None
         for batch in batches:
             missing = [one for one in batch.passes if not self._folder.has(_name(group, one))]
-            if missing and members is None:
-                loaded = load_group(group)
-                backbones = [] if loaded.backbone is None else [loaded.backbone]
-                members = MemberSet(loaded.models, backbones, self._checked.contract)
-            if missing and members is not None:
+            if missing:
+                if members is None:
+                    loaded = load_members({member.role: member for member in group})
+                    members = MemberSet(*loaded, self._checked.contract)
                 # What is missing may go on from the cache of a pass that is there.
                 passes = [one for one in batch.passes if one in missing or one.is_forked]
-                for one, logits in run_passes(passes, members.logits, members.new_cache):
+                for one, logits in run_passes(passes, members):
                     check_nan(logits)  # before it waits on the disk for the other members
                     self._folder.write(_name(group, one), logits)
-            advance(batch.num_left(done))
+            advance(len(batch.requests))
 
     def _read(self, batch: Batch) -> Iterator[tuple[Pass, Logits]]:
         for one in batch.passes:
@@ -107,11 +99,4 @@ class OfflineScorer:
 
 
 def _name(group: Sequence[MemberFiles], one: Pass) -> str:
-    return f"{'+'.join(member.role for member in group)}.{one.number:06d}"
-
-
-def _free() -> None:
-    """Give the weights back: a backbone and its views refer to one another, and a GPU's memory is cached."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return f"{'+'.join(member.role for member in group)}.{one.number:06d}.safetensors"

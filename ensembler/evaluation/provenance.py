@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,8 @@ def versions(*more: str) -> dict[str, str]:
     """Return the version of this package and of those that its figures depend on, `more` of them for some."""
     found = {"ensembler": __version__}
     for package in (*_PACKAGES, *more):
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return found
 
 

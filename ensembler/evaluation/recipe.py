@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -56,10 +57,10 @@ def _check_distinct(values: Sequence[Any]) -> Sequence[Any]:
     return values
 
 
-def _find(name: Any, info: ValidationInfo) -> Any:
+def _find(name: str | None, info: ValidationInfo) -> str | None:
     """The path in the recipe's folder (the context) if there is such a file or folder; else the name, ~ expanded."""
-    if not isinstance(name, str) or not name:
-        return name
+    if name is None:
+        return None
     beside = Path(info.context or "", name)
     return str(beside) if os.path.exists(beside) else os.path.expanduser(name)
 
@@ -69,14 +70,12 @@ def _read_models(given: Mapping[str, Any], info: ValidationInfo) -> dict[str, Me
     for role, member in given.items():
         if role == "patch" and not isinstance(member, str):
             raise ConfigError(f"the patch is {member!r}; expected the path of a LoRA or of an extracted patch")
-        found = {"model": member} if isinstance(member, str) else member
-        if isinstance(found, Mapping):
-            paths = ("model", "adapter", "head")
-            found = {key: _find(value, info) if key in paths else value for key, value in found.items()}
         try:
-            models[role] = MemberConfig.parse(role, found)
+            found = MemberConfig.parse(role, member)
         except ConfigError as error:
             raise ConfigError(f"{role}: {error}") from error
+        paths: dict[str, Any] = {key: _find(getattr(found, key), info) for key in ("model", "adapter", "head")}
+        models[role] = replace(found, **paths)
     return models
 
 
@@ -208,24 +207,14 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
     speed: Annotated[Speed | None, BeforeValidator(lambda given: None if given is False else given)] = None
 
     @property
-    def patch(self) -> str | None:
-        """The path of the LoRA or of the extracted patch."""
-        return self.models["patch"].model if "patch" in self.models else None
-
-    @property
-    def num_seeds(self) -> int:
-        """The number of seeds of training."""
-        return max(1, len(self.seeds))
+    def by_seed(self) -> list[Experiment]:
+        """The experiment with the models of each seed of training, and no `seeds`; itself where there are none."""
+        found = [self.model_copy(update={"models": {**self.models, **models}, "seeds": ()}) for models in self.seeds]
+        return found or [self]
 
     def has_seeds(self, method: str) -> bool:
         """Return whether a method has models of several seeds."""
         return any(role in models for models in self.seeds for role in METHODS[method])
-
-    def with_seed(self, number: int) -> Experiment:
-        """Return the experiment with the models of one seed, from 0, and no `seeds`; itself where there are none."""
-        if not self.seeds:
-            return self
-        return self.model_copy(update={"models": {**self.models, **self.seeds[number]}, "seeds": ()})
 
     def published_figures(self, task: str, method: str, metric: str) -> dict[str, float]:
         """Return a paper's figures by metric; one that names none is of `metric`, the one that the table shows."""

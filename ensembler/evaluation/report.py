@@ -36,13 +36,13 @@ def write_report(
     jinja2 = require("jinja2", "eval")
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals |= {"tables": tables, "verdict": verdict, "pictures": pictures, "changed": changed}
     told = [{**vars(task), "verdict": verdict(task)} for task in tasks]
     shown = {"name": name, "description": description, "tasks": tasks, "command": command, "settings": _json(settings)}
+    makers = {"tables": tables, "verdict": verdict, "pictures": pictures, "changed": changed}
     files: dict[str, str | bytes] = {
         SUMMARY: _json({"name": name, "command": command, "tasks": told, "settings": settings}) + "\n",
         **{pictures.FILES[one]: pictures.draw_png(one, of) for one, of in pictures.pictures_of(tasks).items()},
-        REPORT: environment.get_template("report.html.jinja").render(shown),
+        REPORT: environment.get_template("report.html.jinja").render(shown, **makers),
     }
     for file, written in files.items():
         write_whole(out / file, written)
@@ -60,8 +60,7 @@ def compare_folders(a: Path, b: Path) -> list[dict[str, Any]]:
     found = []
     for key in dict.fromkeys((*one, *other)):
         (left, tests), (right, others) = one.get(key, (None, "")), other.get(key, (None, ""))
-        names = dict(zip((*_KEY, "method"), key, strict=True))
-        found.append({**names, "a": left, "b": right, "same_documents": tests == others})
+        found.append({**dict(key), "a": left, "b": right, "same_documents": tests == others})
     return found
 
 
@@ -70,7 +69,7 @@ def _read(folder: Path) -> dict[tuple[Any, ...], tuple[dict[str, Any] | None, st
     path = folder / SUMMARY
     try:
         return {
-            (*(task[name] for name in _KEY), method["method"]): (method, task["tests"])
+            (*((name, task[name]) for name in _KEY), ("method", method["method"])): (method, task["tests"])
             for task in json.loads(path.read_text(encoding="utf-8"))["tasks"]
             for method in task["methods"]
         }

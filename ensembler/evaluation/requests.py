@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,10 @@ from typing import Any
 from ensembler.decoding.prompts import Report, check_utf8, read_lines
 from ensembler.errors import PromptError
 from ensembler.extras import require
+
+_EXPECTED = (
+    'expected {"prompt": "...", "continuation": "..."}, {"prompt": "...", "choices": ["...", ...]} or {"text": "..."}'
+)
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,9 @@ class ScoringRequest:
             raise PromptError(f"{self.source} has no token before its continuation; give a prompt of one token or more")
         if not self.continuations:
             raise PromptError(f"{self.source} has no continuation; give one or more")
-        for index, continuation in enumerate(self.continuations):
-            if not continuation:
-                which = f"choice {index}" if self.has_choices else "the continuation"
-                raise PromptError(f"{self.source}: {which} is no token of its own; give it more text")
+        if () in self.continuations:
+            which = f"choice {self.continuations.index(())}" if self.has_choices else "the continuation"
+            raise PromptError(f"{self.source}: {which} is no token of its own; give it more text")
 
     @property
     def num_positions(self) -> int:
@@ -73,15 +76,6 @@ class ScoringRequest:
         disjoint = map(lm_eval.make_disjoint_window, pairs)
         return [(tuple(context), (tuple(continuation),)) for context, continuation in disjoint]
 
-    def check_length(self, context: tuple[str, int] | None) -> None:
-        """Raise PromptError unless it fits into the shortest context: a role and a length in tokens."""
-        if context is not None and self.num_positions > context[1]:
-            role, length = context
-            raise PromptError(
-                f"{self.source} has {self.num_positions:,} tokens to read; the context of {role} ends at {length:,}: "
-                "shorten the prompt"
-            )
-
 
 def read_questions(path: Path, *, skip: Report | None = None) -> list[Question]:
     """Return the questions of a JSON Lines file: each a text, or a prompt with a continuation or a list of choices.
@@ -91,27 +85,23 @@ def read_questions(path: Path, *, skip: Report | None = None) -> list[Question]:
     return read_lines(path, _question, holds=f"questions; {_EXPECTED}", skip=skip)
 
 
-_EXPECTED = (
-    'expected {"prompt": "...", "continuation": "..."}, {"prompt": "...", "choices": ["...", ...]} or {"text": "..."}'
-)
-
-
 def _question(value: Any, number: int, source: str) -> Question:
-    if isinstance(value, dict) and "text" in value and not value.keys() & {"prompt", "continuation", "choices"}:
-        if not isinstance(value["text"], str):
+    given = value if isinstance(value, dict) else {}
+    if "text" in given and not given.keys() & {"prompt", "continuation", "choices"}:
+        if not isinstance(given["text"], str):
             raise PromptError(f"{source}: 'text' is no text; {_EXPECTED}")
-        return Question(number, "", (value["text"],), source, is_text=True)
-    if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+        return Question(number, "", (given["text"],), source, is_text=True)
+    if not isinstance(given.get("prompt"), str):
         raise PromptError(f"{source} has no text under 'prompt'; {_EXPECTED}")
-    if ("continuation" in value) == ("choices" in value):
-        found = "both a continuation and choices" if "choices" in value else "no continuation and no choices"
+    has_choices = "choices" in given
+    if has_choices == ("continuation" in given):
+        found = "both a continuation and choices" if has_choices else "no continuation and no choices"
         raise PromptError(f"{source} has {found}; {_EXPECTED}")
-    has_choices = "choices" in value
-    texts = value["choices"] if has_choices else [value["continuation"]]
+    texts = given["choices"] if has_choices else [given["continuation"]]
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         name = "'choices' is no list of texts" if has_choices else "'continuation' is no text"
         raise PromptError(f"{source}: {name}; {_EXPECTED}")
-    return Question(number, value["prompt"], tuple(texts), source, has_choices)
+    return Question(number, given["prompt"], tuple(texts), source, has_choices)
 
 
 def encode_questions(
@@ -121,63 +111,63 @@ def encode_questions(
     context: tuple[str, int] | None = None,
     skip: Report | None = None,
 ) -> list[ScoringRequest]:
-    """Return the questions as token ids.
-
-    `context` is the role with the shortest context and that length in tokens. What cannot be scored raises PromptError;
-    with `skip`, it is called with the message instead.
-    """
-    return list(_encode(questions, tokenizer, context, skip))
-
-
-def _encode(
-    questions: Sequence[Question], tokenizer: Any, context: tuple[str, int] | None, skip: Report | None
-) -> Iterator[ScoringRequest]:
+    """Return what `encode_question` does; with `skip`, it is called with the message in place of a PromptError."""
+    requests = []
     for question in questions:
         try:
-            request = encode_question(question, tokenizer, window=None if context is None else context[1])
-            request.check_length(context)
+            requests.append(encode_question(question, tokenizer, context=context))
         except PromptError as error:
             if skip is None:
                 raise
             skip(str(error))
-        else:
-            yield request
+    return requests
 
 
-def encode_question(question: Question, tokenizer: Any, *, window: int | None = None) -> ScoringRequest:
-    """Return one question as token ids; raise PromptError where a text of it is none.
+def encode_question(question: Question, tokenizer: Any, *, context: tuple[str, int] | None = None) -> ScoringRequest:
+    """Return one question as token ids.
 
     The prompt and a continuation are encoded as one text and parted where the prompt's own tokens end. White space
     at the prompt's end goes to the continuation, to whose first word the tokenizer would join it. An empty
-    prompt is the tokenizer's begin token, or its end token where there is none. `window`: how many tokens of a text
-    are read at once.
+    prompt is the tokenizer's begin token, or its end token where there is none. `context`: the role with the shortest
+    context and that length in tokens, which is the window of a text. Raises PromptError for what cannot be scored.
     """
+    source = question.source
     for index, text in enumerate(question.continuations):
         if not text:
-            which = (
-                f"choice {index}" if question.has_choices else "the text" if question.is_text else "the continuation"
-            )
-            raise PromptError(f"{question.source}: {which} is empty; give it some text")
+            only = "the text" if question.is_text else "the continuation"
+            which = f"choice {index}" if question.has_choices else only
+            raise PromptError(f"{source}: {which} is empty; give it some text")
     for text in (question.prompt, *question.continuations):
-        check_utf8(text, question.source)
+        check_utf8(text, source)
+    first, continuations = _encode(question, tokenizer)
+    role, length = context or ("", None)
+    window = length if question.is_text else None
+    request = ScoringRequest(question.number, first, continuations, source, question.has_choices, window)
+    if length is not None and request.num_positions > length:
+        raise PromptError(
+            f"{source} has {request.num_positions:,} tokens to read; the context of {role} ends at {length:,}: "
+            "shorten the prompt"
+        )
+    return request
+
+
+def _encode(question: Question, tokenizer: Any) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+    """Return the ids of the prompt, or the begin token, and of the continuations."""
     prompt = question.prompt.rstrip()
-    space = question.prompt[len(prompt) :]
-    texts = [space + text for text in question.continuations]
+    texts = [question.prompt[len(prompt) :] + text for text in question.continuations]
     if prompt:
-        context = _ids(tokenizer, prompt)
-        continuations = [_ids(tokenizer, prompt + text)[len(context) :] for text in texts]
+        first = _ids(tokenizer, prompt)
+        found = [_ids(tokenizer, prompt + text)[len(first) :] for text in texts]
     else:
-        context = _begin(tokenizer, question.source)
-        continuations = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        continuations = [ids[1:] if ids[:1] == context else ids for ids in continuations]
-    return ScoringRequest(
-        question.number,
-        tuple(context),
-        tuple(map(tuple, continuations)),
-        question.source,
-        question.has_choices,
-        window if question.is_text else None,
-    )
+        begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if begin is None:
+            raise PromptError(
+                f"{question.source} has an empty prompt and the tokenizer no begin token; give it some text"
+            )
+        first = [begin]
+        found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        found = [ids[1:] if ids[:1] == first else ids for ids in found]
+    return tuple(first), tuple(map(tuple, found))
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
@@ -185,10 +175,3 @@ def _ids(tokenizer: Any, text: str) -> list[int]:
     has_begin = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     ids: list[int] = tokenizer(text, add_special_tokens=not has_begin)["input_ids"]
     return ids
-
-
-def _begin(tokenizer: Any, source: str) -> list[int]:
-    token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if token is None:
-        raise PromptError(f"{source} has an empty prompt and the tokenizer no begin token; give it some text")
-    return [token]

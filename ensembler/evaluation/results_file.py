@@ -18,6 +18,7 @@ import gzip
 import json
 import sqlite3
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,19 +46,12 @@ TABLES = {
     " metric_values TEXT NOT NULL, predictions TEXT NOT NULL, PRIMARY KEY (document, point)) WITHOUT ROWID",
     "notes": "(id INTEGER PRIMARY KEY, kind TEXT NOT NULL, name TEXT NOT NULL, content TEXT NOT NULL)",
 }
-_JSON = {"value", "choices", "answers", "metric_values", "predictions", "content"}  # columns
+_JSON = {"value", "choices", "answer", "metric_values", "predictions", "content"}  # columns
 _decode = json.JSONDecoder(object_hook=from_json).decode
-_MEASURED = """
-    SELECT ifnull(answers, '[]') AS answers, metric_values, predictions FROM measurements LEFT JOIN (
-        SELECT point, json_group_array(json(answer)) AS answers FROM (
-            SELECT point, answer FROM answers WHERE document = ?1 ORDER BY point, request
-        ) GROUP BY point
-    ) USING (point) WHERE document = ?1 ORDER BY point
-"""
-_TORN = """
-    SELECT name FROM measurements JOIN documents ON documents.id = document GROUP BY document
-    HAVING count(*) <> (SELECT count(*) FROM points WHERE points.run = documents.run)
-"""
+_TORN = (
+    "SELECT name FROM measurements JOIN documents ON documents.id = document GROUP BY document"
+    " HAVING count(*) <> (SELECT count(*) FROM points WHERE points.run = documents.run)"
+)
 _MAKE_ROOM = "make room on its disk and run the same command again, which goes on from the finished rows"
 _ALLOW = "allow writing to it and its folder, or give another folder"
 _REPLACE = "put an undamaged copy in its place, or give another folder"
@@ -105,9 +99,8 @@ class Results:
 
     def documents(self, run: str) -> list[tuple[str, str, str | None, str, list[str], str | None]]:
         """Return what was asked in a run: name, task, part, prompt, choices and right answer of each document."""
-        return self._read(
-            "SELECT name, task, part, prompt, choices, gold FROM documents WHERE run = ? ORDER BY id", run
-        )
+        columns = "name, task, part, prompt, choices, gold"
+        return self._read(f"SELECT {columns} FROM documents WHERE run = ? ORDER BY id", run)
 
     def done(self, run: str) -> frozenset[str]:
         """Return the names of the documents that are measured, which is at all points."""
@@ -126,8 +119,13 @@ class Results:
     def rows(self, run: str) -> Iterator[tuple[str, list[Measured]]]:
         """Yield each measured document: its name, and what it came to at each point."""
         for number, name in self._read("SELECT id, name FROM documents WHERE run = ? ORDER BY id", run):
-            if measured := self._read(_MEASURED, number):
-                yield name, [Measured(*found) for found in measured]
+            answers: dict[int, Answer] = defaultdict(list)
+            sql = "SELECT point, answer FROM answers WHERE document = ? ORDER BY request"
+            for point, answer in self._read(sql, number):
+                answers[point].append(answer)
+            sql = "SELECT point, metric_values, predictions FROM measurements WHERE document = ? ORDER BY point"
+            if measured := self._read(sql, number):
+                yield name, [Measured(answers[point], *found) for point, *found in measured]
 
     def notes(self, kind: str) -> list[tuple[str, dict[str, Any]]]:
         """Return the name and the content of each note of a kind, in the order of writing."""

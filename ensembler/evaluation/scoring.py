@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,8 +18,7 @@ from ensembler.config import EnsembleConfig
 from ensembler.engine.forward import check_nan
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.errors import RunError
-from ensembler.evaluation.batches import Batch, Done
-from ensembler.evaluation.passes import Logits, Pass
+from ensembler.evaluation.batches import Batch, Logits, Pass
 from ensembler.evaluation.requests import ScoringRequest
 
 
@@ -42,11 +42,8 @@ class Score:
     @property
     def perplexities(self) -> tuple[float, ...]:
         """For each point exp(−log-prob / tokens)."""
-        return tuple(_exp(-log_prob / self.num_tokens) for log_prob in self.log_probs)
-
-
-def _exp(number: float) -> float:
-    return math.exp(number) if number < 700 else math.inf
+        nats = (-log_prob / self.num_tokens for log_prob in self.log_probs)
+        return tuple(math.exp(one) if one < 700 else math.inf for one in nats)
 
 
 def _rounded(numbers: Sequence[float]) -> list[float | None]:
@@ -100,9 +97,7 @@ def fingerprint(
 
 
 @torch.inference_mode()
-def score_batch(
-    batch: Batch, results: Iterable[tuple[Pass, Logits]], grid: Grid, done: Done = frozenset()
-) -> list[ScoredRequest]:
+def score_batch(batch: Batch, results: Iterable[tuple[Pass, Logits]], grid: Grid) -> list[ScoredRequest]:
     """Return the scores of a batch: log p(continuation) = Σ_t log softmax(z)[token_t] at each point, summed in float64.
 
     `results`: its passes with their logits, on any devices. Raises RunError where the ensemble leaves no token
@@ -116,23 +111,11 @@ def score_batch(
             logprobs[:, one.slots], greedy[:, one.slots] = _score_tokens(one, logits, grid)
         except ValueError as error:
             raise no_log_prob(batch, logits, error) from error
-    parts = zip(torch.split(logprobs, lengths, dim=1), torch.split(greedy, lengths, dim=1), strict=True)
-    scored = [ScoredRequest(one, tuple(_score(*next(parts)) for _ in one.continuations)) for one in batch.requests]
-    return [one for one in scored if one.request.number not in done]
-
-
-def no_log_prob(batch: Batch, logits: Logits, error: object) -> RunError:
-    """Return the error of a batch that has no log-probs, or raise LogitsError where that is the fault of a member."""
-    check_nan(logits)
-    sources = ", ".join(dict.fromkeys(request.source for request in batch.requests))
-    return RunError(f"no log-prob could be computed in the batch of {sources}: {error}")
-
-
-def _score(logprobs: Tensor, greedy: Tensor) -> Score:
-    """Of one continuation, both (num_points, tokens)."""
-    return Score(
-        tuple(logprobs.sum(dim=1).tolist()), tuple(greedy.all(dim=1).tolist()), tuple(map(tuple, logprobs.tolist()))
+    scores = (
+        Score(tuple(of_tokens.sum(1).tolist()), tuple(flags.all(1).tolist()), tuple(map(tuple, of_tokens.tolist())))
+        for of_tokens, flags in zip(torch.split(logprobs, lengths, 1), torch.split(greedy, lengths, 1), strict=True)
     )
+    return [ScoredRequest(one, tuple(islice(scores, len(one.continuations)))) for one in batch.requests]
 
 
 def _score_tokens(one: Pass, logits: Logits, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -144,3 +127,10 @@ def _score_tokens(one: Pass, logits: Logits, grid: Grid) -> tuple[Tensor, Tensor
     scored = combine_logprob(ordered, grid.weights, tokens.where(inside, 0), one.needed.to(device))
     check_scored(scored, grid.weights.alphas)
     return scored.logprobs.where(inside, -math.inf).double().cpu(), (scored.greedy & inside).cpu()
+
+
+def no_log_prob(batch: Batch, logits: Logits, error: object) -> RunError:
+    """Return the error of a batch that has no log-probs, or raise LogitsError where that is the fault of a member."""
+    check_nan(logits)
+    sources = ", ".join(dict.fromkeys(request.source for request in batch.requests))
+    return RunError(f"no log-prob could be computed in the batch of {sources}: {error}")

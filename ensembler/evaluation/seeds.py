@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ensembler.errors import ConfigError
-from ensembler.evaluation.clusters import number_clusters, standard_error
+from ensembler.evaluation.resampling import number_clusters, standard_error
 from ensembler.evaluation.statistics import (
     Comparison,
     Interval,

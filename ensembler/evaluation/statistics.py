@@ -16,16 +16,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ensembler.errors import ConfigError
-from ensembler.evaluation.bootstrap import (
+from ensembler.evaluation.resampling import (
     NUM_RESAMPLES,
     Aggregate,
     Groups,
     Numbers,
     Rows,
+    number_clusters,
     resampled_aggregates,
     resampled_means,
+    standard_error,
 )
-from ensembler.evaluation.clusters import number_clusters, standard_error
 from ensembler.extras import require
 
 stats: Any = require("scipy.stats", "eval")

@@ -27,7 +27,6 @@ from ensembler.evaluation.results_file import (
     connect,
     dump,
     is_begun,
-    open_results,
     telling,
     utf8,
 )
@@ -35,8 +34,6 @@ from ensembler.evaluation.results_file import (
 if TYPE_CHECKING:
     from ensembler.engine.grid import GridPoint
     from ensembler.evaluation.documents import Document
-
-__all__ = ["FILE", "Measured", "Results", "Store", "open_results"]
 
 _BEGUN = "SELECT value FROM state WHERE key = 'begun'"  # another value each time that the file is begun anew
 

@@ -151,7 +151,7 @@ def plan_runs(experiment: Experiment, *, members_apart: bool = False) -> list[Ru
     may fail where a member would not, as on a device that holds one model and not three. `members_apart`: run the
     members alone in any case, as where the ensemble would change them. What no seed changes is run with the first.
     """
-    of_seeds = [_runs(experiment.with_seed(seed), members_apart) for seed in range(experiment.num_seeds)]
+    of_seeds = [_runs(one, members_apart) for one in experiment.by_seed]
     by_name = {runs[0].name: runs for runs in zip(*of_seeds, strict=True)}
     split = {name for name, runs in by_name.items() if len({repr(run.config.to_dict()) for run in runs}) > 1}
 
@@ -230,4 +230,4 @@ def _patched(experiment: Experiment) -> MemberConfig:
             f"target_pt has an adapter already ({target.adapter}), so the patch cannot be one too; add one of them to "
             "its files first: ensembler patch apply"
         )
-    return replace(target, adapter=experiment.patch)
+    return replace(target, adapter=experiment.models["patch"].model)

@@ -258,8 +258,8 @@ def _notes(own: Sequence[str], task: PlannedTask, study: Study, index: int) -> l
         said.append(f"{repeated:,} left out of validation since test has them too")
     if num_cut := max(plan.tasks[index].num_cut for _, plan in study.runs):
         said.append(f"{num_cut:,} requests cut on the left to fit into the shortest context")
-    if study.experiment is not None and study.experiment.num_seeds > 1:
-        said.append(f"{study.experiment.num_seeds} seeds of training; the alpha of a method is the same for all")
+    if study.experiment is not None and study.experiment.seeds:
+        said.append(f"{len(study.experiment.seeds)} seeds of training; the alpha of a method is the same for all")
     return said
 
 

@@ -16,7 +16,8 @@ from ensembler.evaluation.templates import as_text, field_names, fill, look_up
 from ensembler.extras import require
 
 METRICS = ("acc", "exact_match", "flexible_number", "perplexity")
-_NUMBER = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"  # the flexible-extract of lm-eval's GSM8K
+_OWN = ("prompt", "choices", "target", "answer", "source")  # fields of a document that are made of the row's
+_NUMBER = {"regex_pattern": r"(-?[$0-9.,]{2,})|(-?[0-9]+)", "group_select": -1}  # flexible-extract of lm-eval's GSM8K
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,10 @@ class TaskFile:
                 raise ConfigError(f"{option} {template!r} names no field of the rows; give one such as '{{question}}'")
 
     def read(self, path: Path) -> list[dict[str, Any]]:
-        """Return the documents of a JSON Lines file: prompt, target and, with choices, these. Raises PromptError."""
+        """Return the documents of a JSON Lines file: prompt, target, choices, and its other fields as texts.
+
+        Raises PromptError.
+        """
         return read_lines(path, self._document, holds="rows; expected one JSON object per line", skip=_refuse)
 
     def _document(self, row: Any, number: int, source: str) -> dict[str, Any]:
@@ -50,17 +54,19 @@ class TaskFile:
         prompt, answer = (fill(template, row, source) for template in (self.prompt, self.answer))
         for text in (prompt, answer):
             check_utf8(text, source)
+        others = {name: as_text(value) for name, value in row.items() if name not in _OWN and value is not None}
+        document = {**others, "prompt": prompt, "source": source}
         if self.choices is None:
-            return {"prompt": prompt, "target": self._target(answer, source), "answer": answer, "source": source}
+            return {**document, "target": self._target(answer, source), "answer": answer}
         choices = _choices(self.choices, row, source)
-        return {"prompt": prompt, "choices": choices, "target": _index(answer, choices, source), "source": source}
+        return {**document, "choices": choices, "target": _index(answer, choices, source)}
 
     def _target(self, answer: str, source: str) -> str:
         if not answer.strip():
             raise PromptError(f"{source}: the answer is empty; give it some text")
         if self.metric != "flexible_number":
             return answer.strip() if self.metric == "exact_match" else answer
-        extract = require("lm_eval.api.registry", "eval").get_filter("regex")(regex_pattern=_NUMBER, group_select=-1)
+        extract = require("lm_eval.api.registry", "eval").get_filter("regex")(**_NUMBER)
         number = str(extract.apply([[answer]], [{}])[0][0])
         if number == extract.fallback:
             raise PromptError(
@@ -108,110 +114,69 @@ def make_task_from_file(
         raise ConfigError(
             f"{num_fewshot} few-shot examples beside each question need more than the {len(documents)} rows"
         )
-    with quiet():
-        task = require("lm_eval.api.task", "eval").ConfigurableTask(
-            config=_settings(file, documents, name or data.stem, max_new_tokens)
-        )
-    set_fewshot(task, num_fewshot)
-    set_generation(task, gen_kwargs)
-    return TextTask(task, limit, style or PromptStyle())
-
-
-def _settings(file: TaskFile, documents: Sequence[Mapping[str, Any]], name: str, max_new_tokens: int) -> dict[str, Any]:
-    settings = _SETTINGS[file.metric](documents, _delimiter(file, documents))
-    if "generation_kwargs" in settings:
-        settings["generation_kwargs"]["max_gen_toks"] = max_new_tokens
-    rows = require("datasets", "eval").Dataset.from_list(list(documents))
-    return {
-        "task": name,
+    answers = [text for document in documents for text in document.get("choices", [str(document["target"])])]
+    delimiter = "" if prompt[-1:].isspace() or any(text[:1].isspace() for text in answers) else " "
+    rows = require("datasets", "eval").Dataset.from_list(documents)
+    config = {
+        "task": name or data.stem,
         "custom_dataset": lambda **_: {"test": rows},
         "test_split": "test",
         "fewshot_split": "test",
         "doc_to_text": "prompt",
         "doc_to_target": "target",
-        "target_delimiter": _delimiter(file, documents),
+        "target_delimiter": delimiter,
         "metadata": {"version": 1},
-        **settings,
+        **_settings(file.metric, answers, delimiter, max_new_tokens),
     }
+    with quiet():
+        task = require("lm_eval.api.task", "eval").ConfigurableTask(config=config)
+    set_fewshot(task, num_fewshot)
+    set_generation(task, gen_kwargs)
+    return TextTask(task, limit, style or PromptStyle())
 
 
-def _delimiter(file: TaskFile, documents: Sequence[Mapping[str, Any]]) -> str:
-    answers = [text for document in documents for text in document.get("choices", [str(document["target"])])]
-    return "" if file.prompt[-1:].isspace() or any(text[:1].isspace() for text in answers) else " "
-
-
-def _mean(metric: str, **more: Any) -> dict[str, Any]:
-    return {"metric": metric, "aggregation": "mean", "higher_is_better": True, **more}
-
-
-def _acc(documents: Sequence[Mapping[str, Any]], delimiter: str) -> dict[str, Any]:
-    return {"output_type": "multiple_choice", "doc_to_choice": "choices", "metric_list": [_mean("acc")]}
-
-
-def _exact_match(documents: Sequence[Mapping[str, Any]], delimiter: str) -> dict[str, Any]:
-    one_line = all("\n" not in document["target"] for document in documents)
-    return {
-        "output_type": "generate_until",
-        "generation_kwargs": {"until": ["\n" if one_line else "\n\n"], "do_sample": False},
-        "filter_list": [
-            {"name": "none", "filter": [{"function": "remove_whitespace"}, {"function": "take_first"}]},
-        ],
-        "metric_list": [_mean("exact_match")],
-    }
-
-
-def _flexible_number(documents: Sequence[Mapping[str, Any]], delimiter: str) -> dict[str, Any]:
-    number = {"function": "regex", "regex_pattern": _NUMBER, "group_select": -1}
-    return {
-        "output_type": "generate_until",
-        "generation_kwargs": {"until": ["\n\n"], "do_sample": False},
-        "fewshot_config": {"doc_to_target": "answer"},  # the way to the number is shown, too
-        "filter_list": [{"name": "none", "filter": [number, {"function": "take_first"}]}],
-        "metric_list": [_mean("exact_match", regexes_to_ignore=[",", "\\$", "(?s).*#### ", "\\.$"])],
-    }
-
-
-def _perplexity(documents: Sequence[Mapping[str, Any]], delimiter: str) -> dict[str, Any]:
-    def process_results(document: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
-        task = require("lm_eval.api.task", "eval").Task
-        log_prob, answer = results[0][0], document["target"]
-        num_bytes = task.count_bytes(answer)
+def _settings(metric: str, answers: Sequence[str], delimiter: str, max_new_tokens: int) -> dict[str, Any]:
+    """What lm-eval is told of a metric; how one is aggregated lm-eval knows by its name."""
+    if metric == "acc":
+        return {"output_type": "multiple_choice", "doc_to_choice": "choices", "metric_list": [{"metric": "acc"}]}
+    if metric == "perplexity":
         return {
-            "word_perplexity": (log_prob, task.count_words(answer)),
-            "byte_perplexity": (log_prob, num_bytes),
-            "bits_per_byte": (log_prob, num_bytes),
+            "output_type": "loglikelihood",
+            "doc_to_target": lambda document: delimiter + document["target"],
+            "target_delimiter": "",  # lm-eval puts none before what it scores
+            "process_results": _perplexities,
+            "metric_list": [{"metric": one} for one in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
         }
-
-    names = {"word_perplexity": "weighted_perplexity", "byte_perplexity": "weighted_perplexity"}
+    is_text = metric == "exact_match"
+    end = "\n" if is_text and all("\n" not in answer for answer in answers) else "\n\n"
+    extract = {"function": "remove_whitespace"} if is_text else {"function": "regex", **_NUMBER}
+    ignored = {} if is_text else {"regexes_to_ignore": [",", "\\$", "(?s).*#### ", "\\.$"]}
     return {
-        "output_type": "loglikelihood",
-        "doc_to_target": lambda document: delimiter + document["target"],
-        "target_delimiter": "",  # lm-eval puts none before what it scores
-        "process_results": process_results,
-        "metric_list": [
-            {"metric": metric, "aggregation": how, "higher_is_better": False}
-            for metric, how in {**names, "bits_per_byte": "bits_per_byte"}.items()
-        ],
+        "output_type": "generate_until",
+        "generation_kwargs": {"until": [end], "do_sample": False, "max_gen_toks": max_new_tokens},
+        "fewshot_config": {"doc_to_target": "target" if is_text else "answer"},  # the way to the number is shown, too
+        "filter_list": [{"name": "none", "filter": [extract, {"function": "take_first"}]}],
+        "metric_list": [{"metric": "exact_match", **ignored}],
     }
 
 
-_SETTINGS = {
-    "acc": _acc,
-    "exact_match": _exact_match,
-    "flexible_number": _flexible_number,
-    "perplexity": _perplexity,
-}
+def _perplexities(document: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
+    task = require("lm_eval.api.task", "eval").Task
+    log_prob, answer = results[0][0], document["target"]
+    of_bytes = (log_prob, task.count_bytes(answer))
+    words = (log_prob, task.count_words(answer))
+    return {"word_perplexity": words, "byte_perplexity": of_bytes, "bits_per_byte": of_bytes}
 
 
 def _choices(template: str, row: Mapping[str, Any], source: str) -> list[str]:
-    parts = [part.strip() for part in template.split(",")]
-    if len(parts) == 1 and [f"{{{name}}}" for name in field_names(parts[0])] == parts:
-        values = look_up(parts[0][1:-1], row, source)
+    names = field_names(template)
+    if names and template.strip() == f"{{{names[0]}}}":
+        values = look_up(names[0], row, source)
         if not isinstance(values, list):
-            raise PromptError(f"{source}: {parts[0]} is no list of choices; give one, or --choices 'a,b'")
+            raise PromptError(f"{source}: {template.strip()} is no list of choices; give one, or --choices 'a,b'")
         choices = [as_text(value) for value in values]
     else:
-        choices = [fill(part, row, source) for part in parts]
+        choices = [fill(part.strip(), row, source) for part in template.split(",")]
     for index, choice in enumerate(choices):
         check_utf8(choice, source)
         if not choice.strip():

@@ -16,9 +16,8 @@ from torch import Tensor
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.errors import ConfigError, PromptError
 from ensembler.evaluation.backends import Advance, ignore
-from ensembler.evaluation.batches import Batch, make_batches
+from ensembler.evaluation.batches import Batch, Logits, Pass, make_batches, run_passes
 from ensembler.evaluation.logits_folder import LogitsFolder
-from ensembler.evaluation.passes import Logits, Pass, run_passes
 from ensembler.evaluation.requests import ScoringRequest
 from ensembler.evaluation.scoring import no_log_prob
 from ensembler.modeling import EnsembleForCausalLM
@@ -30,41 +29,41 @@ _SHARD_BYTES = 64 * 2**20  # an interruption loses the work for so many at most
 class TopKWriter:
     """Writes to `folder`, for each scored position, the `k` most probable of the `width` tokens of the vocabulary.
 
-    A sequence is a line of the data, or one window of a long text. `shards` has them, numbered from 0, in files of
-    bounded size; `lines` says of which line each is. Raises ConfigError for a `k` beyond the vocabulary, PromptError
-    for choices.
+    A sequence is a line of the data, or one window of a long text; `lines` says of which line each is. `shards` has
+    them by the names of files of bounded size. Raises ConfigError for a `k` beyond the vocabulary, PromptError for
+    choices.
     """
 
     def __init__(self, requests: Sequence[ScoringRequest], k: int, width: int, folder: LogitsFolder) -> None:
         if k > width:
             raise ConfigError(f"--top-k-logits is {k:,}; the vocabulary has {width:,} tokens: give a number up to that")
         self.k, self.width, self.folder = k, width, folder
-        self.shards: list[list[ScoringRequest]] = []
+        self.shards: dict[str, list[ScoringRequest]] = {}
         self.lines: list[int] = []
-        room = 0
+        self._sizes: dict[str, int] = {}
+        name = ""
         for request in requests:
             if request.has_choices:
                 raise PromptError(f"{request.source} has choices, which are no text to learn from; give a continuation")
             for context, continuations in request.windows():
+                num = len(continuations[0])
+                size = 12 + 4 * (len(context) + num) + num * (6 * k + 8)
+                if not name or self._sizes[name] + size > _SHARD_BYTES:
+                    name = f"shard-{len(self.shards):05d}.safetensors"
+                    self.shards[name], self._sizes[name] = [], 0
                 sequence = replace(request, number=len(self.lines), context=context, continuations=continuations)
+                self.shards[name].append(sequence)
+                self._sizes[name] += size
                 self.lines.append(request.number)
-                size = self._num_bytes(sequence)
-                if size > room:
-                    self.shards.append([])
-                    room = max(_SHARD_BYTES, size)
-                self.shards[-1].append(sequence)
-                room -= size
 
     @property
     def missing(self) -> dict[str, list[ScoringRequest]]:
-        """The shards that are not there yet, by their names."""
-        names = map(_name, range(len(self.shards)))
-        return {name: shard for name, shard in zip(names, self.shards, strict=True) if not self.folder.has(name)}
+        """The shards that are not there yet, by the names of their files."""
+        return {name: shard for name, shard in self.shards.items() if not self.folder.has(name)}
 
     def check_space(self) -> int:
         """Return how many bytes the folder takes when it is full; raise OutputError where its disk lacks the room."""
-        self.folder.check_space(sum(self._num_bytes(one) for shard in self.missing.values() for one in shard))
-        return sum(self._num_bytes(one) for shard in self.shards for one in shard)
+        return self.folder.check_space(self._sizes)
 
     def write(
         self, model: EnsembleForCausalLM, point: GridPoint, *, batch_size: int, advance: Advance = ignore
@@ -74,9 +73,8 @@ class TopKWriter:
         Raises RunError; finished shards stay for a run that goes on.
         """
         grid = Grid.of([point], model.rule, model.contract, model.config.outside).on(model.device)
-        missing = self.missing
         self.folder.open()
-        for name, shard in missing.items():
+        for name, shard in self.missing.items():
             self.folder.write(name, self._run(shard, model, grid, batch_size, advance))
         index = {
             "format": FORMAT,
@@ -88,20 +86,13 @@ class TopKWriter:
             "tokenizer": getattr(model.tokenizer, "name_or_path", None),
             "num_lines": len(set(self.lines)),
             "num_sequences": len(self.lines),
-            "num_positions": sum(len(one.continuations[0]) for shard in self.shards for one in shard),
+            "num_positions": sum(len(one.continuations[0]) for shard in self.shards.values() for one in shard),
             "shards": [
-                {
-                    "file": f"{_name(number)}.safetensors",
-                    "lines": [self.lines[one.number] for one in (shard[0], shard[-1])],
-                }
-                for number, shard in enumerate(self.shards)
+                {"file": name, "lines": [self.lines[one.number] for one in (shard[0], shard[-1])]}
+                for name, shard in self.shards.items()
             ],
         }
         self.folder.write_bytes("index.json", json.dumps(index, indent=1, ensure_ascii=False).encode())
-
-    def _num_bytes(self, sequence: ScoringRequest) -> int:
-        num = len(sequence.continuations[0])
-        return 12 + 4 * (len(sequence.context) + num) + num * (6 * self.k + 8)
 
     @torch.inference_mode()
     def _run(
@@ -123,15 +114,11 @@ class TopKWriter:
         own = dict(zip([one.number for one in shard], torch.split(torch.arange(num), num_scored), strict=True))
         for batch in make_batches(shard, size):
             positions = torch.cat([own[one.number] for one in batch.requests])
-            for one, logits in run_passes(batch.passes, model.member_set.logits, model.new_cache):
+            for one, logits in run_passes(batch.passes, model.member_set):
                 for key, values in _most_probable(batch, one, logits, grid, self.k).items():
                     tensors[key][positions[one.slots]] = values.to("cpu", tensors[key].dtype)
             advance(len(batch.requests))
         return tensors
-
-
-def _name(number: int) -> str:
-    return f"shard-{number:05d}"
 
 
 def _most_probable(batch: Batch, one: Pass, logits: Logits, grid: Grid, k: int) -> dict[str, Tensor]:
@@ -146,4 +133,4 @@ def _most_probable(batch: Batch, one: Pass, logits: Logits, grid: Grid, k: int) 
     own = log_probs[needed, tokens.where(inside, 0)].where(inside, -math.inf)
     rest = log_probs.scatter_(-1, ids, -math.inf).logsumexp(-1)
     found = {"top_ids": ids, "top_log_probs": top, "rest_log_probs": rest}
-    return {**{key: values[needed] for key, values in found.items()}, "token_log_probs": own}
+    return {key: values[needed] for key, values in found.items()} | {"token_log_probs": own}

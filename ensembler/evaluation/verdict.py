@@ -38,11 +38,10 @@ def _is_shown(p_value: float | None) -> bool:
 
 def _clear(each: Difference, task: TaskFigures) -> str:
     interval, percent = each.comparison.difference, task.is_percent
-    edges = (interval.estimate, interval.low, interval.high)
-    if interval.estimate < 0:
-        edges = (-interval.estimate, -interval.high, -interval.low)
+    sign = 1 if interval.estimate > 0 else -1
+    edges = (sign * interval.estimate, *sorted((sign * interval.low, sign * interval.high)))
     size, low, high = (show_number(edge, percent=percent) for edge in edges)
-    better = "better" if (interval.estimate > 0) == task.higher_is_better else "worse"
+    better = "better" if (sign > 0) == task.higher_is_better else "worse"
     names = f"{task.label(each.method)} is {better} than {task.label(each.against)}"
     return f"{names} by {size}{' points' if percent else ''} ({low} to {high})"
 

@@ -14,21 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ensembler.config import EnsembleConfig
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.evaluation.documents import Answer, Document, Reading
 from ensembler.evaluation.provenance import describe_ensemble, versions
+from ensembler.extras import require
 from ensembler.vision.images import open_image
 from ensembler.vision.loader import ahead
-from ensembler.vision.members import ZERO_SHOT, ImageMember
 from ensembler.vision.modeling import EnsembleForImageClassification
-from ensembler.vision.preflight import CheckedImages
+from ensembler.vision.preflight import ZERO_SHOT, CheckedImages
 from ensembler.vision.tasks import TOP
 from ensembler.vision.zero_shot import DEFAULT_TEMPLATES, tokenizer_hash
 
-_THUMBNAIL = (96, 96)
+_THUMBNAIL = 96  # pixels
 _HASH = 16  # hexadecimal digits
-_SMALL = 48  # pixels; images below are shown larger, with their pixels to be seen
 
 
 class ImageAnswerer:
@@ -65,18 +63,16 @@ class ImageAnswerer:
         grid = Grid.of(points, model.rule, model.contract, model.config.outside).on(model.device)
 
         def prepare(batch: Sequence[Document]) -> tuple[Sequence[Document], dict[str, Tensor]]:
-            return batch, model.prepare(open_image(document.requests[0].source) for document in batch)
+            return batch, model.prepare(open_image(document.requests[0]) for document in batch)
 
         for batch, prepared in ahead(batches, prepare):
             yield answer_prepared(model, grid, batch, prepared)
 
     def thumbnail(self, document: Document) -> str:
         """Return a small picture of the image as a data URI. Raises ImageError."""
-        image = open_image(document.requests[0].source)
-        if max(image.size) < _SMALL:
-            factor = _SMALL // max(image.size) + 1
-            image = image.resize((factor * image.width, factor * image.height), 0)  # nearest
-        image.thumbnail(_THUMBNAIL)
+        image = open_image(document.requests[0])
+        method = 0 if max(image.size) < _THUMBNAIL else 3  # nearest, so that pixels are seen; or bicubic
+        image = require("PIL.ImageOps", "vision").contain(image, (_THUMBNAIL, _THUMBNAIL), method)
         buffer = io.BytesIO()
         image.save(buffer, "png")
         return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -111,20 +107,16 @@ def describe_images(checked: CheckedImages) -> dict[str, Any]:
     Heads that are made from texts go by their prompts and their tokenizer as well.
     """
     described = describe_ensemble(checked)
+    prompts = [checked.config.templates or list(DEFAULT_TEMPLATES), checked.config.class_texts]
     for role, member in checked.members.items():
-        described["members"][role] |= _describe(member, checked.config)
+        found = described["members"][role]
+        found |= {"kind": member.kind, "processor": _hash(member.processor.to_dict())}
+        if member.config.head is not None:
+            path = Path(member.config.head)
+            found |= {"head": path.name, "head_sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:_HASH]}
+        if member.kind == ZERO_SHOT:
+            found |= {"prompts": _hash(prompts), "tokenizer": tokenizer_hash(member)[:_HASH]}
     return {**described, "classes": _hash(checked.classes)}
-
-
-def _describe(member: ImageMember, config: EnsembleConfig) -> dict[str, Any]:
-    found: dict[str, Any] = {"kind": member.kind, "processor": _hash(member.processor.to_dict())}
-    if member.config.head is not None:
-        path = Path(member.config.head)
-        found |= {"head": path.name, "head_sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:_HASH]}
-    if member.kind == ZERO_SHOT:
-        prompts = [config.templates or list(DEFAULT_TEMPLATES), config.class_texts]
-        found |= {"prompts": _hash(prompts), "tokenizer": tokenizer_hash(member)[:_HASH]}
-    return found
 
 
 def _hash(content: Any) -> str:

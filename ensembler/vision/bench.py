@@ -9,7 +9,7 @@ from ensembler.config import EnsembleConfig
 from ensembler.errors import ConfigError
 from ensembler.evaluation.documents import Answerer
 from ensembler.vision.answers import ImageAnswerer
-from ensembler.vision.class_files import as_images
+from ensembler.vision.classes import as_images
 from ensembler.vision.preflight import CheckedImages, check_images
 from ensembler.vision.tasks import ImageTask, load_image_task
 
@@ -25,9 +25,7 @@ class ImagePlanner:
 
     def answerer(self, experiment: Experiment, config: EnsembleConfig) -> tuple[CheckedImages, ImageAnswerer]:
         """Return the members of a run, checked, and what answers with them. Raises as `check_images`."""
-        images = dict(experiment.images or ())
-        paths = {name: None if path is None else Path(path) for name, path in images.items()}
-        checked = check_images(as_images(config, **paths))
+        checked = check_images(as_images(config, **dict(experiment.images or ())))
         return checked, ImageAnswerer(checked)
 
     def tasks(self, experiment: Experiment, answerer: Answerer) -> list[ImageTask]:
@@ -39,18 +37,16 @@ class ImagePlanner:
         checked = answerer.checked
         settings: dict[str, Any] = {"validation": experiment.validation, "limit": experiment.limit}
         settings |= {"aliases": checked.config.aliases, "seed": experiment.seed}
-        names: dict[str, str] = {}
-        found = []
+        found: dict[str, tuple[str, ImageTask]] = {}
         for folder in experiment.tasks:
             key = repr((folder, checked.classes, settings))
             if key not in self.loaded:
                 self.loaded[key] = load_image_task(Path(folder), checked.classes, **settings)
             task = self.loaded[key]
-            if task.name in names:
+            if task.name in found:
                 raise ConfigError(
-                    f"{names[task.name]} and {folder} are both called {task.name!r}, and their images would be "
+                    f"{found[task.name][0]} and {folder} are both called {task.name!r}, and their images would be "
                     "taken for each other's; rename one of them, or give a link of another name"
                 )
-            names[task.name] = folder
-            found.append(task)
-        return found
+            found[task.name] = folder, task
+        return [task for _, task in found.values()]

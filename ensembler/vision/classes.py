@@ -1,26 +1,61 @@
-"""The contract of classes: members may be combined only where logit i is of the same class in all of them.
+"""The classes of an ensemble: files that name them, and the contract that logit i is of one class in all members.
 
 What the vocabulary is to texts: names are compared in their order, and a difference names the classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ensembler.class_names import some
-from ensembler.errors import ClassesError
+from ensembler.class_names import check_labels, check_templates, check_texts, some
+from ensembler.config import IMAGES, EnsembleConfig
+from ensembler.errors import ClassesError, ConfigError
 
 
-def label_names(model_config: Any) -> tuple[str, ...]:
-    """Return the labels of a `transformers` config in the order of its logits."""
-    labels = {int(index): str(name) for index, name in (model_config.id2label or {}).items()}
-    return tuple(labels[index] for index in sorted(labels))
+def as_images(
+    config: EnsembleConfig,
+    *,
+    classes: str | Path | None = None,
+    templates: str | Path | None = None,
+    aliases: str | Path | None = None,
+) -> EnsembleConfig:
+    """Return the same members as an ensemble of image classifiers, with what the files say.
+
+    `classes`: labels as a text file with one on each line, a JSON list, or a JSON object from label to the words for it
+    in prompts. `templates`: prompts, one on each line. `aliases`: a JSON object. Raises ConfigError.
+    """
+    said: dict[str, Any] = {}
+    if classes is not None:
+        is_json = Path(classes).suffix == ".json"
+        labels = _read(classes, json.loads) if is_json else _read_lines(classes)
+        if isinstance(labels, Mapping) and labels:
+            said["class_texts"] = check_texts(labels, str(classes))
+            labels = list(labels)
+        said["classes"] = check_labels(labels, str(classes))
+    if templates is not None:
+        said["templates"] = check_templates(_read_lines(templates), str(templates))
+    if aliases is not None:
+        said["aliases"] = check_texts(_read(aliases, json.loads), str(aliases))
+    return config.replaced(task=IMAGES, **said)
 
 
-def known_as(names: Sequence[str], aliases: Mapping[str, str] | None) -> tuple[str, ...]:
-    """Return the names with those that have an alias replaced by the label that it stands for."""
-    return tuple((aliases or {}).get(name, name) for name in names)
+def _read_lines(path: str | Path) -> list[str]:
+    lines = [line.strip() for line in _read(path, str.splitlines) if line.strip()]
+    if not lines:
+        raise ConfigError(f"{path} is empty; expected one name or prompt on each line")
+    return lines
+
+
+def _read(path: str | Path, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is no JSON file: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
 
 
 def agree(
@@ -31,10 +66,13 @@ def agree(
     `members`: by role, the anchor first, the names of each one's logits in their order; None where a member has none of
     its own and takes the ensemble's. Raises ClassesError, which names the classes that differ.
     """
-    named = {role: known_as(names, aliases) for role, names in members.items() if names is not None}
-    if classes is None and not named:
+    named = {} if classes is None else {"the list of classes": tuple(classes)}
+    for role, names in members.items():
+        if names is not None:
+            named[role] = tuple((aliases or {}).get(name, name) for name in names)
+    if not named:
         raise ClassesError(f"none of {', '.join(members)} names its classes; give them with --classes FILE")
-    first, expected = next(iter(named.items())) if classes is None else ("the list of classes", tuple(classes))
+    first, expected = next(iter(named.items()))
     twice = next((name for name in expected if expected.count(name) > 1), None)
     if twice is not None:
         raise ClassesError(f"{first} has the class {twice!r} twice; give each class a name of its own")

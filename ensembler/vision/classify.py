@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,31 +14,6 @@ from ensembler.vision.loader import ahead
 from ensembler.vision.modeling import EnsembleForImageClassification
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A class and its probability."""
-
-    label: str
-    probability: float
-
-
-@dataclass(frozen=True)
-class Classified:
-    """An image, its most probable classes, and the anchor's; or the `error` for which it was skipped."""
-
-    name: str
-    candidates: tuple[Candidate, ...] = ()
-    anchor: Candidate | None = None
-    error: str | None = None
-
-    def to_row(self) -> dict[str, Any]:
-        """The same for JSON."""
-        if self.anchor is None:
-            return {"image": self.name, "error": self.error}
-        classes = [vars(candidate) for candidate in self.candidates]
-        return {"image": self.name, "classes": classes, "anchor": vars(self.anchor)}
-
-
 def classify(
     model: EnsembleForImageClassification,
     sources: Sequence[ImageSource],
@@ -47,10 +21,11 @@ def classify(
     top_k: int = 5,
     batch_size: int = 16,
     strict: bool = False,
-) -> Iterator[Classified]:
-    """Yield what the ensemble sees in one image after another; the next ones are read while it runs.
+) -> Iterator[dict[str, Any]]:
+    """Yield what the ensemble sees in one image after another, as JSON; the next ones are read while it runs.
 
-    An image that cannot be read has an `error` in place of classes; `strict` raises ImageError for the first one.
+    `image`: its name; `classes`: the most probable ones, each with `label` and `probability`; `anchor`: the anchor's
+    first. An image that cannot be read has an `error` in place of these; `strict` raises ImageError for the first one.
     """
 
     def prepare(batch: Sequence[ImageSource]) -> tuple[Sequence[ImageSource], dict[str, str], dict[str, Tensor]]:
@@ -59,12 +34,10 @@ def classify(
 
     batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
     for batch, errors, prepared in ahead(batches, prepare):
-        seen = _see(model, prepared, top_k) if prepared else iter(())
+        seen = iter(_see(model, prepared, top_k) if prepared else ())
         for source in batch:
-            if source.name in errors:
-                yield Classified(source.name, error=errors[source.name])
-            else:
-                yield Classified(source.name, *next(seen))
+            said = {"error": errors[source.name]} if source.name in errors else next(seen)
+            yield {"image": source.name, **said}
 
 
 def _readable(batch: Sequence[ImageSource], errors: dict[str, str], *, strict: bool) -> Iterator[Any]:
@@ -79,19 +52,17 @@ def _readable(batch: Sequence[ImageSource], errors: dict[str, str], *, strict: b
 
 
 @torch.inference_mode()
-def _see(
-    model: EnsembleForImageClassification, prepared: dict[str, Tensor], top_k: int
-) -> Iterator[tuple[tuple[Candidate, ...], Candidate]]:
+def _see(model: EnsembleForImageClassification, prepared: dict[str, Tensor], top_k: int) -> list[dict[str, Any]]:
     """The most probable classes of each image, and the anchor's first."""
     logits = model.member_logits(prepared)
-    anchors = _top(model, logits[model.rule.anchor].float(), 1)
     found = _top(model, model.combine(logits), top_k)
-    return zip(found, (first for (first,) in anchors), strict=True)
+    anchors = _top(model, logits[model.rule.anchor].float(), 1)
+    return [{"classes": classes, "anchor": first} for classes, (first,) in zip(found, anchors, strict=True)]
 
 
-def _top(model: EnsembleForImageClassification, logits: Tensor, top_k: int) -> list[tuple[Candidate, ...]]:
+def _top(model: EnsembleForImageClassification, logits: Tensor, top_k: int) -> list[list[dict[str, Any]]]:
     values, classes = logits.softmax(-1).topk(min(top_k, logits.shape[-1]))
     return [
-        tuple(Candidate(model.classes[index], value) for index, value in zip(*row, strict=True))
+        [{"label": model.classes[index], "probability": value} for index, value in zip(*row, strict=True)]
         for row in zip(classes.tolist(), values.tolist(), strict=True)
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,17 @@ from typing import Any
 from ensembler.errors import ImageError
 from ensembler.extras import require
 from ensembler.sources import one_line
-from ensembler.vision.images import SUFFIXES, Found, ImageSource, image_file, images_below, read_file
+from ensembler.vision.images import SUFFIXES, ImageSource, image_file, images_below, read_file
 
 TEST = "test"  # the split that is reported, and the one of a folder that has none
 SPLITS = {"train": "train", "validation": "validation", "val": "validation", TEST: TEST}  # by the names of folders
 
 
-@dataclass(frozen=True)
-class LabelledImage:
-    """An image and the name of its class as the data set has it."""
-
-    source: ImageSource
-    label: str
+Split = tuple[list[ImageSource], int]
+"""The images of a split in the order of their paths or rows, and the number of other files there."""
 
 
-ReadSplit = Callable[[], Found[LabelledImage]]  # images in the order of their paths or rows
-
-
-def find_splits(folder: Path) -> dict[str, ReadSplit]:
+def find_splits(folder: Path) -> dict[str, Callable[[], Split]]:
     """Return the splits of a data set by name; none is read before it is called.
 
     A folder has `test` and perhaps `train` and `validation` (or `val`) below it; one without any of them is all test.
@@ -48,12 +40,13 @@ def find_splits(folder: Path) -> dict[str, ReadSplit]:
             f"{folder} has {unknown[0]!r} beside {TEST}; expected train, validation (or val) and test alone, each with "
             "CLASS/xxx.png"
         )
-    named = _named(folder, below, TEST in parted)
-    return {split: partial(_read_classes, folder / name) for split, name in named.items()}
+    return _by_name(folder, below, TEST in parted, lambda name: _read_classes(folder / name))
 
 
-def _named(folder: Path, names: list[str], has_test: bool) -> dict[str, str]:
-    """What the splits are called here, by what they are. Raises ImageError without a test split, or for two of one."""
+def _by_name(
+    folder: Path, names: list[str], has_test: bool, read: Callable[[str], Split]
+) -> dict[str, Callable[[], Split]]:
+    """Splits by what they are, whatever they are called. Raises ImageError without a test split, or for two of one."""
     if not has_test:
         raise ImageError(
             f"{folder} has the splits {', '.join(names)}, and no images by class in {TEST}; expected {TEST}, and "
@@ -61,22 +54,21 @@ def _named(folder: Path, names: list[str], has_test: bool) -> dict[str, str]:
         )
     if {"val", "validation"} <= set(names):
         raise ImageError(f"{folder} has both val and validation; keep one of them")
-    return {SPLITS.get(name, name): name for name in names}
+    return {SPLITS.get(name, name): partial(read, name) for name in names}
 
 
-def _read_classes(folder: Path) -> Found[LabelledImage]:
+def _read_classes(folder: Path) -> Split:
     """The images of class/xxx.png; deeper folders belong to their class."""
     entries = _entries(folder)
     below = {entry.name: images_below(entry) for entry in entries if entry.is_dir()}
-    num_others = len(entries) - len(below) + sum(found.num_others for found in below.values())
     images = [
-        LabelledImage(image_file(path, path.relative_to(folder).as_posix()), label)
-        for label, found in below.items()
-        for path in found.images
+        image_file(path, path.relative_to(folder).as_posix(), label)
+        for label, (paths, _) in below.items()
+        for path in paths
     ]
     if images:
-        return Found(tuple(images), num_others)
-    if images_below(folder).images:
+        return images, len(entries) - len(below) + sum(num for _, num in below.values())
+    if images_below(folder)[0]:
         raise ImageError(f"{folder} has images without classes; expected class/xxx.png")
     raise ImageError(f"{folder} holds no images; expected class/xxx.png, with files ending in {', '.join(SUFFIXES)}")
 
@@ -85,18 +77,17 @@ def _entries(folder: Path) -> list[Path]:
     return sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
-def _find_rows(folder: Path) -> dict[str, ReadSplit]:
+def _find_rows(folder: Path) -> dict[str, Callable[[], Split]]:
     datasets = require("datasets", "eval")
     try:
         found = datasets.load_from_disk(str(folder))
     except Exception as error:  # pyarrow and datasets each raise what they like
         raise ImageError(f"{folder} cannot be read as a data set: {one_line(error)}") from error
     splits: Mapping[str, Any] = found if isinstance(found, Mapping) else {TEST: found}
-    named = _named(folder, list(splits), TEST in splits)
-    return {split: partial(_read_rows, folder, name, splits[name]) for split, name in named.items()}
+    return _by_name(folder, list(splits), TEST in splits, lambda name: _read_rows(folder, name, splits[name]))
 
 
-def _read_rows(folder: Path, split: str, rows: Any) -> Found[LabelledImage]:
+def _read_rows(folder: Path, split: str, rows: Any) -> Split:
     datasets = require("datasets", "eval")
     images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     labels = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
@@ -114,8 +105,8 @@ def _read_rows(folder: Path, split: str, rows: Any) -> Found[LabelledImage]:
         if label is None or label < 0:
             raise ImageError(f"row {index} of the {split} split of {folder} has no label")
         name = f"row {index}"
-        found.append(LabelledImage(ImageSource(name, partial(_read_row, raw, index, images[0], name)), names[label]))
-    return Found(tuple(found))
+        found.append(ImageSource(name, partial(_read_row, raw, index, images[0], name), names[label]))
+    return found, 0
 
 
 def _read_row(rows: Any, index: int, column: str, name: str) -> bytes:

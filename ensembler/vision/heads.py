@@ -10,7 +10,6 @@ metadata    "classes": a JSON list of labels in the order of the rows, optional;
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +18,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ensembler.errors import MemberError
+from ensembler.files import write_whole
 from ensembler.sources import one_line
-from ensembler.weights import naming, safetensors_header
+from ensembler.weights import safetensors_header
+
+_FLAGS = {None: None, "true": True, "false": False}
 
 
 @dataclass(frozen=True)
@@ -47,50 +50,35 @@ class Head(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return logits (rows, C) in float32, whatever the dtype of the features."""
-        features = unit_length(features.float()) if self.normalize else features.float()
-        logits: Tensor = nn.functional.linear(features, self.weight, self.bias)
-        return logits
+        features = features.float()
+        if self.normalize:
+            features = functional.normalize(features, dim=-1)
+        return functional.linear(features, self.weight, self.bias)
 
 
-def unit_length(features: Tensor) -> Tensor:
-    """Return features (rows, F) of length 1, as dual encoders compare them."""
-    unit: Tensor = features / features.norm(dim=-1, keepdim=True)
-    return unit
-
-
-def read_info(role: str, path: Path) -> HeadInfo:
+def read_info(path: Path) -> HeadInfo:
     """Return what the header of a head's file says; raise MemberError unless it is one."""
-    with naming(role):
-        if not path.is_file():
-            raise MemberError(f"there is no head {path}; give a safetensors file with weight (classes, features)")
-        header = safetensors_header(path)
-        shape = header.get("weight", {}).get("shape", [])
-        if len(shape) != 2:
-            raise MemberError(f"{path} has no matrix 'weight'; expected (classes, features), and perhaps a 'bias'")
-        unknown = sorted(set(header) - {"weight", "bias"})
-        if unknown or ("bias" in header and header["bias"]["shape"] != shape[:1]):
-            fault = f"holds {unknown[0]!r}" if unknown else f"has a bias of shape {header['bias']['shape']}"
-            raise MemberError(f"{path} {fault}; expected weight (classes, features) and bias (classes,) alone")
-        with _opened(path) as file:
-            said = file.metadata() or {}
-        classes = _read_classes(path, said.get("classes"), shape[0])
-        known = {None: None, "true": True, "false": False}
-        normalize = said.get("normalize")
-        if normalize not in known:
-            raise MemberError(f"{path} says normalize {normalize!r}; expected 'true' or 'false' in its metadata")
-        return HeadInfo(shape[0], classes, known[normalize])
-
-
-def _read_classes(path: Path, said: str | None, num: int) -> tuple[str, ...] | None:
-    if said is None:
-        return None
+    if not path.is_file():
+        raise MemberError(f"there is no head {path}; give a safetensors file with weight (classes, features)")
+    header = safetensors_header(path)
+    shape = header.get("weight", {}).get("shape", [])
+    if len(shape) != 2:
+        raise MemberError(f"{path} has no matrix 'weight'; expected (classes, features), and perhaps a 'bias'")
+    unknown = sorted(set(header) - {"weight", "bias"})
+    if unknown or ("bias" in header and header["bias"]["shape"] != shape[:1]):
+        fault = f"holds {unknown[0]!r}" if unknown else f"has a bias of shape {header['bias']['shape']}"
+        raise MemberError(f"{path} {fault}; expected weight (classes, features) and bias (classes,) alone")
+    with _opened(path) as file:
+        said = file.metadata() or {}
+    if said.get("normalize") not in _FLAGS:
+        raise MemberError(f"{path} says normalize {said['normalize']!r}; expected 'true' or 'false' in its metadata")
     try:
-        classes = tuple(json.loads(said))
+        classes = tuple(json.loads(said["classes"])) if "classes" in said else None
     except (ValueError, TypeError):
         classes = ()
-    if len(classes) != num or not all(isinstance(name, str) for name in classes):
-        raise MemberError(f"{path} says classes that are not {num} names; expected a JSON list in its metadata")
-    return classes
+    if classes is not None and (len(classes) != shape[0] or not all(isinstance(name, str) for name in classes)):
+        raise MemberError(f"{path} says classes that are not {shape[0]} names; expected a JSON list in its metadata")
+    return HeadInfo(shape[0], classes, _FLAGS[said.get("normalize")])
 
 
 @contextmanager
@@ -102,26 +90,15 @@ def _opened(path: Path) -> Iterator[Any]:
         raise MemberError(f"the head {path} cannot be read: {one_line(error)}") from error
 
 
-def load_head(role: str, path: Path, *, normalize: bool) -> Head:
+def load_head(path: Path, *, normalize: bool) -> Head:
     """Return the head in a file, in float32. Raises MemberError."""
-    with naming(role), _opened(path) as file:
+    with _opened(path) as file:
         # Copied, since a product with weights that are not aligned in memory, as in a file, rounds otherwise.
         tensors = {name: file.get_tensor(name).to(torch.float32, copy=True) for name in file.keys()}  # noqa: SIM118
-    return Head(tensors["weight"], tensors.get("bias"), normalize=normalize)
+    return Head(**tensors, normalize=normalize)
 
 
 def save_head(head: Head, classes: Sequence[str], path: Path) -> None:
-    """Write a head's file in one rename; two processes that make the same may both do so.
-
-    Raises OSError or SafetensorError; nothing half-written is left then.
-    """
-    tensors = {"weight": head.weight.detach().contiguous()}
-    if head.bias is not None:
-        tensors["bias"] = head.bias.detach().contiguous()
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    """Write a head's file in one rename; two processes that make the same may both do so. Raises OutputError."""
     metadata = {"classes": json.dumps(list(classes)), "normalize": str(head.normalize).lower()}
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(path, save(head.state_dict(), metadata))

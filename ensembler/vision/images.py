@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -20,20 +20,23 @@ MAX_BYTES = 2**28
 MAX_RATIO = 100  # of the sides: a processor scales the shorter one up to its input size, and the other with it
 SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
-AnImage = TypeVar("AnImage")
-
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where an image is: its name, for people, and what returns the bytes of its file or raises ImageError."""
+    """An image that is to be read: its name, for people, and what returns the bytes of its file or raises ImageError.
+
+    `label`: the name of its class, as its data set has it. `digest`: the SHA-256 of its file, once that was read.
+    """
 
     name: str
     read: Callable[[], bytes]
+    label: str = ""
+    digest: str = ""
 
 
-def image_file(path: Path, name: str) -> ImageSource:
+def image_file(path: Path, name: str, label: str = "") -> ImageSource:
     """Return the source of an image in a file; `name` is its path as it was given, or within its folder."""
-    return ImageSource(name, partial(read_file, path, name))
+    return ImageSource(name, partial(read_file, path, name), label)
 
 
 def read_file(path: Path, name: str) -> bytes:
@@ -48,22 +51,27 @@ def read_file(path: Path, name: str) -> bytes:
 
 
 def open_image(source: ImageSource) -> Any:
-    """Return an image as Pillow's RGB, decoded.
+    """Return an image as Pillow's RGB, decoded. Raises ImageError."""
+    return decode(source.read(), source.name)
+
+
+def decode(content: bytes, name: str) -> Any:
+    """Return the image in the bytes of a file as Pillow's RGB; `name` is for errors.
 
     It is turned as its EXIF orientation says. Greyscale becomes three equal channels, greyscale of 16 bits becomes 8
     (divided by 257), transparency is dropped, of several frames the first counts: as in the loaders that image
     classifiers are trained with, but for the 16 bits, which these cut off. Raises ImageError for what is no image,
     damaged, or beyond the limits.
     """
-    return decode(source.read(), source.name)
-
-
-def decode(content: bytes, name: str) -> Any:
-    """Return the image in the bytes of a file as Pillow's RGB; `name` is for errors. Raises ImageError."""
     module = require("PIL.Image", "vision")
     try:
         with module.open(io.BytesIO(content)) as image:
-            _check_size(image.size, name)
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ImageError(f"{name} has {width:,} × {height:,} pixels; at most {MAX_PIXELS:,} are read")
+            if max(image.size) > MAX_RATIO * min(image.size):
+                sides = f"sides may differ by a factor of {MAX_RATIO}"
+                raise ImageError(f"{name} has {width:,} × {height:,} pixels; {sides}")
             image.load()
             require("PIL.ImageOps", "vision").exif_transpose(image, in_place=True)
             return _eight_bits(image, name).convert("RGB")
@@ -75,15 +83,6 @@ def decode(content: bytes, name: str) -> Any:
         raise ImageError(f"{name} is too large: {one_line(error)}") from error
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error ... for damaged files
         raise ImageError(f"{name} is damaged: {one_line(error)}") from error
-
-
-def _check_size(size: tuple[int, int], name: str) -> None:
-    """Raise ImageError before anything is decoded."""
-    width, height = size
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{name} has {width:,} × {height:,} pixels; at most {MAX_PIXELS:,} are read")
-    if max(size) > MAX_RATIO * min(size):
-        raise ImageError(f"{name} has {width:,} × {height:,} pixels; sides may differ by a factor of {MAX_RATIO}")
 
 
 def _eight_bits(image: Any, name: str) -> Any:
@@ -102,31 +101,26 @@ def _eight_bits(image: Any, name: str) -> Any:
     return require("PIL.Image", "vision").fromarray(np.rint(values / step).astype(np.uint8))
 
 
-@dataclass(frozen=True)
-class Found(Generic[AnImage]):
-    """Images that were named or lie below folders, and how many other files do."""
+def find_images(places: Iterable[Path]) -> tuple[list[ImageSource], int]:
+    """Return the images that were named, and those below the folders that were, by path; and the number of other files.
 
-    images: tuple[AnImage, ...]
-    num_others: int = 0
-
-
-def find_images(places: list[Path]) -> Found[ImageSource]:
-    """Return the images that were named, and those below the folders that were, by path. Raises ImageError."""
-    found: list[Path] = []
+    Raises ImageError.
+    """
+    sources: list[ImageSource] = []
     num_others = 0
     for place in places:
         if not place.is_dir() and not place.is_file():
             raise ImageError(f"there is no file or folder {place}")
-        below = images_below(place) if place.is_dir() else Found((place,))
-        if not below.images:
+        paths, others = images_below(place) if place.is_dir() else ([place], 0)
+        if not paths:
             raise ImageError(f"{place} holds no images; expected files ending in {', '.join(SUFFIXES)}")
-        found += below.images
-        num_others += below.num_others
-    return Found(tuple(image_file(path, str(path)) for path in found), num_others)
+        sources += [image_file(path, str(path)) for path in paths]
+        num_others += others
+    return sources, num_others
 
 
-def images_below(folder: Path) -> Found[Path]:
-    """Return the images in a folder and those below it, by path.
+def images_below(folder: Path) -> tuple[list[Path], int]:
+    """Return the images in a folder and those below it, by path, and the number of other files there.
 
     Hidden files are left out. A link that leads nowhere is an image by its name, which then cannot be read.
     """
@@ -135,5 +129,5 @@ def images_below(folder: Path) -> Found[Path]:
         for path in folder.rglob("*")
         if not path.is_dir() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
-    images = tuple(path for path in files if path.suffix.lower() in SUFFIXES)
-    return Found(images, len(files) - len(images))
+    images = [path for path in files if path.suffix.lower() in SUFFIXES]
+    return images, len(files) - len(images)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import TypeVar
 
@@ -22,15 +22,13 @@ def ahead(
 
     What `work` raises is raised where its result would have been taken; no item behind it is begun then.
     """
-    waiting: deque[Future[Result]] = deque()
     rest = iter(items)
-    with ThreadPoolExecutor(num_workers) as executor:
-        try:
-            waiting.extend(executor.submit(work, item) for item in islice(rest, num_workers + num_ahead))
-            while waiting:
-                result = waiting.popleft().result()
-                waiting.extend(executor.submit(work, item) for item in islice(rest, 1))
-                yield result
-        finally:
-            for future in waiting:
-                future.cancel()
+    executor = ThreadPoolExecutor(num_workers)
+    try:
+        waiting = deque(executor.submit(work, item) for item in islice(rest, num_workers + num_ahead))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(executor.submit(work, item) for item in islice(rest, 1))
+            yield result
+    finally:
+        executor.shutdown(cancel_futures=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from ensembler_kernels import combine
 from torch import Tensor, nn
 from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -18,11 +17,10 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from ensembler import folder as folders
 from ensembler.config import IMAGES, EnsembleConfig, MemberConfig
 from ensembler.engine.forward import check_nan
-from ensembler.engine.grid import make_combination, weights_for
+from ensembler.engine.grid import combine_members, make_combination
 from ensembler.errors import InputError
-from ensembler.vision.loading import load_towers
 from ensembler.vision.preflight import CheckedImages, check_images
-from ensembler.vision.towers import SharedTower
+from ensembler.vision.towers import Tower, load_towers
 
 PixelValues = Tensor | Mapping[str, Tensor]
 
@@ -40,13 +38,13 @@ class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unus
     _supports_sdpa: ClassVar[bool] = True
     _supports_flash_attn: ClassVar[bool] = True
 
-    def __init__(self, config: EnsembleConfig, checked: CheckedImages, towers: Sequence[SharedTower]) -> None:
-        super().__init__(config)
-        self.rule = config.get_rule()
+    def __init__(self, checked: CheckedImages, towers: Sequence[Tower]) -> None:
+        super().__init__(checked.config)
+        self.rule = checked.config.get_rule()
         self.classes = checked.classes
         self.contract = checked.contract
         self.towers: Any = nn.ModuleList(towers)
-        self.combination = make_combination(self.rule, self.contract, config.outside)
+        self.combination = make_combination(self.rule, self.contract, checked.config.outside)
         self.eval()
 
     @classmethod
@@ -71,7 +69,7 @@ class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unus
     @classmethod
     def from_checked(cls, checked: CheckedImages) -> EnsembleForImageClassification:
         """Load the members of a checked ensemble, those that share a tower together."""
-        return cls(checked.config, checked, load_towers(checked))
+        return cls(checked, load_towers(checked))
 
     @classmethod
     def from_pretrained(  # type: ignore[override,unused-ignore]
@@ -108,12 +106,6 @@ class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unus
     def alpha(self, value: float) -> None:
         self.config.alpha = self.rule.check_alpha(value)
 
-    @property
-    def device(self) -> torch.device:
-        """Where logits are combined: the anchor's device."""
-        device: torch.device = next(tower.device for tower in self.towers if self.rule.anchor in tower.roles)
-        return device
-
     def prepare(self, images: Iterable[Any]) -> dict[str, Tensor]:
         """Return images of Pillow as every member's own pixel values (rows, channels, height, width), by role.
 
@@ -121,10 +113,8 @@ class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unus
         iterator may decode each when it is its turn.
         """
         rows = [[tower.prepare(image) for tower in self.towers] for image in images]
-        found: dict[str, Tensor] = {}
-        for tower, values in zip(self.towers, zip(*rows, strict=True), strict=bool(rows)):
-            found.update(dict.fromkeys(tower.roles, torch.cat(values)))
-        return found
+        columns = map(torch.cat, zip(*rows, strict=True))
+        return {role: values for tower, values in zip(self.towers, columns, strict=bool(rows)) for role in tower.roles}
 
     def forward(
         self, pixel_values: PixelValues | None = None, labels: Tensor | None = None, return_dict: bool | None = None
@@ -143,9 +133,15 @@ class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unus
 
     def member_logits(self, pixel_values: PixelValues) -> dict[str, Tensor]:
         """Return every member's own logits (rows, classes) by role, on its device; a shared tower is run once."""
+        if isinstance(pixel_values, Tensor):
+            pixel_values = dict.fromkeys(self.rule.roles, pixel_values)
         logits: dict[str, Tensor] = {}
         for tower in self.towers:
-            logits |= tower(_of(pixel_values, tower.roles))
+            given = next((pixel_values[role] for role in tower.roles if role in pixel_values), None)
+            if given is None:
+                missing = " or ".join(tower.roles)
+                raise InputError(f"pixel_values has nothing for {missing}; prepare(images) makes them all")
+            logits |= tower(given)
         check_nan(logits)
         return logits
 
@@ -154,17 +150,7 @@ class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unus
 
         `alpha`: a number, or one for each row; the ensemble's, if it is not given.
         """
-        ordered = [logits[role].to(self.device) for role in self.rule.roles]
-        return combine(ordered, weights_for(self.combination, self.alpha if alpha is None else alpha, ordered[0]))
-
-
-def _of(pixel_values: PixelValues, roles: Sequence[str]) -> Tensor:
-    if isinstance(pixel_values, Tensor):
-        return pixel_values
-    given = next((pixel_values[role] for role in roles if role in pixel_values), None)
-    if given is None:
-        raise InputError(f"pixel_values has nothing for {' or '.join(roles)}; prepare(images) makes them all")
-    return given
+        return combine_members(logits, self.combination, self.alpha if alpha is None else alpha, self.contract)
 
 
 AutoModelForImageClassification.register(EnsembleConfig, EnsembleForImageClassification, exist_ok=True)

@@ -6,8 +6,8 @@ import hashlib
 import math
 import os
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,11 @@ from ensembler.evaluation.documents import Answer, Document, Metric
 from ensembler.evaluation.metric_values import from_json, to_json
 from ensembler.evaluation.statistics import metric_interval
 from ensembler.evaluation.task_loading import check_counts
-from ensembler.vision.classes import known_as
-from ensembler.vision.datasets import SPLITS, TEST, LabelledImage, find_splits
+from ensembler.vision.datasets import SPLITS, TEST, find_splits
 from ensembler.vision.images import ImageSource, decode
 from ensembler.vision.loader import ahead
 
 TOP = 5  # classes of an answer
-
-
-@dataclass(frozen=True)
-class KnownImage:
-    """An image that can be read, and the SHA-256 of its file."""
-
-    source: ImageSource
-    digest: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +77,7 @@ class ImageTask:
 
     def identity(self, document: Document) -> str:
         """Return the hash of the image's file."""
-        digest: str = document.requests[0].digest
-        return digest
+        return str(document.requests[0].digest)
 
     def measure(self, document: Document, answers: Answer) -> tuple[dict[str, Any], dict[str, str]]:
         """Return the values by metric, and the class that was answered.
@@ -101,8 +91,7 @@ class ImageTask:
 
     def aggregate(self, key: str, values: Sequence[Any]) -> float:
         """Return the mean of the values of a metric."""
-        numbers = [float(value) for value in from_json(list(values))]
-        return sum(numbers) / len(numbers)
+        return float(sum(from_json(list(values)))) / len(values)
 
     def standard_error(self, key: str, values: Sequence[Any]) -> float | None:
         """Return s / √n of a mean; None of fewer than two values."""
@@ -129,58 +118,48 @@ def load_image_task(
     check_counts(None, limit)
     task = Path(os.path.abspath(folder)).name  # of a link itself: data/cars may lead to store/3f8a
     splits = find_splits(folder)
-    others = () if validation is None or validation.isdecimal() else (validation,)
     images: dict[str, list[Document]] = {}
     skipped: dict[str, list[str]] = {}
     num_others = 0
-    for given in dict.fromkeys((TEST, *others)):
+    wanted = [TEST] if validation is None or validation.isdecimal() else [TEST, validation]
+    for given in dict.fromkeys(wanted):
         split = SPLITS.get(given, given)
         if split not in splits:
             raise ConfigError(f"{task} has no split {given!r}; it has {', '.join(splits)}")
-        found = splits[split]()
-        num_others += found.num_others
-        drawn = _draw(found.images, limit, seed)
-        names = _class_names(folder, [image for _, image in drawn], classes, aliases)
+        found, others = splits[split]()
+        num_others += others
+        places = list(range(len(found)))
+        if limit is not None:  # the first images would be of the first classes alone
+            random.Random(seed).shuffle(places)
+            places = sorted(places[: math.ceil(len(found) * limit) if limit < 1 else int(limit)])
+        drawn = [found[place] for place in places]
+        names = _class_names(folder, {image.label for image in drawn}, classes, aliases or {})
         images[split], skipped[split] = [], []
-        for (index, image), digest in zip(drawn, ahead(drawn, _digest), strict=True):
-            if isinstance(digest, str):
-                label, name = names[image.label], image.source.name
-                request = KnownImage(image.source, digest)
-                content = {"image": name, "label": label}
-                images[split].append(Document(task, split, index, content, name, (request,), gold=label))
+        for place, image in zip(places, ahead(drawn, _check), strict=True):
+            if isinstance(image, ImageSource):
+                label = names[image.label]
+                content = {"image": image.name, "label": label}
+                images[split].append(Document(task, split, place, content, image.name, (image,), gold=label))
             elif strict:
-                raise digest
+                raise image
             else:
-                skipped[split].append(str(digest))
+                skipped[split].append(str(image))
     return ImageTask(task, tuple(classes), images, skipped, num_others, limit)
 
 
-def _draw(images: Sequence[LabelledImage], limit: float | None, seed: int) -> list[tuple[int, LabelledImage]]:
-    """Images with their places in the split, in their order. The first of them would be of the first classes alone."""
-    places = list(range(len(images)))
-    if limit is not None:
-        random.Random(seed).shuffle(places)
-        places = places[: math.ceil(len(images) * limit) if limit < 1 else int(limit)]
-    return [(place, images[place]) for place in sorted(places)]
-
-
-def _digest(placed: tuple[int, LabelledImage]) -> str | ImageError:
-    """The hash of the image's file, or why it cannot be read."""
-    source = placed[1].source
+def _check(image: ImageSource) -> ImageSource | ImageError:
+    """The image with the hash of its file, or why it cannot be read."""
     try:
-        content = source.read()
-        decode(content, source.name)
+        content = image.read()
+        decode(content, image.name)
     except ImageError as error:
         return error
-    return hashlib.sha256(content).hexdigest()
+    return replace(image, digest=hashlib.sha256(content).hexdigest())
 
 
-def _class_names(
-    folder: Path, images: Sequence[LabelledImage], classes: Sequence[str], aliases: Mapping[str, str] | None
-) -> dict[str, str]:
+def _class_names(folder: Path, labels: Set[str], classes: Sequence[str], aliases: Mapping[str, str]) -> dict[str, str]:
     """The ensemble's classes by the labels of images. Raises ClassesError."""
-    labels = sorted({image.label for image in images})
-    found = dict(zip(labels, known_as(labels, aliases), strict=True))
+    found = {label: aliases.get(label, label) for label in sorted(labels)}
     unknown = [label for label, name in found.items() if name not in classes]
     if unknown:
         raise ClassesError(

@@ -1,44 +1,55 @@
-"""What is run on images: a classifier, or a tower with heads; members that share their tower run it once."""
+"""What is run on images: models with the heads of the members that share them, so that each model runs once.
+
+Members share where they cannot be told apart below their heads: models with equal weights, bit for bit, on one
+device in one dtype, with one way to prepare images; of classifiers all weights count but those of `classifier`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel
+from transformers.utils import logging
 
-from ensembler.engine.devices import out_of_memory
+from ensembler.engine.devices import check_devices, out_of_memory
 from ensembler.errors import MemberError, RunError
+from ensembler.extras import require
 from ensembler.sources import one_line
+from ensembler.vision.heads import load_head
+from ensembler.vision.preflight import CLASSIFIER, ZERO_SHOT, CheckedImages, ImageMember
+from ensembler.vision.zero_shot import zero_shot_head
+from ensembler.weights import naming
 
-CLASSIFIER_MODULE = "classifier"  # the last module of the image classifiers of transformers
+_logger = logging.get_logger(__name__)
+# In a config, but no part of what is computed: what classes are called, and what tools noted.
+_LABELS = {"id2label", "label2id", "num_labels", "problem_type"}
+_NOTES = {"_name_or_path", "architectures", "dtype", "finetuning_task", "torch_dtype", "transformers_version"}
 
 
-class SharedTower(nn.Module):
-    """One model, and a head for each of the members that it serves.
+class Tower(nn.Module):
+    """One model, and a head over its features for each of the members that it serves.
 
-    `heads`: by role; `processor`: how images are prepared for all of them. A head is what `classifier` is in a
-    classifier, or a `Head` over the features of another model.
+    `heads`: by role; `processor`: how images are prepared for all of them. A classifier alone has a head that changes
+    nothing; of classifiers that differ in nothing but their module `classifier`, that is their head.
     """
 
-    def __init__(self, model: PreTrainedModel, heads: Mapping[str, nn.Module], processor: Any) -> None:
+    def __init__(self, model: PreTrainedModel, processor: Any, *, is_classifier: bool) -> None:
         super().__init__()
         self.model = model
-        self.heads = nn.ModuleDict(dict(heads))
         self.processor = processor
+        self.is_classifier = is_classifier
+        self.heads = nn.ModuleDict()
 
     @property
     def roles(self) -> tuple[str, ...]:
         """The members that it serves."""
         return tuple(self.heads)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        device: torch.device = self.model.device
-        return device
 
     def prepare(self, image: Any) -> Tensor:
         """Return an image of Pillow as pixel values (1, channels, height, width) float32, on the CPU."""
@@ -48,78 +59,154 @@ class SharedTower(nn.Module):
     def forward(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Return the logits (rows, C) of its members by role. Raises RunError naming them where the model fails."""
         try:
-            features = self.features(pixel_values.to(self.device, self.model.dtype))
+            features = self.features(pixel_values)
             return {role: head(features) for role, head in self.heads.items()}
         except Exception as error:  # a model may raise anything; the user has to learn which of them it was
             roles = " and ".join(self.roles)
             if out_of_memory(error):
-                raise RunError(
-                    f"{roles} ran out of memory on {self.device} for {len(pixel_values)} images; use a smaller batch"
-                ) from error
+                where = f"on {self.model.device} for {len(pixel_values)} images"
+                raise RunError(f"{roles} ran out of memory {where}; use a smaller batch") from error
             raise RunError(f"{roles} failed: {type(error).__name__}: {one_line(error)}") from error
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """Return what its heads read: the pooled features (rows, F), projected where the model does that."""
-        raise NotImplementedError
+        """Return what its heads read: pooled features (rows, F), projected where the model does that.
 
-
-class FeatureTower(SharedTower):
-    """A model that is no classifier: the vision side of a dual encoder, or a vision model."""
-
-    def features(self, pixel_values: Tensor) -> Tensor:
-        """Return the pooled features (rows, F), projected where the model does that.
-
-        Raises MemberError for a model that does not pool.
+        Of a classifier they are its logits, or the input of its `classifier` where that is a head. Raises MemberError
+        for a model that does not pool.
         """
-        model: Any = self.model
-        run = model.get_image_features if hasattr(model, "get_image_features") else model
-        output = run(pixel_values=pixel_values)
-        if isinstance(output, Tensor):
-            return output
-        pooled: Tensor | None = getattr(output, "image_embeds", None)
-        pooled = getattr(output, "pooler_output", None) if pooled is None else pooled
-        if pooled is None:
-            raise MemberError(
-                f"a {type(model).__name__} has no pooled features for a head; give a model that has, or one with a "
-                "classifier of its own"
-            )
-        return pooled.flatten(1)  # convolutional models keep two axes of length 1
+        run = getattr(self.model, "get_image_features", self.model)
+        output = run(pixel_values=pixel_values.to(self.model.device, self.model.dtype))
+        for name in ("logits",) if self.is_classifier else ("image_embeds", "pooler_output"):
+            found: Tensor | None = getattr(output, name, None)
+            if found is not None:
+                return found.flatten(1)  # convolutional models keep two axes of length 1
+        raise MemberError(
+            f"a {type(self.model).__name__} has no pooled features for a head; give a model that has, or one with a "
+            "classifier of its own"
+        )
+
+    def blank_features(self) -> Tensor:
+        """Return the features (1, F) of a picture of one colour."""
+        return self.features(self.prepare(require("PIL.Image", "vision").new("RGB", (64, 64), (90, 120, 150))))
+
+    def takes(self, model: PreTrainedModel, processor: Any) -> bool:
+        """Return whether a model is this one, bit for bit, but for its head, and reads the same images."""
+        facts, others = (
+            (type(each), each.device, _settings(each.config.to_dict()), prepares.to_dict())
+            for each, prepares in ((self.model, self.processor), (model, processor))
+        )
+        mine, theirs = (
+            {
+                name: values
+                for name, values in each.state_dict().items()
+                if not (self.is_classifier and name.startswith("classifier."))
+            }
+            for each in (self.model, model)
+        )
+        if facts != others or mine.keys() != theirs.keys():
+            return False
+        if any(mine[name].dtype != theirs[name].dtype or not torch.equal(mine[name], theirs[name]) for name in mine):
+            return False
+        return not self.is_classifier or self._split()
+
+    def _split(self) -> bool:
+        """Make a head of the module `classifier`, and return whether the logits stay the same."""
+        module = getattr(self.model, "classifier", None)
+        if module is None or isinstance(module, nn.Identity):
+            return module is not None
+        logits = self.blank_features()
+        self.model.classifier = nn.Identity()
+        try:
+            is_last = torch.equal(module(self.blank_features()), logits)
+        except Exception:  # a model may ask more of its module than its output
+            is_last = False
+        if is_last:
+            self.heads.update(dict.fromkeys(self.roles, module))
+        else:
+            self.model.classifier = module
+        return is_last
 
 
-class ClassifierTower(SharedTower):
-    """Image classifiers that differ in nothing but the module `classifier`; each head is that of a member."""
-
-    def features(self, pixel_values: Tensor) -> Tensor:
-        """Return the input of the model's own `classifier`."""
-        _, calls = _run_classifier(self.model, pixel_values)
-        features: Tensor = calls[0][0][0]
-        return features
-
-
-class WholeClassifier(SharedTower):
-    """One image classifier, run as it is, with a head that changes nothing."""
-
-    def features(self, pixel_values: Tensor) -> Tensor:
-        """Return its logits, which need no head."""
-        logits: Tensor = self.model(pixel_values=pixel_values).logits
-        return logits
-
-    @torch.inference_mode()
-    def parted(self, pixel_values: Tensor) -> ClassifierTower | None:
-        """Return the same with its module `classifier` as a head; None where the logits are not what that returns."""
-        logits, calls = _run_classifier(self.model, pixel_values)
-        if len(calls) != 1 or len(calls[0][0]) != 1 or calls[0][1] is not logits:
-            return None
-        heads = dict.fromkeys(self.roles, self.model.get_submodule(CLASSIFIER_MODULE))
-        return ClassifierTower(self.model, heads, self.processor)
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config, and of those within it, says what is computed; dtypes are those of the weights."""
+    return {
+        name: _settings(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in _LABELS | _NOTES
+    }
 
 
-def _run_classifier(model: PreTrainedModel, pixel_values: Tensor) -> tuple[Tensor, list[tuple[Any, Any]]]:
-    """The logits of a classifier, and what its module `classifier` was given and returned, call by call."""
-    calls: list[tuple[Any, Any]] = []
-    module = model.get_submodule(CLASSIFIER_MODULE)
-    handle = module.register_forward_hook(lambda _, inputs, output: calls.append((inputs, output)))
+@torch.no_grad()
+def load_towers(checked: CheckedImages) -> list[Tower]:
+    """Load the members of a checked ensemble, those that share together, in the order of the roles.
+
+    Raises ConfigError for a device that is not there, MemberError, or RunError where memory is short.
+    """
+    check_devices(checked.members.values())
+    towers: list[Tower] = []
+    models: WeakValueDictionary[str, PreTrainedModel] = WeakValueDictionary()  # a copy that no tower keeps is let go
+    for role, member in checked.members.items():
+        with naming(role):
+            # A classifier is read in any case, since its own last module is to be its head.
+            key = role if member.kind == CLASSIFIER else repr(replace(member.config, head=None))
+            model = models.get(key)
+            if model is None:
+                model = models[key] = _load(member)
+            tower = next((tower for tower in towers if tower.takes(model, member.processor)), None)
+            if tower is None:
+                tower = Tower(model, member.processor, is_classifier=member.kind == CLASSIFIER)
+                towers.append(tower)
+            tower.heads[role] = _head(member, model, tower, checked)
+    for tower in towers:
+        if len(tower.roles) > 1:
+            _logger.warning("%s share one tower, which is run once", " and ".join(tower.roles))
+    return towers
+
+
+def _load(member: ImageMember) -> PreTrainedModel:
+    config = member.config
     try:
-        return model(pixel_values=pixel_values).logits, calls
-    finally:
-        handle.remove()
+        model, report = _class_of(member).from_pretrained(
+            config.model,
+            revision=config.revision,
+            dtype=config.dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            device_map={"": config.device},
+        )
+        if report["missing_keys"]:
+            missing = sorted(report["missing_keys"])
+            raise ValueError(f"its weights file lacks {len(missing)} tensors, {missing[0]} among them")
+    except Exception as error:  # transformers and safetensors each raise what they like
+        if out_of_memory(error):
+            raise RunError(f"{member.role} ran out of memory while {config.model} was loaded") from error
+        raise MemberError(f"{config.model} cannot be loaded: {one_line(error)}") from error
+    return model.requires_grad_(False)
+
+
+def _class_of(member: ImageMember) -> Any:
+    """The class of the model: towers with a projection go by their own name, which AutoModel does not look at."""
+    if member.kind == CLASSIFIER:
+        return AutoModelForImageClassification
+    name = next(iter(member.model_config.architectures or []), "")
+    return AutoModel if "ForImageClassification" in name else getattr(transformers, name, AutoModel)
+
+
+def _head(member: ImageMember, model: PreTrainedModel, tower: Tower, checked: CheckedImages) -> nn.Module:
+    if member.kind == CLASSIFIER:
+        return model.classifier if tower.roles else nn.Identity()
+    if member.kind == ZERO_SHOT:
+        return zero_shot_head(member, model, checked)
+    head = load_head(Path(str(member.config.head)), normalize=member.normalize).to(model.device)
+    try:
+        num = tower.blank_features().shape[1]
+    except MemberError:
+        raise
+    except Exception as error:  # models raise what they like for images that they were not made for
+        raise MemberError(f"{member.config.model} makes no features of an image: {one_line(error)}") from error
+    if head.weight.shape[1] != num:
+        raise MemberError(
+            f"its head reads {head.weight.shape[1]} features, and {member.config.model} has {num}; give the head that "
+            "was trained on it"
+        )
+    return head

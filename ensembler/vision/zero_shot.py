@@ -10,23 +10,21 @@ import hashlib
 import inspect
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import constants
-from safetensors import SafetensorError
-from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
 from ensembler.engine.members import TOKENIZER_FILES
-from ensembler.errors import MemberError
+from ensembler.errors import MemberError, OutputError
 from ensembler.evaluation.provenance import config_hash
 from ensembler.sources import is_local, one_line
-from ensembler.vision.heads import Head, load_head, read_info, save_head, unit_length
-from ensembler.vision.members import ImageMember
-from ensembler.vision.preflight import CheckedImages
+from ensembler.vision.heads import Head, load_head, save_head
+from ensembler.vision.preflight import CheckedImages, ImageMember
 
 _logger = logging.get_logger(__name__)
 
@@ -48,23 +46,19 @@ def zero_shot_head(member: ImageMember, model: PreTrainedModel, checked: Checked
     A file in the cache that cannot be read is made again. Raises MemberError.
     """
     if not hasattr(model, "get_text_features") or not hasattr(model, "logit_scale"):
-        kind = type(model).__name__
-        raise MemberError(f"{member.role}: a {kind} cannot be used zero-shot here; give it a linear head with --head")
+        raise MemberError(f"a {type(model).__name__} cannot be used zero-shot here; give it a linear head with --head")
     templates = list(checked.config.templates or DEFAULT_TEMPLATES)
     words = [(checked.config.class_texts or {}).get(name, name) for name in checked.classes]
     path = cache_folder() / f"{_key(member, model, words, templates)}.safetensors"
     if path.is_file():
         try:
-            if read_info(member.role, path).num_classes == len(words):
-                return load_head(member.role, path, normalize=True).to(model.device)
+            return load_head(path, normalize=True).to(model.device)
         except MemberError:
             _logger.warning("the head %s in the cache cannot be read; it is made again", path)
-    head = _make(member, model, [[template.replace("{}", word) for template in templates] for word in words])
-    try:
+    head = _make(member, model, [template.replace("{}", word) for word in words for template in templates], len(words))
+    with suppress(OSError, OutputError):  # a cache that cannot be written to costs time, and nothing else
         path.parent.mkdir(parents=True, exist_ok=True)
         save_head(head, checked.classes, path)
-    except (OSError, SafetensorError):
-        return head  # a cache that cannot be written to costs time, and nothing else
     return head
 
 
@@ -73,10 +67,9 @@ def tokenizer_hash(member: ImageMember) -> str:
     if not is_local(member.config.model):
         return str(getattr(member.model_config, "_commit_hash", None))
     digest = hashlib.sha256()
-    for name in _TOKENIZER:
-        path = Path(member.config.model) / name
+    for path in (Path(member.config.model) / name for name in _TOKENIZER):
         if path.is_file():
-            digest.update(name.encode() + b"\0" + path.read_bytes())
+            digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
@@ -91,31 +84,23 @@ def _key(member: ImageMember, model: PreTrainedModel, words: Sequence[str], temp
     return hashlib.sha256(json.dumps([_FORMAT, *of_member, words, templates]).encode()).hexdigest()[:32]
 
 
-@torch.inference_mode()
-def _make(member: ImageMember, model: PreTrainedModel, prompts: Sequence[Sequence[str]]) -> Head:
+@torch.no_grad()
+def _make(member: ImageMember, model: PreTrainedModel, prompts: Sequence[str], num_classes: int) -> Head:
+    """`prompts`: as many for each class, class by class."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(member.config.model, revision=member.config.revision)
     except Exception as error:  # tokenizers raises bare Exceptions for files that it cannot read
         raise MemberError(
-            f"{member.role}: the tokenizer in {member.config.model}, which its class names need, cannot be read: "
-            f"{one_line(error)}"
+            f"the tokenizer in {member.config.model}, which its class names need, cannot be read: {one_line(error)}"
         ) from error
-    flat = [prompt for of_class in prompts for prompt in of_class]
-    found = [_text_features(model, tokenizer, flat[start : start + _BATCH]) for start in range(0, len(flat), _BATCH)]
-    by_class = torch.split(unit_length(torch.cat(found).float()), [len(of_class) for of_class in prompts])
-    mean = torch.stack([features.mean(0) for features in by_class])
-    logits_scale: Any = model.logit_scale
-    bias: Any = getattr(model, "logit_bias", None)  # of SigLIP
-    weight = unit_length(mean) * logits_scale.float().exp()
-    return Head(weight.clone(), None if bias is None else bias.float().expand(len(prompts)).clone())
-
-
-def _text_features(model: PreTrainedModel, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     length = model.config.text_config.max_position_embeddings
     # SigLIP was trained on padded texts without a mask; to CLIP, which masks, the padding makes no difference.
-    inputs = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="pt")
+    inputs = tokenizer(prompts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
     accepted = inspect.signature(model.get_text_features).parameters
-    given = {name: tensor.to(model.device) for name, tensor in inputs.items() if name in accepted}
-    output = model.get_text_features(**given)
-    features: Tensor = output if isinstance(output, Tensor) else output.pooler_output
-    return features
+    found = []
+    for start in range(0, len(prompts), _BATCH):
+        batch = {name: ids[start : start + _BATCH].to(model.device) for name, ids in inputs.items() if name in accepted}
+        found.append(normalize(model.get_text_features(**batch).pooler_output.float(), dim=-1))
+    mean = torch.stack([features.mean(0) for features in torch.cat(found).chunk(num_classes)])
+    scale, bias = model.logit_scale.float().exp(), getattr(model, "logit_bias", None)  # SigLIP has a bias
+    return Head(normalize(mean, dim=-1) * scale, None if bias is None else bias.float().repeat(num_classes))
