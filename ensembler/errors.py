@@ -14,6 +14,7 @@
     │   └── MissingExtraError   an optional package that is not installed
     ├── PlacementError          members that fit on no device; exit code 1
     └── RunError                a run that failed half-way; exit code 1, finished rows are kept
+        ├── StoreError          results that cannot be written any more
         ├── LogitsError         a member computed NaN
         └── RankError           one of several processes was lost
 
@@ -83,6 +84,10 @@ class PlacementError(EnsemblerError):
 
 class RunError(EnsemblerError):
     """A run failed half-way; what was finished is kept."""
+
+
+class StoreError(RunError):
+    """The store of results cannot be written any more: a full disk, or another process began it anew."""
 
 
 class LogitsError(RunError):

@@ -30,6 +30,7 @@ from ensembler.evaluation.statistics import holm
 from ensembler.evaluation.store import Store
 from ensembler.evaluation.study import Run, plan_runs
 from ensembler.evaluation.summary import summarise
+from ensembler.evaluation.verdict import verdict
 
 
 @pytest.fixture(autouse=True)
@@ -173,6 +174,32 @@ def test_a_given_alpha_needs_no_validation(models: dict[str, Any], folder: Path,
     ran = run_bench(write_recipe(tmp_path / "r.yaml", content), tmp_path / "out")
     assert [ran.method(name).alpha for name in ("base-change", "eft", "patch+base-change")] == [0.3, 0.7, 0.3]
     assert {method.chosen_by for method in ran.tasks[0].methods if method.alpha is not None} == {"given"}
+
+
+def test_an_alpha_that_is_given_for_one_method_is_no_choice_of_another(
+    models: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    grid = [0.2, 0.6]
+    content = recipe(models, folder / "pairs.yaml", alphas=grid, alpha={"eft": 2.0}, methods=["base-change", "eft"])
+    (found,) = run_bench(write_recipe(tmp_path / "r.yaml", content), tmp_path / "out").tasks
+    assert found.method("eft").alpha == 2.0
+    assert found.method("base-change").alpha in grid
+    assert {point.alpha for point in found.curve} == set(grid)
+    assert not any("no alpha was chosen" in line for line in verdict(found))
+
+
+def test_a_failure_of_an_earlier_command_does_not_count(models: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    content = recipe(models, folder / "pairs.yaml", methods=["source_pt", "target_pt"])
+    bench = Bench(read_recipe(write_recipe(tmp_path / "r.yaml", content)))
+    store = Store(tmp_path / "out", bench.settings)
+    store.begin("ensembler bench")
+    (_, plan), *_ = runs_of(bench)
+    store.note(ERROR, plan.name, {"done": 0, "error": "it was out of memory"})
+    runner = Runner(store)
+    assert runner.errors(bench.studies) == {}
+    assert not runner.is_complete(bench.studies, runner.errors(bench.studies))  # it is tried again
+    store.note(ERROR, plan.name, {"done": 0, "error": "again"})
+    assert runner.errors(bench.studies) == {plan.name: "again"}
 
 
 def test_members_alone_stand_in_for_an_ensemble_that_fails(

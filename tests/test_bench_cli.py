@@ -27,6 +27,7 @@ from ensembler.cli.main import cli
 from ensembler.errors import EnsemblerError, RunError
 from ensembler.evaluation.decisions import detectable_by
 from ensembler.evaluation.results_file import FILE, TABLES, open_results
+from ensembler.evaluation.study import compared_pairs
 from ensembler.evaluation.summary import COST
 
 SPEED = {"rounds": 2, "num_prompts": 1, "new_tokens": 3, "num_examples": 2}
@@ -238,11 +239,13 @@ def test_a_dry_run_says_which_differences_the_documents_can_show(models: dict[st
     write_rows(Path("train_questions.jsonl"), [{**row, "question": f"t {i}"} for i, row in enumerate(rows[:9])])
     write_recipe(Path("r.yaml"), recipe(models, Path("many.yaml"), tasks=["many.yaml", str(task)]))
     printed = run("r.yaml", "--dry-run")
-    assert "Differences of right and wrong that one comparison would show in 80 of 100 cases:" in printed
-    shown = ", ".join(
-        f"{100 * detectable_by(300, share):.1f} points where the two disagree on {100 * share:g} %"
-        for share in (0.05, 0.1, 0.3)
-    )
+    header = re.search(r"seen in 80 of 100 cases, with (\d+) comparisons in all:", printed)
+    assert header is not None
+    num = int(header[1])
+    assert num == 2 * len(compared_pairs(ALL))  # of two tasks
+    level = 0.05 / num
+    five, ten, thirty = (f"{100 * detectable_by(300, share, level=level):.1f}" for share in (0.05, 0.1, 0.3))
+    shown = f"{five} points if the two disagree on 5 %, {ten} if on 10 %, {thirty} if on 30 %"
     assert f"many, 300 test examples: {shown}" in printed
     assert "tiny_choice, 5 test examples: none; more examples are needed" in printed
 

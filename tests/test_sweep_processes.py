@@ -146,7 +146,7 @@ def test_a_process_lost_while_it_wrote_the_summary_keeps_no_other_from_it(member
     launch(several, 2, [0, 1])
     (Path("several") / "summary.json").unlink()
     with closing(sqlite3.connect(f"several/{FILE}")) as connection, connection:
-        connection.execute("INSERT INTO state VALUES ('claim summary', 'true')")
+        connection.execute("REPLACE INTO state VALUES ('claim summary', 'true')")
     launch(several, 2, [0, 1])
     assert len(tasks_of("several")) == 1
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +239,14 @@ def test_rows_are_described(data: Path) -> None:
     described = make(data, **settings).describe()
     assert json.loads(json.dumps(described)) == described == make(data, **settings).describe()
     assert make(data).describe() != described
+
+
+def test_numbers_are_found_before_anything_else_of_lm_eval_is_loaded(tmp_path: Path) -> None:
+    write_rows(tmp_path / "sums.jsonl", [{"q": "1 + 2", "a": "so 3"}])
+    code = (
+        "from ensembler.evaluation.task_files import make_task_from_file as make; "
+        f"print(make({str(tmp_path / 'sums.jsonl')!r}, prompt='{{q}}', answer='{{a}}', metric='flexible_number')"
+        ".documents()[0].content['target'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split()[-1:] == ["3"], done.stderr

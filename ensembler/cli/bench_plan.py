@@ -17,9 +17,13 @@ _DISAGREEMENTS = (0.05, 0.1, 0.3)  # shares of documents on which two methods di
 def print_plan(bench: Bench) -> None:
     """Print members with their bytes, vocabulary contracts, tasks with their examples, and detectable differences."""
     from ensembler.evaluation.parts import TEST, VALIDATION
+    from ensembler.evaluation.study import compared_pairs
 
     out = console()
-    for run, plan in (pair for study in bench.studies for pair in study.runs if pair[0].instead_of is None):
+    planned = [(study, *pair) for study in bench.studies for pair in study.runs]
+    for of_run, run, plan in planned:
+        if run.instead_of is not None:
+            continue
         summary = summarise(plan.checked)
         out.print(f"\n{plan.name}: {', '.join(method.key for method in run.methods)}", markup=False)
         out.print(f"  vocabulary {summary.vocabulary}, {summary.shared:,} shared ids", markup=False)
@@ -32,22 +36,22 @@ def print_plan(bench: Bench) -> None:
             out.print("  " + ", ".join(f"{one.key} at alpha {one.alpha:g}" for one in given), markup=False)
         for task in plan.tasks:
             num = len(task.parts[VALIDATION])
-            chosen = f", alpha chosen of {len(run.alphas)} on {num:,} others" if run.chooses else ""
+            chosen = f", alpha chosen of {len(of_run.alphas)} on {num:,} others" if run.chooses else ""
             num_test = len(task.parts[TEST])
             out.print(f"  {task.task.name} ({task.metric.key}): {num_test:,} test examples{chosen}", markup=False)
-    out.print("\nDifferences of right and wrong that one comparison would show in 80 of 100 cases:", markup=False)
-    tests = {task.task.name: len(task.parts[TEST]) for study in bench.studies for task in study.runs[0][1].tasks}
-    for name, num in tests.items():
-        out.print(f"  {name}, {num:,} test examples: {_shown(num)}", markup=False)
+    num = sum(len(compared_pairs(study.method_keys)) * len(study.runs[0][1].tasks) for study in bench.studies)
+    out.print(f"\nDifferences of right and wrong seen in 80 of 100 cases, with {num} comparisons in all:", markup=False)
+    for study in bench.studies:
+        for task in study.runs[0][1].tasks:
+            num_test = len(task.parts[TEST])
+            shown = _shown(num_test, 0.05 / max(num, 1))
+            out.print(f"  {study.name}, {task.task.name}, {num_test:,} test examples: {shown}", markup=False)
 
 
-def _shown(num: int) -> str:
+def _shown(num: int, level: float) -> str:
     from ensembler.evaluation.decisions import detectable_by
 
-    found = [(share, detectable_by(num, share)) for share in _DISAGREEMENTS]
-    said = [
-        f"{100 * difference:.1f} points where the two disagree on {100 * share:g} %"
-        for share, difference in found
-        if difference <= share  # not NaN
-    ]
-    return ", ".join(said) or "none; more examples are needed"
+    found = [(share, detectable_by(num, share, level=level)) for share in _DISAGREEMENTS]
+    shown = [(share, difference) for share, difference in found if difference <= share]
+    said = ", ".join(f"{100 * difference:.1f} if on {100 * share:g} %" for share, difference in shown)
+    return said.replace(" if on", " points if the two disagree on", 1) or "none; more examples are needed"

@@ -82,5 +82,6 @@ def finish(
     else:
         print_figures(figures)
     log_curves(trackers, store.folder, figures, settings)
+    store.release(_SUMMARY)  # a process that ends later may have more to tell, after failures that were tried again
     click.echo(f"{store.folder}: {store.file.name}, {', '.join(files)}", err=True)
     return figures

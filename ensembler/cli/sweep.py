@@ -154,8 +154,9 @@ def _run(plan: Plan, store: Store, trackers: tuple[str, ...], *, as_json: bool) 
     from ensembler.evaluation.runner import Runner
     from ensembler.evaluation.study import sweep_study
 
-    runner = Runner(store, this_rank(), num_ranks())
     begin(store)
+    runner = Runner(store, this_rank(), num_ranks())
+    store.begin_run(NAME, plan.grid, plan.documents())  # the parts may be others than those of an earlier command
     names = {document.name for document, _ in plan.documents()}
     num_done = len(names & store.done(NAME))
     if num_done < len(names):

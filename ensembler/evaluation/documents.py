@@ -112,7 +112,7 @@ class Task(Protocol):
 
 
 class Answerer(Protocol):
-    """Members that answer documents at all points of a grid: `grid_lm.TextAnswerer` and `vision.answers`."""
+    """Members that answer documents at all points of a grid: `text_answers.TextAnswerer` and `vision.answers`."""
 
     def describe(self) -> dict[str, Any]:
         """Return the ensemble, the backend and the packages that answers depend on, as JSON."""

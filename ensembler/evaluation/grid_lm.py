@@ -71,7 +71,7 @@ class GridLM(HFLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        pretrained: str | CheckedEnsemble,
+        pretrained: str | CheckedEnsemble | None = None,
         *,
         points: Sequence[GridPoint] | None = None,
         alpha: float | None = None,
@@ -84,6 +84,8 @@ class GridLM(HFLM):  # type: ignore[misc]
         **of_hflm: Any,
     ) -> None:
         _refuse_unknown(of_hflm)
+        if pretrained is None:
+            raise ConfigError("no ensemble was given; name a folder, or demo: --model_args pretrained=FOLDER,alpha=0.5")
         self._changes = {"alpha": alpha, "rule": rule}
         self._given = (device, dtype)
         self.backend_of_members: Backend | None = None
@@ -160,6 +162,9 @@ class GridLM(HFLM):  # type: ignore[misc]
             for one in chain.from_iterable(self.backend_of_members.score(batches, self.points, advance=bar.update)):
                 for continuation, score in zip(one.request.continuations, one.scores, strict=True):
                     found[one.request.context, continuation] = self._answer(score)
+        for (texts, *_), pair in zip(requests, pairs, strict=True):
+            if texts is not None:  # not a window of a long text
+                self.cache_hook.add_partial("loglikelihood", texts, found[pair])
         return [found[pair] for pair in pairs]
 
     def _progress(self, total: int, kind: str, disable: bool) -> Any:

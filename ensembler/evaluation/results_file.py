@@ -108,13 +108,12 @@ class Results:
         return frozenset(name for (name,) in self._read(sql, run))
 
     def values(self, run: str, key: str) -> dict[str, list[Any]]:
-        """Return a metric of each measured document, by its name, at each point; documents without it are left out."""
+        """Return a metric of each measured document that has it, by its name, at each point; None where it has none."""
         found: dict[str, list[Any]] = {}
         sql = "SELECT name, metric_values FROM documents JOIN measurements ON document = id WHERE run = ?"
         for name, values in self._read(f"{sql} ORDER BY id, point", run):
-            if key in values:
-                found.setdefault(name, []).append(values[key])
-        return found
+            found.setdefault(name, []).append(values.get(key))
+        return {name: values for name, values in found.items() if any(value is not None for value in values)}
 
     def rows(self, run: str) -> Iterator[tuple[str, list[Measured]]]:
         """Yield each measured document: its name, and what it came to at each point."""

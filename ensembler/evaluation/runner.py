@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ensembler.errors import MissingExtraError, OutputError
+from ensembler.errors import MissingExtraError, OutputError, StoreError
 from ensembler.evaluation.documents import Answer, Document
 from ensembler.evaluation.plan import Plan
 from ensembler.evaluation.results_file import Measured
@@ -28,6 +28,9 @@ class Runner:
     store: Store
     rank: int = 0
     num_ranks: int = 1
+
+    def __post_init__(self) -> None:
+        self._num_known = len(self.store.notes(ERROR))  # failures of earlier commands, which this one tries again
 
     def run(self, plan: Plan, advance: Advance, *, alone: bool = False) -> None:
         """Answer what is missing of a plan; `alone`: all of it, whatever other processes do.
@@ -81,7 +84,7 @@ class Runner:
         """Answer all runs of several studies. A run that fails is noted and reported, and the others go on.
 
         Of several processes, one whose ensemble failed does all of what is in its place: the others may not know of it.
-        Raises OutputError for a store that cannot be written to.
+        Raises StoreError for a store that cannot be written to any more.
         """
         failed: set[str] = set()
         for run, plan in (pair for study in studies for pair in study.runs):
@@ -97,7 +100,7 @@ class Runner:
         try:
             self._note_beginning(plan)
             self.run(plan, advance, alone=alone)
-        except (OutputError, MissingExtraError):
+        except (OutputError, StoreError, MissingExtraError):
             raise
         except BaseException as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -129,9 +132,10 @@ class Runner:
         self.store.note(BEGUN, plan.name, {"done": num_done})
 
     def errors(self, studies: Iterable[Study]) -> dict[str, str]:
-        """Return what failed, by the name of the run: the last failure of each without all of its rows."""
+        """Return what failed since this runner was made, by the name of the run: the last failure of each."""
         unfinished = {plan.name for study in studies for _, plan in study.runs if not self.is_finished(plan)}
-        return {name: content["error"] for name, content in self.store.notes(ERROR) if name in unfinished}
+        notes = self.store.notes(ERROR)[self._num_known :]
+        return {name: content["error"] for name, content in notes if name in unfinished}
 
     def is_complete(self, studies: Iterable[Study], errors: Mapping[str, str]) -> bool:
         """Whether each run is finished or failed, or is in place of one that did not fail."""

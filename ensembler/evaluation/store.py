@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensembler.errors import OutputError, RunError
+from ensembler.errors import OutputError, StoreError
 from ensembler.evaluation.results_file import (
     APPLICATION,
     FILE,
@@ -99,7 +99,7 @@ class Store(Results):
     def add(self, run: str, rows: Sequence[tuple[str, Sequence[Measured]]]) -> None:
         """Write documents, by their names, at all points in the order of `begin_run`, in one transaction.
 
-        Of two processes that answered the same document the first one counts. Raises RunError.
+        Of two processes that answered the same document the first one counts. Raises StoreError.
         """
         answers, measurements = [], []
         for name, of_points in rows:
@@ -112,7 +112,7 @@ class Store(Results):
             connection.executemany("INSERT OR IGNORE INTO measurements VALUES (?, ?, ?, ?)", measurements)
 
     def note(self, kind: str, name: str, content: Mapping[str, Any]) -> None:
-        """Write a note behind the others. Raises RunError."""
+        """Write a note behind the others. Raises StoreError."""
         note = [kind, name, dump(content, f"the note {kind} {name}")]
         with self._writing() as connection:
             connection.execute("INSERT INTO notes (kind, name, content) VALUES (?, ?, ?)", note)
@@ -130,10 +130,10 @@ class Store(Results):
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """Write all that is written in the `with` block, or nothing."""
-        with telling(self.file, "written", RunError), self._connection as connection:
+        with telling(self.file, "written", StoreError), self._connection as connection:
             connection.execute("BEGIN IMMEDIATE")
             if self._read(_BEGUN) != self._begun:
-                raise RunError(
+                raise StoreError(
                     f"{self.file} was begun anew by another process, with other settings; give --output another folder"
                 )
             yield connection

@@ -83,6 +83,11 @@ class Study:
     pairs: tuple[tuple[str, str], ...] = field(default=())
 
     @property
+    def alphas(self) -> tuple[float, ...]:
+        """The grid that α is chosen from: without the α that are given for a method."""
+        return self.runs[0][0].alphas if self.experiment is None else self.experiment.alphas
+
+    @property
     def method_keys(self) -> tuple[str, ...]:
         """The methods in the order in which they are shown."""
         if self.experiment is not None:

@@ -28,7 +28,7 @@ from ensembler.evaluation.parts import REPEATED, TEST, VALIDATION, PlannedTask
 from ensembler.evaluation.plan import Plan
 from ensembler.evaluation.results_file import Results
 from ensembler.evaluation.statistics import LEVEL, Selection, holm
-from ensembler.evaluation.study import Method, Run, Study, compared_pairs, finished_runs
+from ensembler.evaluation.study import Method, Study, compared_pairs, finished_runs
 from ensembler.evaluation.values import Statistics, TaskValues, Values, choose
 
 COST = "cost"  # the kind of notes of measurements
@@ -84,21 +84,22 @@ def summarise(studies: Sequence[Study], results: Results, errors: Mapping[str, s
     equivalent = iter(holm([each.p_equivalent for each in everything if each.p_equivalent is not None]))
     level = (1 - LEVEL) / max(1, len(everything))
 
-    def correct(each: Difference) -> Difference:
+    def correct(each: Difference, task: TaskFigures) -> Difference:
+        detectable = detectable_effect(each.comparison, level=level)
         return replace(
             each,
             p_holm=next(corrected),
-            detectable=detectable_effect(each.comparison, level=level),
+            detectable=math.inf if task.is_percent and detectable > 1 else detectable,
             p_equivalent=None if each.p_equivalent is None else next(equivalent),
         )
 
-    return [replace(task, differences=tuple(map(correct, task.differences))) for task in found]
+    return [replace(task, differences=tuple(correct(each, task) for each in task.differences)) for task in found]
 
 
 def chosen_alpha(study: Study, key: str, index: int, results: Results) -> float:
     """Return the α of a method: the one given, or the one that the validation documents of a task choose."""
     source = _Source(results, finished_runs([study], results))
-    return _answered(study.runs_of(key, source.finished), key, index, source).point.alpha
+    return _answered(study, key, index, source).point.alpha
 
 
 def _task(study: Study, index: int, source: _Source) -> TaskFigures:
@@ -108,11 +109,10 @@ def _task(study: Study, index: int, source: _Source) -> TaskFigures:
     answered: dict[str, _Answered] = {}
     figures: dict[str, MethodFigure] = {}
     for key in study.method_keys:
-        runs = study.runs_of(key, source.finished)
-        if runs is None:
+        if study.runs_of(key, source.finished) is None:
             figures[key] = _failed(study, key, task, source.errors)
             continue
-        one = _answered(runs, key, index, source)
+        one = _answered(study, key, index, source)
         if study.experiment is None and any(one.is_also(other) for other in answered.values()):
             continue  # a rule whose chosen α is 1
         answered[key] = one
@@ -120,7 +120,7 @@ def _task(study: Study, index: int, source: _Source) -> TaskFigures:
     values = [value for one in answered.values() for of_seed in one.values() for value in of_seed]
     is_percent = task.metric.is_mean and all(value in (0, 1) for value in values)
     margin = None if options.margin is None else options.margin / (100 if is_percent else 1)
-    choosing = [run_plan.tasks[index] for run, run_plan in study.runs if run.chooses] or [task]
+    choosing = [run_plan.tasks[index] for run, run_plan in study.runs if run.chooses]
     return TaskFigures(
         experiment=study.name,
         task=task.task.name,
@@ -128,7 +128,7 @@ def _task(study: Study, index: int, source: _Source) -> TaskFigures:
         metric=task.metric.key,
         higher_is_better=task.metric.higher_is_better,
         is_percent=is_percent,
-        num_validation=len(choosing[0].parts[VALIDATION]),
+        num_validation=len(choosing[0].parts[VALIDATION]) if choosing else 0,
         num_test=len(task.parts[TEST]),
         tests=_hash(task.parts[TEST]),
         methods=tuple(figures.values()),
@@ -139,17 +139,18 @@ def _task(study: Study, index: int, source: _Source) -> TaskFigures:
         num_clusters=None if numbers.clusters is None else len(set(numbers.clusters)),
         margin=options.margin,
         source="" if study.experiment is None else study.experiment.source,
-        notes=tuple(_notes(task.task.notes, choosing[0], study, index)),
+        notes=tuple(_notes(task.task.notes, (choosing or [task])[0], study, index)),
         not_measured=tuple(_not_measured(figures, study)),
     )
 
 
-def _answered(runs: list[tuple[Run, Plan]] | None, key: str, index: int, source: _Source) -> _Answered:
+def _answered(study: Study, key: str, index: int, source: _Source) -> _Answered:
+    runs = study.runs_of(key, source.finished)
     assert runs is not None
     methods = [next(method for method in run.methods if method.key == key) for run, _ in runs]
     method, (_, plan) = methods[0], runs[0]
     found = [TaskValues(each, index, source.read) for _, each in runs]
-    selection = choose(found, plan, method.rule) if method.alpha is None else None
+    selection = choose(found, plan.options, method.rule, study.alphas) if method.alpha is None else None
     alphas = [each.alpha if selection is None else selection.alpha for each in methods]
     points = [GridPoint(each.rule, alpha) for each, alpha in zip(methods, alphas, strict=True) if alpha is not None]
     return _Answered(method, plan, found, points, selection)
@@ -198,9 +199,9 @@ def _published(study: Study, key: str, task: PlannedTask) -> dict[str, Any]:
 
 
 def _curve(study: Study, index: int, source: _Source, numbers: Statistics) -> list[CurvePoint]:
-    """The metric at every point of the first run with a grid; of a benchmark, where several α were tried."""
+    """The metric at every point of the first run with a grid; of a benchmark, where an α was chosen."""
     for run, plan in study.runs:
-        has_grid = study.experiment is None or len(plan.options.alphas) > 1
+        has_grid = study.experiment is None or run.chooses
         if source.finished[plan.name] and run.seed in (None, 0) and has_grid:
             found = TaskValues(plan, index, source.read)
             chooses = bool(plan.tasks[index].parts[VALIDATION])
@@ -212,6 +213,7 @@ def _curve(study: Study, index: int, source: _Source, numbers: Statistics) -> li
                     found.estimate(point, VALIDATION) if chooses else None,
                 )
                 for point in plan.points
+                if point.alpha in study.alphas
             ]
     return []
 

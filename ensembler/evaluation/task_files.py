@@ -66,6 +66,7 @@ class TaskFile:
             raise PromptError(f"{source}: the answer is empty; give it some text")
         if self.metric != "flexible_number":
             return answer.strip() if self.metric == "exact_match" else answer
+        require("lm_eval.filters", "eval")  # which registers them
         extract = require("lm_eval.api.registry", "eval").get_filter("regex")(**_NUMBER)
         number = str(extract.apply([[answer]], [{}])[0][0])
         if number == extract.fallback:

@@ -13,7 +13,7 @@ from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError
 from ensembler.evaluation.decisions import equivalence, equivalence_by_t
 from ensembler.evaluation.parts import PROMPTS, TEST, VALIDATION, PlannedTask
-from ensembler.evaluation.plan import LOG_PROB, Plan
+from ensembler.evaluation.plan import LOG_PROB, Plan, PlanOptions
 from ensembler.evaluation.seeds import compare_seeded, seeded_interval
 from ensembler.evaluation.statistics import Comparison, Interval, Selection, choose_alpha, compare, metric_interval
 
@@ -39,7 +39,8 @@ class TaskValues:
         """Return what a metric (the task's own, if no other is named) found for each document of a part."""
         known = self._read(self._plan.name, self.task.metric.key if key is None else key)
         place = self._place[point]
-        return [known[one.name][place] for one in self.task.parts[part] if one.name in known]
+        values = [known[one.name][place] for one in self.task.parts[part] if one.name in known]
+        return [value for value in values if value is not None]
 
     def estimate(self, point: GridPoint, part: str, key: str | None = None) -> float:
         """Return a metric of all documents of a part, by the task's own aggregation; NaN of none."""
@@ -136,19 +137,18 @@ class Statistics:
         return lambda rows: sum(aggregate([row[seed] for row in rows]) for seed in range(num)) / num
 
 
-def choose(found: Sequence[TaskValues], plan: Plan, rule: str) -> Selection:
+def choose(found: Sequence[TaskValues], options: PlanOptions, rule: str, alphas: Sequence[float]) -> Selection:
     """Return the α of a rule that the validation documents, or the prompts, choose; seeds count by their mean."""
-    options = plan.options
-    points = [GridPoint(rule, alpha) for alpha in options.alphas]
+    points = [GridPoint(rule, alpha) for alpha in alphas]
     if options.by_perplexity:
         metrics = [found[0].prompt_perplexity(point) for point in points]
-        return choose_alpha(options.alphas, metrics, higher_is_better=False)
+        return choose_alpha(alphas, metrics, higher_is_better=False)
     metrics = [sum(one.estimate(point, VALIDATION) for one in found) / len(found) for point in points]
     errors = None
     if options.one_standard_error:
         of_first = [found[0].standard_error(point, VALIDATION) for point in points]
         errors = [math.nan if error is None else error for error in of_first]
-    return choose_alpha(options.alphas, metrics, errors, higher_is_better=found[0].task.metric.higher_is_better)
+    return choose_alpha(alphas, metrics, errors, higher_is_better=found[0].task.metric.higher_is_better)
 
 
 def _alike(a: Sequence[Values], b: Sequence[Values]) -> tuple[Sequence[Values], Sequence[Values]]:

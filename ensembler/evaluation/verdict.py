@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ensembler.evaluation.figures import BY_PERPLEXITY, GIVEN, Difference, TaskFigures
+from ensembler.evaluation.figures import BY_PERPLEXITY, Difference, TaskFigures
 from ensembler.evaluation.statistics import LEVEL
 from ensembler.evaluation.tables import show_margin, show_number, show_p
 
@@ -57,7 +57,9 @@ def _unclear(each: Difference, task: TaskFigures) -> str:
     if math.isnan(each.comparison.p_value):
         return f"the difference between {pair} could not be tested ({each.comparison.test})"
     said = f"no difference seen between {pair}"
-    if math.isfinite(each.detectable):
+    if math.isinf(each.detectable):
+        said += f"; these {task.num_test:,} documents are too few to show one of any size"
+    elif math.isfinite(each.detectable):
         size = show_number(each.detectable, percent=task.is_percent) + (" points" if task.is_percent else "")
         said += f"; these {task.num_test:,} documents would have shown one of {size}"
     return said if each.p_equivalent is None else f"{said}; {_alike(each, task)}"
@@ -79,7 +81,7 @@ def _choices(task: TaskFigures) -> Iterator[str]:
         chosen = task.chosen(rule)
         if sum(point.rule == rule for point in task.curve) == 1:
             yield f"{rule}: its alpha was the only one given, so there was nothing to choose"
-        elif chosen is None or chosen.chosen_by == GIVEN:
+        elif chosen is None:
             yield (
                 f"{rule}: no alpha was chosen, since the documents that choose it cannot report it too; give "
                 "--validation N or a split, or --select perplexity"
