@@ -1,4 +1,4 @@
-"""What 16 α of greedy generation cost over one: all of them decoded together, and one by `generate`.
+"""Measure 16 α of greedy generation over one: all of them decoded together, and one by `generate`.
 
     python benchmarks/grid_generate.py SOURCE_PT SOURCE_FT TARGET_PT DATA [--rules base-change] [--repeats 5]
 

@@ -1,4 +1,4 @@
-"""What 16 α cost over one when images are classified: the time of a sweep's chunks.
+"""Measure 16 α over one when images are classified: the time of a sweep's chunks.
 
     python benchmarks/grid_images.py [--size 224] [--layers 12] [--classes 100] [--images 64] [--batch-size 8]
 

@@ -1,4 +1,4 @@
-"""What a grid of α costs over one as a whole process: imports, tasks, members, answers, metrics and report.
+"""Measure a grid of α over one as a whole process: imports, tasks, members, answers, metrics and report.
 
     python benchmarks/grid_process.py score MODEL TRIO DATA [--rows 400] [--repeats 3]
     python benchmarks/grid_process.py generate [--rows 1319] [--repeats 3]

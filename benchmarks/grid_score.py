@@ -1,4 +1,4 @@
-"""What 16 α cost over one when texts are scored: time and peak memory.
+"""Measure 16 α over one when texts are scored: time and peak memory.
 
     python benchmarks/grid_score.py MODEL TRIO DATA [--rows 128] [--batch-size 8] [--repeats 5]
 

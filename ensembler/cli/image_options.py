@@ -22,7 +22,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """What an ensemble of image classifiers has besides its members, as given on the command line."""
+    """Settings of an ensemble of image classifiers besides its members, as given on the command line."""
 
     task: str
     head: tuple[str, ...]

@@ -156,7 +156,6 @@ def _run(plan: Plan, store: Store, trackers: tuple[str, ...], *, as_json: bool) 
 
     begin(store)
     runner = Runner(store, this_rank(), num_ranks())
-    store.begin_run(NAME, plan.grid, plan.documents())  # the parts may be others than those of an earlier command
     names = {document.name for document, _ in plan.documents()}
     num_done = len(names & store.done(NAME))
     if num_done < len(names):
@@ -167,6 +166,8 @@ def _run(plan: Plan, store: Store, trackers: tuple[str, ...], *, as_json: bool) 
             runner.run(plan, advance)
     elif this_rank() != 0:
         return  # what was finished before is told by the first
+    else:  # the parts may be others than those of an earlier command
+        store.begin_run(NAME, plan.grid, plan.documents())
     finish(NAME, "", [sweep_study(plan)], runner, plan.settings, trackers=trackers, as_json=as_json)
 
 

@@ -68,7 +68,7 @@ class TaskOptions:
 
     @property
     def _asking(self) -> dict[str, Any]:
-        """How the documents are asked."""
+        """The settings of prompts and generation, as `load_tasks` takes them."""
         from ensembler.evaluation.tasks import PromptStyle
 
         chat, turns = self.apply_chat_template, self.fewshot_as_multiturn

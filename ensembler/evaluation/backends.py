@@ -1,4 +1,4 @@
-"""What runs an ensemble in an evaluation: this package's own model, or vLLM's engine around the same members."""
+"""Run an ensemble in an evaluation: by this package's own model, or by vLLM's engine around the same members."""
 
 from __future__ import annotations
 

@@ -146,7 +146,7 @@ def _passes(forks: Sequence[Sequence[_Row]], batch_size: int, share_contexts: bo
 
 
 def _cost(passes: Sequence[Pass]) -> int:
-    """What passes cost, in tokens."""
+    """The cost of passes, in tokens."""
     return sum(one.step.input_ids.numel() + _FORWARD for one in passes)
 
 

@@ -120,7 +120,7 @@ class Bench:
 
     @property
     def num_documents(self) -> int:
-        """How many documents all runs have that are not in place of others."""
+        """The number of documents of all runs that are not in place of others."""
         runs = [plan for study in self.studies for run, plan in study.runs if run.instead_of is None]
         return sum(1 for plan in runs for _ in plan.documents())
 

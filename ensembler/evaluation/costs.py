@@ -1,4 +1,4 @@
-"""What the methods of a benchmark cost: what is to be measured of each, and the process that measures it."""
+"""Measure the costs of a benchmark's methods, each in a process of its own, by turns."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def _rounds(study: Study) -> int:
 
 
 def _load(study: Study, plan: Plan, method: Method, alpha: float, speed: Speed) -> Load:
-    """What is measured of a method: the first test documents of its experiment's first task."""
+    """The work that is timed for a method: the first test documents of its experiment's first task."""
     answerer = plan.answerer
     assert isinstance(answerer, TextAnswerer)
     documents = plan.tasks[0].parts[TEST][: max(speed.num_examples, speed.num_prompts)]

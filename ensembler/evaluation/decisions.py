@@ -1,4 +1,4 @@
-"""How much a comparison can show: the smallest difference it would find, and whether two methods are alike."""
+"""Tell the smallest difference that a comparison would find, and whether two methods are alike."""
 
 from __future__ import annotations
 

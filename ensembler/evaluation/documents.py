@@ -53,7 +53,7 @@ class Metric:
 
 
 class Reading(NamedTuple):
-    """How the members read a document.
+    """A document as the members read it.
 
     `length` of its longest request in tokens (0 of an image), a `digest` of what they read, `num_scored` tokens whose
     log-prob is asked for, and `num_cut` requests that lost tokens on the left to fit into the context.
@@ -90,7 +90,7 @@ class Task(Protocol):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of its figures should know: few-shot examples, documents that were left out."""
+        """Notes for readers of its figures: few-shot examples, documents that were left out."""
 
     def describe(self) -> dict[str, Any]:
         """Return what was evaluated, as JSON; part of what rows depend on."""

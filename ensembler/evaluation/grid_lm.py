@@ -54,7 +54,7 @@ class _Unloaded(SimpleNamespace):
 
 
 @registry.register_model("ensembler")
-class GridLM(HFLM):  # type: ignore[misc]
+class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where lm-eval is installed
     """An ensemble that answers lm-eval's requests, at one point or at all points of a grid.
 
     In lm-eval's own command line (`--model ensembler --model_args pretrained=FOLDER,alpha=0.5`) `pretrained` is a

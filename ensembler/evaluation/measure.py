@@ -1,4 +1,4 @@
-"""What a method costs, measured in a process of its own: `python -m ensembler.evaluation.measure`.
+"""Measure the costs of one method in a process of its own: `python -m ensembler.evaluation.measure`.
 
 Reads a JSON `Load` from standard input, prints a JSON `Cost` on standard output. One process loads one method, as its
 user would: nothing of another method is in its memory.
@@ -36,7 +36,7 @@ from ensembler.preflight import check_ensemble
 
 @dataclass(frozen=True)
 class Load:
-    """What is measured: an ensemble at α, or its one member `alone`, on prompts and continuations as ids.
+    """The work to be timed: an ensemble at α, or its one member `alone`, on prompts and continuations as ids.
 
     `requests`, each a context and its continuation, are those of `num_examples` documents.
     """
@@ -53,7 +53,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Cost:
-    """What it came to. Medians over the prompts; sizes in bytes; peaks less what the process had before loading.
+    """The measured costs. Medians over the prompts; sizes in bytes; peaks less what the process had before loading.
 
     `examples_per_second` is None where nothing is scored, `peak_device_bytes` without a GPU, `peak_host_bytes` where
     the system does not tell it (other than Linux).

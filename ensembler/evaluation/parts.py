@@ -1,4 +1,4 @@
-"""Which documents choose α and which ones report it: never the same."""
+"""Split documents into those that choose α and those that report it: never the same."""
 
 from __future__ import annotations
 

@@ -18,13 +18,12 @@ from ensembler.extras import require
 from ensembler.preflight import CheckedEnsemble
 from ensembler.rules import RULES, Rule
 
-_FORMAT = 2  # of the store; another number is another version's
 LOG_PROB = "log_prob"  # the value of a prompt
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What a run does besides its tasks.
+    """Settings of a run besides its tasks.
 
     `rules` and `alphas` make the grid. `validation`: a number of documents or a split (`split_documents`). By `select`
     "metric", α is chosen by the metric of the validation documents, with `one_standard_error` by that rule; by
@@ -141,7 +140,6 @@ class Plan:
         """All that answers depend on, as JSON: a store is gone on with only where they are the same."""
         options = self.options
         return {
-            "format": _FORMAT,
             **self.answerer.describe(),
             "rules": list(options.rules),
             "alphas": list(options.alphas),

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, and hashes that tell one model from another."""
+"""Describe the models and versions of a run, with hashes that tell one model from another."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ Figure = Number | Annotated[Mapping[str, Number], Field(min_length=1)]
 
 
 class Speed(BaseModel, frozen=True, extra="forbid"):
-    """How speed is measured, in fresh processes by turns: `rounds` of all methods.
+    """Settings of measuring speed, in fresh processes by turns: `rounds` of all methods.
 
     In each, `num_prompts` prompts are decoded one by one for `new_tokens` tokens, and `num_examples` are scored.
     """

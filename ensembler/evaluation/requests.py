@@ -1,4 +1,4 @@
-"""What is scored: continuations of a context, read from a file and turned into token ids as lm-eval does."""
+"""Read continuations to be scored from a file, and turn them into token ids as lm-eval does."""
 
 from __future__ import annotations
 

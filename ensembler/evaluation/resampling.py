@@ -1,4 +1,4 @@
-"""What a metric might have been on other rows of the same kind: seeded resamples, and standard errors of means.
+"""Resample the rows of a metric, seeded, and estimate standard errors of means.
 
 Rows may come in clusters: documents that share a passage or a subject, and so are right or wrong together.
 """

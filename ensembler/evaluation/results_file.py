@@ -73,7 +73,7 @@ class Measured(NamedTuple):
 
 
 class Results:
-    """What a results file holds; `open_results` returns one. Reading raises OutputError for a damaged file."""
+    """A results file, as `open_results` returns it. Reading raises OutputError for a damaged file."""
 
     def __init__(self, file: Path, connection: sqlite3.Connection) -> None:
         self.file = file

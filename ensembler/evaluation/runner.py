@@ -152,7 +152,7 @@ class Runner:
 
 
 def _measured(plan: Plan, document: Document, by_point: Sequence[Answer]) -> list[Measured]:
-    """What the answers at each point come to; many points answer alike, and are measured once."""
+    """The measured answers at each point; many points answer alike, and are measured once."""
     known: dict[str, Measured] = {}
     rows = []
     for answers in by_point:

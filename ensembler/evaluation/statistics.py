@@ -1,4 +1,4 @@
-"""What can be said of a metric from the rows of a test set: intervals, paired differences, tests, the choice of α.
+"""Estimate a metric from the rows of a test set: intervals, paired differences, tests, the choice of α.
 
 Numbers in, numbers out: nothing here knows of models or tasks. A row is what a metric found for one example: 0 or 1
 (accuracy), a number (a log-prob), or whatever an `aggregate` makes one number of (F1 of pairs). All intervals are of

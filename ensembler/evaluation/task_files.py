@@ -22,7 +22,7 @@ _NUMBER = {"regex_pattern": r"(-?[$0-9.,]{2,})|(-?[0-9]+)", "group_select": -1} 
 
 @dataclass(frozen=True)
 class TaskFile:
-    """How rows become a task; validated when made, but for the rows. See `make_task_from_file`."""
+    """Templates that make a task of rows; validated when made, but for the rows. See `make_task_from_file`."""
 
     prompt: str
     answer: str
@@ -137,7 +137,7 @@ def make_task_from_file(
 
 
 def _settings(metric: str, answers: Sequence[str], delimiter: str, max_new_tokens: int) -> dict[str, Any]:
-    """What lm-eval is told of a metric; how one is aggregated lm-eval knows by its name."""
+    """A metric for lm-eval's settings; lm-eval knows its aggregation by its name."""
     if metric == "acc":
         return {"output_type": "multiple_choice", "doc_to_choice": "choices", "metric_list": [{"metric": "acc"}]}
     if metric == "perplexity":

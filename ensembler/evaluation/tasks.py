@@ -26,7 +26,7 @@ _NUM_RESAMPLES = 100  # of a standard error by bootstrap, where an aggregation m
 
 @dataclass(frozen=True)
 class PromptStyle:
-    """How prompts are written, as lm-eval's options of the same names say."""
+    """The style of prompts, as lm-eval's options of the same names say it."""
 
     apply_chat_template: bool | str = False
     fewshot_as_multiturn: bool = False
@@ -73,7 +73,7 @@ class TextTask:
 
     @property
     def num_fewshot(self) -> int:
-        """How many solved examples stand before each question."""
+        """The number of solved examples before each question."""
         return int(self.task.config.num_fewshot or 0)
 
     @property

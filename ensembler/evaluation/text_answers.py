@@ -1,4 +1,4 @@
-"""What an ensemble of language models answers to documents of lm-eval, at all points of a grid."""
+"""Answer documents of lm-eval with an ensemble of language models, at all points of a grid."""
 
 from __future__ import annotations
 
@@ -52,11 +52,10 @@ class TextAnswerer:
             )
 
     def describe(self) -> dict[str, Any]:
-        """Return the ensemble, the backend, versions and the batch size, as JSON."""
+        """Return the ensemble, the backend and versions, as JSON."""
         return {
             "versions": versions(),
             "ensemble": describe_ensemble(self.checked),
-            "batch size": self.batch_size,
             "backend": self.backend.describe(self.checked),
         }
 

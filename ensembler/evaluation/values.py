@@ -81,7 +81,7 @@ class Statistics:
 
     @property
     def aggregate(self) -> Callable[[list[Any]], float] | None:
-        """What makes one number of the values, None where it is their mean."""
+        """The function that makes one number of the values, None where that is their mean."""
         metric = self.task.metric
         return None if metric.is_mean else lambda values: self.task.task.aggregate(metric.key, values)
 

@@ -1,4 +1,4 @@
-"""What the figures of a task say, in sentences that claim no more than the rows show."""
+"""Put the figures of a task into sentences that claim no more than the rows show."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _choices(task: TaskFigures) -> Iterator[str]:
 
 
 def _speeds(task: TaskFigures) -> Iterator[str]:
-    """How fast the other ways are, over base-change; no ratio of speeds whose ranges over the rounds overlap."""
+    """Speeds of the other methods over base-change; no ratio where the ranges over the rounds overlap."""
     timed = {method.method: method for method in task.methods if _SPEED in method.cost}
     base = timed.get("base-change") or timed.get("eft")
     if base is None:

@@ -1,4 +1,4 @@
-"""What an ensemble sees in images: the most probable classes of each, and what the anchor alone would say."""
+"""Classify images: the most probable classes of each, and the anchor's own answer."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ _FLAGS = {None: None, "true": True, "false": False}
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """What the header of a head's file says: `classes` and `normalize` are None where it says nothing of them."""
+    """The header of a head's file: `classes` and `normalize` are None where it says nothing of them."""
 
     num_classes: int
     classes: tuple[str, ...] | None

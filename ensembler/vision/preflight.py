@@ -53,7 +53,7 @@ class ImageMember(MemberFiles):
 
     @property
     def assumptions(self) -> list[str]:
-        """What is taken for granted since its head's file does not say it, a line each."""
+        """Assumptions about a head whose file does not say more, a line each."""
         found = []
         if self.head is not None and self.head.normalize is None:
             how = "they are, as a dual encoder's" if self.normalize else "they are not"
@@ -75,7 +75,7 @@ class CheckedImages(CheckedEnsemble):
 
     @property
     def assumptions(self) -> list[str]:
-        """What is taken for granted of the members' heads, a line each."""
+        """Assumptions about the members' heads, a line each."""
         return [line for member in self.members.values() for line in member.assumptions]
 
 

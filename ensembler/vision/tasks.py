@@ -54,7 +54,7 @@ class ImageTask:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """How many images were left out."""
+        """The number of images that were left out."""
         num_skipped = sum(map(len, self.skipped.values()))
         return (f"{num_skipped:,} images that cannot be read left out",) if num_skipped else ()
 

@@ -1,4 +1,4 @@
-"""What is run on images: models with the heads of the members that share them, so that each model runs once.
+"""Run models on images with the heads of the members that share them, so that each model runs once.
 
 Members share where they cannot be told apart below their heads: models with equal weights, bit for bit, on one
 device in one dtype, with one way to prepare images; of classifiers all weights count but those of `classifier`.
@@ -128,7 +128,7 @@ class Tower(nn.Module):
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a config, and of those within it, says what is computed; dtypes are those of the weights."""
+    """The settings of a config, and of those within it, that change the logits; dtypes are those of the weights."""
     return {
         name: _settings(value) if isinstance(value, dict) else value
         for name, value in config.items()
