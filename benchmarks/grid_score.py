@@ -25,7 +25,7 @@ from ensembler import EnsembleForCausalLM
 from ensembler.engine.grid import GridPoint, make_grid
 from ensembler.evaluation.backends import TransformersBackend
 from ensembler.evaluation.batches import Batch, make_batches
-from ensembler.evaluation.requests import Question, encode_questions
+from ensembler.evaluation.requests import encode_request
 
 OUT = RESULTS / "grid_score.jsonl"
 GRIDS = {"one": [1.0], "grid": [k / 10 for k in range(16)]}
@@ -63,11 +63,11 @@ def load(model: Path, trio: Path) -> EnsembleForCausalLM:
 def reviews(data: Path, num_rows: int, model: EnsembleForCausalLM, batch_size: int) -> list[Batch]:
     lines = (data / "sst2" / "dev.jsonl").read_text(encoding="utf-8").splitlines()[:num_rows]
     texts = [json.loads(line)["sentence"].strip() for line in lines]
-    questions = [
-        Question(number, f"Review: {text}\nSentiment:", CHOICES, f"row {number}", has_choices=True)
+    requests = [
+        encode_request(model.tokenizer, f"Review: {text}\nSentiment:", CHOICES, f"row {number}", number)
         for number, text in enumerate(texts)
     ]
-    return make_batches(encode_questions(questions, model.tokenizer), batch_size)
+    return make_batches(requests, batch_size)
 
 
 def seconds(model: EnsembleForCausalLM, batch: Batch, grid: list[GridPoint]) -> float:

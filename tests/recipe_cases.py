@@ -15,8 +15,9 @@ from tiny import make_model, make_tokenizer
 
 from ensembler.errors import EnsemblerError
 from ensembler.evaluation.bench import Bench
+from ensembler.evaluation.recipe import Recipe
 from ensembler.evaluation.recipe_file import read_recipe
-from ensembler.vision.bench import ImagePlanner
+from ensembler.vision.bench import ImageExperiment, ImageModels
 
 Content = dict[str, Any]
 Change = Callable[[Content], object]
@@ -62,9 +63,14 @@ def write_recipe(path: Path, content: Content) -> Path:
     return path
 
 
+def read(path: Path) -> Recipe:
+    """A recipe on texts or on images, as the command reads it."""
+    return read_recipe(path, {"images": ImageExperiment})
+
+
 def plan(path: Path) -> Bench:
     """What `bench --dry-run` does before it prints."""
-    return Bench(read_recipe(path), others=ImagePlanner())
+    return Bench(read(path), models={ImageExperiment: ImageModels()})
 
 
 def refusal(path: Path, read: Callable[[Path], object] = plan) -> str:

@@ -19,11 +19,12 @@ from task_cases import write_rows
 from ensembler import EnsembleConfig, EnsembleForCausalLM
 from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.figures import TaskFigures
+from ensembler.evaluation.methods import sweep_run
 from ensembler.evaluation.plan import Plan, PlanOptions
 from ensembler.evaluation.results_file import FILE, Measured, Results
 from ensembler.evaluation.runner import Runner
 from ensembler.evaluation.store import Store
-from ensembler.evaluation.study import sweep_study
+from ensembler.evaluation.study import Study
 from ensembler.evaluation.summary import summarise
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.evaluation.tasks import TextTask
@@ -76,17 +77,20 @@ def load_task(folder: Path, name: str, **settings: Any) -> TextTask:
     return task
 
 
-def options(**changes: Any) -> PlanOptions:
-    return PlanOptions(**{"rules": RULES, "alphas": (0.0, 0.5, 1.0), "batch_size": 3, **changes})
-
-
 def plan_of(
-    checked: CheckedEnsemble, tasks: Sequence[TextTask], *, backend: BackendChoice | None = None, **changes: Any
+    checked: CheckedEnsemble,
+    tasks: Sequence[TextTask],
+    *,
+    rules: Sequence[str] = RULES,
+    alphas: Sequence[float] = (0.0, 0.5, 1.0),
+    backend: BackendChoice | None = None,
+    **changes: Any,
 ) -> Plan:
     """A sweep of tasks, planned as the command does it."""
-    chosen = options(**changes)
-    answerer = TextAnswerer(checked, chosen.batch_size, chosen.seed, backend or BackendChoice())
-    return Plan("sweep", checked, answerer, [task.asked_of(answerer.model) for task in tasks], chosen)
+    chosen = PlanOptions(**{"batch_size": 3, **changes})
+    run = sweep_run("sweep", checked.config, rules, alphas, chooses=chosen.chooses)
+    answerer = TextAnswerer(checked, chosen.seed, backend or BackendChoice())
+    return Plan(run, checked, answerer, [task.asked_of(answerer.model) for task in tasks], chosen)
 
 
 def run_plan(plan: Plan, folder: Path) -> Rows:
@@ -125,8 +129,12 @@ def rigged(plan: Plan, folder: Path, value: Callable[[str, int, GridPoint], Any]
     return stored(plan, folder, rows)
 
 
+def study_of(plan: Plan) -> Study:
+    return Study("", (plan,))
+
+
 def figures_of(plan: Plan, results: Results) -> TaskFigures:
-    (figures,) = summarise([sweep_study(plan)], results)
+    (figures,) = summarise([study_of(plan)], results)
     return figures
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from ensembler import EnsembleForCausalLM
 from ensembler.errors import MemberError
 from ensembler.evaluation.bench import Bench
+from ensembler.evaluation.methods import plan_runs
 from ensembler.evaluation.parts import TEST, VALIDATION
 from ensembler.evaluation.plan import Plan
 from ensembler.evaluation.recipe_file import read_recipe
@@ -28,7 +30,6 @@ from ensembler.evaluation.results_file import open_results
 from ensembler.evaluation.runner import BEGUN, ERROR, Runner
 from ensembler.evaluation.statistics import holm
 from ensembler.evaluation.store import Store
-from ensembler.evaluation.study import Run, plan_runs
 from ensembler.evaluation.summary import summarise
 from ensembler.evaluation.verdict import verdict
 
@@ -143,13 +144,13 @@ def test_alpha_is_what_the_validation_rows_choose(ran: tuple[Ran, Path]) -> None
 
 
 def test_only_runs_that_choose_read_the_validation_documents(ran: tuple[Ran, Path]) -> None:
-    sizes = {plan.name: sum(1 for _ in plan.documents()) for _, plan in runs_of(ran[0].bench)}
+    sizes = {plan.name: sum(1 for _ in plan.documents()) for plan in plans_of(ran[0].bench)}
     assert sizes["r.ensemble"] == sizes["r.patched"] == 180
     assert {sizes[f"r.{name}"] for name in ("source_pt", "direct", "source_ft", "target_pt", "patch")} == {90}
 
 
-def runs_of(bench: Bench) -> list[tuple[Run, Plan]]:
-    return [pair for study in bench.studies for pair in study.runs]
+def plans_of(bench: Bench) -> list[Plan]:
+    return [plan for study in bench.studies for plan in study.plans]
 
 
 def test_documents_drawn_for_validation_are_reported_by_no_method(
@@ -159,9 +160,9 @@ def test_documents_drawn_for_validation_are_reported_by_no_method(
     ran = run_bench(path, tmp_path / "out")
     (task,) = ran.tasks
     assert (task.num_validation, task.num_test) == (2, 3)
-    reported = [{document.name for document in plan.tasks[0].parts[TEST]} for _, plan in runs_of(ran.bench)]
+    reported = [{document.name for document in plan.tasks[0].parts[TEST]} for plan in plans_of(ran.bench)]
     assert all(names == reported[0] for names in reported)
-    assert {len(plan.tasks[0].parts[VALIDATION]) for _, plan in runs_of(ran.bench)} == {2}
+    assert {len(plan.tasks[0].parts[VALIDATION]) for plan in plans_of(ran.bench)} == {2}
 
 
 def test_a_given_alpha_needs_no_validation(models: dict[str, Any], folder: Path, tmp_path: Path) -> None:
@@ -193,7 +194,7 @@ def test_a_failure_of_an_earlier_command_does_not_count(models: dict[str, Any], 
     bench = Bench(read_recipe(write_recipe(tmp_path / "r.yaml", content)))
     store = Store(tmp_path / "out", bench.settings)
     store.begin("ensembler bench")
-    (_, plan), *_ = runs_of(bench)
+    plan, *_ = plans_of(bench)
     store.note(ERROR, plan.name, {"done": 0, "error": "it was out of memory"})
     runner = Runner(store)
     assert runner.errors(bench.studies) == {}
@@ -248,6 +249,21 @@ def test_any_error_of_a_model_is_its_row(
     assert all(ran.method(name).test is not None for name in ALL if name != "direct")
 
 
+def begin_run(path: Path, out: Path) -> None:
+    """Begin the first run of a recipe, and nothing more."""
+    bench = Bench(read_recipe(path))
+    with Store(out, bench.settings) as store:
+        store.begin("ensembler bench")
+        Runner(store)._note_beginning(bench.studies[0].plans[0])
+
+
+def test_processes_that_are_at_work_are_not_lost(models: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    path, out = write_recipe(tmp_path / "r.yaml", recipe(models, folder / "choice.yaml")), tmp_path / "out"
+    for _ in range(3):
+        begin_run(path, out)
+    assert not run_bench(path, out).reported
+
+
 def test_a_run_in_which_the_process_is_lost_twice_gives_way_to_its_members(
     models: dict[str, Any], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,10 +271,12 @@ def test_a_run_in_which_the_process_is_lost_twice_gives_way_to_its_members(
     path, out = write_recipe(tmp_path / "r.yaml", recipe(models, folder / "choice.yaml")), tmp_path / "out"
     whole = run_bench(path, tmp_path / "whole")
     for _ in range(2):
-        bench = Bench(read_recipe(path))
-        with Store(out, bench.settings) as store:
-            store.begin("ensembler bench")
-            Runner(store)._note_beginning(bench.studies[0].runs[0][1])  # and no more is heard of the process
+        if not (child := os.fork()):
+            try:
+                begin_run(path, out)
+            finally:
+                os._exit(1)  # no more is heard of the process
+        os.waitpid(child, 0)
     ran = run_bench(path, out)
     assert list(ran.reported) == ["r.ensemble"]
     assert ran.reported["r.ensemble"].startswith("MemoryError: the process was lost in it 2 times without a new row")
@@ -271,7 +289,7 @@ def test_a_run_in_which_the_process_is_lost_twice_gives_way_to_its_members(
     for _ in range(3):  # what is finished is begun no more
         assert run_bench(path, out).reported == {}
     with open_results(out) as results:
-        assert [content for name, content in results.notes(BEGUN) if name == "r.ensemble"] == [{"done": 0}] * 3
+        assert [content["done"] for name, content in results.notes(BEGUN) if name == "r.ensemble"] == [0] * 3
 
 
 @pytest.mark.parametrize("failing", [(1,), (0, 1)])
@@ -315,7 +333,7 @@ def test_members_that_an_ensemble_would_change_run_alone(models: dict[str, Any],
     short = copy_model(Path(models["source_pt"]), tmp_path / "short", max_position_embeddings=24)
     content = recipe({**models, "source_pt": str(short)}, folder / "choice.yaml", num_fewshot=2)
     ran = run_bench(write_recipe(tmp_path / "r.yaml", content), tmp_path / "out")
-    names = [run.name for run, _ in runs_of(ran.bench)]
+    names = [plan.name for plan in plans_of(ran.bench)]
     assert names == [
         f"r.{name}" for name in ("ensemble", "patched", "source_ft", "source_pt", "target_pt", "patch", "direct")
     ]

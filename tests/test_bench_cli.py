@@ -26,8 +26,8 @@ from task_cases import write_rows, write_tasks
 from ensembler.cli.main import cli
 from ensembler.errors import EnsemblerError, RunError
 from ensembler.evaluation.decisions import detectable_by
+from ensembler.evaluation.methods import compared_pairs
 from ensembler.evaluation.results_file import FILE, TABLES, open_results
-from ensembler.evaluation.study import compared_pairs
 from ensembler.evaluation.summary import COST
 
 SPEED = {"rounds": 2, "num_prompts": 1, "new_tokens": 3, "num_examples": 2}
@@ -164,6 +164,27 @@ def test_costs_are_measured_by_turns_and_kept(models: dict[str, Any], task: Path
     assert [content["round"] for _, content in costs()] == [0, 0, 1, 1, 2, 2]
 
 
+def test_costs_of_another_alpha_or_machine_are_measured_again(
+    models: dict[str, Any], task: Path, monkeypatch: Any
+) -> None:
+    def measured(speed: float, device: str, num: int) -> dict[str, float]:
+        monkeypatch.setattr("ensembler.evaluation.costs._measure_apart", lambda load: {"tokens_per_second": speed})
+        monkeypatch.setattr(
+            "ensembler.evaluation.costs.machine", lambda: {"device": device, "threads": 1, "torch": "2"}
+        )
+        run("r.yaml")
+        assert len(costs()) == num
+        return {one["method"]: one["cost"]["tokens_per_second"]["median"] for one in summary()["methods"]}
+
+    write_recipe(Path("r.yaml"), recipe(models, task, methods=["base-change", "patch"], speed={**SPEED, "rounds": 1}))
+    assert measured(1.0, "a", 2) == {"base-change": 1.0, "patch": 1.0}
+    with closing(sqlite3.connect(f"bench/{FILE}")) as connection, connection:  # as if validation had chosen another
+        connection.execute("UPDATE notes SET content = json_set(content, '$.alpha', 9) WHERE name = 'r/base-change'")
+    assert measured(2.0, "a", 3) == {"base-change": 2.0, "patch": 1.0}
+    assert measured(3.0, "b", 5) == {"base-change": 3.0, "patch": 3.0}
+    assert measured(4.0, "b", 5) == {"base-change": 3.0, "patch": 3.0}
+
+
 def test_a_method_that_cannot_be_measured_says_why(models: dict[str, Any], task: Path, monkeypatch: Any) -> None:
     write_recipe(Path("r.yaml"), recipe(models, task, methods=["patch", "direct"], speed={**SPEED, "rounds": 1}))
     with monkeypatch.context() as broken:
@@ -229,6 +250,13 @@ def test_a_dry_run_says_what_would_run_and_reads_no_weights(
     assert "vocabulary identical" in printed
     assert "alpha chosen of 3 on" in printed
     assert "KiB" in printed
+    assert "not possible" not in printed
+    members = {role: models[role] for role in ("source_ft", "source_pt", "direct")}
+    write_recipe(Path("r.yaml"), recipe(members, task))
+    assert (
+        "r, not possible with its models: base-change (no target_pt), eft (no target_pt), patch (no target_pt, no "
+        "patch), patch+base-change (no target_pt, no patch) Differences"
+    ) in " ".join(run("r.yaml", "--dry-run").split())
     assert not Path("bench").exists()
 
 
@@ -266,7 +294,7 @@ def test_two_folders_side_by_side(models: dict[str, Any], task: Path) -> None:
     same = [json.loads(line) for line in run("compare", "a", "a", "--json").splitlines()]
     assert all(pair["same_documents"] and pair["a"] == pair["b"] for pair in same)
     assert "the same" in run("compare", "a", "a")
-    assert "nowhere/summary.json is no summary of this version" in refused("compare", "a", "nowhere")
+    assert "nowhere is no folder; give two folders" in refused("compare", "a", "nowhere")
 
 
 def test_an_interrupted_benchmark_goes_on(models: dict[str, Any], task: Path) -> None:

@@ -16,10 +16,10 @@ from task_cases import write_rows, write_tasks
 
 from ensembler import EnsembleForCausalLM
 from ensembler.evaluation.costs import measurements
+from ensembler.evaluation.methods import plan_runs
 from ensembler.evaluation.recipe_file import read_recipe
 from ensembler.evaluation.seeds import compare_seeded, seeded_interval
 from ensembler.evaluation.store import Store
-from ensembler.evaluation.study import plan_runs
 
 SEEDS = 3
 TUNED = {
@@ -58,8 +58,8 @@ def ran(content: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tu
     return run_bench(write_recipe(out / "r.yaml", content), out / "out"), out / "out"
 
 
-def values(bench: Ran, out: Path) -> dict[str, np.ndarray]:
-    """The right answers (seeds, documents) of each method, from the rows."""
+def values(bench: Ran, out: Path, metric: str = "acc") -> dict[str, np.ndarray]:
+    """A metric (seeds, documents) of each method, from the rows."""
     found = {}
     for name in ALL:
         alpha = bench.method(name).alpha
@@ -73,7 +73,9 @@ def values(bench: Ran, out: Path) -> dict[str, np.ndarray]:
         else:
             run, rule = {"source_ft": ("ensemble", "base-change"), "patch": ("patched", "eft")}[name]
             places = [(f"r.{run}.seed{seed}", rule, 0.0) for seed in range(SEEDS)]
-        found[name] = np.array([column(read_rows(out, run), "test", rule, alpha, "acc") for run, rule, alpha in places])
+        found[name] = np.array(
+            [column(read_rows(out, run), "test", rule, alpha, metric) for run, rule, alpha in places]
+        )
     return found
 
 
@@ -105,13 +107,19 @@ def test_figures_are_means_over_the_seeds(ran: tuple[Ran, Path]) -> None:
     of = values(bench, out)
     assert len({tuple(row) for row in of["patch"]}) == SEEDS  # the seeds differ
     (task,) = bench.tasks
-    assert "3 seeds of training; the alpha of a method is the same for all" in task.notes
+    assert (
+        "3 seeds of training; the alpha of a method is the same for all, and the curve and the documents that alpha "
+        "changed are of the first"
+    ) in task.notes
     for method in task.methods:
         table = of[method.method]
         assert method.test is not None
         assert method.test == seeded_interval(table)
         assert method.test.estimate == pytest.approx(table.mean())
-        assert method.seeds == (() if len(table) == 1 else tuple(table.mean(axis=1)))
+        assert method.seeds == pytest.approx(() if len(table) == 1 else tuple(table.mean(axis=1)))
+        other = values(bench, out, "acc_norm")[method.method]
+        assert method.others["acc_norm"] == pytest.approx(other.mean())
+        assert (method.standard_error is None) == (len(table) > 1)
     for each in task.differences:
         assert each.comparison == compare_seeded(of[each.method], of[each.against])
     tests = {(each.method, each.against): each.comparison.test for each in task.differences}

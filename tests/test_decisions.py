@@ -62,7 +62,18 @@ def test_differences_that_no_rows_show() -> None:
         found = detectable_effect(compare(*paired(0, 0, rows)))
         assert stats.binom.sf(5, rows, found) == pytest.approx(0.8)
     assert detectable_effect(compare(*paired(1, 0, 300))) == pytest.approx(found)
-    assert detectable_effect(compare(*paired(30, 20, 300))) == pytest.approx(detectable_by(300, 50 / 300))
+
+
+@pytest.mark.parametrize(("rows", "disagreement"), [(100, 0.3), (200, 0.2), (500, 0.1), (1000, 0.03)])
+def test_few_rows_that_disagree_do_not_promise_too_much(rows: int, disagreement: float) -> None:
+    """Whatever number of rows chance makes disagree: the difference that is named is shown as often as it is said."""
+    drawn = np.random.default_rng(10).binomial(rows, disagreement, size=2000)
+    counts, times = np.unique(drawn, return_counts=True)
+    named = [detectable_effect(compare(*paired(num // 2, num - num // 2, rows))) for num in counts.tolist()]
+    kept = [power_of_mcnemar(rows, max(disagreement, size), size) >= 0.79 for size in named]
+    assert np.average(kept, weights=times) > 0.95
+    many = detectable_effect(compare(*paired(1000, 1000, 20_000)))
+    assert many == pytest.approx(detectable_by(20_000, 0.1), rel=0.05)
 
 
 def test_other_numbers_are_those_of_a_t_test() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("lm_eval")
 
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import CacheHook, hash_args
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
-from sweep_cases import Ensemble, load_task, save_ensemble
+from sweep_cases import Ensemble, load_task, plan_of, save_ensemble
 from task_cases import TASKS, evaluate, figures, figures_of, recorded, run_lm_eval, write_tasks
 
 from ensembler.engine.grid import GridPoint
@@ -238,3 +241,66 @@ def test_a_chat_template_by_its_name(trio: Ensemble, folder: Path) -> None:
         model.tokenizer.chat_template = template
         with pytest.raises(ConfigError, match=message):
             load_task(folder, "choice", style=PromptStyle(name)).asked_of(model)
+
+
+# -- members, and without them ----------------------------------------------------------------------------------------
+
+
+def instances(kind: str, *arguments: Any) -> list[Instance]:
+    return [Instance(kind, {}, given, number, metadata=("t", number, 1)) for number, given in enumerate(arguments)]
+
+
+ASKED = {
+    "loglikelihood": [("ab", " c"), ("", "xyz")],
+    "loglikelihood_rolling": [("abcdefg",), ("hi",)],
+    "generate_until": [("ab", {"max_gen_toks": 4}), ("abc", {"max_gen_toks": 4})],
+}
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_answers_want_members(kind: str, trio: Ensemble) -> None:
+    model = GridLM(trio.checked, points=POINTS)
+    requests = instances(kind, *ASKED[kind])
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"asked without members; load some and give them to take\(\)"):
+            getattr(model, kind)(requests, disable_tqdm=True)
+        with model.noting() as noted:
+            getattr(model, kind)(requests, disable_tqdm=True)
+        assert [len(one.tokens) for one in noted] == [1 if kind == "generate_until" else 2] * 2
+        model.take(TransformersBackend(trio.model, tokenizer_of(trio)))
+        found = getattr(model, kind)(requests, disable_tqdm=True)
+        with model.noting() as again:  # loaded members are not asked
+            assert repr(getattr(model, kind)(requests, disable_tqdm=True)) != repr(found)
+        assert again == noted
+        model.take(None)
+
+
+@pytest.mark.parametrize("given", [{"alpha": 0.5}, {"rule": "eft"}, {"device": "cpu"}, {"dtype": "float32"}])
+def test_settings_of_a_folder_are_refused_beside_a_checked_ensemble(given: dict[str, Any], trio: Ensemble) -> None:
+    with pytest.raises(ConfigError, match=f"^{next(iter(given))} was given beside a checked ensemble; set it before"):
+        GridLM(trio.checked, **given)
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_answers_go_into_the_cache_of_lm_eval_one_by_one(kind: str, trio: Ensemble) -> None:
+    """As those of HFLM, so that a run that is interrupted goes on; under the names that lm-eval looks for."""
+    ours = GridLM(trio.checked)
+    ours.take(TransformersBackend(trio.model, tokenizer_of(trio)))
+    theirs = HFLM(pretrained=trio.at(ours.points[0]), tokenizer=tokenizer_of(trio), device="cpu")
+    kept: list[dict[str, Any]] = []
+    for model in (ours, theirs):
+        kept.append({})
+        model.set_cache_hook(CacheHook(SimpleNamespace(dbdict=kept[-1])))
+        getattr(model, kind)(instances(kind, *ASKED[kind]), disable_tqdm=True)
+    found, expected = kept
+    assert found.keys() == expected.keys() == {hash_args(kind, asked) for asked in ASKED[kind]}
+    for key, answer in expected.items():
+        assert found[key] == (answer if isinstance(answer, str) else pytest.approx(answer, abs=1e-4))
+
+
+def test_the_longest_document_of_each_task_is_measured(trio: Ensemble, folder: Path) -> None:
+    plan = plan_of(trio.checked, [load_task(folder, "choice"), load_task(folder, "generate")])
+    lengths = {document.name: plan.answerer.read(document).length for document, _ in plan.documents()}
+    assert [one.task for one in plan.longest] == ["tiny_choice", "tiny_generate"]
+    for one in plan.longest:
+        assert lengths[one.name] == max(n for name, n in lengths.items() if name.startswith(f"{one.task}/"))

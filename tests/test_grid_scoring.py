@@ -28,7 +28,7 @@ from ensembler.evaluation.backends import TransformersBackend
 from ensembler.evaluation.batches import Batch, can_share_contexts, make_batches
 from ensembler.evaluation.logits_folder import LogitsFolder
 from ensembler.evaluation.offline import OfflineScorer
-from ensembler.evaluation.requests import Question, ScoringRequest, encode_question, encode_questions
+from ensembler.evaluation.requests import ScoringRequest, encode_request
 from ensembler.evaluation.scoring import ScoredRequest
 from ensembler.preflight import check_ensemble
 
@@ -69,9 +69,7 @@ def test_a_grid_of_two_rules_on_the_demo_family() -> None:
     lines = (demo_folder() / "data" / "examples.jsonl").read_text(encoding="utf-8").splitlines()[:4]
     prompts = [json.loads(line)["prompt"] for line in lines]
     texts = (" 9 + 7 = 16; so 16.", " 9 + 7 = 15; so 15.", " 23 - 16 = 7; so 7.", " 7")
-    requests = encode_questions(
-        [Question(i, prompt, texts, "it", True) for i, prompt in enumerate(prompts)], model.tokenizer
-    )
+    requests = [encode_request(model.tokenizer, prompt, texts, "it", i) for i, prompt in enumerate(prompts)]
     assert any(one.is_forked for batch in make_batches(requests, 4, share_contexts=True) for one in batch.passes)
     assert_one_by_one(model, requests)
 
@@ -230,8 +228,8 @@ def test_texts_are_scored_as_lm_eval_rolls_over_them(
     theirs = lm.loglikelihood_rolling(
         [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
     )
-    questions = [Question(number, "", (text,), "it", is_text=True) for number, text in enumerate(texts)]
-    requests = encode_questions(questions, tokenizer, context=("source_ft", window))
+    context = ("source_ft", window)
+    requests = [encode_request(tokenizer, None, [text], "it", i, context=context) for i, text in enumerate(texts)]
     found = scored(base_change, make_batches(requests, 3), make_grid([base_change.rule.name], [0.7]))
     for number, log_prob in enumerate(theirs):
         (score,) = found[number].scores
@@ -254,10 +252,9 @@ def test_long_texts_need_lm_eval_and_short_ones_do_not(
     import sys
 
     monkeypatch.setitem(sys.modules, "lm_eval.utils", None)
-    question = Question(0, "", ("abcdef",), "it", is_text=True)
-    assert make_batches([encode_question(question, tokenizer, context=("it", 6))], 1)
+    assert make_batches([encode_request(tokenizer, None, ["abcdef"], "it", context=("it", 6))], 1)
     with pytest.raises(MissingExtraError, match=r"logit-ensembler\[eval\]"):
-        make_batches([encode_question(question, tokenizer, context=("it", 5))], 1)
+        make_batches([encode_request(tokenizer, None, ["abcdef"], "it", context=("it", 5))], 1)
 
 
 # -- the benchmark ----------------------------------------------------------------------------------------------------
@@ -304,9 +301,7 @@ def test_accuracies_are_those_of_lm_eval_at_each_alpha(
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "choice.yaml").write_text(CHOICE.format(data=data))
     manager = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
-    requests = encode_questions(
-        [Question(i, row["question"], tuple(row["choices"]), "it", True) for i, row in enumerate(questions)], tokenizer
-    )
+    requests = [encode_request(tokenizer, one["question"], one["choices"], "it", i) for i, one in enumerate(questions)]
     grid = make_grid([fresh.rule.name], [0.0, 0.3, 0.7, 1.0, 1.5])
     found = scored(fresh, make_batches(requests, 8, share_contexts=True), grid)
     accuracies = []

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from click.testing import CliRunner
-from recipe_cases import Change, good, plan, refusal, save_roles, spoilt, write_recipe
+from recipe_cases import Change, good, plan, read, refusal, save_roles, spoilt, write_recipe
 
 from ensembler.cli.bench import bench
 from ensembler.engine.grid import GridPoint
@@ -54,9 +54,9 @@ def _nothing_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_recipe_of_all_methods_is_planned_without_weights(roles: Path, tmp_path: Path) -> None:
     (study,) = plan(write_recipe(tmp_path / "all.yaml", good(roles))).studies
-    needed = [(run, planned) for run, planned in study.runs if run.instead_of is None]
-    assert [run.name for run, _ in needed] == ["all.ensemble", "all.patched", "all.source_pt", "all.direct"]
-    found = {method.key: planned for run, planned in needed for method in run.methods}
+    needed = [planned for planned in study.plans if planned.run.instead_of is None]
+    assert [planned.name for planned in needed] == ["all.ensemble", "all.patched", "all.source_pt", "all.direct"]
+    found = {method.key: planned for planned in needed for method in planned.run.methods}
     assert found.keys() == METHODS.keys()
     (task,) = found["base-change"].tasks
     assert (task.task.name, len(task.parts[TEST]), len(task.parts[VALIDATION])) == ("tiny_pairs", 4, 2)
@@ -174,7 +174,7 @@ def test_paths_are_looked_for_beside_the_recipe(roles: Path, tmp_path: Path) -> 
     (experiment,) = read_recipe(path).experiments
     assert experiment.models["patch"].model == str(roles / "patch")
     assert experiment.tasks == (str(roles / "tasks/pairs.yaml"),)
-    assert [run.name for study in plan(path).studies for run, _ in study.runs] == ["beside.target_pt", "beside.patch"]
+    assert [each.name for study in plan(path).studies for each in study.plans] == ["beside.target_pt", "beside.patch"]
 
 
 def test_published_figures_by_metric_and_costs(roles: Path, tmp_path: Path) -> None:
@@ -384,7 +384,7 @@ READING = {
 def test_what_a_recipe_cannot_say(fault: str, roles: Path, tmp_path: Path) -> None:
     change, said = READING[fault]
     path = write_recipe(tmp_path / "bad.yaml", spoilt(good(roles), change))
-    message = refusal(path, read_recipe)
+    message = refusal(path, read)
     assert message.startswith(f"{path}: ")
     assert re.search(said, message), message
 
@@ -407,14 +407,19 @@ def test_what_a_recipe_cannot_say(fault: str, roles: Path, tmp_path: Path) -> No
 def test_a_file_that_is_no_recipe(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    assert said in refusal(path, read_recipe)
+    assert said in refusal(path, read)
 
 
 def test_no_file_a_folder_and_bytes(tmp_path: Path) -> None:
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xff")
-    for name in ("nowhere.yaml", "bytes.yaml", "."):
-        with pytest.raises(ConfigError, match="cannot be read as a recipe") as found:
+    for name, reason in {
+        "nowhere.yaml": "No such file or directory; give a YAML file, or `demo`",
+        "bytes.yaml": "'utf-8' codec can't decode",
+        ".": "Is a directory; give a YAML file, or `demo`",
+    }.items():
+        with pytest.raises(ConfigError) as found:
             read_recipe(tmp_path / name)
+        assert str(found.value).startswith(f"{tmp_path / name} cannot be read as a recipe: {reason}")
         assert "\n" not in str(found.value)
 
 
@@ -525,7 +530,7 @@ def test_a_key_is_a_text_and_numbers_may_have_exponents(tmp_path: Path) -> None:
     assert experiment.published == {"on": {"source_ft": 1.0}, "3": {"source_ft": 0.5}}
     assert experiment.published_costs == {"source_ft": {"weight_bytes": 1e9}}
     path.write_text("models: {source_ft: a}\ntasks: [t]\non: 1\n")
-    assert "r.yaml: unknown key 'on'; expected one of description" in refusal(path, read_recipe)
+    assert "r.yaml: unknown key 'on'; expected one of description" in refusal(path, read)
 
 
 @dataclass(frozen=True)

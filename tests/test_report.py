@@ -26,7 +26,8 @@ from ensembler.errors import OutputError
 from ensembler.evaluation.changed import changed_by
 from ensembler.evaluation.figures import MethodFigure, TaskFigures
 from ensembler.evaluation.report import compare_folders, write_report
-from ensembler.evaluation.tables import cost_table, difference_table, method_table
+from ensembler.evaluation.results_file import FILE
+from ensembler.evaluation.tables import cost_table, difference_table, heading, method_table
 from ensembler.evaluation.verdict import verdict
 
 PICTURE = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
@@ -103,6 +104,23 @@ def test_the_page_needs_nothing_else_and_is_safe(written: tuple[list[TaskFigures
     root = html.fromstring(page)
     assert all(image.get("alt") for image in root.iter("img"))
     assert all(svg.getparent().get("role") == "img" and svg.getparent().get("aria-label") for svg in root.iter("svg"))
+
+
+def test_what_is_of_the_first_seed_and_what_is_corrected_together_is_said(tmp_path: Path) -> None:
+    seeded = replace(sweep(), methods=tuple(replace(one, seeds=(0.4, 0.5)) for one in sweep().methods), margin=2.0)
+    pages = []
+    for name, task in (("plain", sweep()), ("seeded", seeded)):
+        write(tmp_path / name, [task])
+        pages.append(text(html.parse(tmp_path / name / "report.html").getroot()))
+    for said in ("Curves are of the first seed of training.", "on this page, p of alike over all tests of that."):
+        assert [said in page for page in pages] == [False, True]
+    (found, plain) = (
+        changed_by(answered(), MethodFigure("eft", "eft", "eft", 1.0, seeds=seeds), sweep())
+        for seeds in ((0.4, 0.5), ())
+    )
+    assert found is not None
+    assert plain is not None
+    assert found["title"] == f"{plain['title']}, of the first seed of training"
 
 
 def test_numbers_of_the_tables() -> None:
@@ -207,9 +225,41 @@ def test_two_folders_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFi
     print_pairs(list(pairs.values()), "a", "b")
     printed = capsys.readouterr().out
     assert "61.5 (56.6 to 66.1), α 0.7, 14 tokens/s" in printed
+    assert printed.splitlines()[0].split()[:2] == ["task", "method"]
+    assert [line.split()[:4] for line in printed.splitlines() if line.startswith("gsm8k")][:3] == [
+        ["gsm8k", "(acc,", "%)", name] for name in ("source", "target", "base-change")
+    ]
+    assert "α =" not in printed
+
+
+def test_folders_that_cannot_be_compared(tmp_path: Path) -> None:
+    write(tmp_path / "a", [sweep()])
+    write(tmp_path / "b", [failed()])
+
+    def refused(b: str) -> str:
+        with pytest.raises(OutputError) as caught:
+            compare_folders(tmp_path / "a", tmp_path / b)
+        return str(caught.value).replace(f"{tmp_path}/", "")
+
+    assert refused("b") == (
+        "no method is in both folders, on the same task by the same metric: a has (gsm8k acc: source_ft, target_pt, "
+        "base-change, base-change at 1, eft, eft at 1), b has (boolq acc: source_ft, base-change); give two that can "
+        "be set side by side"
+    )
     (tmp_path / "b" / "summary.json").write_text('{"tasks": [{"methods": []}, {}]}')
-    with pytest.raises(OutputError, match=r"b/summary.json is no summary of this version; give two folders"):
-        compare_folders(tmp_path / "a", tmp_path / "b")
+    expected = "give two folders that `ensembler bench` or `ensembler sweep` wrote"
+    again = "run the command that wrote it again, or"
+    assert refused("b") == f"b/summary.json is no summary of this version; {again} {expected}"
+    assert refused("nowhere") == f"nowhere is no folder; {expected}"
+    (tmp_path / "c").mkdir()
+    assert refused("c") == f"c holds no summary.json; {expected}"
+    (tmp_path / "c" / FILE).touch()
+    assert refused("c") == "c is of a run that has not finished; run its command again, which goes on with it"
+
+
+def test_a_task_without_a_version_has_none_in_its_heading() -> None:
+    assert ". Version 2.0 of the task, metric acc." in heading(replace(sweep(), version="2.0"))
+    assert heading(replace(sweep(), version="Yaml")).endswith("chose alpha. Metric acc.")
 
 
 def test_the_terminal_shows_the_same_tables(capsys: pytest.CaptureFixture[str]) -> None:

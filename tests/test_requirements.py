@@ -82,10 +82,16 @@ def test_conditions_that_do_not_hold_end_with_1(required: Path, run: Any) -> Non
     [
         ("patch", "--require 'patch' is no condition; give one such as \"patch >= source_ft - 2\""),
         ("patch == source_ft", "is no condition"),
-        ("patch >= 2 * source_ft", "is no condition"),
+        ("patch >= 2 * source_ft", "has '2 * source_ft' on the right"),
         ("0 <= patch", "is no condition"),
-        ("pach >= 3", "--require 'pach >= 3' is of methods that no experiment has; they have source_ft, patch; direct"),
-        ("direct >= patch", "is of methods that no experiment has"),
+        ("pach >= 3", "--require 'pach >= 3': no experiment has the method 'pach'; did you mean patch?"),
+        ("patch > lots", "no experiment has the method 'lots'; expected one of source_ft, patch, direct"),
+        ("direct >= patch", "is of methods of different experiments; they have source_ft, patch; direct"),
+        (
+            "patch >= source_ft -2 points",
+            "has 'source_ft -2 points' on the right; expected a method, a method and + or - a number, or a number",
+        ),
+        ("patch >=", "has '' on the right"),
     ],
 )
 def test_what_is_no_condition_ends_with_2(condition: str, said: str, required: Path, run: Any) -> None:

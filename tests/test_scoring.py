@@ -25,7 +25,7 @@ from ensembler.evaluation.backends import TransformersBackend
 from ensembler.evaluation.batches import make_batches
 from ensembler.evaluation.logits_folder import LogitsFolder
 from ensembler.evaluation.offline import OfflineScorer
-from ensembler.evaluation.requests import Question, ScoringRequest, encode_question, encode_questions
+from ensembler.evaluation.requests import ScoringRequest, encode_request, group_by_context, read_requests
 from ensembler.evaluation.scoring import Score, ScoredRequest, fingerprint
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 
@@ -384,7 +384,7 @@ PAIRS = [("abc", " de"), ("the cat ", "sat"), ("", "xyz"), ("one\n\n", " 3"), ("
 
 
 def ids_of(tokenizer: Any, prompt: str, *texts: str) -> ScoringRequest:
-    return encode_question(Question(0, prompt, texts, "it"), tokenizer)
+    return encode_request(tokenizer, prompt, texts, "it")
 
 
 def test_white_space_at_the_end_of_a_prompt_belongs_to_the_continuation(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -403,8 +403,8 @@ def test_encodings_and_scores_are_those_of_lm_eval(base_change: EnsembleForCausa
     lm = HFLM(pretrained=base_change, tokenizer=tokenizer, batch_size=3, device="cpu")
     pairs = [pair for pair in PAIRS if pair[0].strip() or not pair[0]]  # lm-eval stumbles over white space alone
     theirs = lm.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])
-    questions = [Question(number, prompt, (text,), "it") for number, (prompt, text) in enumerate(pairs)]
-    batches = make_batches(encode_questions(questions, tokenizer), 3)
+    requests = [encode_request(tokenizer, prompt, [text], "it", number) for number, (prompt, text) in enumerate(pairs)]
+    batches = make_batches(requests, 3)
     grid = make_grid([base_change.rule.name], [0.7])
     mine = {s.request.number: s.scores[0] for b in TransformersBackend(base_change).score(batches, grid) for s in b}
     for number, (log_prob, is_greedy) in enumerate(theirs):
@@ -424,13 +424,30 @@ def test_encodings_and_scores_are_those_of_lm_eval(base_change: EnsembleForCausa
 def test_what_cannot_be_scored_is_one_line(
     tokenizer: PreTrainedTokenizerFast, prompt: str, texts: list[str], message: str
 ) -> None:
-    question = Question(0, prompt, tuple(texts), "it")
     with pytest.raises(PromptError, match=message) as found:
-        encode_questions([question], tokenizer, context=("target_pt", 39))
+        encode_request(tokenizer, prompt, texts, "it", context=("target_pt", 39))
     assert "\n" not in str(found.value)
+
+
+def test_lines_that_cannot_be_scored_are_refused_or_skipped(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Bad JSON and what cannot be encoded alike; numbers are those of the lines."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": ""}\n{"prompt": "a", "continuation": "bc"}\noops\n{"text": "abcd"}\n')
+    with pytest.raises(PromptError, match=r"data\.jsonl:1: the text is empty; .*; mend the line or add --skip-bad$"):
+        read_requests(data, tokenizer)
     skipped: list[str] = []
-    assert encode_questions([question], tokenizer, context=("target_pt", 39), skip=skipped.append) == []
-    assert len(skipped) == 1
+    found = read_requests(data, tokenizer, context=("target_pt", 3), skip=skipped.append)
+    assert [(one.number, one.has_choices, one.window) for one in found] == [(1, False, None), (3, False, 3)]
+    assert [line.removeprefix(f"{data}:")[:10] for line in skipped] == ["1: the tex", "3 is no JS"]
+
+
+def test_continuations_are_grouped_by_their_context(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tokenizer("abc").input_ids
+    pairs = [(ids[:2], ids[2:]), ((7,), (8, 9)), (ids[:2], (5,)), (ids[:2], ids[2:])]
+    one, other = group_by_context(pairs, tokenizer, {(7,): "document 3 of sst2"})
+    assert (one.number, one.context, one.continuations) == (0, tuple(ids[:2]), (tuple(ids[2:]), (5,)))
+    assert (other.number, other.context, other.continuations) == (1, (7,), ((8, 9),))
+    assert (one.source, other.source) == ("the text that begins with 'abc'", "document 3 of sst2")
 
 
 def test_the_last_token_of_a_continuation_needs_no_room(
@@ -438,6 +455,5 @@ def test_the_last_token_of_a_continuation_needs_no_room(
 ) -> None:
     context = base_change.shortest_context
     assert context is not None
-    questions = [Question(0, "a" * (context[1] - 1), ("bc",), "it")]
-    (request,) = encode_questions(questions, tokenizer, context=context)
+    request = encode_request(tokenizer, "a" * (context[1] - 1), ["bc"], "it", context=context)
     assert alone(base_change, request, [0.7]).scores[0].num_tokens == 2

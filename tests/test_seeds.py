@@ -9,7 +9,8 @@ stats = pytest.importorskip("scipy.stats")
 pytest.importorskip("statsmodels")
 
 from ensembler.errors import ConfigError  # noqa: E402
-from ensembler.evaluation.seeds import compare_seeded, seeded_interval  # noqa: E402
+from ensembler.evaluation.decisions import equivalence  # noqa: E402
+from ensembler.evaluation.seeds import compare_seeded, equivalence_seeded, seeded_interval  # noqa: E402
 from ensembler.evaluation.statistics import compare, mean_interval, metric_interval  # noqa: E402
 
 
@@ -120,6 +121,33 @@ def test_one_seed_and_seeds_that_are_alike() -> None:
     assert found.p_value == pytest.approx(mirrored.p_value)
     assert found.difference.low == pytest.approx(-mirrored.difference.high)
     assert found.test == "seeds × documents t"
+
+
+def test_equivalence_of_seeds() -> None:
+    generator = np.random.default_rng(6)
+    trained, other = drawn(generator, 3, 60, (1.0, 0.2, 1.0)), generator.normal(size=(1, 60))
+    for labels in (None, np.arange(60) // 3):
+        difference = compare_seeded(trained, other, clusters=labels).difference
+        t = (2.0 - abs(difference.estimate)) / difference.standard_error
+        expected = stats.t.sf(t, difference.degrees_of_freedom)
+        assert equivalence_seeded(trained, other, 2.0, clusters=labels) == pytest.approx(expected)
+        assert equivalence_seeded([trained[0]], other, 2.0, clusters=labels) == pytest.approx(
+            equivalence(trained[0], other[0], 2.0, clusters=labels)
+        )
+
+
+def test_seeds_that_do_not_differ_are_as_good_as_so_few_documents_can_tell() -> None:
+    """Without a standard error, and of methods that hardly differ, p is what it is of one seed."""
+    right = (np.random.default_rng(7).random((3, 40)) < 0.6).astype(float)
+    assert equivalence_seeded(right, right, 0.02) == pytest.approx(0.98**40)
+    assert equivalence_seeded(right, right, 0.02, clusters=np.arange(40) // 4) == pytest.approx(0.98**10)
+    assert equivalence_seeded(np.ones((3, 40)), np.zeros((3, 40)), 0.02) == pytest.approx(1.0)
+    balanced = [[1, 0, 1, 0]] * 2, [[0, 1, 0, 1]] * 2
+    assert equivalence_seeded(*balanced, 0.02, clusters="aabb") == pytest.approx(0.98**2)
+    changed = right.copy()
+    changed[0, 0] = 1 - changed[0, 0]
+    assert equivalence_seeded(right, changed, 0.1) >= 0.9**40
+    assert np.isnan(equivalence_seeded(right - 5, right - 5, 0.02))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import random
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from store_cases import NUM, POINTS, SETTINGS, begun, check_whole, contents, document, fill, measured, start
@@ -224,17 +226,59 @@ def test_other_settings_are_named_and_nothing_changes(tmp_path: Path) -> None:
     before = (tmp_path / FILE).read_bytes()
     with pytest.raises(
         OutputError,
-        match=r"the results of another run: alphas is \[0\.0, 0\.5, 1\.0\] there and \[0\.5\] here; tasks t limit is 3 "
+        match=r"the results of another run: --alphas is \[0\.0, 0\.5, 1\.0\] there and \[0\.5\] here; --limit is 3 "
         r"there and 4 here\. Run the same command to go on with it, or give --output another folder",
     ):
         Store(tmp_path, {**SETTINGS, "alphas": [0.5], "tasks": {"t": {"limit": 4}}})
     with pytest.raises(
-        OutputError, match=r"a is null there and 1 here; .* c is null there and 1 here \(and 2 more\)\."
+        OutputError, match=r"a is none there and 1 here; .* c is none there and 1 here \(and 2 more\)\."
     ):
         Store(tmp_path, {**SETTINGS, **dict.fromkeys("abcde", 1)})
     Store(tmp_path, SETTINGS)
     assert [path.name for path in tmp_path.iterdir()] == [FILE]
     assert (tmp_path / FILE).read_bytes() == before
+
+
+def test_differences_are_named_as_the_user_knows_them(tmp_path: Path) -> None:
+    members = {"source_ft": {"dtype": None, "fingerprint": "1"}, "target_pt": {"config": "1", "fingerprint": "1"}}
+    task = {"limit": 3, "config": "1", "documents": "1", "tokens": "1"}
+    plan = {"versions": {"torch": "1"}, "ensemble": {"members": members}, "batch size": 8, "tasks": {"t": task}}
+
+    def differences(there: Any, here: Any, folder: str) -> str:
+        with Store(tmp_path / folder, there) as store:
+            store.begin("command")
+            store.begin_run("sweep", POINTS, [(document(0), "test")])
+            store.add("sweep", [("t/test/0", measured(0))])
+        with pytest.raises(OutputError) as caught:
+            Store(tmp_path / folder, here)
+        return str(caught.value).partition("another run: ")[2].partition(". Run")[0]
+
+    for number, (change, said) in enumerate(
+        {
+            '{"tasks": {"t": {"limit": 4, "documents": "2", "tokens": "2"}}}': "--limit is 3 there and 4 here",
+            '{"tasks": {"t": {"documents": "2", "tokens": "2"}}}': "the documents or prompts of t changed",
+            '{"tasks": {"u": {"limit": 3}}}': 'tasks is ["t"] there and ["t", "u"] here',
+            '{"ensemble": {"members": {"target_pt": {"fingerprint": "2"}}}}': "the weights of target_pt changed",
+            '{"ensemble": {"members": {"source_ft": {"dtype": "x"}}}}': 'dtype of source_ft is none there and "x" here',
+            '{"ensemble": {"rule": "eft"}}': 'ensemble rule is none there and "eft" here',
+            '{"versions": {"torch": "2"}}': 'the version of torch is "1" there and "2" here',
+        }.items()
+    ):
+        changed = merged(plan, json.loads(change))
+        assert differences(plan, changed, f"sweep {number}") == said
+        runs = {"one": changed, "two": changed}
+        assert differences({"runs": {"one": plan, "two": plan}}, {"runs": runs}, f"bench {number}") in (
+            said.replace("--", ""),
+            f"one: {said}; two: {said}",
+        )
+    assert differences(plan, {**plan, "batch size": "auto"}, "auto") == '--batch-size is 8 there and "auto" here'
+
+
+def merged(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """`one` with what `other` has in its place, mapping by mapping."""
+    return one | {
+        key: merged(one.get(key, {}), each) if isinstance(each, dict) else each for key, each in other.items()
+    }
 
 
 def test_without_rows_other_settings_begin_anew(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from sweep_cases import (
     rigged,
     save_ensemble,
     stored,
+    study_of,
     swept,
     write_questions,
 )
@@ -32,11 +33,12 @@ from ensembler.errors import ConfigError
 from ensembler.evaluation.changed import changed_in
 from ensembler.evaluation.decisions import detectable_effect, equivalence
 from ensembler.evaluation.figures import TaskFigures
+from ensembler.evaluation.methods import levels
 from ensembler.evaluation.parts import PROMPTS, REPEATED, TEST, VALIDATION, split_documents
-from ensembler.evaluation.plan import LOG_PROB, Plan, PlanOptions, levels
+from ensembler.evaluation.plan import LOG_PROB, Plan, PlanOptions
 from ensembler.evaluation.statistics import LEVEL, compare, holm, metric_interval
-from ensembler.evaluation.study import sweep_study
 from ensembler.evaluation.summary import summarise
+from ensembler.evaluation.tables import difference_table
 from ensembler.evaluation.task_files import make_task_from_file
 from ensembler.evaluation.tasks import TextTask
 from ensembler.evaluation.verdict import verdict
@@ -85,7 +87,8 @@ def figures_by(plan: Plan, folder: Path, values: Mapping[str, Sequence[float]]) 
 def by_method(plan: Plan, figures: TaskFigures, values: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     """The values of the test documents by method."""
     points = {
-        one.method: plan.levels.get(one.method) or GridPoint(one.rule, one.alpha or 0.0) for one in figures.methods
+        one.method: levels(plan.rule).get(one.method) or GridPoint(one.rule, one.alpha or 0.0)
+        for one in figures.methods
     }
     names = [document.name for document in plan.tasks[0].parts[TEST]]
     return {key: [values[name][plan.grid.index(point)] for name in names] for key, point in points.items()}
@@ -146,7 +149,7 @@ def test_p_values_of_several_tasks_are_corrected_together(ensemble: Ensemble, tm
     plan = planned(ensemble, *tasks, margin=5.0)
     chance = random.Random(1)
     results = rigged(plan, tmp_path / "out", lambda part, i, point: float(chance.random() < 0.3 + 0.3 * point.alpha))
-    found = summarise([sweep_study(plan)], results)
+    found = summarise([study_of(plan)], results)
     assert [task.task for task in found] == ["one", "two"]
     differences = [each for task in found for each in task.differences]
     assert [each.p_holm for each in differences] == holm([each.comparison.p_value for each in differences])
@@ -200,7 +203,7 @@ def test_labels_are_not_needed_for_the_choice_by_prompts(ensemble: Ensemble, tmp
     plain, turned = (
         figures_of(plan, stored(plan, tmp_path / name, of)) for name, of in (("plain", rows), ("turned", turned_round))
     )
-    for rule in plan.options.rules:
+    for rule in plan.run.rules:
         chosen = plain.chosen(rule)
         assert chosen is not None
         assert chosen.selection is not None
@@ -256,7 +259,7 @@ def test_validation_that_is_all_in_test_is_refused(tmp_path: Path) -> None:
 def test_documents_that_alpha_changed_are_those_of_the_results(ensemble: Ensemble, tmp_path: Path) -> None:
     plan = planned(ensemble, make_task(tmp_path), rules=("base-change",))
     results = rigged(plan, tmp_path / "out", lambda part, i, point: float(point.alpha > 0 and i % 2))
-    (found,) = changed_in([sweep_study(plan)], results, figures_of(plan, results))
+    (found,) = changed_in([study_of(plan)], results, figures_of(plan, results))
     assert found["counts"].startswith("α changed 20 of 40 answers; by acc, 20 documents are better and 0 worse. 10 of")
     odd = {document.name: document.prompt for document in plan.tasks[0].parts[TEST][1::2]}
     assert {one["name"]: one["prompt"] for one in found["examples"]}.items() <= odd.items()
@@ -276,7 +279,63 @@ def test_metrics_that_are_no_mean_go_by_the_bootstrap(ensemble: Ensemble, tmp_pa
     assert {point.test.method for point in figures.curve} == {"none: not a mean"}
     assert not figures.is_percent
     impossible = figures_of(plan, rigged(plan, tmp_path / "not", lambda part, i, point: [-1e9, 1]))
-    assert all(each.p_holm == 1 for each in impossible.differences)
+    assert all(math.isnan(each.p_holm) for each in impossible.differences)
+
+
+def test_a_share_is_told_in_percent_whatever_values_are_found(ensemble: Ensemble, tmp_path: Path) -> None:
+    plan = planned(ensemble, make_task(tmp_path), margin=30.0)
+    values = {name: [value / 2 + 0.25 for value in of_points] for name, of_points in draw(plan).items()}
+    figures = figures_by(plan, tmp_path / "out", values)
+    assert figures.is_percent
+    of = by_method(plan, figures, values)
+    alike = [equivalence(of[each.method], of[each.against], 0.3) for each in figures.differences]
+    assert [each.p_equivalent for each in figures.differences] == holm(alike)
+
+
+@pytest.mark.parametrize(("metric", "margin", "limit"), [("brier_score", 2.0, 1), ("acc", 150.0, 100)])
+def test_a_margin_that_no_methods_differ_by_is_not_tested(
+    metric: str, margin: float, limit: int, ensemble: Ensemble, passages: TextTask, tmp_path: Path
+) -> None:
+    """Its unit is the metric's own: 2 of a metric between 0 and 1 would find all methods alike."""
+    plan = planned(ensemble, passages, validation="train", metric=metric, margin=margin)
+    chance = random.Random(2)
+
+    def value(part: str, index: int, point: GridPoint) -> Any:
+        drawn = chance.random()
+        return float(drawn < 0.5) if metric == "acc" else [index % 2, [drawn, 1 - drawn]]
+
+    figures = figures_of(plan, rigged(plan, tmp_path / "out", value))
+    assert figures.margin is None
+    assert all(each.p_equivalent is None for each in figures.differences)
+    (said,) = figures.not_measured
+    unit = "points" if metric == "acc" else "the unit of brier_score"
+    assert said.startswith(f"which methods are alike: the margin of {margin:g} is in {unit}, ")
+    assert said.endswith(f"; give a margin below {limit}")
+    narrow = planned(ensemble, passages, validation="train", metric=metric, margin=0.5 * limit)
+    figures = figures_of(narrow, rigged(narrow, tmp_path / "narrow", value))
+    assert (figures.margin, figures.not_measured) == (0.5 * limit, ())
+    assert all(each.p_equivalent is not None for each in figures.differences)
+
+
+def test_documents_without_the_metric_are_counted(ensemble: Ensemble, tmp_path: Path) -> None:
+    """Two methods are compared on the documents that both have; the tables say how many are left out."""
+    plan = planned(ensemble, make_task(tmp_path))
+    values = draw(plan)
+    lost = [document.name for document in plan.tasks[0].parts[TEST][:3]]
+    holes = {
+        name: [None if name in lost and place == 2 else value for place, value in enumerate(of)]
+        for name, of in values.items()
+    }
+    figures = figures_by(plan, tmp_path / "out", holes)
+    of = by_method(plan, figures, holes)
+    counted = {each.comparison.difference.num_rows for each in figures.differences}
+    assert counted == {37, 40}
+    for each in figures.differences:
+        pairs = [pair for pair in zip(of[each.method], of[each.against], strict=True) if None not in pair]
+        assert each.comparison == compare(*zip(*pairs, strict=True))
+    for method in figures.methods:
+        assert method.test == metric_interval([value for value in of[method.method] if value is not None])
+    assert {row.get("without acc") for row in difference_table(figures)} == {"", "3 documents"}
 
 
 # -- clusters ---------------------------------------------------------------------------------------------------------
@@ -342,4 +401,4 @@ def test_a_cluster_that_cannot_be_counted_by_is_refused(ensemble: Ensemble, pass
 def test_a_margin_leaves_room() -> None:
     for margin in (0.0, -1.0, math.nan):
         with pytest.raises(ConfigError, match=r"a margin of .* leaves no room; give a number above 0"):
-            PlanOptions(("eft",), (1.0,), margin=margin)
+            PlanOptions(margin=margin)

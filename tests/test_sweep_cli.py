@@ -129,12 +129,14 @@ def test_another_choice_goes_on_from_the_same_rows(tmp_path: Path, members: list
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        (["--alphas", "0,1"], "alphas is [0.0, 0.5, 1.0] there and [0.0, 1.0] here"),
-        (["--seed", 3], "seed is 0 there and 3 here"),
-        (["--batch-size", 2], "batch size is 8 there and 2 here"),
-        (["--batch-size", "auto"], 'batch size is 8 there and "auto" here'),
-        (["--rules", "eft"], 'rules is ["base-change"] there and ["eft"] here'),
-        (["--limit", 9], "limit is null there and 9.0 here"),
+        (["--alphas", "0,1"], ": --alphas is [0.0, 0.5, 1.0] there and [0.0, 1.0] here"),
+        (["--seed", 3], ": --seed is 0 there and 3 here"),
+        (["--batch-size", 2], ": --batch-size is 8 there and 2 here"),
+        (["--batch-size", "auto"], ': --batch-size is 8 there and "auto" here'),
+        (["--rules", "eft"], '; --rules is ["base-change"] there and ["eft"] here'),
+        (["--limit", 9], "another run: --limit is none there and 9 here. Run"),
+        (["--num-fewshot", 1], "another run: --num-fewshot is 0 there and 1 here. Run"),
+        (["--system-instruction", "Hi"], 'another run: --system-instruction is none there and "Hi" here. Run'),
     ],
 )
 def test_another_command_on_the_folder_is_refused_by_its_difference(
@@ -153,7 +155,7 @@ def test_changed_documents_members_and_versions_are_noticed(members: list[str], 
     flags = [*members, *questions(tmp_path, 12), "--alphas", "0,1", "--output", "out"]
     run(*flags)
     (tmp_path / "questions.jsonl").write_text((tmp_path / "questions.jsonl").read_text().replace("a 0?", "b 0?"))
-    assert "documents is" in refused(*flags)
+    assert "another run: the documents or prompts of questions changed. Run" in refused(*flags)
     questions(tmp_path, 12)
     run(*flags)
     config = Path(members[1]) / "config.json"
@@ -161,12 +163,12 @@ def test_changed_documents_members_and_versions_are_noticed(members: list[str], 
     config.write_text(content.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
     assert config.read_text() != content
     try:
-        assert "members source_ft config is" in refused(*flags)
+        assert "another run: the config.json of source_ft changed. Run" in refused(*flags)
     finally:
         config.write_text(content)
     with closing(sqlite3.connect(f"out/{FILE}")) as connection, connection:
         connection.execute("UPDATE settings SET value = json_set(value, '$.ensembler', '0.0.1') WHERE key = 'versions'")
-    assert 'versions ensembler is "0.0.1" there' in refused(*flags)
+    assert 'another run: the version of ensembler is "0.0.1" there' in refused(*flags)
 
 
 def test_a_run_without_rows_does_not_block_its_folder(
@@ -267,4 +269,5 @@ def test_clusters_and_a_margin_are_told(members: list[str], tmp_path: Path) -> N
         assert name in printed
     assert "is as good as" in printed
     assert "to within 60 points, p = " in printed
+    assert "corrected over all comparisons shown, p of alike over all tests of that." in printed
     assert summary()["num_clusters"] == 10

@@ -188,7 +188,12 @@ def test_templates() -> None:
         ("", {}, "holds no rows; expected one JSON object per line"),
         ("\n\n", {}, "holds no rows"),
         ('{"question": "q", "answer": "1"}\n{"question": "q"', {}, r"d.jsonl:2 is no JSON in UTF-8"),
-        ("[1]\n", {}, "d.jsonl:1 is no JSON object"),
+        ("1\n", {}, "d.jsonl:1 is no JSON object"),
+        (
+            "\ufeff [\n {}]\n",
+            {},
+            "d.jsonl is a JSON array; expected one JSON object per line, which `jq .*d.jsonl`",
+        ),
         ('{"question": "q", "answer": "1"}\n\n{"answer": "1"}\n', {}, r"d.jsonl:3 has no field 'question'; its fields"),
         ('{"question": "q", "answer": null}\n', {}, "d.jsonl:1 has null under 'answer'"),
         ('{"question": "q", "answer": " "}\n', {}, "d.jsonl:1: the answer is empty"),

@@ -321,7 +321,8 @@ def change(folder: Path, old: str, new: str) -> str:
         ("task: tiny", "tusk: tiny", "names no task; expected 'task: NAME'"),
         ("task: tiny_choice", "task: [", "cannot be read as a task: while parsing"),
         ("test: questions", "test: nothing", "could not be loaded: Unable to find .*nothing.jsonl"),
-        ("{{question}}", "{{query}}", "could not be loaded: 'query' is undefined"),
+        ("{{question}}", "{{query}}", "'query' is undefined; check .* data, which has the fields question, choices"),
+        ("{{question}}", "{{[question, query][question == 'q']}}", r"no prompt could be .*has question, choices"),
         ("multiple_choice", "single_choice", "could not be loaded: Got invalid output_type 'single_choice'"),
         ("{{question}}", "{{question", "could not be loaded: "),
         ("test_split: test", "test_split: dev", "could not be loaded: "),
@@ -358,6 +359,14 @@ def test_bad_arguments(folder: Path, tmp_path: Path) -> None:
             load_tasks(names, **settings)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no split 'dev'; it has test, train"):
         load(folder, "choice").documents("dev")
+
+
+def test_a_template_may_not_take_the_ensemble(run: Run) -> None:
+    found = run("sweep", "--apply-chat-template", "demo", "--device", "cpu")
+    assert found.error == (
+        "Error: no ensemble was given: --apply-chat-template took 'demo' as the name of a template; put the ensemble "
+        "before it, or write --apply-chat-template=default"
+    )
 
 
 def test_turns_need_a_chat(folder: Path, run: Run) -> None:

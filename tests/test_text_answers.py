@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from scoring_cases import save_models
-from tiny import make_model, make_tokenizer
+from tiny import make_model, make_tokenizer, tables
 from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("lm_eval")
@@ -15,10 +18,11 @@ pytest.importorskip("lm_eval")
 from lm_eval.models.huggingface import HFLM
 from sweep_cases import Ensemble, save_ensemble
 
-from ensembler import EnsembleConfig
+from ensembler import EnsembleConfig, EnsembleForCausalLM
 from ensembler.decoding.options import DecodingOptions
 from ensembler.engine.grid import GridPoint
-from ensembler.errors import ConfigError, PromptError
+from ensembler.errors import ConfigError, PromptError, RunError
+from ensembler.evaluation.backends import TransformersBackend
 from ensembler.evaluation.documents import Document
 from ensembler.evaluation.text_answers import TextAnswerer
 from ensembler.preflight import check_ensemble
@@ -80,12 +84,13 @@ def test_tokens_are_those_of_hflm(make: Any, tmp_path: Path, monkeypatch: pytest
     for kind, arguments in (("loglikelihood", pairs), ("loglikelihood_rolling", rolling)):
         asked = document(kind, *arguments)
         getattr(hflm, kind)(list(asked.requests), disable_tqdm=True)
-        found = [([*context, *continuation], list(continuation)) for context, continuation in answerer.tokens(asked)]
+        tokens = [one.tokens for one in answerer.encode(asked)]
+        found = [([*context, *continuation], list(continuation)) for context, continuation in tokens]
         assert found == seen
         seen.clear()
     for text in filter(None, TEXTS):
-        (prompt,) = answerer.tokens(document("generate_until", (text, {"max_gen_toks": 4})))
-        assert [list(prompt[0])] == hflm.tok_batch_encode([text], left_truncate_len=6)[0].tolist()
+        (prompt,) = answerer.encode(document("generate_until", (text, {"max_gen_toks": 4})))
+        assert list(map(list, prompt.tokens)) == hflm.tok_batch_encode([text], left_truncate_len=6)[0].tolist()
 
 
 @pytest.mark.parametrize(
@@ -118,20 +123,23 @@ def test_what_cannot_be_asked(kind: str, arguments: list[Any], message: str, tmp
     ],
 )
 def test_settings_of_a_generation(settings: dict[str, Any], options: Any, trio: Ensemble) -> None:
+    seen: list[DecodingOptions] = []
+
     class Recorder:
         def complete(self, prompts: Any, points: Any, given: DecodingOptions) -> Any:
-            assert given == DecodingOptions(**{"seed": 0, "stop": ("</s>",), **options})
+            seen.append(given)
             return []
 
-    answerer = TextAnswerer(trio.checked)
-    answerer.model._max_length = 300
-    answerer.model.take(Recorder())
-    asked = document("generate_until", ("abc", settings))
+    model = TextAnswerer(trio.checked).model
+    model._max_length = 300
+    model.take(Recorder())
+    requests = list(document("generate_until", ("abc", settings)).requests)
     if isinstance(options, str):
         with pytest.raises(ConfigError, match=options):
-            answerer.read(asked)
+            model.generate_until(requests, disable_tqdm=True)
     else:
-        answerer.read(asked)
+        model.generate_until(requests, disable_tqdm=True)
+        assert seen == [DecodingOptions(**{"seed": 0, "stop": ("</s>",), **options})]
 
 
 def test_requests_of_several_kinds(trio: Ensemble) -> None:
@@ -145,3 +153,56 @@ def test_requests_of_several_kinds(trio: Ensemble) -> None:
     for by_point, (one,), (other,) in zip(found, texts, scores, strict=True):
         assert by_point[1] == one
         assert by_point[0] == by_point[2] == [pytest.approx(other[0], abs=1e-5), other[1]]
+
+
+def test_a_reading_counts_what_the_members_take(trio: Ensemble) -> None:
+    answerer = TextAnswerer(trio.checked)
+    answerer.model._max_length = 8
+    choice = answerer.read(document("loglikelihood", ("abc", " d"), ("abc", " defg")))
+    assert (choice.length, choice.num_scored, choice.num_cut) == (7, 7, 0)
+    text = answerer.read(document("generate_until", ("abcdefg", {"max_gen_toks": 4})))
+    assert (text.length, text.num_scored, text.num_cut) == (7, 4, 1)  # the last token is read by nobody
+
+
+def test_errors_name_the_document_or_the_text() -> None:
+    anchor, other = tables(2)
+    with torch.no_grad():
+        anchor.table[make_tokenizer()("c").input_ids[-1]] = -math.inf
+    model = EnsembleForCausalLM.from_members(rule="contrastive", members={"expert": anchor, "amateur": other})
+    members = TransformersBackend(model)
+    checked = replace(check_ensemble(model.config, dict(model.members.items())), tokenizer=make_tokenizer())
+    answerer = TextAnswerer(checked)
+    answerer.model.take(members)
+    for kind, asked, name in (
+        ("loglikelihood", ("abc", "d"), "document 3 of t"),
+        ("loglikelihood_rolling", "abcd", "the text that begins with '<s>abcd'"),
+    ):
+        with pytest.raises(RunError, match=f"^no log-prob could be computed in the batch of {name}: "):
+            list(answerer.answer([[document(kind, asked)]], [GridPoint("contrastive", 0.5)]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "length", "num_rows"),
+    [("loglikelihood", " de", 3 + 3 - 1, 1), ("generate_until", {"max_gen_toks": 4}, 3 + 4 - 1, 3 * 2)],
+)
+def test_the_largest_batch_fits_with_all_rows_of_its_texts(
+    kind: str, asked: Any, length: int, num_rows: int, trio: Ensemble, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fake memory holds 100 tokens; each text is generated at 3 points, twice."""
+    answerer = TextAnswerer(trio.checked)
+    sizes = []
+
+    def call(tokens: torch.Tensor) -> torch.Tensor:
+        sizes.append(tuple(tokens.shape))
+        if tokens.numel() > 100:
+            raise RuntimeError("CUDA out of memory.")
+        return torch.zeros(1, 1)
+
+    monkeypatch.setattr(answerer.model, "_model_call", call)
+    one = document(kind, ("abc", asked))
+    one.requests[0].repeats = 2
+    points = [GridPoint("base-change", alpha) for alpha in (0.0, 0.5, 1.0)]
+    found = answerer.largest_batch(one, points)
+    assert sizes[0] == (64, length)
+    assert sizes[-1][0] * length <= 100
+    assert found == sizes[-1][0] // num_rows > 1

@@ -13,6 +13,7 @@ from report_cases import benchmark, changed, clustered, failed, figures, not_fin
 
 from ensembler.evaluation.figures import BY_PERPLEXITY, CurvePoint, MethodFigure, Spread
 from ensembler.evaluation.statistics import Selection, compare
+from ensembler.evaluation.tables import difference_table, method_table
 from ensembler.evaluation.verdict import verdict
 
 
@@ -46,6 +47,25 @@ def test_a_difference_that_correction_takes_back_is_no_difference() -> None:
     assert verdict(replace(task, differences=(each,))) == [
         "no difference seen between base-change and source FT; these 400 documents would have shown one of 6.2 points"
     ]
+
+
+def test_documents_without_the_metric_would_have_shown_nothing() -> None:
+    rows = {"source_ft": right(200)[:390], "patch": right(199)[:390]}
+    task = figures(rows)
+    each = replace(task.differences[0], detectable=0.0621)
+    (said,) = verdict(replace(task, differences=(each,)))
+    assert said.endswith("; these 390 documents would have shown one of 6.2 points")
+    assert [row["without acc"] for row in (*method_table(task), *difference_table(task))] == ["10 documents"] * 3
+    assert "without acc" not in method_table(figures({"source_ft": right(200)}))[0]
+
+
+def test_a_margin_is_told_with_its_unit() -> None:
+    task = figures({"source_ft": right(200), "eft": right(204)}, margin=2.0)
+    task = replace(task, differences=(replace(task.differences[0], p_equivalent=0.012),))
+    assert verdict(task) == ["EFT is as good as source FT to within 2 points, p = 0.012"]
+    other = replace(task, is_percent=False, metric="perplexity")
+    assert verdict(other) == ["EFT is as good as source FT to within 2 in perplexity, p = 0.012"]
+    assert difference_table(other)[0]["p of alike to within 2 in perplexity"] == "0.012"
 
 
 def test_where_lower_is_better() -> None:

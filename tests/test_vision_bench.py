@@ -16,11 +16,10 @@ pytest.importorskip("PIL")
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
-from recipe_cases import plan, refusal
+from recipe_cases import plan, read, refusal
 from sweep_cases import read_rows
 from vision_cases import CLASSES, save_clip, save_head, save_images, save_vit, with_other_classifier
 
-from ensembler.evaluation.recipe_file import read_recipe
 from ensembler.evaluation.results_file import open_results
 
 RECIPES = Path(__file__).parent.parent / "examples" / "recipes"
@@ -113,7 +112,7 @@ def test_two_folders_of_one_name_are_refused(recipe: Path, tmp_path: Path) -> No
     (tmp_path / "others").symlink_to(tmp_path / "more" / "animals")
     recipe.write_text(yaml.safe_dump({**content, "tasks": ["animals", "others"]}))
     (study,) = plan(recipe).studies
-    _, planned = study.runs[0]
+    planned = study.plans[0]
     assert [task.task.name for task in planned.tasks] == ["animals", "others"]
     assert len({document.name for document, _ in planned.documents()}) == 21 + 14 + 14 + 7
 
@@ -195,7 +194,7 @@ PRINTED = {
 def figures(kind: str) -> Figures:
     """What the recipe has of table 2 by pair of models, data set and method: `published`, or `published_alphas`."""
     found: Figures = {}
-    for experiment in read_recipe(RECIPES / "basechange_table2.yaml").experiments:
+    for experiment in read(RECIPES / "basechange_table2.yaml").experiments:
         pair, _, data = experiment.name.partition(".")
         ((name, by_method),) = getattr(experiment, kind).items()
         assert name == data
@@ -219,7 +218,7 @@ def test_the_figures_of_table_2_are_those_that_are_printed() -> None:
 
 
 def test_table_2_is_planned_whole_on_stand_ins(tmp_path: Path) -> None:
-    recipe = read_recipe(RECIPES / "basechange_table2.yaml")
+    recipe = read(RECIPES / "basechange_table2.yaml")
     clip = save_clip(tmp_path / "clip", 1)
     save_head(clip / "head.safetensors", 12)
     here = tmp_path / "basechange"
@@ -237,7 +236,7 @@ def test_table_2_is_planned_whole_on_stand_ins(tmp_path: Path) -> None:
         for part, num in (("validation", 1), ("test", 2)):
             save_images(here / "data" / data / part, num, seed=num)
     planned = plan(RECIPES / "basechange_table2.yaml")
-    plans = [each for study in planned.studies for run, each in study.runs if run.instead_of is None]
+    plans = [each for study in planned.studies for each in study.plans if each.run.instead_of is None]
     assert [each.name for each in plans] == [f"{experiment.name}.ensemble" for experiment in recipe.experiments]
     for each in plans:
         (task,) = each.tasks
@@ -256,7 +255,7 @@ def test_the_recipes_tell_their_source_and_what_to_bring() -> None:
     for folder in ("./basechange/clip-MODEL-DATA", "./basechange/DATASET-MODEL", "./basechange/data/DATASET"):
         assert folder in header
     assert all(re.search(rf"\b{data}\b", header) for data in TABLE)
-    digits = read_recipe(RECIPES / "digits.yaml")
+    digits = read(RECIPES / "digits.yaml")
     assert len(digits.experiments) == 12
     assert all(experiment.validation == "validation" for experiment in digits.experiments)
 

@@ -21,11 +21,9 @@ from ensembler.launch import num_ranks, this_rank
 
 if TYPE_CHECKING:
     from ensembler.evaluation.bench import Bench
-    from ensembler.evaluation.recipe import Recipe
     from ensembler.evaluation.requirements import Requirement
     from ensembler.evaluation.store import Store
     from ensembler.serving.choice import BackendChoice
-    from ensembler.vision.bench import ImagePlanner
 
 
 class _SayOnce(logging.Filter):
@@ -122,13 +120,19 @@ def run(
     from ensembler.evaluation.recipe_file import read_recipe
     from ensembler.evaluation.requirements import Requirement
     from ensembler.evaluation.store import Store
+    from ensembler.vision.bench import ImageExperiment, ImageModels
 
-    content = read_recipe(demo_recipe() if str(recipe) == DEMO else recipe)
+    content = read_recipe(demo_recipe() if str(recipe) == DEMO else recipe, {"images": ImageExperiment})
     requirements = [Requirement.parse(text, [each.methods for each in content.experiments]) for text in require]
-    planner = _image_planner(content)
+    images = ImageModels()
     with _saying_once("ensembler.adapters", "ensembler.vision.towers"):
-        planned = Bench(content, confirm_run_unsafe_code=confirm_run_unsafe_code, backend=backend, others=planner)
-        for task in () if planner is None else planner.loaded.values():
+        planned = Bench(
+            content,
+            confirm_run_unsafe_code=confirm_run_unsafe_code,
+            backend=backend,
+            models={ImageExperiment: images},
+        )
+        for task in images.loaded.values():
             say_left_out(task)
         if dry_run:
             from ensembler.cli.bench_plan import print_plan
@@ -140,21 +144,12 @@ def run(
             _run(planned, store, requirements, as_json=as_json)
 
 
-def _image_planner(recipe: Recipe) -> ImagePlanner | None:
-    """The planner of experiments on images, where there are any: it needs packages that texts do not."""
-    if all(experiment.images is None for experiment in recipe.experiments):
-        return None
-    from ensembler.vision.bench import ImagePlanner
-
-    return ImagePlanner()
-
-
 def _run(planned: Bench, store: Store, requirements: Sequence[Requirement], *, as_json: bool) -> None:
     from ensembler.cli.tables import progress
     from ensembler.engine.devices import check_devices
     from ensembler.evaluation.runner import Runner
 
-    plans = [plan for study in planned.studies for _, plan in study.runs]
+    plans = [plan for study in planned.studies for plan in study.plans]
     check_devices(files for plan in plans for files in plan.checked.files.values())
     use_own_gpu()
     begin(store)

@@ -16,12 +16,12 @@ _DISAGREEMENTS = (0.05, 0.1, 0.3)  # shares of documents on which two methods di
 
 def print_plan(bench: Bench) -> None:
     """Print members with their bytes, vocabulary contracts, tasks with their examples, and detectable differences."""
+    from ensembler.evaluation.methods import compared_pairs
     from ensembler.evaluation.parts import TEST, VALIDATION
-    from ensembler.evaluation.study import compared_pairs
 
     out = console()
-    planned = [(study, *pair) for study in bench.studies for pair in study.runs]
-    for of_run, run, plan in planned:
+    planned = [(study, plan, plan.run) for study in bench.studies for plan in study.plans]
+    for of_run, plan, run in planned:
         if run.instead_of is not None:
             continue
         summary = summarise(plan.checked)
@@ -39,10 +39,14 @@ def print_plan(bench: Bench) -> None:
             chosen = f", alpha chosen of {len(of_run.alphas)} on {num:,} others" if run.chooses else ""
             num_test = len(task.parts[TEST])
             out.print(f"  {task.task.name} ({task.metric.key}): {num_test:,} test examples{chosen}", markup=False)
-    num = sum(len(compared_pairs(study.method_keys)) * len(study.runs[0][1].tasks) for study in bench.studies)
+    for study in bench.studies:
+        if study.experiment is not None and (missing := study.experiment.missing_models):
+            said = ", ".join(f"{method} (no {', no '.join(roles)})" for method, roles in missing.items())
+            out.print(f"\n{study.name}, not possible with its models: {said}", markup=False)
+    num = sum(len(compared_pairs(study.method_keys)) * len(study.plans[0].tasks) for study in bench.studies)
     out.print(f"\nDifferences of right and wrong seen in 80 of 100 cases, with {num} comparisons in all:", markup=False)
     for study in bench.studies:
-        for task in study.runs[0][1].tasks:
+        for task in study.plans[0].tasks:
             num_test = len(task.parts[TEST])
             shown = _shown(num_test, 0.05 / max(num, 1))
             out.print(f"  {study.name}, {task.task.name}, {num_test:,} test examples: {shown}", markup=False)

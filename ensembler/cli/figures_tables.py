@@ -25,17 +25,19 @@ def print_figures(tasks: Sequence[TaskFigures]) -> None:
         for line in (*task.notes, *missing, *(f"* {said}" for said in verdict(task))):
             out.print(line, markup=False)
     if any(task.differences for task in tasks):
-        out.print("\nIntervals are of 95 %; p (Holm) is corrected over all comparisons shown.", markup=False)
+        alike = ", p of alike over all tests of that" if any(task.margin for task in tasks) else ""
+        said = f"\nIntervals are of 95 %; p (Holm) is corrected over all comparisons shown{alike}."
+        out.print(said, markup=False)
 
 
 def print_pairs(pairs: Sequence[Mapping[str, Any]], a: str, b: str) -> None:
-    """Print every method of both folders in one line."""
-    names = ("experiment", "task", "method", f"{a} (95 % interval)", f"{b} (95 % interval)", "documents")
+    """Print every method of both folders in one line; each side has its own α."""
+    names = ("task", "method", f"{a} (95 % interval)", f"{b} (95 % interval)", "documents")
     rows = [
         (
-            pair["experiment"],
-            f"{pair['task']} ({pair['metric']}{', %' if pair['is_percent'] else ''})",
-            (pair["a"] or pair["b"])["label"],
+            f"{pair['experiment']}, {pair['task']}".removeprefix(", ")
+            + f" ({pair['metric']}{', %' if pair['is_percent'] else ''})",
+            (pair["a"] or pair["b"])["label"].partition(" α = ")[0],
             *(_side(pair[side], percent=pair["is_percent"]) for side in ("a", "b")),
             "the same" if pair["same_documents"] else "others",
         )

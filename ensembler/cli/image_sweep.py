@@ -10,14 +10,13 @@ from ensembler.errors import ConfigError
 
 if TYPE_CHECKING:
     from ensembler.cli.task_options import TaskOptions
-    from ensembler.config import EnsembleConfig
+    from ensembler.evaluation.methods import Run
     from ensembler.evaluation.plan import Plan, PlanOptions
     from ensembler.serving.choice import BackendChoice
 
 
 def plan_images(
-    name: str,
-    config: EnsembleConfig,
+    run: Run,
     images: Path,
     tasks: TaskOptions,
     options: PlanOptions,
@@ -41,15 +40,15 @@ def plan_images(
         raise ConfigError(f"images are not run by {backend.name}; leave --backend out")
     if not isinstance(options.batch_size, int):
         raise ConfigError(f"--batch-size {options.batch_size} is for texts; give a number of images")
-    checked = check_images(config)
+    checked = check_images(run.config)
     task = load_image_task(
         images,
         checked.classes,
-        aliases=config.aliases,
+        aliases=run.config.aliases,
         validation=options.validation,
         limit=tasks.limit,
         seed=options.seed,
         strict=strict,
     )
     say_left_out(task)
-    return Plan(name, checked, ImageAnswerer(checked), [task], options)
+    return Plan(run, checked, ImageAnswerer(checked), [task], options)

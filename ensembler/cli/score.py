@@ -13,7 +13,7 @@ import click
 
 from ensembler.cli.options import EnsembleOptions, ensemble_options
 from ensembler.cli.tables import print_scores, progress
-from ensembler.errors import ConfigError, PromptError
+from ensembler.errors import ConfigError
 from ensembler.planning.budgets import show_size
 
 if TYPE_CHECKING:
@@ -79,26 +79,23 @@ def score(
     from ensembler.evaluation.batches import can_share_contexts, make_batches
     from ensembler.evaluation.logits_folder import LogitsFolder
     from ensembler.evaluation.offline import OfflineScorer
-    from ensembler.evaluation.requests import encode_questions, read_questions
+    from ensembler.evaluation.requests import read_requests
     from ensembler.evaluation.scoring import fingerprint
     from ensembler.evaluation.top_k import TopKWriter
     from ensembler.modeling import EnsembleForCausalLM
     from ensembler.preflight import check_ensemble
 
     skip = (lambda message: click.echo(f"skipped: {message}", err=True)) if skip_bad else None
-    questions = read_questions(data, skip=skip)
     if output is not None and top_k_logits is None:
         check_output(output, resume=resume, overwrite=overwrite)
-        if output.exists() and output.samefile(data):
+        if output.resolve() == data.resolve():
             raise ConfigError(f"--output is the file of the data, {data}; choose another name")
     checked = check_ensemble(given.load_config())
     rule = checked.config.get_rule()
     alphas = alphas or (checked.config.alpha,)
     points = make_grid([rule.name], alphas)
     tokenizer = checked.require_tokenizer()
-    requests = encode_questions(questions, tokenizer, context=checked.shortest_context, skip=skip)
-    if not requests:
-        raise PromptError("no line is left to score; mend the skipped lines")
+    requests = read_requests(data, tokenizer, context=checked.shortest_context, skip=skip)
     settings = {"batch_size": batch_size, "per_token": per_token, "top_k": top_k_logits}
     run = fingerprint(checked.config, requests, points, settings)
     if top_k_logits is not None and output is not None:

@@ -18,7 +18,7 @@ from ensembler.launch import num_ranks, this_rank
 from ensembler.rules import RULE_NAMES
 
 if TYPE_CHECKING:
-    from ensembler.config import EnsembleConfig
+    from ensembler.evaluation.methods import Run
     from ensembler.evaluation.plan import Plan, PlanOptions
     from ensembler.evaluation.store import Store
     from ensembler.serving.choice import BackendChoice
@@ -52,7 +52,7 @@ NAME = "sweep"
 )
 @click.option("--one-standard-error", is_flag=True, help="Choose the alpha nearest 0 within one of the best.")
 @click.option("--cluster", metavar="FIELD", help="Count documents with one value of this field together (a passage).")
-@click.option("--margin", type=float, metavar="M", help="Test whether methods are alike to within M points.")
+@click.option("--margin", type=float, metavar="M", help="Test if methods are alike to within M in the table's unit.")
 @click.option("--batch-size", default="8", show_default=True, metavar="N|auto", help="Documents asked together.")
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of samples, draws and bootstrap.")
 @click.option(
@@ -102,14 +102,14 @@ def sweep(
     ensembler sweep my-classifiers --images flowers --validation validation
     """
     names = tuple(name.strip() for name in rules.split(",")) if rules is not None else ()
+    from ensembler.evaluation.methods import sweep_run
     from ensembler.evaluation.plan import PlanOptions
     from ensembler.evaluation.store import Store
     from ensembler.evaluation.tracking import check_trackers
     from ensembler.rules import parse_alphas
 
+    grid = parse_alphas(alphas)
     options = PlanOptions(
-        rules=names,
-        alphas=parse_alphas(alphas),
         validation=validation,
         select=select,
         one_standard_error=one_standard_error,
@@ -121,61 +121,53 @@ def sweep(
     )
     check_trackers(trackers)
     config = replace(given, rule=names[0] if names else None).load_config()
-    if not names:
-        options = replace(options, rules=(config.get_rule().name,))
+    run = sweep_run(NAME, config, names or (config.get_rule().name,), grid, chooses=options.chooses)
     if images is not None:
-        plan = plan_images(NAME, config, images, tasks, options, backend, strict=strict)
+        plan = plan_images(run, images, tasks, options, backend, strict=strict)
     else:
-        plan = _plan_texts(config, tasks, options, backend, is_demo=given.ensemble == DEMO)
+        plan = _plan_texts(run, tasks, options, backend, is_demo=given.ensemble == DEMO)
     store = Store(output, plan.settings)
     if this_rank() == 0:
-        _say_choice(options)
+        _say_choice(run, options)
     with naming_rank():
         _run(plan, store, trackers, as_json=as_json)
 
 
-def _plan_texts(
-    config: EnsembleConfig, tasks: TaskOptions, options: PlanOptions, backend: BackendChoice, *, is_demo: bool
-) -> Plan:
+def _plan_texts(run: Run, tasks: TaskOptions, options: PlanOptions, backend: BackendChoice, *, is_demo: bool) -> Plan:
     from ensembler.demo import demo_task
     from ensembler.evaluation.plan import Plan
     from ensembler.evaluation.text_answers import TextAnswerer
     from ensembler.preflight import check_ensemble
 
-    checked = check_ensemble(config)
+    checked = check_ensemble(run.config)
     limit = backend.shortest_context(checked)
     loaded = tasks.load(demo_task() if is_demo else None, None if limit is None else limit[1])
-    answerer = TextAnswerer(checked, options.batch_size, options.seed, backend)
-    return Plan(NAME, checked, answerer, [task.asked_of(answerer.model) for task in loaded], options)
+    answerer = TextAnswerer(checked, options.seed, backend)
+    return Plan(run, checked, answerer, [task.asked_of(answerer.model) for task in loaded], options)
 
 
 def _run(plan: Plan, store: Store, trackers: tuple[str, ...], *, as_json: bool) -> None:
     from ensembler.cli.tables import progress
     from ensembler.evaluation.runner import Runner
-    from ensembler.evaluation.study import sweep_study
+    from ensembler.evaluation.study import Study
 
     begin(store)
     runner = Runner(store, this_rank(), num_ranks())
-    names = {document.name for document, _ in plan.documents()}
-    num_done = len(names & store.done(NAME))
-    if num_done < len(names):
-        if this_rank() == 0:
-            _say_begin(len(names), num_done, plan)
-        use_own_gpu()
-        with progress(len(names), shown=this_rank() == 0, label="examples", lines=True) as advance:
-            runner.run(plan, advance)
-    elif this_rank() != 0:
+    if this_rank() != 0 and plan.is_finished(store):
         return  # what was finished before is told by the first
-    else:  # the parts may be others than those of an earlier command
-        store.begin_run(NAME, plan.grid, plan.documents())
-    finish(NAME, "", [sweep_study(plan)], runner, plan.settings, trackers=trackers, as_json=as_json)
+    if this_rank() == 0:
+        _say_begin(plan, len(plan.names & store.done(NAME)))
+    use_own_gpu()
+    with progress(len(plan.names), shown=this_rank() == 0, label="examples", lines=True) as advance:
+        runner.run(plan, advance)
+    finish(NAME, "", [Study("", (plan,))], runner, plan.settings, trackers=trackers, as_json=as_json)
 
 
-def _say_choice(options: PlanOptions) -> None:
+def _say_choice(run: Run, options: PlanOptions) -> None:
     """Warn about likely mistakes before a long run."""
-    if len(options.alphas) == 1:
-        click.echo(f"one alpha, {options.alphas[0]:g}: there is nothing to choose", err=True)
-    elif options.validation is None and not options.by_perplexity:
+    if len(run.alphas) == 1:
+        click.echo(f"one alpha, {run.alphas[0]:g}: there is nothing to choose", err=True)
+    elif not options.chooses:
         click.echo(
             "no alpha will be chosen: --validation N (or a split), or --select perplexity, chooses one; the same "
             "command with it goes on from these rows",
@@ -183,8 +175,10 @@ def _say_choice(options: PlanOptions) -> None:
         )
 
 
-def _say_begin(num_documents: int, num_done: int, plan: Plan) -> None:
-    known = f", {num_done:,} are done" if num_done else ""
-    click.echo(f"{num_documents:,} examples at {len(plan.grid)} points{known}", err=True)
+def _say_begin(plan: Plan, num_done: int) -> None:
+    num, num_points, num_compared = len(plan.names), len(plan.grid), len(plan.grid) - len(plan.points)
+    compared = f" ({num_compared} of them to compare with)" if num_compared else ""
+    done = "" if not num_done else ", all are done" if num_done == num else f", {num_done:,} are done"
+    click.echo(f"{num:,} examples at {num_points} points{compared}{done}", err=True)
     if num_ranks() > 1:
         click.echo(f"{num_ranks()} processes share the batches", err=True)

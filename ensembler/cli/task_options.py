@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ensembler.evaluation.tasks import TextTask
 
 _MOST_TOKENS = 256  # as in lm-eval
+_DEFAULT_CHAT = "default"
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
@@ -110,7 +111,7 @@ _TASK_OPTIONS = (
     click.option(
         "--apply-chat-template",
         is_flag=False,
-        flag_value="default",
+        flag_value=_DEFAULT_CHAT,
         metavar="[NAME]",
         help="Write prompts as chats, in the template of the anchor's tokenizer.",
     ),
@@ -141,11 +142,18 @@ _TASK_OPTIONS = (
 
 
 def task_options(function: Command) -> Command:
-    """Add the options that say which tasks; the command gets them as one `TaskOptions` under `tasks`."""
+    """Add the options that say which tasks, as one `TaskOptions` under `tasks`; `ensemble_options` stands above."""
 
     @wraps(function)
     def collected(*args: Any, **kwargs: Any) -> Any:
         tasks = TaskOptions(**{field.name: kwargs.pop(field.name) for field in fields(TaskOptions)})
+        chat, given = tasks.apply_chat_template, kwargs["given"]
+        named = (given.ensemble, given.source_ft, given.source_pt, given.target_pt, given.member)
+        if chat not in (None, _DEFAULT_CHAT) and not any(named):
+            raise ConfigError(
+                f"no ensemble was given: --apply-chat-template took {chat!r} as the name of a template; put the "
+                f"ensemble before it, or write --apply-chat-template={_DEFAULT_CHAT}"
+            )
         return function(*args, tasks=tasks, **kwargs)
 
     command: Any = collected

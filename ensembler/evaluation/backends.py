@@ -26,7 +26,7 @@ from ensembler.serving.texts import complete_in_engine
 _MOST_TOKENS = 2048  # in a step of vLLM, which computes the logits of all tokens of a prompt that is scored
 
 Advance = Callable[[int], object]
-"""Is told how many requests have been gone over since it was called last."""
+"""A function that gets the number of requests done since it was called last."""
 
 TokenScore = tuple[float, bool]
 """A token's log-prob (nats), and whether it is the most probable one."""
@@ -120,7 +120,7 @@ class VllmBackend:
 
 
 def _token_score(token: int, entries: Mapping[int, Any]) -> TokenScore:
-    """Of vLLM's entries by token id: those of the token and of the most probable one."""
+    """Return the score of a token from vLLM's entries by token id."""
     best = max(entries, key=lambda one: float(entries[one].logprob))
     logprob = float(entries[token].logprob)
     return logprob, token == best and logprob > -math.inf
@@ -137,12 +137,12 @@ def _score(tokens: Iterable[Sequence[TokenScore]]) -> Score:
 
 
 Backend = TransformersBackend | VllmBackend
-"""Scores and completes at all points of a grid."""
+"""Loaded members that score and complete at all points of a grid."""
 
 
 @contextmanager
 def open_backend(choice: BackendChoice, checked: CheckedEnsemble) -> Iterator[Backend]:
-    """Load the members; a `with` block gets the backend and ends it. Raises MemberError or RunError."""
+    """Load the members for a `with` block, which gets the backend. Raises MemberError or RunError."""
     tokenizer = checked.require_tokenizer()
     if choice.name == VLLM:
         with Engine(checked, {"max_num_batched_tokens": _MOST_TOKENS, **choice.arguments}) as engine:

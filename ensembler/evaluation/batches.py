@@ -1,4 +1,4 @@
-"""Requests as batches: what runs together, in which forwards, and what is read once for several choices.
+"""Divide requests into batches and forwards; a context of several choices may be read once.
 
 Rows are padded on the right, where under a causal mask no token sees the padding. Only contexts whose cache is used
 again are padded on the left, with a mask, so that what follows stands right behind them.
@@ -79,10 +79,10 @@ class _Row:
 
 
 def can_share_contexts(model_configs: Iterable[Any]) -> bool:
-    """Whether members of these `transformers` configs keep a cache whose rows can be used for several continuations.
+    """Return whether members of these `transformers` configs can read several continuations from one context's cache.
 
-    True where all layers of every member attend, fully or within a window, and its family is known; a recurrent state
-    and positions that change with the length of a forward are not trusted.
+    They can where all layers of every member attend, fully or within a window, and its family is known; a recurrent
+    state and positions that change with the length of a forward are not trusted.
     """
     return all(map(_keeps_rows, model_configs))
 
@@ -146,7 +146,7 @@ def _passes(forks: Sequence[Sequence[_Row]], batch_size: int, share_contexts: bo
 
 
 def _cost(passes: Sequence[Pass]) -> int:
-    """The cost of passes, in tokens."""
+    """Return the cost of passes, in tokens."""
     return sum(one.step.input_ids.numel() + _FORWARD for one in passes)
 
 

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 from ensembler.config import EnsembleConfig
 from ensembler.errors import ConfigError, HubError, InputError, MissingExtraError
 from ensembler.evaluation.documents import Answerer, Task
+from ensembler.evaluation.methods import Run, plan_runs
 from ensembler.evaluation.plan import Plan, PlanOptions
 from ensembler.evaluation.recipe import Experiment, Recipe, Speed, check_tasks
-from ensembler.evaluation.study import Run, Study, plan_runs
+from ensembler.evaluation.study import Study
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.evaluation.tasks import PromptStyle, TextTask
 from ensembler.evaluation.text_answers import TextAnswerer
@@ -22,20 +23,59 @@ _NAME = re.compile(r"[\w+.-]+")
 _MOST_NAMES = 5  # in a line
 
 
-class OtherModels(Protocol):
-    """Plans experiments whose models are no language models: `vision.bench.ImagePlanner`."""
+class Models(Protocol):
+    """What experiments of one kind are about: language models (`TextModels`), or others that the kind brings."""
 
     def answerer(self, experiment: Experiment, config: EnsembleConfig) -> tuple[CheckedEnsemble, Answerer]:
         """Return an ensemble, checked, and what answers with it."""
+
+    def are_alike(self, checked: CheckedEnsemble) -> bool:
+        """Return whether each member in the ensemble is what it is alone."""
 
     def tasks(self, experiment: Experiment, answerer: Answerer) -> Sequence[Task]:
         """Return the tasks of an experiment."""
 
 
+class TextModels:
+    """Language models on tasks of lm-eval, each loaded once: experiments differ in their models more than in these."""
+
+    def __init__(self, backend: BackendChoice, *, confirm_run_unsafe_code: bool) -> None:
+        self._backend = backend
+        self._confirmed = confirm_run_unsafe_code
+        self._tasks: dict[str, list[TextTask]] = {}
+
+    def answerer(self, experiment: Experiment, config: EnsembleConfig) -> tuple[CheckedEnsemble, TextAnswerer]:
+        """Return an ensemble, checked, and what answers with it."""
+        checked = check_ensemble(config)
+        return checked, TextAnswerer(checked, experiment.seed, self._backend)
+
+    def are_alike(self, checked: CheckedEnsemble) -> bool:
+        """Return whether all members have the same tokens, length of context, and beginning and end of texts."""
+        names = ("max_position_embeddings", "bos_token_id", "eos_token_id")
+        found = [[repr(getattr(config, name, None)) for name in names] for config in checked.model_configs.values()]
+        widths = set(checked.contract.widths.values())
+        return checked.contract.kind == "identical" and len(widths) == 1 and all(one == found[0] for one in found)
+
+    def tasks(self, experiment: Experiment, answerer: Answerer) -> list[TextTask]:
+        """Return the tasks of an experiment, asked as the anchor's tokenizer wants."""
+        assert isinstance(answerer, TextAnswerer)
+        chat, turns = experiment.apply_chat_template, experiment.fewshot_as_multiturn
+        given: dict[str, Any] = {
+            "num_fewshot": experiment.num_fewshot,
+            "limit": experiment.limit,
+            "gen_kwargs": experiment.gen_kwargs,
+            "style": PromptStyle(chat, turns, experiment.system_instruction),
+        }
+        key = repr((experiment.tasks, given))
+        if key not in self._tasks:
+            self._tasks[key] = load_tasks(experiment.tasks, confirm_run_unsafe_code=self._confirmed, **given)
+        return [task.asked_of(answerer.model) for task in self._tasks[key]]
+
+
 class Bench:
     """All studies of a recipe, planned. Raises ConfigError, MemberError, VocabularyError, PatchError or PromptError.
 
-    `others` plans experiments that are not on language models.
+    `models`: of experiments of other kinds than language models on texts, by kind.
     """
 
     def __init__(
@@ -44,13 +84,12 @@ class Bench:
         *,
         confirm_run_unsafe_code: bool = False,
         backend: BackendChoice | None = None,
-        others: OtherModels | None = None,
+        models: Mapping[type[Experiment], Models] | None = None,
     ) -> None:
         self.recipe = recipe
         self.backend = backend or BackendChoice()
-        self._others = others
-        self._confirmed = confirm_run_unsafe_code
-        self._tasks: dict[str, list[TextTask]] = {}
+        of_texts = TextModels(self.backend, confirm_run_unsafe_code=confirm_run_unsafe_code)
+        self._models: dict[type[Experiment], Models] = {Experiment: of_texts, **(models or {})}
         self.studies: list[Study] = []
         faults: dict[str, InputError] = {}
         for experiment in recipe.experiments:
@@ -68,61 +107,33 @@ class Bench:
     def _plan(self, experiment: Experiment) -> Study:
         if not _NAME.fullmatch(experiment.name):
             raise ConfigError("its name cannot be one of results; use letters, digits, + - _ .")
-        if experiment.images is not None:
-            return self._plan_others(experiment)
-        checked = [(run, check_ensemble(run.config)) for run in plan_runs(experiment)]
-        if not all(are_alike(ensemble) for _, ensemble in checked):
-            checked = [(run, check_ensemble(run.config)) for run in plan_runs(experiment, members_apart=True)]
-        tasks = self._load(experiment)  # after the members, since their data may have to be fetched
-        check_tasks(experiment, tasks)
-        plans = []
-        for run, ensemble in checked:
-            options = _options(experiment, run)
-            answerer = TextAnswerer(ensemble, options.batch_size, options.seed, self.backend)
-            asked = [task.asked_of(answerer.model) for task in tasks]
-            plans.append((run, Plan(run.name, ensemble, answerer, asked, options)))
-        return Study(experiment.name, tuple(plans), experiment)
-
-    def _plan_others(self, experiment: Experiment) -> Study:
-        assert self._others is not None
-        if self.backend.name != TRANSFORMERS:
+        models = self._models[type(experiment)]
+        if self.backend.name != TRANSFORMERS and not isinstance(models, TextModels):
             raise ConfigError(f"its models are not run by {self.backend.name}; leave --backend out")
+        found = [(run, *models.answerer(experiment, run.config)) for run in plan_runs(experiment)]
+        if not all(models.are_alike(checked) for _, checked, _ in found):
+            runs = plan_runs(experiment, members_apart=True)
+            found = [(run, *models.answerer(experiment, run.config)) for run in runs]
         plans = []
-        for run in plan_runs(experiment):  # a member in an ensemble is what it is alone
-            checked, answerer = self._others.answerer(experiment, run.config)
-            tasks = self._others.tasks(experiment, answerer)
+        for run, checked, answerer in found:  # tasks after all members, since their data may have to be fetched
+            tasks = models.tasks(experiment, answerer)
             check_tasks(experiment, tasks)
-            plans.append((run, Plan(run.name, checked, answerer, tasks, _options(experiment, run))))
+            plans.append(Plan(run, checked, answerer, tasks, _options(experiment, run)))
         return Study(experiment.name, tuple(plans), experiment)
-
-    def _load(self, experiment: Experiment) -> list[TextTask]:
-        """Experiments differ in their models more than in their tasks."""
-        given: dict[str, Any] = {
-            "num_fewshot": experiment.num_fewshot,
-            "limit": experiment.limit,
-            "gen_kwargs": experiment.gen_kwargs,
-            "style": PromptStyle(
-                experiment.apply_chat_template, experiment.fewshot_as_multiturn, experiment.system_instruction
-            ),
-        }
-        key = repr((experiment.tasks, given))
-        if key not in self._tasks:
-            self._tasks[key] = load_tasks(experiment.tasks, confirm_run_unsafe_code=self._confirmed, **given)
-        return self._tasks[key]
 
     @property
     def settings(self) -> dict[str, Any]:
         """All that results depend on, as JSON."""
         return {
             "speed": {study.name: _speed(study.experiment) for study in self.studies},
-            "runs": {plan.name: plan.settings for study in self.studies for _, plan in study.runs},
+            "runs": {plan.name: plan.settings for study in self.studies for plan in study.plans},
         }
 
     @property
     def num_documents(self) -> int:
         """The number of documents of all runs that are not in place of others."""
-        runs = [plan for study in self.studies for run, plan in study.runs if run.instead_of is None]
-        return sum(1 for plan in runs for _ in plan.documents())
+        plans = [plan for study in self.studies for plan in study.plans if plan.run.instead_of is None]
+        return sum(len(plan.names) for plan in plans)
 
 
 def _told(faults: Mapping[str, InputError]) -> InputError:
@@ -143,8 +154,6 @@ def _options(experiment: Experiment, run: Run) -> PlanOptions:
     validation = None if experiment.validation is None else str(experiment.validation)
     is_drawn = validation is not None and validation.isdecimal()
     return PlanOptions(
-        rules=run.rules,
-        alphas=run.alphas,
         validation=validation if run.chooses or is_drawn else None,
         metric=experiment.metric,
         cluster=experiment.cluster,
@@ -152,17 +161,6 @@ def _options(experiment: Experiment, run: Run) -> PlanOptions:
         batch_size=experiment.batch_size,
         seed=experiment.seed,
     )
-
-
-def are_alike(ensemble: CheckedEnsemble) -> bool:
-    """Return whether each member in the ensemble is what it is alone.
-
-    It is where all have the same tokens, length of context, and beginning and end of texts.
-    """
-    names = ("max_position_embeddings", "bos_token_id", "eos_token_id")
-    found = [[repr(getattr(config, name, None)) for name in names] for config in ensemble.model_configs.values()]
-    widths = set(ensemble.contract.widths.values())
-    return ensemble.contract.kind == "identical" and len(widths) == 1 and all(one == found[0] for one in found)
 
 
 def _speed(experiment: Experiment | None) -> dict[str, int]:

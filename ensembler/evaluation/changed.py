@@ -21,8 +21,8 @@ _PROMPT_CHARACTERS = 700  # of a prompt's end
 def changed_in(studies: Sequence[Study], results: Results, task: TaskFigures) -> list[dict[str, Any]]:
     """Return what `changed_by` finds for each method of a task with a chosen or given α; of several seeds the first."""
     found = []
-    for run, plan in (each for study in studies if study.name == task.experiment for each in study.runs):
-        keys = {method.key for method in run.methods if run.seed in (None, 0)}
+    for plan in (plan for study in studies if study.name == task.experiment for plan in study.plans):
+        keys = {method.key for method in plan.run.methods if plan.run.seed in (None, 0)}
         methods = [method for method in task.methods if method.method in keys and method.chosen_by is not None]
         if methods:
             planned = next(one for one in plan.tasks if one.task.name == task.task)
@@ -42,7 +42,7 @@ def changed_by(
 ) -> dict[str, Any] | None:
     """Return what a page shows of the test documents that a method answers otherwise than its rule at α = 0.
 
-    `thumbnail` returns a small picture of a document as a data URI, where it is an image. None where α is 0, or the
+    `thumbnail` returns a small picture of a document as a data URI, where it shows one. None where α is 0, or the
     rows have no α = 0.
     """
     points = GridPoint(method.rule, 0.0), GridPoint(method.rule, method.alpha or 0.0)
@@ -55,7 +55,7 @@ def changed_by(
     gains = [sign * (after["value"] - before["value"]) for _, (before, after) in pairs]
     better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
     return {
-        "title": f"{method.title} beside α = 0",
+        "title": f"{method.title} beside α = 0{', of the first seed of training' if method.seeds else ''}",
         "counts": f"α changed {len(changes):,} of {len(pairs):,} answers; by {task.metric}, {better:,} documents are "
         f"better and {worse:,} worse. {len(drawn)} of the changed ones, drawn at random:",
         "examples": [

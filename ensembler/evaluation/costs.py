@@ -5,50 +5,64 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from ensembler.evaluation.measure import Load
+from ensembler.evaluation.measure import Load, machine
+from ensembler.evaluation.methods import Method
 from ensembler.evaluation.parts import TEST
 from ensembler.evaluation.plan import Plan
 from ensembler.evaluation.recipe import Speed
 from ensembler.evaluation.store import Store
-from ensembler.evaluation.study import Method, Study, finished_runs
-from ensembler.evaluation.summary import COST, chosen_alpha
+from ensembler.evaluation.study import Study, finished_runs
+from ensembler.evaluation.summary import COST, chosen_alpha, cost_name
 from ensembler.evaluation.text_answers import TextAnswerer
 
 _LONGEST = 3600  # seconds of a measurement
 
 
+@dataclass(frozen=True)
+class Timed:
+    """A method of a study at its α, and the plan that answers for it: of several seeds the first."""
+
+    study: Study
+    plan: Plan
+    method: Method
+    alpha: float
+
+    @property
+    def name(self) -> str:
+        """The name of its notes."""
+        return cost_name(self.study, self.method.key)
+
+
 def measure_costs(studies: Sequence[Study], store: Store, advance: Callable[[int], None]) -> None:
     """Measure every method in a process of its own, round after round of all methods, and note what was found.
 
-    What is noted already is left out; a measurement that failed is made again.
+    What is noted already, at the same α on such a machine, is left out; a measurement that failed is made again.
     """
-    known = {(name, content["round"]) for name, content in store.notes(COST) if "error" not in content}
-    for number, study, plan, method in measurements(studies, store):
-        name = f"{study.name}/{method.key}"
-        assert study.experiment is not None
-        if (name, number) not in known and study.experiment.speed is not None:
-            alpha = chosen_alpha(study, method.key, 0, store)
-            found = _measure_apart(_load(study, plan, method, alpha, study.experiment.speed))
-            store.note(COST, name, {"round": number, "alpha": alpha, **found})
+    here = machine()
+    notes = [(name, content) for name, content in store.notes(COST) if here.items() <= content.items()]
+    known = {(name, content["alpha"], content["round"]) for name, content in notes if "error" not in content}
+    for number, timed in measurements(studies, store):
+        speed = timed.study.experiment and timed.study.experiment.speed
+        if (timed.name, timed.alpha, number) not in known and speed:
+            found = _measure_apart(_load(timed, speed))
+            store.note(COST, timed.name, {"round": number, "alpha": timed.alpha, **here, **found})
         advance(1)
 
 
-def measurements(studies: Sequence[Study], store: Store) -> Iterator[tuple[int, Study, Plan, Method]]:
-    """Yield round after round of all methods, so that drift hits all; each by the first of the runs that answer it."""
+def measurements(studies: Sequence[Study], store: Store) -> list[tuple[int, Timed]]:
+    """Return round after round of all methods, so that drift hits all."""
     finished = finished_runs(studies, store)
-    served = []
+    timed = []
     for study in studies:
-        for key in study.method_keys:
-            for run, plan in (study.runs_of(key, finished) or [])[:1]:
-                served += [(study, plan, method) for method in run.methods if method.key == key]
-    for number in range(max(map(_rounds, studies), default=0)):
-        for study, plan, method in served:
-            if number < _rounds(study):
-                yield number, study, plan, method
+        for key in study.method_keys if _rounds(study) else ():
+            for plan in (study.plans_of(key, finished) or [])[:1]:
+                timed.append(Timed(study, plan, plan.run.method(key), chosen_alpha(study, key, 0, store)))
+    most = max(map(_rounds, studies), default=0)
+    return [(number, one) for number in range(most) for one in timed if number < _rounds(one.study)]
 
 
 def _rounds(study: Study) -> int:
@@ -56,8 +70,9 @@ def _rounds(study: Study) -> int:
     return 0 if speed is None else speed.rounds
 
 
-def _load(study: Study, plan: Plan, method: Method, alpha: float, speed: Speed) -> Load:
-    """The work that is timed for a method: the first test documents of its experiment's first task."""
+def _load(timed: Timed, speed: Speed) -> Load:
+    """The work that is timed: the first test documents of the experiment's first task."""
+    plan, method = timed.plan, timed.method
     answerer = plan.answerer
     assert isinstance(answerer, TextAnswerer)
     documents = plan.tasks[0].parts[TEST][: max(speed.num_examples, speed.num_prompts)]
@@ -68,26 +83,25 @@ def _load(study: Study, plan: Plan, method: Method, alpha: float, speed: Speed) 
     config: dict[str, Any] = {"rule": method.rule, "members": members}
     if method.alone is not None:  # as its user would load it: without the others
         config = {"rule": "linear", "constant": {method.alone: 1.0}, "members": {method.alone: members[method.alone]}}
-    assert study.experiment is not None
+    assert isinstance(plan.options.batch_size, int)
     return Load(
         config=config,
-        alpha=alpha,
+        alpha=timed.alpha,
         alone=method.alone is not None,
         prompts=prompts,
-        requests=[pair for one in scored for pair in answerer.tokens(one)],
+        requests=[request.tokens for one in scored for request in answerer.encode(one)],
         num_examples=len(scored),
         new_tokens=speed.new_tokens,
-        batch_size=study.experiment.batch_size,
+        batch_size=plan.options.batch_size,
     )
 
 
 def _measure_apart(load: Load) -> dict[str, Any]:
     """The cost of a method from a process of its own, or {"error": ...}."""
     command = [sys.executable, "-m", "ensembler.evaluation.measure"]
+    work = json.dumps(asdict(load))
     try:
-        done = subprocess.run(
-            command, input=json.dumps(asdict(load)), capture_output=True, text=True, check=False, timeout=_LONGEST
-        )
+        done = subprocess.run(command, input=work, capture_output=True, text=True, check=False, timeout=_LONGEST)
     except subprocess.TimeoutExpired:
         return {"error": f"it took longer than {_LONGEST} seconds"}
     lines = done.stdout.splitlines()

@@ -9,8 +9,24 @@ from typing import Any
 import numpy as np
 
 from ensembler.errors import ConfigError
-from ensembler.evaluation.resampling import NUM_RESAMPLES, Aggregate, Rows, number_clusters, resampled_aggregates
-from ensembler.evaluation.statistics import Comparison, Interval, check_paired, is_binary, mean_interval, row_numbers
+from ensembler.evaluation.resampling import (
+    NUM_RESAMPLES,
+    Aggregate,
+    Numbers,
+    Rows,
+    num_units,
+    number_clusters,
+    resampled_aggregates,
+)
+from ensembler.evaluation.statistics import (
+    Comparison,
+    Interval,
+    check_paired,
+    is_binary,
+    mean_interval,
+    row_numbers,
+    wilson,
+)
 from ensembler.extras import require
 
 stats: Any = require("scipy.stats", "eval")
@@ -20,14 +36,15 @@ optimize: Any = require("scipy.optimize", "eval")
 def detectable_effect(comparison: Comparison, *, level: float = 0.05, power: float = 0.8) -> float:
     """Return the smallest true difference that these rows would have shown with probability `power` at `level`.
 
-    For McNemar's test it is computed from the exact power of the test, with the disagreement that was found, or the
+    For McNemar's test it is computed from the exact power of the test, which falls as methods disagree more: with the
+    upper limit of Wilson's interval of the disagreement, since that of few rows may be found too small, or the
     difference itself where that is larger; inf for so few rows that the test never rejects. For other tests it is that
     of a t test with the comparison's standard error and degrees of freedom; NaN where the standard error is 0 or NaN.
     """
     _check(level, power)
     interval = comparison.difference
     if comparison.only_a is not None and comparison.only_b is not None:
-        disagreement = (comparison.only_a + comparison.only_b) / interval.num_rows
+        disagreement = wilson(comparison.only_a + comparison.only_b, interval.num_rows)[1]
         return _smallest_shown(interval.num_rows, disagreement, level, power)
     if not 0 < interval.standard_error < math.inf:
         return math.nan
@@ -95,22 +112,24 @@ def equivalence(
     if groups is None and is_binary(both):
         only_a, only_b = int((x > y).sum()), int((x < y).sum())
         p_value = max(_tango(only_a, only_b, len(x), margin), _tango(only_b, only_a, len(x), margin))
-    elif interval.standard_error > 0:
-        p_value = equivalence_by_t(interval, margin)
     else:
-        p_value = math.nan if abs(interval.estimate) < margin else 1.0
-    if both.min() < 0 or both.max() > 1:
-        return p_value
-    num_units = len(x) if groups is None else int(groups.max()) + 1
-    return float(np.nanmax([p_value, max(0.0, 1 - margin) ** num_units]))
+        p_value = equivalence_by_t(interval, margin)
+    return at_least_by_chance(p_value, both, margin, num_units(len(x), groups))
 
 
 def equivalence_by_t(difference: Interval, margin: float) -> float:
-    """Return the same p by t, from the standard error and the degrees of freedom; NaN where there are none."""
-    if difference.degrees_of_freedom is None or not difference.standard_error > 0:
-        return math.nan
+    """Return p of the same tests from an interval by t; without a standard error NaN within the margin, 1 beyond."""
+    if not difference.standard_error > 0:
+        return math.nan if abs(difference.estimate) < margin else 1.0
     reach = margin - abs(difference.estimate)
     return float(stats.t.sf(reach / difference.standard_error, difference.degrees_of_freedom))
+
+
+def at_least_by_chance(p_value: float, values: Numbers, margin: float, num: int) -> float:
+    """Return p, for `values` between 0 and 1 at least (1 − margin)^num of `num` rows or clusters, see `equivalence`."""
+    if values.min() < 0 or values.max() > 1:
+        return p_value
+    return float(np.nanmax([p_value, max(0.0, 1 - margin) ** num]))
 
 
 def _tango(only_a: int, only_b: int, num_rows: int, margin: float) -> float:

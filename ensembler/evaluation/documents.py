@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from ensembler.engine.grid import GridPoint
+
+# Names of right or wrong: acc_norm, exact_match, pass@1, prompt_level_strict_acc ...
+_SHARE = re.compile(r"(^|_)(acc|accuracy|em|exact|match|pass|correct|verify)([_@]|$)")
 
 Answer = list[Any]
 """The answers to a document's requests at one point, as JSON: [log-prob in nats, is it the greedy one] of a
@@ -19,7 +23,7 @@ class Document:
     """One document of a split of a task.
 
     `content` is the document as JSON; `prompt`, `choices` and `gold` (the right answer) are for people to read.
-    `requests`: lm-eval's own instances, or the image.
+    `requests`: what is asked of the members; of texts lm-eval's own instances.
     """
 
     task: str
@@ -51,12 +55,18 @@ class Metric:
     higher_is_better: bool
     is_mean: bool
 
+    @property
+    def is_percent(self) -> bool:
+        """Whether it is a share of right answers, by its name, and so told in percent; known before anything runs."""
+        return self.is_mean and _SHARE.search(self.name) is not None
+
 
 class Reading(NamedTuple):
     """A document as the members read it.
 
-    `length` of its longest request in tokens (0 of an image), a `digest` of what they read, `num_scored` tokens whose
-    log-prob is asked for, and `num_cut` requests that lost tokens on the left to fit into the context.
+    `length` of its longest request in tokens, those it may generate among them (0 where there are none), a `digest` of
+    what they read, `num_scored` tokens whose log-prob is asked for, and `num_cut` requests that lost tokens on the left
+    to fit into the context.
     """
 
     length: int
@@ -66,7 +76,7 @@ class Reading(NamedTuple):
 
 
 class Task(Protocol):
-    """Documents by split, and how their answers become a figure: `tasks.TextTask` and `vision.tasks.ImageTask`."""
+    """Documents by split, and how their answers become a figure, such as `tasks.TextTask`."""
 
     @property
     def name(self) -> str:
@@ -112,7 +122,7 @@ class Task(Protocol):
 
 
 class Answerer(Protocol):
-    """Members that answer documents at all points of a grid: `text_answers.TextAnswerer` and `vision.answers`."""
+    """Members that answer documents at all points of a grid, such as `text_answers.TextAnswerer`."""
 
     def describe(self) -> dict[str, Any]:
         """Return the ensemble, the backend and the packages that answers depend on, as JSON."""
@@ -123,10 +133,13 @@ class Answerer(Protocol):
     def open(self) -> AbstractContextManager[None]:
         """Load the members; they end with the `with` block. Raises MemberError or RunError."""
 
+    def largest_batch(self, document: Document, points: Sequence[GridPoint]) -> int:
+        """Return how many such documents fit into memory at once, the members being loaded."""
+
     def answer(
         self, batches: Iterable[Sequence[Document]], points: Sequence[GridPoint]
     ) -> Iterator[list[list[Answer]]]:
         """Yield the answers to one batch after another: of each document, at each point."""
 
     def thumbnail(self, document: Document) -> str | None:
-        """Return a small picture of the document as a data URI, where it is an image."""
+        """Return a small picture of the document as a data URI, where it shows one."""

@@ -35,7 +35,10 @@ COSTS = {
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """The metric of a rule at one α: on the test documents with its interval, and on those that choose α."""
+    """The metric of a rule at one α: on the test documents with its interval, and on those that choose α.
+
+    Of several seeds of training it is that of the first.
+    """
 
     rule: str
     alpha: float
@@ -59,9 +62,9 @@ class MethodFigure:
 
     `method` is its key, `label` its name for people. `alpha` is None of a method without one; `chosen_by` says what
     chose it: "validation", "prompt perplexity" or "given". `test`: the metric on the test documents, None where the
-    method failed with `error`; `standard_error` is lm-eval's; `others` are other metrics by key. `seeds`: the metric
-    of each seed of training, where there are several. `published` figures and costs are a paper's, in the unit of the
-    table. `cost`: by name, see `COSTS`.
+    method failed with `error`; `standard_error` is lm-eval's, None of several seeds of training; `others` are other
+    metrics by key. `seeds`: the metric of each seed of training, where there are several. `published` figures and costs
+    are a paper's, in the unit of the table. `cost`: by name, see `COSTS`.
     """
 
     method: str
@@ -95,9 +98,10 @@ class MethodFigure:
 class Difference:
     """Two methods, by key, on the same test documents.
 
-    `p_holm`: corrected over all comparisons of the run. `detectable`: the smallest difference that these documents
-    would have shown in 80 of 100 cases at the corrected level; NaN where it cannot be told. `p_equivalent`: of the
-    test that the two are alike to within the margin, corrected as well; None without a margin.
+    `p_holm`: corrected over all comparisons of the run; NaN where this one could not be tested. `detectable`: the
+    smallest difference that these documents would have shown in 80 of 100 cases at the corrected level; NaN where it
+    cannot be told. `p_equivalent`: of the test that the two are alike to within the margin, corrected over all such
+    tests; None without a margin.
     """
 
     method: str
@@ -112,7 +116,7 @@ class Difference:
 class TaskFigures:
     """All figures of one task.
 
-    `is_percent`: the metric is right or wrong per document, and told in percent; `margin` is in the unit of the table.
+    `is_percent`: the metric is a share of right answers, told in percent. `margin`: in the unit of the table.
     `tests`: a hash of the documents that are reported. `levels`: the keys of the methods that are members by
     themselves. `notes`: what a reader should know; `not_measured`: what is missing, and why.
     """

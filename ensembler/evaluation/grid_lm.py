@@ -1,16 +1,17 @@
 """An ensemble as a model of lm-eval: HFLM asks, encodes, cuts and post-processes, and one pass answers all points.
 
-Two methods of `HFLM` are overridden, `_loglikelihood_tokens` and `generate_until`. Windows of long texts, chat
-templates, begin tokens, stop strings and the length of answers are those of `HFLM`, called or inherited.
+`_loglikelihood_tokens` and `generate_until` of `HFLM` are overridden. Windows of long texts, chat templates, begin
+tokens, stop strings and the length of answers are those of `HFLM`, called or inherited.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain, groupby
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError, PromptError
 from ensembler.evaluation.backends import Backend, TransformersBackend
 from ensembler.evaluation.batches import can_share_contexts, make_batches
-from ensembler.evaluation.requests import ScoringRequest
+from ensembler.evaluation.requests import group_by_context
 from ensembler.evaluation.scoring import Score
 from ensembler.extras import require
 from ensembler.modeling import EnsembleForCausalLM
@@ -41,8 +42,25 @@ _OF_HFLM = ("max_batch_size", "add_bos_token", "prefix_token_id", *_OF_CHATS)
 _SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
 _MAX_LENGTH = HFLM._DEFAULT_MAX_LENGTH
 
-TokenPair = tuple[Any, list[int], list[int]]
-"""A request as HFLM encodes it: its texts (None of a window), the context's tokens, the continuation's."""
+
+class EncodedRequest(NamedTuple):
+    """A request as the members read it: the `tokens` of its context and its continuation, or of a prompt alone.
+
+    `is_cut`: it lost tokens on the left to fit into the context. `num_new`: how many tokens may be generated.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    is_cut: bool
+    num_new: int = 0
+
+    @property
+    def length(self) -> int:
+        """The number of tokens that are read at most, generated ones among them: all but the last."""
+        return sum(map(len, self.tokens)) + self.num_new - 1
+
+
+Prompt = tuple[int, int, EncodedRequest]
+"""A generation: its position among the requests, the number of its document, and its prompt."""
 
 
 class _Unloaded(SimpleNamespace):
@@ -64,7 +82,7 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
 
     `alpha`, `rule`: in place of the folder's. `device`, `dtype`: of all members, as on the command line. `seed`: of
     sampled texts. The others (`of_hflm`: those of `_OF_HFLM`) mean what they mean in `HFLM`. Raises ConfigError for an
-    argument that is not known.
+    argument that is not known, or that a checked ensemble has already.
     """
 
     _device: torch.device  # HFLM's
@@ -86,14 +104,16 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
         _refuse_unknown(of_hflm)
         if pretrained is None:
             raise ConfigError("no ensemble was given; name a folder, or demo: --model_args pretrained=FOLDER,alpha=0.5")
-        self._changes = {"alpha": alpha, "rule": rule}
-        self._given = (device, dtype)
-        self.backend_of_members: Backend | None = None
+        self._given = {"alpha": alpha, "rule": rule, "device": device, "dtype": dtype}
+        self._members: Backend | None = None
+        self._noted: list[EncodedRequest] | None = None
+        self._names: dict[tuple[str, str], str] = {}
         self.seed = seed
-        self.encoded: list[tuple[tuple[int, ...], ...]] = []
-        self.num_cut = 0
         if not isinstance(pretrained, str):
             self.checked = pretrained
+            beside = [name for name, value in self._given.items() if value is not None]
+            if beside:
+                raise ConfigError(f"{beside[0]} was given beside a checked ensemble; set it before the check")
         stand_in = pretrained if isinstance(pretrained, str) else self._stand_in("cpu")
         device = device or "cuda:0"  # where there is none, HFLM takes the CPU
         super().__init__(stand_in, backend="causal", device=device, batch_size=batch_size, **of_hflm)
@@ -111,13 +131,13 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
     def _get_config(self, pretrained: str, **_: Any) -> None:
         """Find and check the ensemble. HFLM has chosen a device by now; members that name none of their own get it."""
         config: EnsembleConfig = folder.read(demo_folder() if pretrained == "demo" else folder.find(pretrained))
-        config = config.replaced(**{name: value for name, value in self._changes.items() if value is not None})
-        device, dtype = self._given
+        given = {name: value for name, value in self._given.items() if value is not None}
+        config = config.replaced(**{name: given[name] for name in ("alpha", "rule") if name in given})
         for role, member in config.members.items():
-            if device is not None or (member.device == "cpu" and member.device_map is None):
+            if "device" in given or (member.device == "cpu" and member.device_map is None):
                 config.members[role] = member.placed(str(self._device))
-        if dtype is not None:
-            config.change_members(dtype=dtype)
+        if "dtype" in given:
+            config.change_members(dtype=given["dtype"])
         self.checked = check_ensemble(config)
         self._config = self.checked.config
 
@@ -137,29 +157,32 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
         if hasattr(self, "accelerator"):  # HFLM splits the documents among GPUs alone
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
 
-    def _loglikelihood_tokens(
-        self, requests: list[TokenPair], disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> list[Any]:
-        """Return (log-prob, is greedy) of each continuation at each point; before members are loaded, take note only.
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
+        """Return what `HFLM` returns; errors name the documents."""
+        self._names = {one.args: f"document {one.doc_id} of {one.task_name}" for one in requests if one.task_name}
+        found: list[Any] = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        return found
 
-        Continuations of one context are scored together.
+    def _loglikelihood_tokens(
+        self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[Any]:
+        """Return (log-prob, is greedy) of each continuation at each point; those of one context are scored together.
+
+        A request is what `HFLM` makes of it: its texts (None of a window), and the ids of context and continuation.
         """
-        pairs = [self._fitted(*one) for one in requests]
-        if self.backend_of_members is None:
-            self.encoded += pairs
+        encoded = [self._fitted(*one) for one in requests]
+        if self._noted is not None:
+            self._noted += encoded
             return [(0.0, False)] * len(requests)
-        together: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
-        for context, continuation in pairs:
-            together.setdefault(context, {})[continuation] = None
-        asked = [
-            ScoringRequest(number, context, tuple(of_context), "a document")
-            for number, (context, of_context) in enumerate(together.items())
-        ]
+        pairs = [one.tokens for one in encoded]
+        named = [(pair[0], self._names.get(texts)) for (texts, *_), pair in zip(requests, pairs, strict=True)]
+        asked = group_by_context(pairs, self.tokenizer, {context: name for context, name in named if name})
         share = can_share_contexts(self.checked.model_configs.values())
-        batches = make_batches(asked, override_bs or self._size(requests), share_contexts=share)
-        found: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[Any, Any]] = {}
+        size = override_bs or self._size(max((one.length for one in encoded), default=1))
+        batches = make_batches(asked, size, share_contexts=share)
+        found: dict[tuple[tuple[int, ...], ...], tuple[Any, Any]] = {}
         with self._progress(len(asked), "loglikelihood", disable_tqdm) as bar:
-            for one in chain.from_iterable(self.backend_of_members.score(batches, self.points, advance=bar.update)):
+            for one in chain.from_iterable(self.members.score(batches, self.points, advance=bar.update)):
                 for continuation, score in zip(one.request.continuations, one.scores, strict=True):
                     found[one.request.context, continuation] = self._answer(score)
         for (texts, *_), pair in zip(requests, pairs, strict=True):
@@ -172,10 +195,8 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
         hidden = disable or self.rank != 0 or not self._answers_one_point
         return tqdm(total=total, disable=hidden, desc=f"Running {kind} requests")
 
-    def _fitted(
-        self, texts: Any, context: Sequence[int], continuation: Sequence[int]
-    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The context, cut on the left to fit into the members' shortest one, and its continuation."""
+    def _fitted(self, texts: Any, context: Sequence[int], continuation: Sequence[int]) -> EncodedRequest:
+        """Cut the context on the left to fit into the members' shortest one. Raises PromptError."""
         if not context:
             raise PromptError("the prompt is no token of its own; give it some text")
         if not continuation:
@@ -185,71 +206,96 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
                 f"the answer has {len(continuation):,} tokens; the context ends at {self.max_length:,}: shorten it"
             )
         room = self.max_length + 1 - len(continuation)
-        self.num_cut += len(context) > room
-        return tuple(context[-room:]), tuple(continuation)
+        return EncodedRequest((tuple(context[-room:]), tuple(continuation)), len(context) > room)
 
     def take(self, members: Backend | None) -> None:
-        """Answer with loaded members from now on; with None, take note of requests in `encoded` only."""
-        self.backend_of_members = members
+        """Answer with these members from now on, or with none."""
+        self._members = members
         self._model = members.model if isinstance(members, TransformersBackend) else self._stand_in("cpu")
         self._device = self._model.device
 
-    def largest_batch(self, num_tokens: int) -> int:
-        """Return how many sequences of this length fit into memory at once, as lm-eval's batch size 'auto' finds it."""
-        return int(self._detect_batch_size([(None, [0] * num_tokens, [0])], 0))
+    @property
+    def members(self) -> Backend:
+        """The members that answer. Raises ConfigError where there are none."""
+        if self._members is None:
+            raise ConfigError("the model was asked without members; load some and give them to take()")
+        return self._members
+
+    @contextmanager
+    def noting(self) -> Iterator[list[EncodedRequest]]:
+        """Within a `with` block, requests are encoded into the list that it gets, and not answered."""
+        self._noted = []
+        try:
+            yield self._noted
+        finally:
+            self._noted = None
+
+    def largest_batch(self, num_tokens: int, num_rows: int = 1) -> int:
+        """Return how many requests, each of `num_rows` sequences of this length, fit into memory at once.
+
+        Sequences that fit are found as for lm-eval's batch size 'auto': by a forward of `max_batch_size`, or of fewer.
+        """
+        found = self._detect_batch_size([(None, [0] * num_tokens, [0])], 0)
+        return max(1, int(found) // num_rows)
+
+    def _size(self, num_tokens: int, num_rows: int = 1) -> int:
+        return self.largest_batch(num_tokens, num_rows) if self.batch_size == "auto" else int(self.batch_size)
 
     def _answer(self, score: Score) -> tuple[Any, Any]:
         if self._answers_one_point:
             return score.log_probs[0], score.is_greedy[0]
         return np.array(score.log_probs), np.array(score.is_greedy)
 
-    def _size(self, requests: Sequence[TokenPair] | None = None) -> int:
-        if self.batch_size != "auto":
-            return int(self.batch_size)
-        longest = sorted(requests or (), key=lambda one: -len(one[1]) - len(one[2]))
-        return int(self._detect_batch_size(longest, 0))
-
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         """Return the text after each request's context at each point, cut before its first stop string.
 
-        A request that is there several times in a row, as lm-eval repeats it, gets as many samples. Before members are
-        loaded, take note of the prompts only.
+        A request that is there several times in a row, as lm-eval repeats it, gets as many samples.
         """
-        alike: dict[str, list[tuple[int, Any, int]]] = {}
-        for _, repeated in groupby(enumerate(requests), key=lambda one: id(one[1])):
-            (position, request), *others = repeated
-            key = repr((request.task_name, request.idx, request.args[1], len(others)))
-            alike.setdefault(key, []).append((position, request, 1 + len(others)))
+        groups = self._grouped(requests)
+        if self._noted is not None:
+            self._noted += [one for prompts in groups.values() for _, _, one in prompts]
+            return [""] * len(requests)
         answers: list[Any] = [None] * len(requests)
-        size = 1 if self.backend_of_members is None else self._size()
+        num_rows = len(self.points) * max((count for _, count, *_ in groups), default=1)
+        size = self._size(self.max_length, num_rows)  # as HFLM measures it, once: processes do that together
         with self._progress(len(requests), "generate_until", disable_tqdm) as bar:
-            for same in alike.values():
-                for position, texts in self._generate([(one, request) for one, request, _ in same], same[0][2], size):
+            for (options, count, *_), prompts in groups.items():
+                for position, texts in self._generate(prompts, options, count, size):
                     answers[position : position + len(texts)] = texts
+                    for text in texts:
+                        self.cache_hook.add_partial("generate_until", requests[position].args, text)
                     bar.update(len(texts))
         return answers
 
-    def _generate(self, requests: list[tuple[int, Any]], count: int, size: int) -> Iterator[tuple[int, list[Any]]]:
-        """Yield the texts of requests with the same settings by their position, `count` for each."""
-        settings = utils.normalize_gen_kwargs(requests[0][1].args[1], self.max_gen_toks)
+    def _grouped(self, requests: list[Any]) -> dict[tuple[Any, ...], list[Prompt]]:
+        """Return the prompts, the longest first, by their options, the number of repeats, and their task."""
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        stop = utils.handle_stop_sequences(settings.pop("until", None), eos=eos)
-        options = _options(settings, stop, count, self.seed)
-        encoded = [(position, self._prompt(request, options.max_new_tokens)) for position, request in requests]
-        encoded.sort(key=lambda one: (-len(one[1].ids), one[1].number))
-        if self.backend_of_members is None:
-            self.encoded += [(tuple(prompt.ids),) for _, prompt in encoded]
-            yield from ((position, [""] * count) for position, _ in encoded)
-            return
-        for start in range(0, len(encoded), size):
-            chunk = encoded[start : start + size]
-            positions = {prompt.number: position for position, prompt in chunk}
-            for one in self.backend_of_members.complete([prompt for _, prompt in chunk], self.points, options):
-                texts = [[self._cut(each, stop) for each in one.samples[point]] for point in self.points]
+        groups: dict[tuple[Any, ...], list[Prompt]] = {}
+        for _, repeated in groupby(enumerate(requests), key=lambda one: id(one[1])):
+            (position, request), *others = repeated
+            settings = utils.normalize_gen_kwargs(request.args[1], self.max_gen_toks)
+            stop = utils.handle_stop_sequences(settings.pop("until", None), eos=eos)
+            options = _options(settings, stop, 1 + len(others), self.seed)
+            prompt = (position, request.doc_id, self._prompt(request, options.max_new_tokens))
+            groups.setdefault((options, 1 + len(others), request.task_name, request.idx), []).append(prompt)
+        for prompts in groups.values():
+            prompts.sort(key=lambda one: (-one[2].length, one[1]))
+        return groups
+
+    def _generate(
+        self, prompts: list[Prompt], options: DecodingOptions, count: int, size: int
+    ) -> Iterator[tuple[int, list[Any]]]:
+        """Yield the `count` texts of each prompt by its position; `size` prompts are decoded together."""
+        for start in range(0, len(prompts), size):
+            chunk = prompts[start : start + size]
+            positions = {number: position for position, number, _ in chunk}
+            encoded = [EncodedPrompt(number, list(one.tokens[0])) for _, number, one in chunk]
+            for one in self.members.complete(encoded, self.points, options):
+                texts = [[self._cut(each, options.stop) for each in one.samples[point]] for point in self.points]
                 by_sample = list(zip(*texts, strict=True)) * (count // options.num_return_sequences)
                 yield positions[one.number], [each[0] for each in by_sample] if self._answers_one_point else by_sample
 
-    def _prompt(self, request: Any, max_new_tokens: int) -> EncodedPrompt:
+    def _prompt(self, request: Any, max_new_tokens: int) -> EncodedRequest:
         room = self.max_length - max_new_tokens
         if room <= 0:
             raise PromptError(
@@ -259,16 +305,15 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
         ids = self.tok_batch_encode([request.args[0]])[0][0].tolist() if request.args[0] else []
         if not ids:
             raise PromptError("the prompt is empty; give it some text")
-        self.num_cut += len(ids) > room
-        return EncodedPrompt(request.doc_id, ids[-room:])
+        return EncodedRequest((tuple(ids[-room:]),), len(ids) > room, max_new_tokens)
 
-    def _cut(self, sample: Sample, stop: list[str]) -> str:
+    def _cut(self, sample: Sample, stop: Sequence[str]) -> str:
         text, think_end = sample.text, self.think_end_token
         if isinstance(think_end, int):
             if think_end in sample.ids:
                 text = self.tok_decode(sample.ids[len(sample.ids) - sample.ids[::-1].index(think_end) :])
             text, think_end = text.lstrip(), None
-        return str(utils.postprocess_generated_text(text, stop, think_end))
+        return str(utils.postprocess_generated_text(text, list(stop), think_end))
 
 
 def _refuse_unknown(given: dict[str, Any]) -> None:

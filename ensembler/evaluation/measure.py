@@ -28,7 +28,7 @@ from ensembler.decoding.batches import pad_id
 from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.backends import TransformersBackend
 from ensembler.evaluation.batches import can_share_contexts, make_batches
-from ensembler.evaluation.requests import ScoringRequest
+from ensembler.evaluation.requests import ScoringRequest, group_by_context
 from ensembler.modeling import EnsembleForCausalLM
 from ensembler.planning.measuring import loaded_bytes
 from ensembler.preflight import check_ensemble
@@ -80,7 +80,7 @@ class _Clock(BaseStreamer):  # type: ignore[misc,unused-ignore]
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Do nothing."""
 
 
 def measure(load: Load) -> Cost:
@@ -94,8 +94,8 @@ def measure(load: Load) -> Cost:
     _read_weights(model)
     setup = time.perf_counter() - start
     decoder = model.anchor if load.alone else model
-    requests = _together(load.requests)
-    pad = pad_id(model, checked.require_tokenizer())
+    tokenizer = checked.require_tokenizer()
+    requests, pad = group_by_context(load.requests, tokenizer), pad_id(model, tokenizer)
     _decode(decoder, pad, load.prompts[0], 4)
     _score(model, checked.model_configs, requests[: load.batch_size], load)
     times = [_decode(decoder, pad, prompt, load.new_tokens) for prompt in load.prompts]
@@ -111,24 +111,14 @@ def measure(load: Load) -> Cost:
 
 
 def _read_weights(model: EnsembleForCausalLM) -> None:
-    """Weights that keep the dtype of their file are only mapped when they are loaded: read every page of them."""
+    """Read every page of the weights on the CPU: those in the dtype of their file are only mapped by loading."""
     for weight in (weight for weight in model.parameters() if weight.device.type == "cpu"):
         weight.detach().flatten()[:: max(1, 4096 // weight.element_size())].sum()
 
 
-def _together(pairs: Sequence[Sequence[Sequence[int]]]) -> list[ScoringRequest]:
-    """Continuations of one context, which are read together."""
-    found: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
-    for context, continuation in pairs:
-        found.setdefault(tuple(context), {})[tuple(continuation)] = None
-    return [
-        ScoringRequest(number, *one, "a document") for number, one in enumerate((c, tuple(t)) for c, t in found.items())
-    ]
-
-
 @torch.inference_mode()
 def _decode(decoder: Any, pad: int, prompt: Sequence[int], num: int) -> tuple[float, float]:
-    """Seconds to the first token, and tokens per second after it; nothing ends the text before its length."""
+    """Return the seconds to the first token, and the tokens per second after it; end tokens are ignored."""
     ids = torch.tensor([list(prompt)], device=decoder.device)
     clock = _Clock()
     settings = GenerationConfig(max_new_tokens=num, do_sample=False, pad_token_id=pad)
@@ -142,7 +132,7 @@ def _decode(decoder: Any, pad: int, prompt: Sequence[int], num: int) -> tuple[fl
 def _score(
     model: EnsembleForCausalLM, model_configs: Mapping[str, Any], requests: Sequence[ScoringRequest], load: Load
 ) -> float | None:
-    """Examples per second; None where there are none."""
+    """Return examples per second; None where there are none."""
     share = can_share_contexts(model_configs.values())
     batches = make_batches(requests, load.batch_size, share_contexts=share)
     start = time.perf_counter()
@@ -155,13 +145,13 @@ _STATUS, _REFERENCES = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def _forget_host_peak() -> None:
-    """Begin anew with the largest resident size. `ru_maxrss` would not do: a process has it from its parent."""
+    """Reset the largest resident size. (`ru_maxrss` cannot be reset, and counts the parent's.)"""
     if _REFERENCES.exists():
         _REFERENCES.write_text("5")
 
 
 def _host_peak(before: int) -> int | None:
-    """The largest resident size since it was forgotten, over `before`, in bytes."""
+    """Return the largest resident size since it was forgotten, less `before`, in bytes; None where it is not told."""
     if not _STATUS.exists():
         return None
     lines = (line.split() for line in _STATUS.read_text().splitlines())
@@ -178,14 +168,14 @@ def main() -> None:
     """Print the cost, or {"error": ...}."""
     load = Load(**json.load(sys.stdin))
     try:
-        found: dict[str, Any] = {**asdict(measure(load)), **_machine()}
+        found: dict[str, Any] = asdict(measure(load))
     except Exception as error:  # a model may raise anything; it is the row of this measurement
         found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     print(json.dumps(found))
 
 
-def _machine() -> dict[str, Any]:
-    """On what it was measured."""
+def machine() -> dict[str, Any]:
+    """Return on what costs are measured: device, threads and the version of torch."""
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     device = ", ".join(names) or platform.processor() or platform.machine()
     return {"device": device, "threads": torch.get_num_threads(), "torch": torch.__version__}

@@ -1,7 +1,7 @@
-"""Scoring with one group of members in memory at a time: their needed logits wait on disk for one another.
+"""Score with one group of members in memory at a time; their needed logits wait on disk.
 
-The forwards, and what is combined, are those of members that are loaded together, so the numbers are the same bit for
-bit. A trio that is larger than the machine is scored in the memory of its largest member.
+Forwards and sums are those of members that are loaded together, so the numbers are the same bit for bit. A trio that is
+larger than the machine is scored in the memory of its largest member.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class OfflineScorer:
 
     @torch.inference_mode()
     def _collect(self, group: Sequence[MemberFiles], batches: Sequence[Batch], advance: Advance) -> None:
-        """Load a group, run it, keep its needed logits. All that holds its weights ends with this function."""
+        """Load a group, run it and keep its needed logits. Its weights are let go when this function ends."""
         members = None
         for batch in batches:
             missing = [one for one in batch.passes if not self._folder.has(_name(group, one))]

@@ -12,20 +12,23 @@ from typing import Any
 from ensembler.engine.grid import Grid, GridPoint, make_grid
 from ensembler.errors import ConfigError
 from ensembler.evaluation.documents import Answer, Answerer, Document, Reading, Task
+from ensembler.evaluation.methods import Run, levels
 from ensembler.evaluation.metric_values import to_json
 from ensembler.evaluation.parts import PROMPTS, TEST, PlannedTask, choose_metric, split_documents
+from ensembler.evaluation.results_file import Results
 from ensembler.extras import require
 from ensembler.preflight import CheckedEnsemble
-from ensembler.rules import RULES, Rule
+from ensembler.rules import RULES
 
 LOG_PROB = "log_prob"  # the value of a prompt
+AUTO = "auto"  # the batch size that fits into memory
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """Settings of a run besides its tasks.
+    """Settings of a run besides its grid and its tasks.
 
-    `rules` and `alphas` make the grid. `validation`: a number of documents or a split (`split_documents`). By `select`
+    `validation`: a number of documents or a split (`split_documents`). By `select`
     "metric", α is chosen by the metric of the validation documents, with `one_standard_error` by that rule; by
     "perplexity", by the likelihood of the reported documents' prompts, without labels. `metric`: a key of the tasks'
     metrics instead of their first. `cluster`: a field of the documents; those with one value are counted together.
@@ -33,8 +36,6 @@ class PlanOptions:
     of validation documents and of the bootstrap. Raises ConfigError.
     """
 
-    rules: tuple[str, ...]
-    alphas: tuple[float, ...]
     validation: str | None = None
     select: str = "metric"
     one_standard_error: bool = False
@@ -57,36 +58,40 @@ class PlanOptions:
             raise ConfigError(f"a margin of {self.margin:g} leaves no room; give a number above 0")
 
     @property
+    def chooses(self) -> bool:
+        """Whether α is chosen at all."""
+        return self.validation is not None or self.by_perplexity
+
+    @property
     def by_perplexity(self) -> bool:
         """Whether α is chosen by the likelihood of the prompts."""
         return self.select == "perplexity"
 
 
 class Plan:
-    """The documents, points and settings of one ensemble under the name `name`.
+    """The documents, points and settings of one run.
 
     Raises ConfigError or PromptError for what cannot be asked of this ensemble.
     """
 
     def __init__(
-        self,
-        name: str,
-        checked: CheckedEnsemble,
-        answerer: Answerer,
-        tasks: Sequence[Task],
-        options: PlanOptions,
+        self, run: Run, checked: CheckedEnsemble, answerer: Answerer, tasks: Sequence[Task], options: PlanOptions
     ) -> None:
-        self.name, self.checked, self.answerer, self.options = name, checked, answerer, options
+        self.run, self.checked, self.answerer, self.options = run, checked, answerer, options
         self.rule = checked.config.get_rule()
-        self.points = make_grid(options.rules, options.alphas)
-        self.levels = levels(self.rule)
-        ones = make_grid(options.rules, [1.0])
+        self.points = make_grid(run.rules, run.alphas)
+        ones = make_grid(run.rules, [1.0])
         # Member logits depend on no point: those that are compared cost nothing beside those that were asked for.
-        self.grid = list(dict.fromkeys([*self.points, *ones, *self.levels.values()]))
+        self.grid = list(dict.fromkeys([*self.points, *ones, *levels(self.rule).values()]))
         for points in (self.points, self.grid):  # raises for duplicates
             Grid.of(points, self.rule, checked.contract, checked.config.outside)
         self._read: dict[str, Reading] = {}
         self.tasks = [self._plan(task) for task in tasks]
+
+    @property
+    def name(self) -> str:
+        """The name of the run."""
+        return self.run.name
 
     def _plan(self, task: Task) -> PlannedTask:
         options = self.options
@@ -112,6 +117,15 @@ class Plan:
                 for document in documents:
                     yield document, part
 
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The names of all documents."""
+        return frozenset(document.name for document, _ in self.documents())
+
+    def is_finished(self, results: Results) -> bool:
+        """Return whether all documents are measured."""
+        return self.names <= results.done(self.name)
+
     def formula(self, point: GridPoint) -> tuple[object, ...]:
         """Return what a point computes: two points with the same are one method."""
         rule = self.rule if point.rule == self.rule.name else RULES[point.rule]
@@ -131,9 +145,10 @@ class Plan:
         return found
 
     @property
-    def longest(self) -> Document:
-        """The longest document of all."""
-        return max((document for document, _ in self.documents()), key=lambda one: self._read[one.name].length)
+    def longest(self) -> list[Document]:
+        """The longest document of each task."""
+        found = [[one for documents in task.parts.values() for one in documents] for task in self.tasks]
+        return [max(documents, key=lambda one: self._read[one.name].length) for documents in found]
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -141,8 +156,8 @@ class Plan:
         options = self.options
         return {
             **self.answerer.describe(),
-            "rules": list(options.rules),
-            "alphas": list(options.alphas),
+            "rules": list(self.run.rules),
+            "alphas": list(self.run.alphas),
             "tasks": {task.task.name: self._task_settings(task) for task in self.tasks},
             "batch size": options.batch_size,
             "seed": options.seed,
@@ -167,19 +182,6 @@ class Plan:
             return {LOG_PROB: to_json(sum(answers), document.name)}, {}
         task = next(one.task for one in self.tasks if one.task.name == document.task)
         return task.measure(document, answers)
-
-
-def levels(rule: Rule) -> dict[str, GridPoint]:
-    """Return the members that are points of a grid too, by role: the anchors, at α = 0, of all rules for such members.
-
-    Of source FT, source PT and target PT these are the first (base-change) and the last (EFT).
-    """
-    alike = {name: each for name, each in RULES.items() if set(each.roles) == set(rule.roles)}
-    found: dict[str, GridPoint] = {}
-    for name, each in {**alike, rule.name: rule}.items():
-        if each.cutoff is None and dict(each.constant) == {each.anchor: 1.0}:
-            found.setdefault(each.anchor, GridPoint(name, 0.0))
-    return found
 
 
 def prompts_of(document: Document) -> Document:

@@ -7,9 +7,19 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, SkipValidation, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    SkipValidation,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 from ensembler.config import MemberConfig
 from ensembler.errors import ConfigError
@@ -32,7 +42,6 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 
 ROLES = ("source_ft", "source_pt", "target_pt", "patch", "direct")
 TUNED = ("base-change", "eft", "patch+base-change")  # methods with an α
-_OF_TEXTS = ("num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "system_instruction", "gen_kwargs")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -61,7 +70,7 @@ def _find(name: str | None, info: ValidationInfo) -> str | None:
     """The path in the recipe's folder (the context) if there is such a file or folder; else the name, ~ expanded."""
     if name is None:
         return None
-    beside = Path(info.context or "", name)
+    beside = Path((info.context or Place()).folder, name)
     return str(beside) if os.path.exists(beside) else os.path.expanduser(name)
 
 
@@ -126,6 +135,32 @@ def _check_is_run(method: str, info: ValidationInfo) -> str:
     return method
 
 
+class Place(NamedTuple):
+    """Where a recipe is read: the folder of its file, and the kinds of experiments beside those on texts, by key."""
+
+    folder: Path = Path()
+    kinds: Mapping[str, type[Experiment]] = {}
+
+    @property
+    def _all(self) -> list[type[Experiment]]:
+        return [Experiment, *self.kinds.values()]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The keys that an experiment of any kind may have."""
+        return tuple(dict.fromkeys(key for kind in self._all for key in kind.model_fields))
+
+    @property
+    def settings(self) -> dict[str, type[BaseModel]]:
+        """Those keys of them that hold mappings of known keys."""
+        return {key: one for kind in self._all for key, one in kind.settings.items()}
+
+    def kind(self, given: Any) -> type[Experiment]:
+        """Return the kind of an experiment: that whose key it has, else language models on texts."""
+        has = given if isinstance(given, Mapping) else {}
+        return next((kind for key, kind in self.kinds.items() if has.get(key) is not None), Experiment)
+
+
 Flag = Annotated[bool, Field(strict=True)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Count = Annotated[int, Field(strict=True, ge=1)]
@@ -156,22 +191,14 @@ class Speed(BaseModel, frozen=True, extra="forbid"):
     num_examples: Count = 16
 
 
-class Images(BaseModel, frozen=True, extra="forbid"):
-    """That the models are image classifiers, and what `ensembler create` takes of them: paths of files, or None."""
-
-    classes: FoundPath | None = None
-    templates: FoundPath | None = None
-    aliases: FoundPath | None = None
-
-
 class Experiment(BaseModel, frozen=True, extra="forbid"):
-    """One set of models on some tasks.
+    """One set of language models on some tasks; a subclass is of models of another kind.
 
-    `models`: members by role, and the path of `patch` as one of them; with `images` they are image classifiers, and
-    `tasks` are folders of images. `seeds`: models of several seeds of training by role; `models` has those of the
-    first. `methods`: by default all that the models allow. `alphas`: the grid that validation chooses from; `alpha`
-    fixes it for a method. `validation`: a number of documents or a split. `num_fewshot`, `limit`,
-    `apply_chat_template`, `fewshot_as_multiturn`, `system_instruction` and `gen_kwargs`: as in lm-eval.
+    `models`: members by role, and the path of `patch` as one of them. `seeds`: models of several seeds of training by
+    role; `models` has those of the first. `methods`: by default all that the models allow. `alphas`: the grid that
+    validation chooses from; `alpha` fixes it for a method. `validation`: a number of documents or a split.
+    `num_fewshot`, `limit`, `apply_chat_template`, `fewshot_as_multiturn`, `system_instruction` and `gen_kwargs`: as in
+    lm-eval.
 
     `cluster`: a field of the documents; those that share its value count together in intervals and tests. `margin`:
     the difference up to which methods are tested to be alike, in the unit of the report's table. `published`: figures
@@ -203,14 +230,23 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
     published_alphas: Mapping[str, Mapping[Annotated[Tuned, IsRun], Number]] = Field(default={})
     published_costs: Mapping[Annotated[Method, IsRun], Mapping[Cost, Number]] = Field(default={})
     source: Text = ""
-    images: Images | None = None
     speed: Annotated[Speed | None, BeforeValidator(lambda given: None if given is False else given)] = None
+
+    settings: ClassVar[Mapping[str, type[BaseModel]]] = {"speed": Speed}  # keys that hold mappings of known keys
+    is_timed: ClassVar[bool] = True  # where the recipe does not say otherwise
 
     @property
     def by_seed(self) -> list[Experiment]:
         """The experiment with the models of each seed of training, and no `seeds`; itself where there are none."""
         found = [self.model_copy(update={"models": {**self.models, **models}, "seeds": ()}) for models in self.seeds]
         return found or [self]
+
+    @property
+    def missing_models(self) -> dict[str, list[str]]:
+        """The roles that each method of several lacks and is not run for; of none where `methods` were given."""
+        wanted = {} if "methods" in self.model_fields_set else METHODS
+        missing = {method: [role for role in roles if role not in self.models] for method, roles in wanted.items()}
+        return {method: roles for method, roles in missing.items() if roles and len(METHODS[method]) > 1}
 
     def has_seeds(self, method: str) -> bool:
         """Return whether a method has models of several seeds."""
@@ -223,12 +259,7 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        """Every α comes from somewhere, and not from the documents that report it; settings of texts are of texts."""
-        if self.images is not None and self.speed is not None:
-            raise ConfigError("speed is measured of texts alone; leave it out, or write speed: false")
-        of_texts = [key for key in _OF_TEXTS if getattr(self, key)]
-        if self.images is not None and of_texts:
-            raise ConfigError(f"{of_texts[0]} is a setting of texts; leave it out of an experiment on images")
+        """Every α comes from somewhere, and not from the documents that report it."""
         if self.fewshot_as_multiturn and not self.apply_chat_template:
             raise ConfigError("fewshot_as_multiturn is true without a chat template; give apply_chat_template too")
         free = [method for method in self.methods if method in TUNED and method not in self.alpha]
@@ -240,6 +271,12 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
                 f"alpha: {{{free[0]}: NUMBER}}"
             )
         return self
+
+
+def _of_its_kind(given: Any, of_texts: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Experiment:
+    kind = (info.context or Place()).kind(given)
+    found: Experiment = of_texts(given) if kind is Experiment else kind.model_validate(given, context=info.context)
+    return found
 
 
 def _check_names(experiments: tuple[Experiment, ...]) -> tuple[Experiment, ...]:
@@ -255,7 +292,11 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
 
     name: Text
     description: Annotated[str, BeforeValidator(str)] = ""
-    experiments: Annotated[tuple[Experiment, ...], Field(min_length=1), AfterValidator(_check_names)]
+    experiments: Annotated[
+        tuple[Annotated[Experiment, WrapValidator(_of_its_kind)], ...],
+        Field(min_length=1),
+        AfterValidator(_check_names),
+    ]
 
 
 def check_tasks(experiment: Experiment, tasks: Sequence[Task]) -> None:

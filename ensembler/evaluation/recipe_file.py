@@ -11,10 +11,8 @@ import yaml
 from pydantic import ValidationError
 
 from ensembler.errors import ConfigError
-from ensembler.evaluation.recipe import METHODS, Experiment, Images, Recipe, Speed, nearest
+from ensembler.evaluation.recipe import METHODS, Experiment, Place, Recipe, nearest
 
-_KEYS = ("description", "experiments", *Experiment.model_fields)
-_FIELDS = {"speed": Speed.model_fields, "images": Images.model_fields}
 _MAPPINGS = ("models", "alpha", "published", "published_alphas", "published_costs")  # an experiment adds to the top's
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _EXPECTED = {  # by key, else by pydantic's type of error
@@ -64,8 +62,10 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
         return node
 
 
-def read_recipe(path: Path) -> Recipe:
+def read_recipe(path: Path, kinds: Mapping[str, type[Experiment]] | None = None) -> Recipe:
     """Return the recipe in a YAML file; raise ConfigError for the first fault in it.
+
+    An experiment with one of the keys of `kinds` is of that kind, others are of language models on texts.
 
     Keys at the top hold for all `experiments` that do not say otherwise; without any, it is the one. Relative paths are
     looked for beside the file, then in the current folder. A key without a value is one that is left out.
@@ -73,37 +73,38 @@ def read_recipe(path: Path) -> Recipe:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join((getattr(error, "strerror", None) or str(error)).split())[:200]
         raise ConfigError(f"{path} cannot be read as a recipe: {reason}; give a YAML file, or `demo`") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path} is no recipe; expected a mapping with models and tasks")
-    content = _share(content, path.stem)
+    place = Place(path.parent, kinds or {})
+    content = _share(content, path.stem, place)
     try:
-        return Recipe.model_validate(content, context=path.parent)
+        return Recipe.model_validate(content, context=place)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_sentence(error, content)}") from error
+        raise ConfigError(f"{path}: {_sentence(error, content, place)}") from error
 
 
-def _share(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+def _share(content: Mapping[str, Any], name: str, place: Place) -> dict[str, Any]:
     """Return the recipe with the keys at its top in all of its experiments; faults stay in it."""
-    others = {key: content[key] for key in content if key not in Experiment.model_fields and content[key] is not None}
+    others = {key: content[key] for key in content if key not in place.fields and content[key] is not None}
     top = {"name": name, **{key: content[key] for key in content if key not in others}}
     given = others.get("experiments", [{}])
     if isinstance(given, list):
-        given = [_merge(top, own) if isinstance(own, Mapping) else own for own in given]
+        given = [_merge(top, own, place) if isinstance(own, Mapping) else own for own in given]
     return {**others, "name": top["name"], "experiments": given}
 
 
-def _merge(top: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(top: Mapping[str, Any], own: Mapping[str, Any], place: Place) -> dict[str, Any]:
     merged = {key: value for key, value in {**top, **own}.items() if value is not None}
     for key in _MAPPINGS:
         parts = [part[key] for part in (top, own) if part.get(key) is not None]
         faults = [part for part in parts if not isinstance(part, Mapping)]
         merged[key] = faults[0] if faults else {name: part[name] for part in parts for name in part}
-    return {"tasks": None, "speed": False if "images" in merged else {}, **merged}
+    return {"tasks": None, "speed": {} if place.kind(merged).is_timed else False, **merged}
 
 
-def _sentence(error: ValidationError, content: Mapping[str, Any]) -> str:
+def _sentence(error: ValidationError, content: Mapping[str, Any], place: Place) -> str:
     """Say where the first fault is, what was given and what was expected."""
     errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")  # others may come of these
     faults = [(_keys(each["loc"], content), each) for each in errors]
@@ -111,7 +112,9 @@ def _sentence(error: ValidationError, content: Mapping[str, Any]) -> str:
     keys, fault = max((each for each in faults if each[0][: len(first)] == first), key=lambda each: len(each[0]))
     if fault["type"] == "extra_forbidden":
         *keys, key = keys
-        known = [*_FIELDS.get(keys[-1], Experiment.model_fields)] if keys else _KEYS
+        known = place.fields if keys else ("description", "experiments", *place.fields)
+        if keys and keys[-1] in place.settings:
+            known = tuple(place.settings[keys[-1]].model_fields)
         return ": ".join([*keys, f"unknown key {key!r}{nearest(key, known)}"])
     if fault["type"] == "value_error":
         return ": ".join([*keys, str(fault["ctx"]["error"])])

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ensembler.errors import OutputError
 from ensembler.evaluation import pictures, tables
 from ensembler.evaluation.figures import TaskFigures
+from ensembler.evaluation.results_file import FILE
 from ensembler.evaluation.verdict import verdict
 from ensembler.extras import require
 from ensembler.files import write_whole
 
 SUMMARY, REPORT = "summary.json", "report.html"
+_EXPECTED = "two folders that `ensembler bench` or `ensembler sweep` wrote"
 _KEY = ("experiment", "task", "metric", "is_percent")
 
 
@@ -54,9 +56,14 @@ def compare_folders(a: Path, b: Path) -> list[dict[str, Any]]:
 
     Beside the names of its experiment, task, metric and method: `a` and `b`, its figures as summary.json has them, None
     where a folder has none, and whether both were tested on the `same_documents`. Raises OutputError for a folder
-    without a summary.
+    without a summary, and for two without a method in common.
     """
     one, other = _read(a), _read(b)
+    if not one.keys() & other.keys():
+        raise OutputError(
+            f"no method is in both folders, on the same task by the same metric: {a} has ({_names(one)}), {b} has "
+            f"({_names(other)}); give two that can be set side by side"
+        )
     found = []
     for key in dict.fromkeys((*one, *other)):
         (left, tests), (right, others) = one.get(key, (None, "")), other.get(key, (None, ""))
@@ -67,6 +74,11 @@ def compare_folders(a: Path, b: Path) -> list[dict[str, Any]]:
 def _read(folder: Path) -> dict[tuple[Any, ...], tuple[dict[str, Any] | None, str]]:
     """The methods of a folder by their names, each with a hash of its test documents."""
     path = folder / SUMMARY
+    if (folder / FILE).exists() and not path.exists():
+        raise OutputError(f"{folder} is of a run that has not finished; run its command again, which goes on with it")
+    if not path.exists():
+        found = f"holds no {SUMMARY}" if folder.is_dir() else "is no folder"
+        raise OutputError(f"{folder} {found}; give {_EXPECTED}")
     try:
         return {
             (*((name, task[name]) for name in _KEY), ("method", method["method"])): (method, task["tests"])
@@ -75,9 +87,16 @@ def _read(folder: Path) -> dict[tuple[Any, ...], tuple[dict[str, Any] | None, st
         }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(
-            f"{path} is no summary of this version; give two folders of `ensembler bench` or `ensembler sweep`, or run "
-            "the command of an older one again"
+            f"{path} is no summary of this version; run the command that wrote it again, or give {_EXPECTED}"
         ) from error
+
+
+def _names(methods: Iterable[tuple[tuple[str, Any], ...]]) -> str:
+    """The methods by the experiment, task and metric that they were measured on."""
+    found: dict[str, list[str]] = {}
+    for names in map(dict, methods):
+        found.setdefault(" ".join(filter(None, map(names.get, _KEY[:3]))), []).append(names["method"])
+    return "; ".join(f"{measured}: {', '.join(keys)}" for measured, keys in found.items())
 
 
 def _json(content: Mapping[str, Any]) -> str:

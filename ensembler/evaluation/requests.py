@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,24 +11,10 @@ from ensembler.decoding.prompts import Report, check_utf8, read_lines
 from ensembler.errors import PromptError
 from ensembler.extras import require
 
+_NUM_SHOWN = 12  # tokens of a text in a message
 _EXPECTED = (
     'expected {"prompt": "...", "continuation": "..."}, {"prompt": "...", "choices": ["...", ...]} or {"text": "..."}'
 )
-
-
-@dataclass(frozen=True)
-class Question:
-    """A prompt and its possible continuations, as texts.
-
-    `has_choices`: they were given as a list. `is_text`: the one continuation is a text of any length, without a prompt.
-    """
-
-    number: int
-    prompt: str
-    continuations: tuple[str, ...]
-    source: str
-    has_choices: bool = False
-    is_text: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,12 +43,12 @@ class ScoringRequest:
 
     @property
     def num_positions(self) -> int:
-        """The tokens that a member reads for the longest continuation, whose last token it need not see."""
+        """The number of tokens that a member reads for the longest continuation: all but the last."""
         whole = len(self.context) + max(map(len, self.continuations)) - 1
         return whole if self.window is None else min(whole, self.window)
 
     def windows(self) -> list[tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]]:
-        """Return what is read at once: contexts and their continuations, all tokens of a text scored exactly once.
+        """Return the contexts that are read at once with their continuations; each token of a text is scored once.
 
         A text that is longer than its window is cut as lm-eval's `loglikelihood_rolling` cuts it: every window but the
         first is full, and scores only what no window before it did. Raises MissingExtraError for such without lm-eval.
@@ -77,20 +63,29 @@ class ScoringRequest:
         return [(tuple(context), (tuple(continuation),)) for context, continuation in disjoint]
 
 
-def read_questions(path: Path, *, skip: Report | None = None) -> list[Question]:
-    """Return the questions of a JSON Lines file: each a text, or a prompt with a continuation or a list of choices.
+def read_requests(
+    path: Path, tokenizer: Any, *, context: tuple[str, int] | None = None, skip: Report | None = None
+) -> list[ScoringRequest]:
+    """Return the requests of a JSON Lines file: each a text, or a prompt with a continuation or a list of choices.
 
-    A broken line raises PromptError with file and line number; with `skip`, it is called with the message instead.
+    `context`: see `encode_request`. A line that cannot be scored raises PromptError with file and line number; with
+    `skip`, it is called with the message instead.
     """
-    return read_lines(path, _question, holds=f"questions; {_EXPECTED}", skip=skip)
+
+    def parse(value: Any, number: int, source: str) -> ScoringRequest:
+        prompt, texts, has_choices = _texts(value, source)
+        return encode_request(tokenizer, prompt, texts, source, number, has_choices=has_choices, context=context)
+
+    return read_lines(path, parse, holds=f"line that can be scored; {_EXPECTED}", skip=skip)
 
 
-def _question(value: Any, number: int, source: str) -> Question:
+def _texts(value: Any, source: str) -> tuple[str | None, list[str], bool]:
+    """Return the prompt (None for a text), the continuations, and whether they are choices."""
     given = value if isinstance(value, dict) else {}
     if "text" in given and not given.keys() & {"prompt", "continuation", "choices"}:
         if not isinstance(given["text"], str):
             raise PromptError(f"{source}: 'text' is no text; {_EXPECTED}")
-        return Question(number, "", (given["text"],), source, is_text=True)
+        return None, [given["text"]], False
     if not isinstance(given.get("prompt"), str):
         raise PromptError(f"{source} has no text under 'prompt'; {_EXPECTED}")
     has_choices = "choices" in given
@@ -101,48 +96,36 @@ def _question(value: Any, number: int, source: str) -> Question:
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
         name = "'choices' is no list of texts" if has_choices else "'continuation' is no text"
         raise PromptError(f"{source}: {name}; {_EXPECTED}")
-    return Question(number, given["prompt"], tuple(texts), source, has_choices)
+    return given["prompt"], texts, has_choices
 
 
-def encode_questions(
-    questions: Sequence[Question],
+def encode_request(
     tokenizer: Any,
+    prompt: str | None,
+    continuations: Sequence[str],
+    source: str,
+    number: int = 0,
     *,
+    has_choices: bool = False,
     context: tuple[str, int] | None = None,
-    skip: Report | None = None,
-) -> list[ScoringRequest]:
-    """Return what `encode_question` does; with `skip`, it is called with the message in place of a PromptError."""
-    requests = []
-    for question in questions:
-        try:
-            requests.append(encode_question(question, tokenizer, context=context))
-        except PromptError as error:
-            if skip is None:
-                raise
-            skip(str(error))
-    return requests
-
-
-def encode_question(question: Question, tokenizer: Any, *, context: tuple[str, int] | None = None) -> ScoringRequest:
-    """Return one question as token ids.
+) -> ScoringRequest:
+    """Return a prompt and its continuations as token ids; without a prompt, the one continuation is a text.
 
     The prompt and a continuation are encoded as one text and parted where the prompt's own tokens end. White space
     at the prompt's end goes to the continuation, to whose first word the tokenizer would join it. An empty
     prompt is the tokenizer's begin token, or its end token where there is none. `context`: the role with the shortest
     context and that length in tokens, which is the window of a text. Raises PromptError for what cannot be scored.
     """
-    source = question.source
-    for index, text in enumerate(question.continuations):
+    for index, text in enumerate(continuations):
         if not text:
-            only = "the text" if question.is_text else "the continuation"
-            which = f"choice {index}" if question.has_choices else only
-            raise PromptError(f"{source}: {which} is empty; give it some text")
-    for text in (question.prompt, *question.continuations):
+            name = f"choice {index}" if has_choices else "the text" if prompt is None else "the continuation"
+            raise PromptError(f"{source}: {name} is empty; give it some text")
+    for text in (prompt or "", *continuations):
         check_utf8(text, source)
-    first, continuations = _encode(question, tokenizer)
+    first, found = _encode(tokenizer, prompt or "", continuations, source)
     role, length = context or ("", None)
-    window = length if question.is_text else None
-    request = ScoringRequest(question.number, first, continuations, source, question.has_choices, window)
+    window = length if prompt is None else None
+    request = ScoringRequest(number, tuple(first), tuple(map(tuple, found)), source, has_choices, window)
     if length is not None and request.num_positions > length:
         raise PromptError(
             f"{source} has {request.num_positions:,} tokens to read; the context of {role} ends at {length:,}: "
@@ -151,27 +134,42 @@ def encode_question(question: Question, tokenizer: Any, *, context: tuple[str, i
     return request
 
 
-def _encode(question: Question, tokenizer: Any) -> tuple[tuple[int, ...], tuple[tuple[int, ...], ...]]:
+def _encode(tokenizer: Any, prompt: str, texts: Sequence[str], source: str) -> tuple[list[int], list[list[int]]]:
     """Return the ids of the prompt, or the begin token, and of the continuations."""
-    prompt = question.prompt.rstrip()
-    texts = [question.prompt[len(prompt) :] + text for text in question.continuations]
-    if prompt:
-        first = _ids(tokenizer, prompt)
-        found = [_ids(tokenizer, prompt + text)[len(first) :] for text in texts]
-    else:
-        begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if begin is None:
-            raise PromptError(
-                f"{question.source} has an empty prompt and the tokenizer no begin token; give it some text"
-            )
-        first = [begin]
-        found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-        found = [ids[1:] if ids[:1] == first else ids for ids in found]
-    return tuple(first), tuple(map(tuple, found))
+    head = prompt.rstrip()
+    texts = [prompt[len(head) :] + text for text in texts]
+    if head:
+        first = _ids(tokenizer, head)
+        return first, [_ids(tokenizer, head + text)[len(first) :] for text in texts]
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if begin is None:
+        raise PromptError(f"{source} has an empty prompt and the tokenizer no begin token; give it some text")
+    found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    return [begin], [ids[1:] if ids[:1] == [begin] else ids for ids in found]
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    """The ids with the special tokens that the tokenizer adds, but no second begin token before one in the text."""
+    """Return the ids with the special tokens that the tokenizer adds, but no second begin token."""
     has_begin = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
     ids: list[int] = tokenizer(text, add_special_tokens=not has_begin)["input_ids"]
     return ids
+
+
+def group_by_context(
+    pairs: Iterable[Sequence[Sequence[int]]], tokenizer: Any, names: Mapping[tuple[int, ...], str] | None = None
+) -> list[ScoringRequest]:
+    """Return one request for each context of (context, continuation) pairs, with its different continuations.
+
+    `names`: of contexts, for messages; the others are named by their first words.
+    """
+    together: dict[tuple[int, ...], dict[tuple[int, ...], None]] = {}
+    for context, continuation in pairs:
+        together.setdefault(tuple(context), {})[tuple(continuation)] = None
+    requests = []
+    for number, (context, found) in enumerate(together.items()):
+        continuations = tuple(found)
+        source = (names or {}).get(context)
+        if source is None:
+            source = f"the text that begins with {tokenizer.decode((context + continuations[0])[:_NUM_SHOWN])!r}"
+        requests.append(ScoringRequest(number, context, continuations, source))
+    return requests

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 from ensembler.errors import ConfigError
 from ensembler.evaluation.figures import TaskFigures
+from ensembler.evaluation.recipe import nearest
 
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-_CONDITION = re.compile(
-    r"\s*(?P<left>[a-z_+-]*[a-z])\s*(?P<operator>[<>]=?)\s*"
-    r"(?:(?P<right>[a-z_+-]*[a-z])\s*(?P<offset>[+-]\s*\d+\.?\d*)?|(?P<number>-?\d+\.?\d*))\s*"
-)
+_CONDITION = re.compile(r"\s*(?P<left>[a-z_+-]*[a-z])\s*(?P<operator>[<>]=?)\s*(?P<right>[^<>=]*?)\s*")
+_RIGHT = re.compile(r"(?P<right>[a-z_+-]*[a-z])\s*(?P<offset>[+-]\s*\d+\.?\d*)?|(?P<number>-?\d+\.?\d*)")
 
 
 @dataclass(frozen=True)
@@ -37,11 +36,23 @@ class Requirement:
         match = _CONDITION.fullmatch(text)
         if match is None:
             raise ConfigError(f'--require {text!r} is no condition; give one such as "patch >= source_ft - 2"')
-        if not any({match["left"], match["right"]} <= {None, *known} for known in methods):
+        side = _RIGHT.fullmatch(match["right"])
+        if side is None:
+            raise ConfigError(
+                f"--require {text!r} has {match['right']!r} on the right; expected a method, a method and + or - a "
+                "number, or a number"
+            )
+        left, right = match["left"], side["right"]
+        all_methods = list(dict.fromkeys(method for known in methods for method in known))
+        for method in (left, right):
+            if method not in (None, *all_methods):
+                hint = nearest(method, all_methods)
+                raise ConfigError(f"--require {text!r}: no experiment has the method {method!r}{hint}")
+        if not any({left, right} <= {None, *known} for known in methods):
             given = "; ".join(dict.fromkeys(", ".join(known) for known in methods))
-            raise ConfigError(f"--require {text!r} is of methods that no experiment has; they have {given}")
-        number = "".join((match["number"] or match["offset"] or "0").split())
-        return cls(text, match["left"], match["operator"], match["right"], float(number))
+            raise ConfigError(f"--require {text!r} is of methods of different experiments; they have {given}")
+        number = "".join((side["number"] or side["offset"] or "0").split())
+        return cls(text, left, match["operator"], right, float(number))
 
     def failures(self, tasks: Sequence[TaskFigures]) -> list[str]:
         """Return a sentence for each task with these methods on which the condition does not hold."""

@@ -26,11 +26,11 @@ Aggregate = Callable[[list[Any]], float]
 """Makes one number of rows, in any order, as the aggregation functions of lm-eval do; called once for each resample."""
 
 
-def resampled_means(values: Numbers, seed: int) -> Numbers:
-    """Return the means of NUM_RESAMPLES resamples of `values` (n,), (NUM_RESAMPLES,)."""
+def resampled_means(values: Numbers, seed: int, num_resamples: int = NUM_RESAMPLES) -> Numbers:
+    """Return the means of resamples of `values` (n,), (num_resamples,)."""
     generator, shape = np.random.default_rng(seed), (_AT_ONCE, len(values))
-    draws = (generator.integers(len(values), size=shape) for _ in range(NUM_RESAMPLES // _AT_ONCE))
-    return np.concatenate([values[drawn].mean(axis=-1) for drawn in draws])
+    draws = (generator.integers(len(values), size=shape) for _ in range(-(-num_resamples // _AT_ONCE)))
+    return np.concatenate([values[drawn].mean(axis=-1) for drawn in draws])[:num_resamples]
 
 
 def resampled_aggregates(
@@ -74,6 +74,11 @@ def number_clusters(clusters: Sequence[Hashable] | None, num_rows: int) -> Group
     if len(numbers) < 2:
         raise ConfigError(f"all {num_rows} rows are of one cluster; expected two clusters or more, or none to be given")
     return groups
+
+
+def num_units(num_rows: int, groups: Groups | None) -> int:
+    """Return how many independent units rows are: clusters, or the rows themselves."""
+    return num_rows if groups is None else int(groups.max()) + 1
 
 
 def standard_error(values: Numbers, groups: Groups | None = None) -> float:

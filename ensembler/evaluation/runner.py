@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from ensembler.errors import MissingExtraError, OutputError, StoreError
 from ensembler.evaluation.documents import Answer, Document
-from ensembler.evaluation.plan import Plan
+from ensembler.evaluation.plan import AUTO, Plan
 from ensembler.evaluation.results_file import Measured
 from ensembler.evaluation.store import Store
 from ensembler.evaluation.study import Study
-from ensembler.evaluation.text_answers import AUTO, TextAnswerer
 
 Advance = Callable[[int], None]
 ERROR, BEGUN, BATCH_SIZE = "error", "begun", "batch size"  # kinds of notes
@@ -39,9 +40,8 @@ class Runner:
         """
         self.store.begin_run(plan.name, plan.grid, plan.documents())
         done = self.store.done(plan.name)
-        names = {document.name for document, _ in plan.documents()}
-        advance(len(names & done))
-        if names <= done:
+        advance(len(plan.names & done))
+        if plan.names <= done:
             return
         rank, num_ranks = (0, 1) if alone else (self.rank, self.num_ranks)
         size = plan.options.batch_size
@@ -62,10 +62,9 @@ class Runner:
 
     def _batch_size(self, plan: Plan) -> int:
         """The size that the first process of the run found, which all keep to: rounding depends on it."""
-        if not isinstance(plan.answerer, TextAnswerer):
-            return 8
         if not any(name == plan.name for name, _ in self.store.notes(BATCH_SIZE)):
-            self.store.note(BATCH_SIZE, plan.name, {"size": plan.answerer.largest_batch(plan.longest)})
+            size = min(plan.answerer.largest_batch(document, plan.grid) for document in plan.longest)
+            self.store.note(BATCH_SIZE, plan.name, {"size": size})
         return next(int(content["size"]) for name, content in self.store.notes(BATCH_SIZE) if name == plan.name)
 
     def _answer(
@@ -87,10 +86,11 @@ class Runner:
         Raises StoreError for a store that cannot be written to any more.
         """
         failed: set[str] = set()
-        for run, plan in (pair for study in studies for pair in study.runs):
-            if run.instead_of is not None and run.instead_of not in failed:
+        for plan in (plan for study in studies for plan in study.plans):
+            instead_of = plan.run.instead_of
+            if instead_of is not None and instead_of not in failed:
                 continue
-            reason = self._try(plan, advance, alone=run.instead_of is not None)
+            reason = self._try(plan, advance, alone=instead_of is not None)
             if reason is not None:
                 failed.add(plan.name)
                 report(plan.name, reason)
@@ -118,37 +118,51 @@ class Runner:
 
         A process that the system ends for lack of memory says nothing, and the same command would end there for ever.
         """
-        if self.num_ranks > 1 or self.is_finished(plan):
+        if self.num_ranks > 1 or plan.is_finished(self.store):
             return
-        lost, num_done = 0, self._num_done(plan)
-        for kind, change in ((BEGUN, 1), (ERROR, -1)):
-            notes = self.store.notes(kind)
-            lost += change * sum(name == plan.name and content["done"] == num_done for name, content in notes)
+        num_done = self._num_done(plan)
+        begun, failed = (
+            [content for name, content in self.store.notes(kind) if name == plan.name and content["done"] == num_done]
+            for kind in (BEGUN, ERROR)
+        )
+        lost = sum(not _is_alive(content.get("process")) for content in begun) - len(failed)
         if lost >= _MOST_LOSSES:
             raise MemoryError(
                 f"the process was lost in it {lost} times without a new row, as where the system lacks memory; make "
                 "room and run the same command again, or leave its methods out and give --output another folder"
             )
-        self.store.note(BEGUN, plan.name, {"done": num_done})
+        self.store.note(BEGUN, plan.name, {"done": num_done, "process": _process()})
 
     def errors(self, studies: Iterable[Study]) -> dict[str, str]:
         """Return what failed since this runner was made, by the name of the run: the last failure of each."""
-        unfinished = {plan.name for study in studies for _, plan in study.runs if not self.is_finished(plan)}
+        plans = [plan for study in studies for plan in study.plans]
+        unfinished = {plan.name for plan in plans if not plan.is_finished(self.store)}
         notes = self.store.notes(ERROR)[self._num_known :]
         return {name: content["error"] for name, content in notes if name in unfinished}
 
     def is_complete(self, studies: Iterable[Study], errors: Mapping[str, str]) -> bool:
         """Whether each run is finished or failed, or is in place of one that did not fail."""
         return all(
-            self.is_finished(plan) or plan.name in errors
+            plan.name in errors or plan.is_finished(self.store)
             for study in studies
-            for run, plan in study.runs
-            if run.instead_of is None or run.instead_of in errors
+            for plan in study.plans
+            if plan.run.instead_of is None or plan.run.instead_of in errors
         )
 
-    def is_finished(self, plan: Plan) -> bool:
-        """Whether all documents of a plan are measured."""
-        return {document.name for document, _ in plan.documents()} <= self.store.done(plan.name)
+
+def _process() -> list[float]:
+    """What tells this process from all others: when its machine began, its number there, and when it began."""
+    return [psutil.boot_time(), os.getpid(), psutil.Process().create_time()]
+
+
+def _is_alive(process: Sequence[float] | None) -> bool:
+    """Whether a process is at work on this machine, as where two commands go on with one store."""
+    if process is None or process[0] != psutil.boot_time():
+        return False
+    try:
+        return bool(psutil.Process(int(process[1])).create_time() == process[2])
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _measured(plan: Plan, document: Document, by_point: Sequence[Answer]) -> list[Measured]:

@@ -24,10 +24,9 @@ from ensembler.evaluation.requests import ScoringRequest
 
 @dataclass(frozen=True)
 class Score:
-    """One continuation: for each point the log-prob (nats, summed over its tokens), and whether it is the greedy one.
+    """The score of one continuation: for each point its log-prob in nats, and whether it is the greedy one.
 
-    A log-prob is −inf where the ensemble forbids one of the tokens. `token_log_probs`: for each point those of the
-    tokens.
+    A log-prob, the sum of its `token_log_probs`, is −inf where the ensemble forbids one of the tokens.
     """
 
     log_probs: tuple[float, ...]
@@ -36,12 +35,12 @@ class Score:
 
     @property
     def num_tokens(self) -> int:
-        """The tokens of the continuation."""
+        """The number of tokens of the continuation."""
         return len(self.token_log_probs[0])
 
     @property
     def perplexities(self) -> tuple[float, ...]:
-        """For each point exp(−log-prob / tokens)."""
+        """The perplexity at each point: exp(−log-prob / tokens)."""
         nats = (-log_prob / self.num_tokens for log_prob in self.log_probs)
         return tuple(math.exp(one) if one < 700 else math.inf for one in nats)
 
@@ -58,10 +57,10 @@ class ScoredRequest:
     scores: tuple[Score, ...]
 
     def to_row(self, alphas: Sequence[float], tokenizer: Any | None = None) -> dict[str, Any]:
-        """One line of the output file: lists over `alphas`, for the continuation or for each of the choices.
+        """Return one line of the output file: lists over `alphas`, for the continuation or for each of the choices.
 
-        null is a number that is not finite, since JSON knows no infinity. With a `tokenizer`, the single tokens and
-        their log-probs too.
+        A number that is not finite is null, since JSON has no infinity. With a `tokenizer`, the single tokens and
+        their log-probs are added.
         """
         bodies = []
         for score, ids in zip(self.scores, self.request.continuations, strict=True):
@@ -130,7 +129,7 @@ def _score_tokens(one: Pass, logits: Logits, grid: Grid) -> tuple[Tensor, Tensor
 
 
 def no_log_prob(batch: Batch, logits: Logits, error: object) -> RunError:
-    """Return the error of a batch that has no log-probs, or raise LogitsError where that is the fault of a member."""
+    """Return the error of a batch that has no log-probs. Raises LogitsError where a member computed NaN."""
     check_nan(logits)
     sources = ", ".join(dict.fromkeys(request.source for request in batch.requests))
     return RunError(f"no log-prob could be computed in the batch of {sources}: {error}")

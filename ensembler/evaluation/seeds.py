@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from ensembler.errors import ConfigError
-from ensembler.evaluation.resampling import number_clusters, standard_error
+from ensembler.evaluation.decisions import at_least_by_chance, equivalence, equivalence_by_t
+from ensembler.evaluation.resampling import NUM_RESAMPLES, num_units, number_clusters, standard_error
 from ensembler.evaluation.statistics import (
     Comparison,
     Interval,
@@ -44,21 +45,38 @@ def seeded_interval(values: ArrayLike, *, clusters: Sequence[Hashable] | None = 
     return within_unit(interval) if is_binary(table) else interval
 
 
-def compare_seeded(a: ArrayLike, b: ArrayLike, *, clusters: Sequence[Hashable] | None = None) -> Comparison:
+def compare_seeded(
+    a: ArrayLike,
+    b: ArrayLike,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    seed: int = 0,
+    num_resamples: int = NUM_RESAMPLES,
+) -> Comparison:
     """Return metric(a) − metric(b) with interval and p, from values (seeds, documents) on the same documents.
 
     A method without training has one seed, which is compared with every seed of the other; one seed of both gives
-    `compare`. Raises ConfigError as `seeded_interval`, and for numbers of seeds or documents that do not fit.
+    `compare`, which `seed` and `num_resamples` are for. Raises ConfigError as `seeded_interval`, and for numbers of
+    seeds or documents that do not fit.
     """
-    x, y = _table(a), _table(b)
-    check_paired(x[0], y[0])
-    if len(x) != len(y) and 1 not in (len(x), len(y)):
-        raise ConfigError(f"methods with {len(x)} and {len(y)} seeds; expected as many of both, or one of either")
-    differences = x - y
-    if _has_no_spread(differences):
-        return compare(x.mean(axis=0), y.mean(axis=0), clusters=clusters)
-    interval = _crossed(differences, clusters)
+    x, y = _paired(a, b)
+    if _has_no_spread(x - y):
+        means = x.mean(axis=0), y.mean(axis=0)
+        return compare(*means, clusters=clusters, seed=seed, num_resamples=num_resamples)
+    interval = _crossed(x - y, clusters)
     return Comparison(interval, t_p_value(interval), f"{interval.method} t")
+
+
+def equivalence_seeded(
+    a: ArrayLike, b: ArrayLike, margin: float, *, clusters: Sequence[Hashable] | None = None
+) -> float:
+    """Return p of the tests of `equivalence` of values (seeds, documents), by t. Raises as `compare_seeded`."""
+    x, y = _paired(a, b)
+    if _has_no_spread(x - y):
+        return equivalence(x.mean(axis=0), y.mean(axis=0), margin, clusters=clusters)
+    p_value = equivalence_by_t(_crossed(x - y, clusters), margin)
+    num = num_units(x.shape[1], number_clusters(clusters, x.shape[1]))
+    return at_least_by_chance(p_value, np.concatenate([x, y]), margin, num)
 
 
 def _crossed(table: Table, clusters: Sequence[Hashable] | None) -> Interval:
@@ -70,8 +88,8 @@ def _crossed(table: Table, clusters: Sequence[Hashable] | None) -> Interval:
     num_seeds, num_documents = table.shape
     groups = number_clusters(clusters, num_documents)
     mean, by_document, by_seed = table.mean(), table.mean(axis=0), table.mean(axis=1)
-    num_units = num_documents if groups is None else int(groups.max()) + 1
-    free = num_units - 1, num_seeds - 1, (num_units - 1) * (num_seeds - 1)
+    num = num_units(num_documents, groups)
+    free = num - 1, num_seeds - 1, (num - 1) * (num_seeds - 1)
     residuals = table - by_document - by_seed[:, None] + mean
     rest = float((residuals**2).sum()) / ((num_documents - 1) * (num_seeds - 1)) / table.size
     seeds = float(by_seed.var(ddof=1)) / num_seeds
@@ -80,7 +98,7 @@ def _crossed(table: Table, clusters: Sequence[Hashable] | None) -> Interval:
     )
     documents = max(documents, rest)
     variance = documents + max(seeds - rest, 0.0)
-    total = sum(term**2 / num for term, num in zip((documents, seeds, rest), free, strict=True))
+    total = sum(term**2 / degrees for term, degrees in zip((documents, seeds, rest), free, strict=True))
     degrees = variance**2 / total if total else 0.0
     method = "seeds × documents" if groups is None else "seeds × clusters"
     return t_interval(float(mean), variance**0.5, max(degrees, min(free)), num_documents, method)
@@ -89,6 +107,14 @@ def _crossed(table: Table, clusters: Sequence[Hashable] | None) -> Interval:
 def _has_no_spread(table: Table) -> bool:
     """Return whether seeds cannot matter: there is one, or one document, or all values are alike."""
     return 1 in table.shape or table.min() == table.max()
+
+
+def _paired(a: ArrayLike, b: ArrayLike) -> tuple[Table, Table]:
+    x, y = _table(a), _table(b)
+    check_paired(x[0], y[0])
+    if len(x) != len(y) and 1 not in (len(x), len(y)):
+        raise ConfigError(f"methods with {len(x)} and {len(y)} seeds; expected as many of both, or one of either")
+    return x, y
 
 
 def _table(values: ArrayLike) -> Table:

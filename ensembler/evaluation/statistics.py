@@ -22,6 +22,7 @@ from ensembler.evaluation.resampling import (
     Groups,
     Numbers,
     Rows,
+    num_units,
     number_clusters,
     resampled_aggregates,
     resampled_means,
@@ -108,11 +109,12 @@ def metric_interval(
     if not is_binary(values):
         return interval
     if groups is None:
-        low, high = _wilson(values)
+        low, high = wilson(int(values.sum()), len(values))
         return replace(interval, low=low, high=high, method="Wilson", degrees_of_freedom=None)
     if values.min() < values.max():
         return within_unit(interval)
-    low, high = _wilson(values[: groups.max() + 1])
+    num = num_units(len(values), groups)
+    low, high = wilson(num * int(values[0]), num)
     return replace(interval, low=low, high=high)
 
 
@@ -141,6 +143,12 @@ def t_p_value(interval: Interval) -> float:
     return min(1.0, 2 * 0.5 ** (degrees + 1)) if interval.estimate else 1.0
 
 
+def wilson(num_right: int, num_rows: int) -> tuple[float, float]:
+    """Return the limits of a share by Wilson 1927, JASA 22:209."""
+    found = stats.binomtest(num_right, num_rows).proportion_ci(LEVEL, method="wilson")
+    return float(found.low), float(found.high)
+
+
 def within_unit(interval: Interval) -> Interval:
     """Return an interval of a share, cut to 0 and 1."""
     return replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
@@ -158,10 +166,10 @@ def compare(
     """Return metric(a) − metric(b) with interval and p; row i of `a` and of `b` belongs to the same example.
 
     Rows of 0 and 1: exact McNemar test, and Newcombe's interval. Other numbers: paired bootstrap, below 50 rows the
-    paired t test instead, since there the bootstrap finds too much. An `aggregate`: paired bootstrap of
-    `num_resamples`. With `clusters` (see `metric_interval`): t on the cluster-robust standard error of the paired
-    differences, or the paired bootstrap over clusters; the other tests need independent rows. Raises ConfigError for no
-    rows, unequal numbers of them, rows that are no finite numbers, or fewer than two clusters.
+    paired t test instead, since there the bootstrap finds too much. An `aggregate`: paired bootstrap. With `clusters`
+    (see `metric_interval`): t on the cluster-robust standard error of the paired differences, or the paired bootstrap
+    over clusters; the other tests need independent rows. Raises ConfigError for no rows, unequal numbers of them, rows
+    that are no finite numbers, or fewer than two clusters.
     """
     check_paired(a, b)
     groups = number_clusters(clusters, len(a))
@@ -172,7 +180,7 @@ def compare(
     if groups is not None:
         interval = mean_interval(x - y, groups)
         return Comparison(interval, t_p_value(interval), "clustered paired t")
-    return _paired_binary(x, y) if is_binary(x) and is_binary(y) else _paired_means(x - y, seed)
+    return _paired_binary(x, y) if is_binary(x) and is_binary(y) else _paired_means(x - y, seed, num_resamples)
 
 
 def check_paired(a: Rows, b: Rows) -> None:
@@ -190,12 +198,13 @@ def mcnemar(only_a: int, only_b: int) -> float:
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return the p values of several comparisons, corrected by Holm's step-down procedure (Holm 1979), in their order.
 
-    Those of at most 0.05 are significant with a family-wise error of 5 %. NaN, an undefined p, counts as 1.
+    Those of at most 0.05 are significant with a family-wise error of 5 %. NaN stays NaN: what could not be tested is
+    none of the comparisons.
     """
-    known = np.array([1.0 if math.isnan(p_value) else p_value for p_value in p_values])
-    order = known.argsort()
-    adjusted = np.empty(len(known))
-    adjusted[order] = np.maximum.accumulate(np.arange(len(known), 0, -1) * known[order]).clip(max=1.0)
+    known = np.array(p_values, dtype=np.float64)
+    order = known.argsort()[: np.isfinite(known).sum()]  # NaN comes last
+    adjusted = np.full(len(known), math.nan)
+    adjusted[order] = np.maximum.accumulate(np.arange(len(order), 0, -1) * known[order]).clip(max=1.0)
     return adjusted.tolist()
 
 
@@ -248,7 +257,7 @@ def _paired_binary(a: Numbers, b: Numbers) -> Comparison:
     covariance = float(both * neither - only_a * only_b)
     covariance = max(covariance - n / 2, 0.0) if covariance > 0 else covariance
     phi = covariance / math.sqrt(margins) if margins else 0.0
-    (p, low_a, high_a), (q, low_b, high_b) = ((float(x.mean()), *_wilson(x)) for x in (a, b))
+    (p, low_a, high_a), (q, low_b, high_b) = ((float(x.mean()), *wilson(int(x.sum()), n)) for x in (a, b))
 
     def reach(down: float, up: float) -> float:
         return math.sqrt(max(down**2 - 2 * phi * down * up + up**2, 0.0))
@@ -258,7 +267,7 @@ def _paired_binary(a: Numbers, b: Numbers) -> Comparison:
     return Comparison(difference, mcnemar(only_a, only_b), "exact McNemar", only_a, only_b)
 
 
-def _paired_means(differences: Numbers, seed: int) -> Comparison:
+def _paired_means(differences: Numbers, seed: int, num_resamples: int) -> Comparison:
     """Rows are put in an order and a sign of their own: neither their order nor which method is `a` changes a digit.
 
     Of differences that are all alike t is undefined: then p is that of the sign test, and 1 where they are 0.
@@ -267,7 +276,7 @@ def _paired_means(differences: Numbers, seed: int) -> Comparison:
     sign, values = (1.0, ordered) if ordered.tolist() >= mirrored.tolist() else (-1.0, mirrored)
     mean = sign * float(values.mean())
     if len(values) >= _FEW:
-        return _compared(mean, sign * resampled_means(values, seed), len(values))
+        return _compared(mean, sign * resampled_means(values, seed, num_resamples), len(values))
     interval = t_interval(mean, standard_error(values), len(values) - 1, len(values), "t")
     p_value = stats.ttest_1samp(values, 0.0).pvalue if interval.standard_error > 0 else t_p_value(interval)
     return Comparison(interval, float(p_value), "paired t")
@@ -288,8 +297,3 @@ def _percentiles(estimate: float, found: Numbers, num_rows: int, groups: Groups 
         return Interval(estimate, math.nan, math.nan, math.nan, num_rows, method, degrees)
     low, high = (float(edge) for edge in np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
     return Interval(estimate, low, high, float(found.std(ddof=1)), num_rows, method, degrees)
-
-
-def _wilson(correct: Numbers) -> tuple[float, float]:
-    found = stats.binomtest(int(correct.sum()), len(correct)).proportion_ci(LEVEL, method="wilson")
-    return float(found.low), float(found.high)

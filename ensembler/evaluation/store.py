@@ -37,6 +37,32 @@ if TYPE_CHECKING:
 
 _BEGUN = "SELECT value FROM state WHERE key = 'begun'"  # another value each time that the file is begun anew
 
+_OPTIONS = {  # settings that are keys of a recipe, and options of a sweep
+    "alphas": "alphas",
+    "rules": "rules",
+    "seed": "seed",
+    "batch size": "batch_size",
+    "limit": "limit",
+    "fewshot": "num_fewshot",
+    "apply_chat_template": "apply_chat_template",
+    "fewshot_as_multiturn": "fewshot_as_multiturn",
+    "system_instruction": "system_instruction",
+}
+_HASHED = {  # settings that cannot be read, by what they are of
+    "members": {
+        "config": "config.json",
+        "fingerprint": "weights",
+        "commit": "commit on the hub",
+        "adapter_sha256": "adapter",
+        "head_sha256": "head",
+    },
+    "tasks": {
+        "config": "settings (YAML file, metric, generation)",
+        "documents": "documents or prompts",
+        "tokens": "tokens",
+    },
+}
+
 
 class Store(Results):
     """The results in `folder`, of a command with `settings` (JSON; all that rows depend on).
@@ -158,7 +184,7 @@ class Store(Results):
         if not is_begun(self.file, connection):
             return False
         there = Results(self.file, connection)
-        different = list(_differences(there.settings, self._settings))
+        different = list(dict.fromkeys(_differences(there.settings, self._settings)))
         if different and connection.execute("SELECT 1 FROM measurements").fetchone():
             more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
             raise OutputError(
@@ -178,15 +204,42 @@ class Store(Results):
         connection.execute(f"PRAGMA user_version = {FORMAT}")
 
 
-def _differences(there: Any, here: Any, name: str = "") -> Iterator[str]:
-    """Yield the differences in words: 'alphas is [0.0, 1.0] there and [0.5] here'."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in dict.fromkeys((*there, *here)):
-            yield from _differences(there.get(key), here.get(key), f"{name} {key}".strip())
+def _differences(there: Any, here: Any, *keys: str) -> Iterator[str]:
+    """Yield the differences in words: '--alphas is [0.0, 1.0] there and [0.5] here'.
+
+    Of a task, or a member, hashes are told only where nothing that can be read differs.
+    """
+    if (there or here) and isinstance(there or {}, dict) and isinstance(here or {}, dict):
+        one, other = there or {}, here or {}
+        if keys and keys[-1] in ("runs", *_HASHED) and one.keys() != other.keys():
+            yield _difference(list(one), list(other), keys)
+            return
+        different = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+        hashed = _HASHED.get(keys[-2], {}) if len(keys) > 1 else {}
+        readable = [key for key in different if key not in hashed and (one.get(key) or other.get(key))]
+        for key in readable or different[:1]:
+            yield from _differences(one.get(key), other.get(key), *keys, key)
     elif there != here:
-        yield f"{name} is {_short(there)} there and {_short(here)} here"
+        yield _difference(there, here, keys)
+
+
+def _difference(there: Any, here: Any, keys: Sequence[str]) -> str:
+    """Name what differs as the user knows it: an option, a key of the recipe, a file; else by its keys."""
+    run, keys = (f"{keys[1]}: ", keys[2:]) if keys[0] == "runs" and len(keys) > 2 else ("", keys)
+    group, owner, key = ("", "", *keys)[-3:]
+    if key in _HASHED.get(group, {}):
+        return f"{run}the {_HASHED[group][key]} of {owner} changed"
+    if key in _OPTIONS:
+        name = _OPTIONS[key] if run else f"--{_OPTIONS[key].replace('_', '-')}"
+    elif owner == "versions":
+        name = f"the version of {key}"
+    else:
+        name = run + (f"{key} of {owner}" if group in _HASHED else " ".join(keys))
+    return f"{name} is {_short(there)} there and {_short(here)} here"
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = "none" if value is None else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else f"{text[:56]} ..."

@@ -1,238 +1,57 @@
-"""Methods that are compared on the same documents, and the plans that answer for them: a sweep's or an experiment's."""
+"""Plans whose methods are compared on the same documents: of a sweep, or of an experiment."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from ensembler.config import EnsembleConfig, MemberConfig
-from ensembler.engine.grid import GridPoint
-from ensembler.errors import ConfigError
-from ensembler.evaluation.figures import NAMES
+from ensembler.evaluation.methods import compared_pairs, sweep_pairs
 from ensembler.evaluation.plan import Plan
 from ensembler.evaluation.recipe import Experiment
 from ensembler.evaluation.results_file import Results
 
-_TRIO = ("source_ft", "source_pt", "target_pt")
-_LEVELS = {"source_ft": GridPoint("base-change", 0.0), "target_pt": GridPoint("eft", 0.0)}
-_ALONE = GridPoint("linear", 0.0)
-# Which methods are compared besides each with the first (source FT, where there is one): the question of the benchmark.
-_PAIRS = (
-    ("base-change", "eft"),
-    ("base-change", "patch"),
-    ("eft", "patch"),
-    ("patch+base-change", "patch"),
-    ("patch+base-change", "base-change"),
-    ("patch", "target_pt"),
-    ("patch", "direct"),
-    ("base-change", "direct"),
-)
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method as points of a plan's grid: one, or a rule whose α is to be chosen.
-
-    `alone`: the role that a user of this method would load by itself; None: all members.
-    """
-
-    key: str
-    label: str
-    rule: str
-    alpha: float | None
-    alone: str | None = None
-
-    @property
-    def has_alpha(self) -> bool:
-        """Whether it is a rule at an α, and not a member by itself."""
-        return self.alone is None
-
-
-@dataclass(frozen=True)
-class Run:
-    """Members that are loaded together, the grid that they run, and the methods that are points of it.
-
-    `instead_of`: the run that has these methods too, and whose failure alone makes this one necessary. `seed`: the
-    number of the seed of training that its models are of; None where they are the same for all.
-    """
-
-    name: str
-    config: EnsembleConfig
-    rules: tuple[str, ...]
-    alphas: tuple[float, ...]
-    methods: tuple[Method, ...]
-    instead_of: str | None = None
-    seed: int | None = None
-
-    @property
-    def chooses(self) -> bool:
-        """Whether it has a method whose α is still to be chosen."""
-        return any(method.alpha is None for method in self.methods)
-
 
 @dataclass(frozen=True)
 class Study:
-    """Methods, the runs that they are points of with their plans, and the pairs that are compared.
-
-    `experiment`: of a recipe; None of a sweep, whose methods are those that `sweep_methods` names.
-    """
+    """The plans of methods that are compared; `experiment` is that of a recipe, None of a sweep."""
 
     name: str
-    runs: tuple[tuple[Run, Plan], ...]
+    plans: tuple[Plan, ...]
     experiment: Experiment | None = None
-    pairs: tuple[tuple[str, str], ...] = field(default=())
 
     @property
     def alphas(self) -> tuple[float, ...]:
         """The grid that α is chosen from: without the α that are given for a method."""
-        return self.runs[0][0].alphas if self.experiment is None else self.experiment.alphas
+        return self.plans[0].run.alphas if self.experiment is None else self.experiment.alphas
 
     @property
     def method_keys(self) -> tuple[str, ...]:
         """The methods in the order in which they are shown."""
         if self.experiment is not None:
             return self.experiment.methods
-        return tuple(method.key for run, _ in self.runs for method in run.methods)
+        return tuple(method.key for method in self.plans[0].run.methods)
 
-    def runs_of(self, key: str, finished: Mapping[str, bool]) -> list[tuple[Run, Plan]] | None:
-        """Return the runs that answer for a method, one for each seed of training; None where one is missing.
+    def pairs(self, keys: Sequence[str]) -> list[tuple[str, str]]:
+        """Return which of the methods `keys`, those that have all their answers, are compared."""
+        if self.experiment is not None:
+            return compared_pairs(keys)
+        return [pair for pair in sweep_pairs(self.plans[0].run) if set(pair) <= set(keys)]
 
-        `finished` says by name which runs are; in place of one that is not, another may answer.
+    def plans_of(self, key: str, finished: Mapping[str, bool]) -> list[Plan] | None:
+        """Return the plans that answer for a method, one for each seed of training; None where one is missing.
+
+        `finished` says by name which are; in place of one that is not, another may answer.
         """
-        having = [pair for pair in self.runs if any(method.key == key for method in pair[0].methods)]
+        having = [plan for plan in self.plans if plan.run.has(key)]
         found = []
-        for name in (run.name for run, _ in having if run.instead_of is None):
-            done = [pair for pair in having if name in (pair[0].name, pair[0].instead_of) and finished[pair[0].name]]
+        for name in (plan.name for plan in having if plan.run.instead_of is None):
+            done = [plan for plan in having if name in (plan.name, plan.run.instead_of) and finished[plan.name]]
             if not done:
                 return None
             found.append(done[0])
         return found
 
 
-def finished_runs(studies: Iterable[Study], results: Results) -> dict[str, bool]:
+def finished_runs(studies: Sequence[Study], results: Results) -> dict[str, bool]:
     """Return by name whether all documents of a run are measured."""
-    plans = [plan for study in studies for _, plan in study.runs]
-    return {plan.name: {document.name for document, _ in plan.documents()} <= results.done(plan.name) for plan in plans}
-
-
-def sweep_study(plan: Plan) -> Study:
-    """Return the study of a sweep: its members that are points of the grid, and each rule at its α and at 1."""
-    options = plan.options
-    chosen = bool(options.validation) or options.by_perplexity
-    given = options.alphas[0] if len(options.alphas) == 1 else None
-    methods = [
-        Method(role, _level_label(role), point.rule, point.alpha, alone=role) for role, point in plan.levels.items()
-    ]
-    pairs: list[tuple[str, str]] = []
-    for rule in options.rules:
-        at_one = Method(f"{rule} at 1", f"{rule} α = 1", rule, 1.0)
-        own = [Method(rule, rule, rule, given)] if chosen or given is not None else []
-        methods += [*own, at_one]
-        first = (own or [at_one])[0]
-        pairs += [(first.key, other) for other in (*plan.levels, *([at_one.key] if own else []))]
-    run = Run(plan.name, plan.checked.config, options.rules, options.alphas, tuple(methods))
-    return Study("", ((run, plan),), None, tuple(pairs))
-
-
-def _level_label(role: str) -> str:
-    name, _, kind = role.rpartition("_")
-    return f"{name} {kind.upper()}" if name in ("source", "target") else role
-
-
-def compared_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
-    """Return which methods of a benchmark are compared: all with the first, and the pairs that it is about."""
-    if not methods:
-        return []
-    first = "source_ft" if "source_ft" in methods else methods[0]
-    pairs = [(method, first) for method in methods if method != first]
-    return pairs + [pair for pair in _PAIRS if set(pair) <= set(methods) and pair not in pairs]
-
-
-def plan_runs(experiment: Experiment, *, members_apart: bool = False) -> list[Run]:
-    """Return the runs of an experiment, every method in one of them; with several seeds of training, in one of each.
-
-    The members are the levels of their ensemble (base-change at α = 0 is source FT, EFT at α = 0 target PT), so they
-    cost nothing beside it; with the patched target in place of target PT, EFT at α = 0 is the ported patch. An ensemble
-    may fail where a member would not, as on a device that holds one model and not three. `members_apart`: run the
-    members alone in any case, as where the ensemble would change them. What no seed changes is run with the first.
-    """
-    of_seeds = [_runs(one, members_apart) for one in experiment.by_seed]
-    by_name = {runs[0].name: runs for runs in zip(*of_seeds, strict=True)}
-    split = {name for name, runs in by_name.items() if len({repr(run.config.to_dict()) for run in runs}) > 1}
-
-    def named(name: str | None, seed: int) -> str | None:
-        ending = f".seed{seed}" if name in split else ""
-        return name and f"{experiment.name}.{name}{ending}"
-
-    return [
-        replace(
-            run,
-            name=named(name, seed) or "",
-            instead_of=named(run.instead_of, seed),
-            seed=seed if name in split else None,
-            methods=tuple(method for method in run.methods if seed == 0 or experiment.has_seeds(method.key)),
-        )
-        for name, runs in by_name.items()
-        for seed, run in enumerate(runs if name in split else runs[:1])
-    ]
-
-
-def _runs(experiment: Experiment, members_apart: bool) -> Iterator[Run]:
-    runs: list[Run] = []
-    for name, rules, shared, patched in (
-        ("ensemble", ("base-change", "eft"), {"source_ft": "source_ft", "target_pt": "target_pt"}, False),
-        ("patched", ("patch+base-change",), {"target_pt": "patch"}, True),
-    ):
-        tuned = [method for method in rules if method in experiment.methods]
-        if tuned:
-            runs.append(_together(experiment, name, tuned, {} if members_apart else shared, patched=patched))
-    together = {method.key: run.name for run in runs for method in run.methods}
-    yield from runs
-    for key in experiment.methods:
-        if key not in together:
-            yield _alone(experiment, key)
-    for run in runs:
-        for method in run.methods:
-            if method.alone is not None:
-                yield replace(_alone(experiment, method.key), instead_of=run.name)
-
-
-def _together(experiment: Experiment, name: str, tuned: list[str], levels: Mapping[str, str], *, patched: bool) -> Run:
-    members = {role: experiment.models[role] for role in _TRIO}
-    if patched:
-        members["target_pt"] = _patched(experiment)
-    methods = [_tuned(experiment, method) for method in tuned]
-    known = [
-        Method(key, NAMES[key], _LEVELS[role].rule, _LEVELS[role].alpha, alone=role)
-        for role, key in levels.items()
-        if key in experiment.methods
-    ]
-    alphas = [*(experiment.alphas if any(method.alpha is None for method in methods) else ())]
-    alphas += [method.alpha for method in methods if method.alpha is not None]
-    config = EnsembleConfig(rule="base-change", members=members)
-    return Run(name, config, tuple(method.rule for method in methods), tuple(dict.fromkeys(alphas)), (*known, *methods))
-
-
-def _tuned(experiment: Experiment, key: str) -> Method:
-    alpha = experiment.alpha.get(key)
-    if alpha is None and len(experiment.alphas) == 1:
-        alpha = experiment.alphas[0]
-    return Method(key, NAMES[key], "eft" if key == "eft" else "base-change", alpha)
-
-
-def _alone(experiment: Experiment, key: str) -> Run:
-    role = "target_pt" if key == "patch" else key
-    member = _patched(experiment) if key == "patch" else experiment.models[role]
-    config = EnsembleConfig(rule="linear", members={role: member}, constant={role: 1.0})
-    method = Method(key, NAMES[key], _ALONE.rule, _ALONE.alpha, alone=role)
-    return Run(key, config, (_ALONE.rule,), (_ALONE.alpha,), (method,))
-
-
-def _patched(experiment: Experiment) -> MemberConfig:
-    target = experiment.models["target_pt"]
-    if target.adapter is not None:
-        raise ConfigError(
-            f"target_pt has an adapter already ({target.adapter}), so the patch cannot be one too; add one of them to "
-            "its files first: ensembler patch apply"
-        )
-    return replace(target, adapter=experiment.models["patch"].model)
+    return {plan.name: plan.is_finished(results) for study in studies for plan in study.plans}

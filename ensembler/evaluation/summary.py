@@ -24,28 +24,40 @@ from ensembler.evaluation.figures import (
     Spread,
     TaskFigures,
 )
+from ensembler.evaluation.methods import Method
 from ensembler.evaluation.parts import REPEATED, TEST, VALIDATION, PlannedTask
 from ensembler.evaluation.plan import Plan
 from ensembler.evaluation.results_file import Results
 from ensembler.evaluation.statistics import LEVEL, Selection, holm
-from ensembler.evaluation.study import Method, Study, compared_pairs, finished_runs
+from ensembler.evaluation.study import Study, finished_runs
 from ensembler.evaluation.values import Statistics, TaskValues, Values, choose
 
 COST = "cost"  # the kind of notes of measurements
+_MACHINE = ("device", "threads", "torch")  # in such a note: on what it was measured
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Results, whether each run is finished, and why runs failed, both by their names."""
+    """Results of studies, and why runs failed, by their names."""
 
     results: Results
-    finished: Mapping[str, bool]
+    studies: Sequence[Study]
     errors: Mapping[str, str] = field(default_factory=dict)
+
+    @cached_property
+    def finished(self) -> Mapping[str, bool]:
+        """Whether each run is finished, by its name."""
+        return finished_runs(self.studies, self.results)
 
     @cached_property
     def read(self) -> Callable[[str, str], dict[str, list[Any]]]:
         """`Results.values`, which reads all rows of a run, once for each run and metric."""
         return cache(self.results.values)
+
+    @property
+    def num_comparisons(self) -> int:
+        """The number of comparisons where nothing failed."""
+        return sum(len(study.pairs(study.method_keys)) * len(study.plans[0].tasks) for study in self.studies)
 
 
 @dataclass(frozen=True)
@@ -75,14 +87,14 @@ class _Answered:
 def summarise(studies: Sequence[Study], results: Results, errors: Mapping[str, str] | None = None) -> list[TaskFigures]:
     """Return the figures of every task of every study; `errors` says why runs failed, by their name.
 
-    p values are corrected together, over all comparisons (Holm).
+    p values are corrected together, over all comparisons that could be tested (Holm); those of alike by themselves.
     """
-    source = _Source(results, finished_runs(studies, results), errors or {})
-    found = [_task(study, index, source) for study in studies for index in range(len(study.runs[0][1].tasks))]
+    source = _Source(results, studies, errors or {})
+    found = [_task(study, index, source) for study in studies for index in range(len(study.plans[0].tasks))]
     everything = [each for task in found for each in task.differences]
     corrected = iter(holm([each.comparison.p_value for each in everything]))
     equivalent = iter(holm([each.p_equivalent for each in everything if each.p_equivalent is not None]))
-    level = (1 - LEVEL) / max(1, len(everything))
+    level = (1 - LEVEL) / max(1, sum(not math.isnan(each.comparison.p_value) for each in everything))
 
     def correct(each: Difference, task: TaskFigures) -> Difference:
         detectable = detectable_effect(each.comparison, level=level)
@@ -98,18 +110,18 @@ def summarise(studies: Sequence[Study], results: Results, errors: Mapping[str, s
 
 def chosen_alpha(study: Study, key: str, index: int, results: Results) -> float:
     """Return the α of a method: the one given, or the one that the validation documents of a task choose."""
-    source = _Source(results, finished_runs([study], results))
+    source = _Source(results, [study])
     return _answered(study, key, index, source).point.alpha
 
 
 def _task(study: Study, index: int, source: _Source) -> TaskFigures:
-    plan = study.runs[0][1]
+    plan = study.plans[0]
     task, options = plan.tasks[index], plan.options
-    numbers = Statistics(task, options.cluster, options.seed)
+    numbers = Statistics(task, options.cluster, options.seed, source.num_comparisons)
     answered: dict[str, _Answered] = {}
     figures: dict[str, MethodFigure] = {}
     for key in study.method_keys:
-        if study.runs_of(key, source.finished) is None:
+        if study.plans_of(key, source.finished) is None:
             figures[key] = _failed(study, key, task, source.errors)
             continue
         one = _answered(study, key, index, source)
@@ -117,52 +129,58 @@ def _task(study: Study, index: int, source: _Source) -> TaskFigures:
             continue  # a rule whose chosen α is 1
         answered[key] = one
         figures[key] = _figure(study, one, index, numbers, source.results)
-    values = [value for one in answered.values() for of_seed in one.values() for value in of_seed]
-    is_percent = task.metric.is_mean and all(value in (0, 1) for value in values)
-    margin = None if options.margin is None else options.margin / (100 if is_percent else 1)
-    choosing = [run_plan.tasks[index] for run, run_plan in study.runs if run.chooses]
+    margin, not_measured = options.margin, _not_measured(figures, study)
+    scale = 100 if task.metric.is_percent else 1
+    estimates = [one.test.estimate for one in figures.values() if one.test is not None]
+    if margin is not None and margin >= scale and all(abs(estimate) <= 1 for estimate in estimates):
+        unit = "points" if task.metric.is_percent else f"the unit of {task.metric.key}"
+        said = f"the margin of {margin:g} is in {unit}, and all figures lie between -{scale} and {scale}"
+        not_measured.append(f"which methods are alike: {said}; give a margin below {scale}")
+        margin = None
+    choosing = [one.tasks[index] for one in study.plans if one.run.chooses]
     return TaskFigures(
         experiment=study.name,
         task=task.task.name,
         version=task.task.version,
         metric=task.metric.key,
         higher_is_better=task.metric.higher_is_better,
-        is_percent=is_percent,
+        is_percent=task.metric.is_percent,
         num_validation=len(choosing[0].parts[VALIDATION]) if choosing else 0,
         num_test=len(task.parts[TEST]),
         tests=_hash(task.parts[TEST]),
         methods=tuple(figures.values()),
-        differences=tuple(_differences(study, answered, numbers, margin)),
+        differences=tuple(_differences(study, answered, numbers, None if margin is None else margin / scale)),
         curve=tuple(_curve(study, index, source, numbers)),
         levels=tuple(key for key, one in answered.items() if one.method.alone is not None),
         cluster=options.cluster,
         num_clusters=None if numbers.clusters is None else len(set(numbers.clusters)),
-        margin=options.margin,
+        margin=margin,
         source="" if study.experiment is None else study.experiment.source,
         notes=tuple(_notes(task.task.notes, (choosing or [task])[0], study, index)),
-        not_measured=tuple(_not_measured(figures, study)),
+        not_measured=tuple(not_measured),
     )
 
 
 def _answered(study: Study, key: str, index: int, source: _Source) -> _Answered:
-    runs = study.runs_of(key, source.finished)
-    assert runs is not None
-    methods = [next(method for method in run.methods if method.key == key) for run, _ in runs]
-    method, (_, plan) = methods[0], runs[0]
-    found = [TaskValues(each, index, source.read) for _, each in runs]
-    selection = choose(found, plan.options, method.rule, study.alphas) if method.alpha is None else None
+    plans = study.plans_of(key, source.finished)
+    assert plans is not None
+    methods = [plan.run.method(key) for plan in plans]
+    method = methods[0]
+    found = [TaskValues(plan, index, source.read) for plan in plans]
+    selection = choose(found, plans[0].options, method.rule, study.alphas) if method.alpha is None else None
     alphas = [each.alpha if selection is None else selection.alpha for each in methods]
     points = [GridPoint(each.rule, alpha) for each, alpha in zip(methods, alphas, strict=True) if alpha is not None]
-    return _Answered(method, plan, found, points, selection)
+    return _Answered(method, plans[0], found, points, selection)
 
 
 def _figure(study: Study, one: _Answered, index: int, numbers: Statistics, results: Results) -> MethodFigure:
-    """The figure of a method; where there are several seeds of training, other metrics are those of the first."""
     method, seeds, task = one.method, one.values(), one.found[0].task
+    of_seeds = list(zip(one.found, one.points, strict=True))
+    others = [found.others(point) for found, point in of_seeds]
     by = BY_PERPLEXITY if one.plan.options.by_perplexity else BY_VALIDATION
     is_given = method.has_alpha and one.selection is None and not method.key.endswith(" at 1")
     has_point = study.experiment is None and method.key == method.rule
-    cost, error = _cost(study, method, index, results)
+    cost, error = _cost(study, one, index, results)
     return MethodFigure(
         method.key,
         f"{method.label} α = {one.point.alpha:g}" if has_point else method.label,
@@ -171,9 +189,9 @@ def _figure(study: Study, one: _Answered, index: int, numbers: Statistics, resul
         chosen_by=by if one.selection is not None else GIVEN if is_given else None,
         selection=one.selection,
         test=numbers.interval(seeds),
-        standard_error=one.found[0].standard_error(one.point, TEST),
-        others=one.found[0].others(one.point),
-        seeds=tuple(task.task.aggregate(task.metric.key, of) for of in seeds) if len(seeds) > 1 else (),
+        standard_error=one.found[0].standard_error(one.point, TEST) if len(seeds) == 1 else None,
+        others={key: sum(of_seed[key] for of_seed in others) / len(others) for key in others[0]},
+        seeds=tuple(found.estimate(point, TEST) for found, point in of_seeds) if len(seeds) > 1 else (),
         cost=cost,
         error=error,
         **_published(study, method.key, task),
@@ -181,9 +199,9 @@ def _figure(study: Study, one: _Answered, index: int, numbers: Statistics, resul
 
 
 def _failed(study: Study, key: str, task: PlannedTask, errors: Mapping[str, str]) -> MethodFigure:
-    runs = [(run, plan) for run, plan in study.runs if any(method.key == key for method in run.methods)]
-    method = next(method for method in runs[0][0].methods if method.key == key)
-    error = next((errors[plan.name] for _, plan in runs if plan.name in errors), "it was not run")
+    plans = [plan for plan in study.plans if plan.run.has(key)]
+    method = plans[0].run.method(key)
+    error = next((errors[plan.name] for plan in plans if plan.name in errors), "it was not run")
     return MethodFigure(key, method.label, method.rule, error=error, **_published(study, key, task))
 
 
@@ -200,9 +218,9 @@ def _published(study: Study, key: str, task: PlannedTask) -> dict[str, Any]:
 
 def _curve(study: Study, index: int, source: _Source, numbers: Statistics) -> list[CurvePoint]:
     """The metric at every point of the first run with a grid; of a benchmark, where an α was chosen."""
-    for run, plan in study.runs:
-        has_grid = study.experiment is None or run.chooses
-        if source.finished[plan.name] and run.seed in (None, 0) and has_grid:
+    for plan in study.plans:
+        has_grid = study.experiment is None or plan.run.chooses
+        if source.finished[plan.name] and plan.run.seed in (None, 0) and has_grid:
             found = TaskValues(plan, index, source.read)
             chooses = bool(plan.tasks[index].parts[VALIDATION])
             return [
@@ -222,12 +240,9 @@ def _differences(
     study: Study, answered: Mapping[str, _Answered], numbers: Statistics, margin: float | None
 ) -> list[Difference]:
     """All pairs; of a sweep those of different formulas, each once: base-change and EFT are the same at α = 1."""
-    pairs = study.pairs if study.experiment is None else compared_pairs(list(answered))
     found: list[Difference] = []
     known: set[frozenset[object]] = set()
-    for key, against in pairs:
-        if key not in answered or against not in answered:
-            continue
+    for key, against in study.pairs(list(answered)):
         a, b = answered[key], answered[against]
         if a.plan is b.plan:
             formulas = frozenset(one.plan.formula(one.point) for one in (a, b))
@@ -240,9 +255,22 @@ def _differences(
     return found
 
 
-def _cost(study: Study, method: Method, index: int, results: Results) -> tuple[dict[str, Spread], str | None]:
-    """Costs over the rounds by name, and why a measurement failed, if one did."""
-    notes = [content for name, content in results.notes(COST) if name == f"{study.name}/{method.key}"]
+def cost_name(study: Study, key: str) -> str:
+    """Return the name of the notes of a method's costs."""
+    return f"{study.name}/{key}"
+
+
+def _cost(study: Study, one: _Answered, index: int, results: Results) -> tuple[dict[str, Spread], str | None]:
+    """Costs over the rounds by name, and why a measurement failed, if one did: at its α, on the machine of the last."""
+    known = results.notes(COST)
+    last = [known[-1][1].get(key) for key in _MACHINE] if known else []
+    notes = [
+        content
+        for name, content in known
+        if name == cost_name(study, one.method.key)
+        and content["alpha"] == one.point.alpha
+        and [content.get(key) for key in _MACHINE] == last
+    ]
     whole = {content["round"]: content for content in notes if "error" not in content}
     lost = [content["error"] for content in notes if "error" in content and content["round"] not in whole]
     names = [name for name in COSTS if name != "examples_per_second" or index == 0]  # of the first task's documents
@@ -258,10 +286,12 @@ def _notes(own: Sequence[str], task: PlannedTask, study: Study, index: int) -> l
     said = list(own)
     if repeated := len(task.parts[REPEATED]):
         said.append(f"{repeated:,} left out of validation since test has them too")
-    if num_cut := max(plan.tasks[index].num_cut for _, plan in study.runs):
+    if num_cut := max(plan.tasks[index].num_cut for plan in study.plans):
         said.append(f"{num_cut:,} requests cut on the left to fit into the shortest context")
     if study.experiment is not None and study.experiment.seeds:
-        said.append(f"{len(study.experiment.seeds)} seeds of training; the alpha of a method is the same for all")
+        of_first = "the curve and the documents that alpha changed are of the first"
+        num = len(study.experiment.seeds)
+        said.append(f"{num} seeds of training; the alpha of a method is the same for all, and {of_first}")
     return said
 
 

@@ -37,7 +37,7 @@ def show_p(p_value: float | None) -> str:
 
 def show_margin(task: TaskFigures) -> str:
     """Return the margin of equivalence with its unit."""
-    return f"{task.margin or 0:g}{' points' if task.is_percent else ''}"
+    return f"{task.margin or 0:g} {'points' if task.is_percent else f'in {task.metric}'}"
 
 
 def metric_name(task: TaskFigures) -> str:
@@ -52,8 +52,9 @@ def heading(task: TaskFigures) -> str:
         said += f" in {task.num_clusters or 0:,} groups by {task.cluster}, on which intervals and tests rest"
     if task.num_validation:
         said += f"; {task.num_validation:,} others chose alpha"
-    said += f". Version {task.version} of the task, metric {task.metric}"
-    said += "." if task.higher_is_better else " (lower is better)."
+    is_versioned = task.version not in ("Yaml", "None")  # lm-eval's words for none
+    said += f". Version {task.version} of the task, metric" if is_versioned else ". Metric"
+    said += f" {task.metric}." if task.higher_is_better else f" {task.metric} (lower is better)."
     return f"{said} Published figures: {task.source}." if task.source else said
 
 
@@ -88,6 +89,7 @@ def _method_cells(method: MethodFigure, task: TaskFigures) -> Iterator[tuple[str
     yield "α", alpha if method.published_alpha is None else f"{alpha}; published {method.published_alpha:g}"
     found = f"failed: {method.error}" if method.test is None else show_interval(method.test, percent=percent)
     yield f"{metric_name(task)} (95 % interval)", found
+    yield f"without {task.metric}", "" if method.test is None else _left_out(method.test, task)
     yield "published", show_number(method.published.get(task.metric))
     yield "by seed", ", ".join(show_number(seed, percent=percent) for seed in method.seeds)
     if task.differences:
@@ -111,9 +113,15 @@ def _difference_cells(each: Difference, task: TaskFigures) -> dict[str, str]:
         "p": show_p(each.comparison.p_value),
         _P_HOLM: show_p(each.p_holm),
         "test": each.comparison.test,
+        f"without {task.metric}": _left_out(difference, task),
         "would have shown": show_number(each.detectable if math.isfinite(each.detectable) else None, percent=percent),
         f"p of alike to within {show_margin(task)}": show_p(each.p_equivalent),
     }
+
+
+def _left_out(interval: Interval, task: TaskFigures) -> str:
+    num = task.num_test - interval.num_rows
+    return f"{num:,} documents" if num else ""
 
 
 def _cost(name: str, method: MethodFigure) -> str:

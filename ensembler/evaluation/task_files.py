@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,11 @@ class TaskFile:
 
         Raises PromptError.
         """
+        with suppress(OSError), path.open("rb") as file:
+            if file.read(1024).removeprefix(BOM_UTF8).lstrip()[:1] == b"[":
+                raise PromptError(
+                    f"{path} is a JSON array; expected one JSON object per line, which `jq -c '.[]' {path}` makes of it"
+                )
         return read_lines(path, self._document, holds="rows; expected one JSON object per line", skip=_refuse)
 
     def _document(self, row: Any, number: int, source: str) -> dict[str, Any]:

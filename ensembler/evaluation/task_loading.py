@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from ensembler.errors import ConfigError, EnsemblerError
@@ -137,7 +138,7 @@ class _Finder:
         except Exception as error:  # data sets, templates and functions of the task's authors
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(
-                f"task {name} could not be loaded: {reason[:300]}; check its YAML file and its data"
+                f"task {name} could not be loaded: {reason[:300]}; check its YAML file and its data{_fields(error)}"
             ) from error
         for task in tasks:
             self._check(task)
@@ -151,6 +152,13 @@ class _Finder:
             raise ConfigError(f"metric {unknown[0]} of task {task.task_name} is not known to lm-eval; name another")
         if getattr(task, "UNSAFE_CODE", False) and not self._confirmed:
             raise ConfigError(_unsafe(task.task_name))
+
+
+def _fields(error: Exception) -> str:
+    """The fields of the document in which a template of lm-eval's was not filled, where it was that which failed."""
+    found = [frame.f_locals.get("doc") for frame, _ in walk_tb(error.__traceback__)]
+    names = [", ".join(doc) for doc in found if isinstance(doc, dict)]
+    return f", which has the fields {names[-1]}" if names else ""
 
 
 def _unsafe(name: str) -> str:

@@ -216,9 +216,10 @@ class TextTask:
             metadata = (self.name, index, self.task.config.repeats)
             made = self.task.construct_requests(doc=doc, ctx=context, metadata=metadata, **chat)
         except Exception as error:  # templates and functions are programs of the task's authors
+            known = f" (the document has {', '.join(doc)})" if isinstance(doc, dict) else ""
             raise ConfigError(
                 f"{self.name}/{split}/{index}: no prompt could be made ({type(error).__name__}: {error}); "
-                "check the task's fields, and that there are enough examples for few-shot"
+                f"check the fields in the task's templates{known}, and that there are enough examples for few-shot"
             ) from error
         finally:
             if sampler is not None:

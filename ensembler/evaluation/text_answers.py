@@ -13,27 +13,22 @@ from ensembler.engine.grid import GridPoint
 from ensembler.errors import PromptError
 from ensembler.evaluation.backends import open_backend
 from ensembler.evaluation.documents import Answer, Document, Reading
-from ensembler.evaluation.grid_lm import GridLM
+from ensembler.evaluation.grid_lm import EncodedRequest, GridLM
 from ensembler.evaluation.provenance import describe_ensemble, versions
 from ensembler.evaluation.quiet import quiet
 from ensembler.preflight import CheckedEnsemble
 from ensembler.serving.choice import VLLM, BackendChoice
-
-AUTO = "auto"
-TokenIds = tuple[tuple[int, ...], ...]
 
 
 @dataclass(eq=False)
 class TextAnswerer:
     """Answers documents with an ensemble that is loaded by `open`.
 
-    `batch_size`: documents that are asked together, or 'auto' for the most that fit into memory, found by lm-eval when
-    the members are loaded. `seed`: of sampled texts, which depend on it and the document alone. Raises an InputError
-    for members that the backend cannot run.
+    `seed`: of sampled texts, which depend on it and the document alone. Raises an InputError for members that the
+    backend cannot run.
     """
 
     checked: CheckedEnsemble
-    batch_size: int | str = 8
     seed: int = 0
     backend: BackendChoice = field(default_factory=BackendChoice)
 
@@ -61,31 +56,27 @@ class TextAnswerer:
 
     def read(self, document: Document) -> Reading:
         """Return how the members read a document. Raises PromptError, which names it, for what they cannot be asked."""
-        num_cut = self.model.num_cut
-        tokens = self.tokens(document)
+        requests = self.encode(document)
         return Reading(
-            max((sum(map(len, one)) for one in tokens), default=0),
-            hashlib.sha256(repr(tokens).encode()).hexdigest()[:16],
-            sum(len(one[-1]) for one in tokens),
-            self.model.num_cut - num_cut,
+            max((one.length for one in requests), default=0),
+            hashlib.sha256(repr([one.tokens for one in requests]).encode()).hexdigest()[:16],
+            sum(len(one.tokens[-1]) for one in requests),
+            sum(one.is_cut for one in requests),
         )
 
-    def tokens(self, document: Document) -> list[TokenIds]:
-        """Return a document's requests as the members read them: (context, continuation), or the prompt alone."""
-        members, self.model.backend_of_members = self.model.backend_of_members, None  # loaded ones are not asked
-        self.model.encoded.clear()
+    def encode(self, document: Document) -> list[EncodedRequest]:
+        """Return a document's requests as the members read them. Raises PromptError, which names it."""
         try:
-            self._ask(document.requests)
+            with self.model.noting() as requests:
+                self._ask(document.requests)
         except PromptError as error:
             raise PromptError(f"{document.name}: {error}") from error
         except IndexError as error:  # lm-eval looks at the first token of an empty continuation
             raise PromptError(f"{document.name}: an answer is no token of its own; give it more text") from error
-        finally:
-            self.model.backend_of_members = members
-        return list(self.model.encoded)
+        return requests
 
     def _ask(self, requests: Sequence[Any]) -> list[list[Any]]:
-        """Answer lm-eval's instances, one kind after the other: a list of each, of a generation one text per repeat."""
+        """Return a list of answers to each of lm-eval's instances: one text per repeat, or one log-prob."""
         answers: list[list[Any]] = [[] for _ in requests]
         for kind in dict.fromkeys(request.request_type for request in requests):
             asked = [
@@ -109,12 +100,17 @@ class TextAnswerer:
             finally:
                 self.model.take(None)
 
-    def largest_batch(self, document: Document) -> int:
-        """Return how many of a document fit into memory at once, as lm-eval finds it; the members are loaded."""
+    def largest_batch(self, document: Document, points: Sequence[GridPoint]) -> int:
+        """Return how many such documents fit into memory at once, as lm-eval finds it; the members are loaded.
+
+        A generation is taken for as many sequences as it may become: its repeats, at each of the points.
+        """
         if self.backend.name == VLLM:  # whose engine makes its own batches
             return int(self.model.max_batch_size)
+        repeats = [one.repeats or 1 for one in document.requests if one.request_type == "generate_until"]
+        num_rows = len(points) * max(repeats) if repeats else 1
         with quiet():
-            return self.model.largest_batch(max(self.read(document).length, 1))
+            return self.model.largest_batch(max(self.read(document).length, 1), num_rows)
 
     def answer(
         self, batches: Iterable[Sequence[Document]], points: Sequence[GridPoint]

@@ -1,4 +1,4 @@
-"""The most probable tokens of an ensemble at every position of given texts, on disk: to distil it into one model.
+"""Write the most probable tokens of an ensemble at every position of given texts, to distil it into one model.
 
 A folder of safetensors shards and an index.json; docs/distillation.md says what they hold.
 """
@@ -122,7 +122,7 @@ class TopKWriter:
 
 
 def _most_probable(batch: Batch, one: Pass, logits: Logits, grid: Grid, k: int) -> dict[str, Tensor]:
-    """Of each token of a pass: the k most probable ones in its place, all others together, and its own log-prob."""
+    """Return for each token of a pass the k most probable ones in its place, the rest's log-prob, and its own."""
     device = grid.weights.table.device
     log_probs = grid.combine({role: values.to(device) for role, values in logits.items()})[0].log_softmax(-1)
     top, ids = log_probs.topk(k)

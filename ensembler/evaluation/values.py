@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from itertools import compress
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ensembler.engine.grid import GridPoint
-from ensembler.errors import ConfigError
-from ensembler.evaluation.decisions import equivalence, equivalence_by_t
+from ensembler.evaluation.decisions import equivalence
 from ensembler.evaluation.parts import PROMPTS, TEST, VALIDATION, PlannedTask
 from ensembler.evaluation.plan import LOG_PROB, Plan, PlanOptions
-from ensembler.evaluation.seeds import compare_seeded, seeded_interval
+from ensembler.evaluation.resampling import NUM_RESAMPLES
+from ensembler.evaluation.seeds import compare_seeded, equivalence_seeded, seeded_interval
 from ensembler.evaluation.statistics import Comparison, Interval, Selection, choose_alpha, compare, metric_interval
 
 _RESAMPLES = 1000  # of a bootstrap of the task's aggregation, which may take many milliseconds a call
-_INFINITE = "none: values are infinite"
+_Found = TypeVar("_Found")
 
-Values = list[Any]
-"""Of one metric at one point, for each document of a part."""
+Values = dict[str, Any]
+"""Of one metric at one point, by the name of the document; without those that lack the metric."""
 
 
 class TaskValues:
@@ -39,14 +41,14 @@ class TaskValues:
         """Return what a metric (the task's own, if no other is named) found for each document of a part."""
         known = self._read(self._plan.name, self.task.metric.key if key is None else key)
         place = self._place[point]
-        values = [known[one.name][place] for one in self.task.parts[part] if one.name in known]
-        return [value for value in values if value is not None]
+        values = {one.name: known[one.name][place] for one in self.task.parts[part] if one.name in known}
+        return {name: value for name, value in values.items() if value is not None}
 
     def estimate(self, point: GridPoint, part: str, key: str | None = None) -> float:
         """Return a metric of all documents of a part, by the task's own aggregation; NaN of none."""
         key = self.task.metric.key if key is None else key
         values = self.values(point, part, key)
-        return self.task.task.aggregate(key, values) if values else math.nan
+        return self.task.task.aggregate(key, [*values.values()]) if values else math.nan
 
     def others(self, point: GridPoint) -> dict[str, float]:
         """Return the task's other metrics on the test documents, by key."""
@@ -55,11 +57,11 @@ class TaskValues:
 
     def standard_error(self, point: GridPoint, part: str) -> float | None:
         """Return lm-eval's standard error; None where it has none."""
-        return self.task.task.standard_error(self.task.metric.key, self.values(point, part))
+        return self.task.task.standard_error(self.task.metric.key, [*self.values(point, part).values()])
 
     def prompt_perplexity(self, point: GridPoint) -> float:
         """Return the perplexity of the prompts that choose α without labels."""
-        exponent = -sum(self.values(point, PROMPTS, LOG_PROB)) / self.task.num_prompt_tokens
+        exponent = -sum(self.values(point, PROMPTS, LOG_PROB).values()) / self.task.num_prompt_tokens
         return math.exp(exponent) if exponent < 700 else math.inf
 
 
@@ -67,74 +69,95 @@ class TaskValues:
 class Statistics:
     """Intervals, comparisons and tests of methods on a task's test documents. A method is its values for each seed.
 
-    `cluster`: the field of the documents whose values belong together; `seed`: of the bootstrap.
+    All are of the documents that have the metric in every seed, and in comparisons by both methods. `cluster`: the
+    field of the documents whose values belong together; `seed`: of the bootstrap; `num_comparisons`: of Holm's family.
     """
 
     task: PlannedTask
     cluster: str | None = None
     seed: int = 0
+    num_comparisons: int = 1
 
     @property
     def clusters(self) -> list[str] | None:
         """The cluster of each test document, None without."""
         return None if self.cluster is None else self.task.clusters(self.cluster)
 
-    @property
-    def aggregate(self) -> Callable[[list[Any]], float] | None:
-        """The function that makes one number of the values, None where that is their mean."""
-        metric = self.task.metric
-        return None if metric.is_mean else lambda values: self.task.task.aggregate(metric.key, values)
-
     def interval(self, seeds: Sequence[Values]) -> Interval:
-        """Return the metric with its interval; without edges where values are infinite."""
-        if self.aggregate is not None:
-            return metric_interval(self._columns(seeds), self._mean_of_seeds(len(seeds)), **self._settings)
-        if not _is_finite(seeds):
-            return _unbounded(_mean(seeds), len(seeds[0]), _INFINITE)
-        if len(seeds) > 1:
-            return seeded_interval(np.array(seeds, dtype=float), clusters=self.clusters)
-        return metric_interval(seeds[0], **self._settings)
+        """Return the metric with its interval; without edges where values are infinite or too few."""
+        (rows,), clusters, missing = self._rows(seeds)
+        if missing:
+            return _unbounded(self._estimate(rows), len(rows[0]), missing)
+        if self.task.metric.is_mean:
+            return seeded_interval(rows, clusters=clusters)
+        return metric_interval(_columns(rows), **self._bootstrap(clusters), num_resamples=_RESAMPLES)
 
     def quick_interval(self, values: Values) -> Interval:
         """Return the same for a point of a curve: without edges where these would take a bootstrap."""
-        if self.aggregate is None:
+        if self.task.metric.is_mean or not values:
             return self.interval([values])
-        return _unbounded(self.aggregate(values), len(values), "none: not a mean")
+        return _unbounded(self._estimate([[*values.values()]]), len(values), "none: not a mean")
 
     def compare(self, a: Sequence[Values], b: Sequence[Values]) -> Comparison:
-        """Compare two methods by their values on the same documents; either may have one seed alone."""
-        if self.aggregate is not None:
-            a, b = _alike(a, b)
-            return compare(self._columns(a), self._columns(b), self._mean_of_seeds(len(a)), **self._settings)
-        if not _is_finite([*a, *b]):
-            return Comparison(_unbounded(_mean(a) - _mean(b), len(a[0]), _INFINITE), math.nan, _INFINITE)
-        if max(len(a), len(b)) > 1:
-            return compare_seeded(np.array(a, dtype=float), np.array(b, dtype=float), clusters=self.clusters)
-        return compare(a[0], b[0], **self._settings)
+        """Compare two methods; either may have one seed alone."""
+        (x, y), clusters, missing = self._rows(a, b)
+        if missing:
+            difference = _unbounded(self._estimate(x) - self._estimate(y), len(x[0]), missing)
+            return Comparison(difference, math.nan, missing)
+        if self.task.metric.is_mean:
+            num = max(NUM_RESAMPLES, self._enough)
+            return compare_seeded(x, y, clusters=clusters, seed=self.seed, num_resamples=num)
+        test = partial(compare, _columns(x), _columns(y), **self._bootstrap(clusters))
+        return self._drawn(test, lambda found: found.p_value)
 
     def p_equivalent(self, a: Sequence[Values], b: Sequence[Values], margin: float) -> float:
         """Return p of 'the two differ by `margin` or more', in the unit of the values; NaN where it cannot be told."""
-        if self.aggregate is not None:
-            a, b = _alike(a, b)
-            columns = (self._columns(a), self._columns(b))
-            return equivalence(*columns, margin, self._mean_of_seeds(len(a)), **self._settings)
-        if not _is_finite([*a, *b]):
+        (x, y), clusters, missing = self._rows(a, b)
+        if missing:
             return math.nan
-        if max(len(a), len(b)) > 1:
-            return equivalence_by_t(self.compare(a, b).difference, margin)
-        return equivalence(a[0], b[0], margin, clusters=self.clusters, seed=self.seed)
+        if self.task.metric.is_mean:
+            return equivalence_seeded(x, y, margin, clusters=clusters)
+        return self._drawn(partial(equivalence, _columns(x), _columns(y), margin, **self._bootstrap(clusters)), float)
 
     @property
-    def _settings(self) -> dict[str, Any]:
-        return {"clusters": self.clusters, "seed": self.seed, "num_resamples": _RESAMPLES}
+    def _enough(self) -> int:
+        """The number of resamples of which the smallest p, 2 / (n + 1), passes Holm's correction at 5 %."""
+        return 40 * self.num_comparisons
 
-    def _columns(self, seeds: Sequence[Values]) -> list[tuple[Any, ...]]:
-        return list(zip(*seeds, strict=True))
+    def _drawn(self, test: Callable[..., _Found], p_value: Callable[[_Found], float]) -> _Found:
+        """Draw the resamples of a test: more only where p is the smallest that there can be, and too large for Holm."""
+        found = test(num_resamples=_RESAMPLES)
+        is_least = p_value(found) < 3 / (_RESAMPLES + 1)
+        return test(num_resamples=self._enough) if is_least and self._enough > _RESAMPLES else found
 
-    def _mean_of_seeds(self, num: int) -> Callable[[list[Any]], float]:
-        aggregate = self.aggregate
-        assert aggregate is not None
-        return lambda rows: sum(aggregate([row[seed] for row in rows]) for seed in range(num)) / num
+    def _bootstrap(self, clusters: list[str] | None) -> dict[str, Any]:
+        return {"aggregate": lambda rows: self._estimate(_columns(rows)), "clusters": clusters, "seed": self.seed}
+
+    def _estimate(self, rows: Sequence[Sequence[Any]]) -> float:
+        """The metric's mean over the seeds, of values (seeds, documents); NaN of no documents."""
+        task, key = self.task.task, self.task.metric.key
+        return sum(task.aggregate(key, of_seed) for of_seed in rows) / len(rows) if rows and rows[0] else math.nan
+
+    def _rows(self, *methods: Sequence[Values]) -> tuple[list[list[list[Any]]], list[str] | None, str]:
+        """Values (seeds, documents) by method, the clusters of these documents, and why they allow no statistics.
+
+        A method that no training changes has the same values for all seeds.
+        """
+        names = [document.name for document in self.task.parts[TEST]]
+        shared = [all(name in of_seed for seeds in methods for of_seed in seeds) for name in names]
+        clusters = None if self.clusters is None else list(compress(self.clusters, shared))
+        num = max(map(len, methods))
+        found = [
+            [[of_seed[name] for name in compress(names, shared)] for of_seed in [*seeds] * (num // len(seeds))]
+            for seeds in methods
+        ]
+        if not any(shared):
+            return found, clusters, f"none: no document has {self.task.metric.key}"
+        if clusters is not None and len(set(clusters)) < 2:
+            return found, clusters, f"none: all documents have one {self.cluster}"
+        if self.task.metric.is_mean and not np.isfinite(np.array(found, dtype=float)).all():
+            return found, clusters, "none: values are infinite"
+        return found, clusters, ""
 
 
 def choose(found: Sequence[TaskValues], options: PlanOptions, rule: str, alphas: Sequence[float]) -> Selection:
@@ -151,21 +174,8 @@ def choose(found: Sequence[TaskValues], options: PlanOptions, rule: str, alphas:
     return choose_alpha(alphas, metrics, errors, higher_is_better=found[0].task.metric.higher_is_better)
 
 
-def _alike(a: Sequence[Values], b: Sequence[Values]) -> tuple[Sequence[Values], Sequence[Values]]:
-    """Both with the same number of seeds: a method that no training changes has the same values for all."""
-    num = max(len(a), len(b))
-    if {len(a), len(b)} - {1, num}:
-        raise ConfigError(f"methods with {len(a)} and {len(b)} seeds cannot be compared; give all the same")
-    return (list(a) * (num // len(a)), list(b) * (num // len(b)))
-
-
-def _is_finite(seeds: Sequence[Values]) -> bool:
-    return all(math.isfinite(value) for values in seeds for value in values)
-
-
-def _mean(seeds: Sequence[Values]) -> float:
-    values = [value for of_seed in seeds for value in of_seed]
-    return sum(values) / len(values) if values else math.nan
+def _columns(rows: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    return list(zip(*rows, strict=True))
 
 
 def _unbounded(estimate: float, num_rows: int, why: str) -> Interval:

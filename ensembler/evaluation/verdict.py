@@ -57,11 +57,12 @@ def _unclear(each: Difference, task: TaskFigures) -> str:
     if math.isnan(each.comparison.p_value):
         return f"the difference between {pair} could not be tested ({each.comparison.test})"
     said = f"no difference seen between {pair}"
+    these = f"these {each.comparison.difference.num_rows:,} documents"
     if math.isinf(each.detectable):
-        said += f"; these {task.num_test:,} documents are too few to show one of any size"
+        said += f"; {these} are too few to show one of any size"
     elif math.isfinite(each.detectable):
         size = show_number(each.detectable, percent=task.is_percent) + (" points" if task.is_percent else "")
-        said += f"; these {task.num_test:,} documents would have shown one of {size}"
+        said += f"; {these} would have shown one of {size}"
     return said if each.p_equivalent is None else f"{said}; {_alike(each, task)}"
 
 

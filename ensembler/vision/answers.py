@@ -55,6 +55,10 @@ class ImageAnswerer:
         finally:
             del self._model
 
+    def largest_batch(self, document: Document, points: Sequence[GridPoint]) -> int:
+        """Return 8, which fits: there is no search for images."""
+        return 8
+
     def answer(
         self, batches: Iterable[Sequence[Document]], points: Sequence[GridPoint]
     ) -> Iterator[list[list[Answer]]]:
