@@ -14,7 +14,7 @@ from scoring_cases import save_models
 from transformers import AutoModelForCausalLM
 
 from ensembler.evaluation.bench import Bench
-from ensembler.evaluation.costs import measure_costs
+from ensembler.evaluation.costs import measure_costs, plan_measurements
 from ensembler.evaluation.figures import MethodFigure, TaskFigures
 from ensembler.evaluation.recipe_file import read_recipe
 from ensembler.evaluation.runner import Runner
@@ -78,5 +78,5 @@ def run_bench(path: Path, out: Path, *, costs: bool = False) -> Ran:
         runner = Runner(store)
         runner.run_studies(bench.studies, lambda num: None, reported.__setitem__)
         if costs:
-            measure_costs(bench.studies, store, lambda num: None)
+            measure_costs(plan_measurements(bench.studies, store), store, lambda num: None)
         return Ran(bench, summarise(bench.studies, store, runner.errors(bench.studies)), reported)

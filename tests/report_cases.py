@@ -90,7 +90,7 @@ def sweep() -> TaskFigures:
             chance = 0.36 + lift * math.exp(-(((alpha - 0.7) / 0.5) ** 2)) - 0.1 * max(0.0, alpha - 1)
             test = drawn(chance, 1 + round(10 * alpha))
             validation = sum(drawn(chance, 50 + round(10 * alpha))[:200]) / 200
-            curve.append((CurvePoint(rule, alpha, metric_interval(test), validation), test))
+            curve.append((CurvePoint(rule, rule, alpha, metric_interval(test), validation), test))
     rows = {"source_ft": curve[0][1], "target_pt": drawn(0.21, 7)}
     for rule in rules:
         of_rule = {point.alpha: (point, test) for point, test in curve if point.rule == rule}
@@ -196,7 +196,8 @@ def not_finite() -> TaskFigures:
         MethodFigure("eft", "EFT", "eft", 0.5, "given", test=nowhere),
     )
     curve = [
-        CurvePoint("eft", alpha, test, math.nan) for alpha, test in ((0.0, one_row), (0.5, nowhere), (1.0, one_row))
+        CurvePoint("eft", "eft", alpha, test, math.nan)
+        for alpha, test in ((0.0, one_row), (0.5, nowhere), (1.0, one_row))
     ]
     comparison = replace(compare(right(2), right(1)), difference=replace(nowhere, estimate=-math.inf), p_value=math.nan)
     return figures(

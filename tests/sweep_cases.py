@@ -21,10 +21,11 @@ from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.figures import TaskFigures
 from ensembler.evaluation.methods import sweep_run
 from ensembler.evaluation.plan import Plan, PlanOptions
+from ensembler.evaluation.prompt_settings import PromptSettings
 from ensembler.evaluation.results_file import FILE, Measured, Results
 from ensembler.evaluation.runner import Runner
 from ensembler.evaluation.store import Store
-from ensembler.evaluation.study import Study
+from ensembler.evaluation.study import Study, sweep_study
 from ensembler.evaluation.summary import summarise
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.evaluation.tasks import TextTask
@@ -73,7 +74,7 @@ def save_ensemble(folder: Path, **families: dict[str, Any]) -> Ensemble:
 
 def load_task(folder: Path, name: str, **settings: Any) -> TextTask:
     """A task of a folder that `write_tasks` wrote."""
-    (task,) = load_tasks([str(folder / f"{name}.yaml")], **settings)
+    (task,) = load_tasks([str(folder / f"{name}.yaml")], PromptSettings(**settings))
     return task
 
 
@@ -90,7 +91,7 @@ def plan_of(
     chosen = PlanOptions(**{"batch_size": 3, **changes})
     run = sweep_run("sweep", checked.config, rules, alphas, chooses=chosen.chooses)
     answerer = TextAnswerer(checked, chosen.seed, backend or BackendChoice())
-    return Plan(run, checked, answerer, [task.asked_of(answerer.model) for task in tasks], chosen)
+    return Plan(run, checked, answerer, [task.for_model(answerer.model) for task in tasks], chosen)
 
 
 def run_plan(plan: Plan, folder: Path) -> Rows:
@@ -130,7 +131,7 @@ def rigged(plan: Plan, folder: Path, value: Callable[[str, int, GridPoint], Any]
 
 
 def study_of(plan: Plan) -> Study:
-    return Study("", (plan,))
+    return sweep_study(plan)
 
 
 def figures_of(plan: Plan, results: Results) -> TaskFigures:

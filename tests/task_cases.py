@@ -193,11 +193,11 @@ def run_lm_eval(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu", max_length=max_length),
         tasks=[task.task],
         task_manager=TaskManager(include_defaults=False),
-        limit=task.limit,
+        limit=task.settings.limit,
         bootstrap_iters=bootstrap_iters,
-        apply_chat_template=task.style.apply_chat_template,
-        fewshot_as_multiturn=task.style.fewshot_as_multiturn,
-        system_instruction=task.style.system_instruction,
+        apply_chat_template=task.settings.apply_chat_template,
+        fewshot_as_multiturn=task.settings.fewshot_as_multiturn,
+        system_instruction=task.settings.system_instruction,
     )
 
 

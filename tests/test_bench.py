@@ -175,6 +175,24 @@ def test_a_given_alpha_needs_no_validation(models: dict[str, Any], folder: Path,
     ran = run_bench(write_recipe(tmp_path / "r.yaml", content), tmp_path / "out")
     assert [ran.method(name).alpha for name in ("base-change", "eft", "patch+base-change")] == [0.3, 0.7, 0.3]
     assert {method.chosen_by for method in ran.tasks[0].methods if method.alpha is not None} == {"given"}
+    ran = run_bench(write_recipe(tmp_path / "drawn.yaml", {**content, "validation": 2}), tmp_path / "drawn")
+    assert (ran.tasks[0].num_validation, ran.tasks[0].num_test) == (0, 3)
+    assert "2 drawn for validation are not reported; all alphas were given" in ran.tasks[0].notes
+
+
+def test_the_curve_is_that_of_the_method_which_chose(models: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    """Base-change with the patched target, not base-change at the α that was given."""
+    changes = {"methods": ["base-change", "patch+base-change"], "alpha": {"base-change": 0.3}}
+    ran = run_bench(
+        write_recipe(tmp_path / "r.yaml", recipe(models, folder / "choice.yaml", **changes)), tmp_path / "out"
+    )
+    (task,) = ran.tasks
+    assert {point.method for point in task.curve} == {"patch+base-change"}
+    assert task.chosen("base-change") is task.method("patch+base-change")
+    alpha = task.method("patch+base-change").alpha
+    assert [point.test.estimate for point in task.curve if point.alpha == alpha] == [
+        ran.method("patch+base-change").test.estimate
+    ]
 
 
 def test_an_alpha_that_is_given_for_one_method_is_no_choice_of_another(

@@ -257,6 +257,10 @@ def test_a_dry_run_says_what_would_run_and_reads_no_weights(
         "r, not possible with its models: base-change (no target_pt), eft (no target_pt), patch (no target_pt, no "
         "patch), patch+base-change (no target_pt, no patch) Differences"
     ) in " ".join(run("r.yaml", "--dry-run").split())
+    write_recipe(Path("r.yaml"), recipe(models, task, metric="brier_score"))
+    assert "test examples: not told before the run of brier_score" in run("r.yaml", "--dry-run")
+    write_recipe(Path("r.yaml"), recipe(models, task, cluster="answer"))
+    assert "test examples: not told before the run of groups by answer" in run("r.yaml", "--dry-run")
     assert not Path("bench").exists()
 
 
@@ -275,7 +279,16 @@ def test_a_dry_run_says_which_differences_the_documents_can_show(models: dict[st
     five, ten, thirty = (f"{100 * detectable_by(300, share, level=level):.1f}" for share in (0.05, 0.1, 0.3))
     shown = f"{five} points if the two disagree on 5 %, {ten} if on 10 %, {thirty} if on 30 %"
     assert f"many, 300 test examples: {shown}" in printed
-    assert "tiny_choice, 5 test examples: none; more examples are needed" in printed
+    assert "tiny_choice, 5 test examples: none if the two disagree on 30 % or less" in printed
+
+
+def test_only_the_patch_is_meant_for_another_model(models: dict[str, Any], task: Path, said: list[str]) -> None:
+    adapter, other = models["patch"], models["direct"]
+    write_recipe(Path("r.yaml"), recipe({**models, "source_ft": {"model": other, "adapter": adapter}}, task, limit=3))
+    run("r.yaml", "--dry-run")
+    assert [line for line in said if "was made for" in line] == [
+        f"source_ft: the adapter {adapter} was made for {models['source_pt']}, not {other}"
+    ]
 
 
 def test_two_folders_side_by_side(models: dict[str, Any], task: Path) -> None:

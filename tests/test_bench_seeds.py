@@ -15,7 +15,7 @@ from sweep_cases import column, read_rows
 from task_cases import write_rows, write_tasks
 
 from ensembler import EnsembleForCausalLM
-from ensembler.evaluation.costs import measurements
+from ensembler.evaluation.costs import plan_measurements
 from ensembler.evaluation.methods import plan_runs
 from ensembler.evaluation.recipe_file import read_recipe
 from ensembler.evaluation.seeds import compare_seeded, seeded_interval
@@ -182,7 +182,7 @@ def test_of_a_seed_whose_ensemble_fails_the_members_run_alone(
         assert bench.method(name).test == (None if name in TUNED else whole.method(name).test)
     with Store(tmp_path / "out", bench.bench.settings) as store:
         store.begin("ensembler bench")
-        assert list(measurements(bench.bench.studies, store)) == []  # of a recipe without speed
+        assert plan_measurements(bench.bench.studies, store) == []  # of a recipe without speed
 
 
 def test_costs_are_of_the_first_seed(content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,16 @@ def f1(rows: Sequence[tuple[int, int]]) -> float:
     return 2 * both / max(1, sum(gold + predicted for gold, predicted in rows))
 
 
+def test_methods_that_agree_everywhere_are_not_shown_to_be_equal() -> None:
+    """The interval is that of a share of clusters of which none differs."""
+    rows, labels = [0, 1, 1, 0, 1, 1, 0, 0], list("aabbccdd")
+    found = compare(rows, rows, clusters=labels)
+    reach = stats.binomtest(0, 4).proportion_ci(0.95, method="wilson").high
+    difference = found.difference
+    assert (difference.estimate, difference.low, difference.high) == pytest.approx((0, -reach, reach))
+    assert found.p_value == 1.0
+
+
 def test_standard_errors_are_those_of_the_formula() -> None:
     generator = np.random.default_rng(0)
     for _ in range(100):

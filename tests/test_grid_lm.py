@@ -25,10 +25,12 @@ from ensembler.errors import ConfigError
 from ensembler.evaluation.backends import TransformersBackend
 from ensembler.evaluation.documents import Answer, Document
 from ensembler.evaluation.grid_lm import GridLM
+from ensembler.evaluation.prompt_settings import PromptSettings
 from ensembler.evaluation.task_loading import load_tasks
-from ensembler.evaluation.tasks import PromptStyle, TextTask
+from ensembler.evaluation.tasks import TextTask
 from ensembler.evaluation.text_answers import TextAnswerer
 
+TURNS = {"apply_chat_template": True, "fewshot_as_multiturn": True, "system_instruction": "be brief"}
 POINTS = [*(GridPoint("base-change", alpha) for alpha in (0.0, 0.5, 1.0)), GridPoint("eft", 0.5)]
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'][0] }}: {{ message['content'] }}"
@@ -85,7 +87,7 @@ def assert_alike(found: Answer, expected: Answer) -> None:
 
 def check(trio: Ensemble, task: TextTask, *, max_length: int | None = None) -> None:
     """Compare the grid with lm-eval's own runs."""
-    task = task.asked_of(TextAnswerer(trio.checked).model)
+    task = task.for_model(TextAnswerer(trio.checked).model)
     documents = task.documents()
     answers = answers_of(trio, documents)
     assert all(by_point[0] != by_point[2] for by_point in answers)  # α matters
@@ -113,10 +115,10 @@ def test_every_alpha_is_what_lm_eval_finds(name: str, trio: Ensemble, folder: Pa
         ("inputs", {"num_fewshot": 1, "limit": 0.4}),
         ("generate", {"num_fewshot": 1, "limit": 2}),
         ("generate", {"gen_kwargs": "max_gen_toks=4,until=a"}),
-        ("last_word", {"style": PromptStyle(system_instruction="be brief")}),
-        ("choice", {"style": PromptStyle(apply_chat_template=True)}),
-        ("mutual", {"style": PromptStyle(True, True, "be brief"), "num_fewshot": 2}),
-        ("generate", {"style": PromptStyle(True, False, "be brief"), "num_fewshot": 2, "limit": 3}),
+        ("last_word", {"system_instruction": "be brief"}),
+        ("choice", {"apply_chat_template": True}),
+        ("mutual", {**TURNS, "num_fewshot": 2}),
+        ("generate", {**TURNS, "fewshot_as_multiturn": False, "num_fewshot": 2, "limit": 3}),
     ],
 )
 def test_options_are_those_of_lm_eval(name: str, settings: dict[str, Any], trio: Ensemble, folder: Path) -> None:
@@ -152,9 +154,9 @@ def test_settings_as_lm_eval_reads_them(trio: Ensemble, folder: Path, monkeypatc
     manager = TaskManager(include_path=str(folder), include_defaults=False)
     chat = {"apply_chat_template": True, "system_instruction": "be brief"}
     results = evaluate(model, tasks=["tiny_choice", "tiny_generate"], task_manager=manager, **given, **chat)
-    style = PromptStyle(True, True, "be brief")
-    for task in load_tasks(["tiny_choice", "tiny_generate"], include_path=folder, style=style, **given):
-        documents = task.asked_of(TextAnswerer(trio.checked).model).documents()
+    settings = PromptSettings(**given, **TURNS)
+    for task in load_tasks(["tiny_choice", "tiny_generate"], settings, include_path=folder):
+        documents = task.for_model(TextAnswerer(trio.checked).model).documents()
         expected = recorded(results, task)
         assert [document.index for document in documents] == sorted(expected) == [0, 1, 2]
         for document, (answers,) in zip(documents, answers_of(trio, documents, POINTS[1:2]), strict=True):
@@ -232,15 +234,15 @@ def test_thoughts_are_left_out_as_by_hflm(think_end: str | int, trio: Ensemble, 
 def test_a_chat_template_by_its_name(trio: Ensemble, folder: Path) -> None:
     model = TextAnswerer(trio.checked).model
     model.tokenizer.chat_template = {"default": TEMPLATE, "plain": "{{ messages[-1]['content'] }}!"}
-    task = load_task(folder, "choice", style=PromptStyle("plain"))
-    assert task.asked_of(model).documents()[0].prompt == "ask abc say!"
+    task = load_task(folder, "choice", apply_chat_template="plain")
+    assert task.for_model(model).documents()[0].prompt == "ask abc say!"
     for template, name, message in (
         ({"default": TEMPLATE}, "plain", "chat template 'plain' is not available"),
         (None, True, "the anchor's tokenizer has no chat template; leave --apply-chat-template out"),
     ):
         model.tokenizer.chat_template = template
         with pytest.raises(ConfigError, match=message):
-            load_task(folder, "choice", style=PromptStyle(name)).asked_of(model)
+            load_task(folder, "choice", apply_chat_template=name).for_model(model)
 
 
 # -- members, and without them ----------------------------------------------------------------------------------------

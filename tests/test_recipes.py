@@ -240,7 +240,7 @@ READING = {
     "a model without its name": (put("models", "direct", value={"dtype": "auto"}), r"'direct' has no 'model'"),
     "a patch that is a mapping": (put("models", "patch", value={"model": "a"}), r"the patch is \{.*expected the path"),
     "models of no method": (
-        put("models", value={"patch": "a"}),
+        put("models", value={"patch": "./a"}),
         r"no method is given; the models patch allow none, so give others too",
     ),
     "an unknown method": (
@@ -336,7 +336,7 @@ READING = {
         r"seeds: number 2: unknown role 'dirct'; did you mean direct\?",
     ),
     "seeds of other roles": (
-        put("seeds", value=[{"direct": "a"}, {"direct": "b", "patch": "c"}]),
+        put("seeds", value=[{"direct": "a"}, {"direct": "b", "patch": "./c"}]),
         r"seeds: number 2 has the roles direct, patch; expected those of number 1: direct$",
     ),
     "seeds of no role": (put("seeds", value=[{}, {}]), r"seeds: number 1 has no models; give them by role: source_ft,"),
@@ -358,7 +358,7 @@ READING = {
     ),
     "turns without a chat template": (
         put("fewshot_as_multiturn", value=True),
-        r"fewshot_as_multiturn is true without a chat template; give apply_chat_template too",
+        r"fewshot_as_multiturn was given without apply_chat_template; add it",
     ),
     "turns that are a text": (
         put("fewshot_as_multiturn", value="yes"),
@@ -432,6 +432,7 @@ PLANNING = {
         put("models", "direct", value="a-lab/a-model"),
         r"'a-lab/a-model' is no folder here",
     ),
+    "a patch that is nowhere": (put("models", "patch", value="my-lora"), "the patch is 'my-lora', which is no folder"),
     "a patch that is missing": (put("models", "patch", value="./nowhere"), r"target_pt: .*nowhere"),
     "a patch that does not fit": (put("models", "patch", value="wider_patch"), r"target_pt: .*wider_patch"),
     "a patch on an adapter": (

@@ -19,7 +19,7 @@ pytest.importorskip("lxml")
 
 from browser import CHROMIUM, Browser
 from lxml import html
-from report_cases import answered, benchmark, clustered, failed, figures, not_finite, right, sweep
+from report_cases import answered, benchmark, changed, clustered, failed, figures, not_finite, right, sweep
 
 from ensembler.cli.figures_tables import print_figures, print_pairs
 from ensembler.errors import OutputError
@@ -139,6 +139,8 @@ def test_numbers_of_the_tables() -> None:
     (first, second) = method_table(not_finite())
     assert first["word_perplexity (95 % interval)"] == "3.5 (-inf to inf)"
     assert second["word_perplexity (95 % interval)"] == "inf"
+    (_, published, *_) = method_table(changed(failed(), published_alpha={"base-change": 0.3}))
+    assert published["α"] == "published 0.3"
     assert method_table(failed())[1]["acc, % (95 % interval)"].startswith("failed: OutOfMemoryError")
 
 
@@ -197,6 +199,11 @@ def test_documents_that_alpha_changed_are_counted_and_drawn() -> None:
     lower = changed_by(measured, MethodFigure("eft", "EFT", "eft", 1.0), replace(sweep(), higher_is_better=False))
     assert lower is not None
     assert "0 documents are better and 30 worse" in lower["counts"]
+    other = changed_by(measured, MethodFigure("eft", "EFT", "eft", 1.0), replace(sweep(), is_percent=False))
+    assert other is not None
+    assert other["counts"] == "α changed 30 of 60 answers. 10 of the changed ones, drawn at random:"
+    bare = [(asked, {at: one._replace(predictions={}) for at, one in rows.items()}) for asked, rows in measured]
+    assert changed_by(bare, MethodFigure("eft", "EFT", "eft", 1.0), sweep()) is None
     assert changed_by(measured, MethodFigure("eft", "EFT", "eft", 0.0), sweep()) is None
     assert changed_by(measured, MethodFigure("x", "x", "base-change", 1.0), sweep()) is None
 
@@ -210,6 +217,10 @@ def test_changed_documents_are_shown_with_their_answers(tmp_path: Path) -> None:
     shown = html.parse(tmp_path / "report.html").getroot().xpath("//article[img]")
     assert len(shown) == 10
     assert all(text(one).endswith("right answer: yes α = 0✗ no α = 1✓ yes") for one in shown)
+    write(tmp_path, [replace(sweep(), is_percent=False)])
+    unmarked = list(html.parse(tmp_path / "report.html").getroot().iter("article"))
+    assert len(unmarked) == 10
+    assert all(text(one).endswith("right answer: yes α = 0no α = 1yes") for one in unmarked)
 
 
 def test_two_folders_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -219,11 +230,13 @@ def test_two_folders_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFi
     both = pairs["llama", "base-change"]
     assert both["a"] == both["b"]
     assert both["a"]["alpha"] == 0.7
-    assert not both["same_documents"]
-    assert pairs["", "eft"]["a"] is None
+    assert both["same_documents"] is False
+    assert (pairs["", "eft"]["a"], pairs["", "eft"]["same_documents"]) == (None, None)
     assert all(pair["same_documents"] for pair in compare_folders(tmp_path / "a", tmp_path / "a"))
     print_pairs(list(pairs.values()), "a", "b")
     printed = capsys.readouterr().out
+    assert {line.split()[-1] for line in printed.splitlines() if line.startswith("gsm8k")} == {"-"}
+    assert {line.split()[-1] for line in printed.splitlines() if line.startswith("llama")} == {"others"}
     assert "61.5 (56.6 to 66.1), α 0.7, 14 tokens/s" in printed
     assert printed.splitlines()[0].split()[:2] == ["task", "method"]
     assert [line.split()[:4] for line in printed.splitlines() if line.startswith("gsm8k")][:3] == [

@@ -58,11 +58,14 @@ def test_conditions_that_hold_end_with_0(required: Path, run: Any) -> None:
         f"source_ft<=patch+{abs(patch - source_ft):g}",
         f"patch >= {patch:g}",
         f" source_ft  <  {source_ft + 1:g} ",
-        "patch > -0.5",
+        "patch > -.5",
+        "patch > source_ft - 1e3",
+        "patch >= 1e-9",
         "direct <= 100",
     ):
         done = require(required, run, condition)
         assert (done.code, "p (Holm)" in done.out) == (0, True), (condition, done.err)
+        assert done.err.splitlines()[-1] == f"{condition} holds"
 
 
 def test_conditions_that_do_not_hold_end_with_1(required: Path, run: Any) -> None:

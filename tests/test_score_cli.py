@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -200,22 +201,21 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing_half_written(
 ) -> None:
     out, left = tmp_path / "out.jsonl", tmp_path / "out.jsonl.members"
     with monkeypatch.context() as patch:
-        write, num_written = Path.write_bytes, 0
+        replace, num_written = os.replace, 0
 
-        def full(path: Path, content: Any) -> int:
+        def full(partial: Path, path: Path) -> None:
             nonlocal num_written
             num_written += path.parent == left
             if num_written > 4:
-                write(path, content[: len(content) // 2])
                 raise OSError(errno.ENOSPC, "No space left on device")
-            return write(path, content)
+            replace(partial, path)
 
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr("os.replace", full)
         result = run(*command, "--output", out, "--offline-members")
     assert result.code == 1
     _, error = result.err.splitlines()
     assert error.startswith("Error: ")
-    assert "cannot be written (No space left on device); make room" in error
+    assert "cannot be written: No space left on device; choose another place, or make room" in error
     assert not list(left.glob(".*"))
     assert len(list(left.glob("*.safetensors"))) == 3
     assert run(*command, "--output", out, "--offline-members", "--resume").code == 0

@@ -61,6 +61,37 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
             results._connection.execute("DELETE FROM notes")
 
 
+def test_rows_of_one_task(tmp_path: Path) -> None:
+    with begun(tmp_path) as store:
+        other = document(0)
+        other.name, other.task = "u/test/0", "u"
+        store.begin_run("sweep", POINTS, [(other, "test")])
+        store.add("sweep", [(name, measured(0)) for name in ("t/test/0", "u/test/0")])
+        assert [[name for name, _ in store.rows("sweep", task)] for task in ("t", "u", "v", None)] == [
+            ["t/test/0"],
+            ["u/test/0"],
+            [],
+            ["t/test/0", "u/test/0"],
+        ]
+
+
+def test_a_document_that_is_added_while_rows_are_read_has_all_its_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with begun(tmp_path) as store, open_results(tmp_path) as results:
+        read, names = results._read, [name for name, *_ in results.documents("sweep")]
+
+        def read_and_add(sql: str, *given: Any) -> list[Any]:
+            found = read(sql, *given)
+            if "document = ?" in sql:
+                store.add("sweep", [(names[given[0] - 1], measured(given[0] - 1))])
+            return found
+
+        monkeypatch.setattr(results, "_read", read_and_add)
+        assert list(results.rows("sweep")) == []
+        assert dict(results.rows("sweep")) == {name: measured(index) for index, name in enumerate(names)}
+
+
 def test_the_same_command_goes_on_and_may_ask_otherwise(tmp_path: Path) -> None:
     fill(tmp_path, range(3))
     with Store(tmp_path, SETTINGS) as store:
@@ -253,6 +284,9 @@ def test_differences_are_named_as_the_user_knows_them(tmp_path: Path) -> None:
             Store(tmp_path / folder, here)
         return str(caught.value).partition("another run: ")[2].partition(". Run")[0]
 
+    of_bench = {"runs": {"one": plan}, "speed": {}}
+    assert differences(plan, of_bench, "sweep") == "it is a sweep, and this is a benchmark"
+    assert differences(of_bench, plan, "bench") == "it is a benchmark, and this is a sweep"
     for number, (change, said) in enumerate(
         {
             '{"tasks": {"t": {"limit": 4, "documents": "2", "tokens": "2"}}}': "--limit is 3 there and 4 here",
@@ -360,4 +394,9 @@ def test_a_compressed_file_is_read(tmp_path: Path) -> None:
         kept.write_bytes(damaged)
         with pytest.raises(OutputError, match=r"results\.sqlite\.gz cannot be read: .*; put an undamaged copy in"):
             open_results(kept)
-    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+    (kept.parent / "report.html").touch()
+    with pytest.raises(OutputError, match=r"sqlite\.gz holds compressed results; unpack it .*or give --output"):
+        Store(kept.parent, SETTINGS)
+    assert {path.name for path in kept.parent.iterdir()} == {kept.name, "report.html"}
+    shutil.copy(tmp_path / "out" / FILE, kept.parent)
+    Store(kept.parent, SETTINGS).begin("goes on with what was unpacked")

@@ -36,6 +36,7 @@ from ensembler.evaluation.figures import TaskFigures
 from ensembler.evaluation.methods import levels
 from ensembler.evaluation.parts import PROMPTS, REPEATED, TEST, VALIDATION, split_documents
 from ensembler.evaluation.plan import LOG_PROB, Plan, PlanOptions
+from ensembler.evaluation.prompt_settings import PromptSettings
 from ensembler.evaluation.statistics import LEVEL, compare, holm, metric_interval
 from ensembler.evaluation.summary import summarise
 from ensembler.evaluation.tables import difference_table
@@ -241,7 +242,9 @@ def test_drawn_documents_and_the_rest_are_all_and_none_is_both(num: int, tmp_pat
 @pytest.mark.parametrize("num_fewshot", [None, 2])
 def test_documents_that_are_there_twice_do_not_choose(num_fewshot: int | None, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "twice.jsonl", [{"question": f"{i}?", "label": "ab"[i % 2]} for i in range(10)] * 2)
-    task = make_task_from_file(path, prompt="{question}", choices="a,b", answer="{label}", num_fewshot=num_fewshot)
+    task = make_task_from_file(
+        path, prompt="{question}", choices="a,b", answer="{label}", settings=PromptSettings(num_fewshot=num_fewshot)
+    )
     parts = split_documents(task, "10")
     asked = [set(map(task.identity, parts[part])) for part in (VALIDATION, TEST)]
     assert not asked[0] & asked[1]
@@ -278,6 +281,12 @@ def test_metrics_that_are_no_mean_go_by_the_bootstrap(ensemble: Ensemble, tmp_pa
     assert all(method.test is not None and method.test.method == "bootstrap" for method in figures.methods)
     assert {point.test.method for point in figures.curve} == {"none: not a mean"}
     assert not figures.is_percent
+    near = planned(ensemble, task, rules=("base-change",), one_standard_error=True)  # lm-eval has none of it
+    better = figures_of(near, rigged(near, tmp_path / "near", lambda part, i, point: [-3.0 + point.alpha / 99, 1]))
+    assert better.method("base-change").selection.best == 1.0
+    assert better.method("base-change").alpha == 1.0  # all alike: the standard error is 0
+    wide = rigged(near, tmp_path / "wide", lambda part, i, point: [-3.0 + point.alpha / 99 - i % 3, 1])
+    assert figures_of(near, wide).method("base-change").alpha == 0.0
     impossible = figures_of(plan, rigged(plan, tmp_path / "not", lambda part, i, point: [-1e9, 1]))
     assert all(math.isnan(each.p_holm) for each in impossible.differences)
 

@@ -20,6 +20,7 @@ from ensembler import EnsembleForCausalLM
 from ensembler.demo import demo_folder, demo_task
 from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.plan import Plan
+from ensembler.evaluation.prompt_settings import PromptSettings
 from ensembler.evaluation.results_file import FILE, Measured
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.evaluation.tasks import TextTask
@@ -105,7 +106,7 @@ def test_few_shot_prompts_and_contexts_that_are_cut(
 def test_the_demo_family_on_its_own_task(tmp_path: Path) -> None:
     checked = check_ensemble(read(demo_folder()))
     demo = Ensemble(checked, EnsembleForCausalLM.from_checked(checked))
-    (task,) = load_tasks([str(demo_task())], limit=6)
+    (task,) = load_tasks([str(demo_task())], PromptSettings(limit=6))
     plan, rows = swept(demo, task, tmp_path / "out", alphas=(0.0, 0.4, 0.8, 1.0, 1.3))
     right = {point: sum(row.values["exact_match"] for row in at(plan, rows, point)) for point in plan.points}
     assert len(set(right.values())) > 2  # α matters here

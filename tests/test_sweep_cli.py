@@ -211,6 +211,7 @@ def test_a_run_without_rows_does_not_block_its_folder(
         (["DATA", "--validation", "5", "--select", "perplexity"], "give one of the two"),
         (["DATA", "--cluster", "passage"], "q/test/0 has no field 'passage' to cluster by; its fields are"),
         (["DATA", "--margin", "0"], "a margin of 0 leaves no room; give a number above 0"),
+        (["DATA", "--strict"], "--strict was given without --images; leave it out"),
         (["DATA", "--batch-size", "0"], "--batch-size is '0'; expected a number from 1, or auto"),
         (["DATA", "--batch-size", "many"], "--batch-size is 'many'; expected a number from 1, or auto"),
         (

@@ -19,6 +19,7 @@ from task_cases import figures, figures_of, recorded, run_lm_eval, write_rows
 
 from ensembler.errors import ConfigError, PromptError
 from ensembler.evaluation.documents import Document
+from ensembler.evaluation.prompt_settings import PromptSettings
 from ensembler.evaluation.task_files import make_task_from_file
 from ensembler.evaluation.tasks import TextTask
 from ensembler.evaluation.templates import field_names, fill
@@ -35,8 +36,10 @@ def data(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", ROWS)
 
 
-def make(data: Path, **settings: Any) -> TextTask:
-    return make_task_from_file(data, **{"prompt": "Q: {question}", "answer": "{answer}", **settings})
+def make(data: Path, settings: PromptSettings | None = None, **templates: Any) -> TextTask:
+    return make_task_from_file(
+        data, **{"prompt": "Q: {question}", "answer": "{answer}", **templates}, settings=settings
+    )
 
 
 def pairs(task: TextTask) -> list[list[tuple[str, str]]]:
@@ -64,6 +67,18 @@ def test_choices_of_a_field(data: Path) -> None:
     assert [document.gold for document in task.documents()] == ["y z", "no", "v"]
     right = task.measure(task.documents()[0], [[-2.0, False], [-1.0, False]])
     assert right == ({"acc": 1.0}, {"none": "y z"})
+
+
+def test_rows_keep_their_own_fields(tmp_path: Path) -> None:
+    own = {"prompt": "p", "source": "s", "choices": "a", "target": "t", "answer": "12", "passage": [1]}
+    data = write_rows(tmp_path / "d.jsonl", [own, {**own, "source": "other"}])
+    for settings in ({}, {"choices": "{answer},no"}, {"metric": "perplexity"}, {"metric": "flexible_number"}):
+        task = make_task_from_file(data, **{"prompt": "{prompt} of {source}", "answer": "{answer}", **settings})
+        documents = task.documents()
+        assert [document.content["source"] for document in documents] == ["s", "other"], settings
+        assert {name: documents[0].content[name] for name in own} == {**own, "passage": "[1]"}
+        assert [document.prompt for document in documents] == ["p of s", "p of other"]
+        assert documents[0].gold.strip() == "12"
 
 
 def test_choices_of_texts(tmp_path: Path) -> None:
@@ -94,23 +109,24 @@ def test_a_space_before_the_answer(tmp_path: Path) -> None:
 
 
 def test_few_shot_examples_are_other_rows(data: Path) -> None:
-    task = make(data, choices="{options}", answer="{label}", num_fewshot=2)
+    task = make(data, choices="{options}", answer="{label}", settings=PromptSettings(num_fewshot=2))
     for row, contexts in zip(ROWS, pairs(task), strict=True):
         assert contexts[0][0].count(f"Q: {row['question']}") == 1
         assert contexts[0][0].count("\n\nQ: ") == 2
-    flexible = make(data, metric="flexible_number", num_fewshot=2)
+    flexible = make(data, metric="flexible_number", settings=PromptSettings(num_fewshot=2))
     assert "so 3\n#### 1,004\n\n" in flexible.documents()[0].prompt
     with pytest.raises(ConfigError, match="3 few-shot examples beside each question need more than the 3 rows"):
-        make(data, num_fewshot=3)
+        make(data, PromptSettings(num_fewshot=3))
 
 
 def test_exact_match(data: Path) -> None:
-    task = make(data, limit=1)
+    task = make(data, PromptSettings(limit=1))
     assert task.metrics[0].key == "exact_match"
     (document,) = task.documents()
     assert document.prompt == "Q: a {b} c"
     assert settings_of(document) == {"until": ["\n\n"], "do_sample": False, "max_gen_toks": 256}
-    one_line = make(write_rows(data.with_name("one.jsonl"), ROWS[:1]), max_new_tokens=9, gen_kwargs="temperature=0.5")
+    data = write_rows(data.with_name("one.jsonl"), ROWS[:1])
+    one_line = make(data, PromptSettings(gen_kwargs="temperature=0.5"), max_new_tokens=9)
     assert settings_of(one_line.documents()[0]) == {
         "until": ["\n"],
         "do_sample": False,
@@ -156,12 +172,12 @@ def test_perplexity(data: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "templates",
     [{"choices": "{options}", "answer": "{label}"}, {}, {"metric": "flexible_number"}, {"metric": "perplexity"}],
 )
-def test_figures_of_lm_eval(settings: Any, data: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_figures_of_lm_eval(templates: Any, data: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     for num_fewshot in (None, 1):
-        task = make(data, num_fewshot=num_fewshot, **settings)
+        task = make(data, PromptSettings(num_fewshot=num_fewshot), **templates)
         results = run_lm_eval(task, make_model("llama", 5, max_position_embeddings=400), tokenizer)
         assert figures(task, task.documents(), recorded(results, task)) == figures_of(results, task)
 
@@ -199,6 +215,11 @@ def test_templates() -> None:
         ('{"question": "q", "answer": " "}\n', {}, "d.jsonl:1: the answer is empty"),
         ('{"question": "q", "answer": "one"}\n', {"metric": "flexible_number"}, "d.jsonl:1: the answer 'one' holds no"),
         ('{"question": "\\ud800", "answer": "1"}\n', {}, "d.jsonl:1 is not UTF-8 text"),
+        (
+            '{"question": "q", "answer": "1", "_target": 1}\n',
+            {},
+            "d.jsonl:1 has a field '_target', a name kept for what is made of a row; rename it",
+        ),
         ('{"question": "q", "answer": "1"}\n', {"choices": "{c}"}, "d.jsonl:1 has no field 'c'"),
         ('{"question": "q", "answer": "1"}\n', {"choices": "{answer}"}, r"d.jsonl:1: \{answer\} is no list of choices"),
         ('{"question": "q", "answer": "1"}\n', {"choices": "a,,b"}, "d.jsonl:1: choice 1 is empty"),
@@ -222,7 +243,6 @@ def test_templates() -> None:
             {"metric": "exact_match", "choices": "a,b"},
             "metric exact_match needs no choices: leave --choices out",
         ),
-        ('{"question": "q", "answer": "1"}\n', {"limit": 0}, "a limit of 0 documents"),
     ],
 )
 def test_bad_files(lines: str, settings: Any, message: str, tmp_path: Path) -> None:
@@ -251,7 +271,7 @@ def test_numbers_are_found_before_anything_else_of_lm_eval_is_loaded(tmp_path: P
     code = (
         "from ensembler.evaluation.task_files import make_task_from_file as make; "
         f"print(make({str(tmp_path / 'sums.jsonl')!r}, prompt='{{q}}', answer='{{a}}', metric='flexible_number')"
-        ".documents()[0].content['target'])"
+        ".documents()[0].content['_target'])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.split()[-1:] == ["3"], done.stderr

@@ -33,6 +33,7 @@ from ensembler.errors import ConfigError, RunError
 from ensembler.evaluation.documents import Answer, Document, Metric
 from ensembler.evaluation.metric_values import from_json, to_json
 from ensembler.evaluation.parts import choose_metric
+from ensembler.evaluation.prompt_settings import PromptSettings
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.evaluation.tasks import TextTask
 
@@ -53,7 +54,7 @@ def model() -> PreTrainedModel:
 
 
 def load(folder: Path, name: str, **settings: Any) -> TextTask:
-    (task,) = load_tasks([str(folder / f"{name}.yaml")], **settings)
+    (task,) = load_tasks([str(folder / f"{name}.yaml")], PromptSettings(**settings))
     return task
 
 
@@ -162,6 +163,11 @@ def test_predictions_and_right_answers_as_texts(folder: Path) -> None:
     assert predictions == {"number": "1", "letters": "so"}
     assert values == {"exact_match,number": 1.0, "exact_match,letters": 0.0}
     assert document.gold == "1"
+    for name, answers in (("last_word", [[-3.2, True]]), ("text", [-3.2])):
+        task = load(folder, name)
+        values, predictions = task.measure(task.documents()[0], answers)
+        assert predictions == {}, "a log-prob alone is no answer"
+        assert values.keys() == {metric.key for metric in task.metrics}
 
 
 def test_answers_are_not_kept(folder: Path) -> None:
@@ -344,14 +350,6 @@ def test_bad_arguments(folder: Path, tmp_path: Path) -> None:
     for names, settings, message in (
         ([], {}, "no task was given"),
         ([path, path], {}, "task tiny_choice is given twice"),
-        ([path], {"limit": 0}, "a limit of 0 documents"),
-        ([path], {"limit": 1.5}, "a limit of 1.5 documents is not possible; give a number from 1, or a share below 1"),
-        (
-            [str(folder / "generate.yaml")],
-            {"gen_kwargs": "hot"},
-            "'hot' are no settings of generation; give NAME=VALUE",
-        ),
-        ([path], {"num_fewshot": -1}, "-1 few-shot examples"),
         ([path], {"include_path": tmp_path / "none"}, "none is no folder"),
         ([str(tmp_path / "none.yaml")], {}, "none.yaml does not exist"),
     ):
@@ -359,6 +357,20 @@ def test_bad_arguments(folder: Path, tmp_path: Path) -> None:
             load_tasks(names, **settings)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="no split 'dev'; it has test, train"):
         load(folder, "choice").documents("dev")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"limit": 0}, "a limit of 0 documents"),
+        ({"limit": 1.5}, "a limit of 1.5 documents is not possible; give a number from 1, or a share below 1"),
+        ({"gen_kwargs": "hot"}, "'hot' are no settings of generation; give NAME=VALUE"),
+        ({"num_fewshot": -1}, "-1 few-shot examples"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PromptSettings(**settings)
 
 
 def test_a_template_may_not_take_the_ensemble(run: Run) -> None:
@@ -371,7 +383,7 @@ def test_a_template_may_not_take_the_ensemble(run: Run) -> None:
 
 def test_turns_need_a_chat(folder: Path, run: Run) -> None:
     found = run("sweep", "demo", "--task", folder / "choice.yaml", "--fewshot-as-multiturn")
-    assert found.error == "Error: --fewshot-as-multiturn was given without --apply-chat-template; add it"
+    assert found.error == "Error: fewshot_as_multiturn was given without apply_chat_template; add it"
 
 
 def test_labels_that_are_texts(folder: Path) -> None:
@@ -400,11 +412,11 @@ def test_a_metric_of_choices_does_not_fit_texts(folder: Path) -> None:
 
 def test_a_task_that_fixes_its_examples_keeps_them(folder: Path) -> None:
     path = change(folder, "output_type", "num_fewshot: 0\noutput_type")
-    assert load_tasks([path], num_fewshot=3)[0].num_fewshot == 0
+    assert load_tasks([path], PromptSettings(num_fewshot=3))[0].num_fewshot == 0
 
 
 def test_no_lm_eval_is_loaded_before_it_is_needed() -> None:
-    modules = "documents, task_checks, task_files, task_loading, tasks, templates"
+    modules = "documents, prompt_settings, task_checks, task_files, task_loading, tasks, templates"
     code = f"import sys; from ensembler.evaluation import {modules}\n"
     code += "assert not {'lm_eval', 'datasets', 'transformers'} & set(sys.modules), sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

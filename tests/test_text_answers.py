@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_cases import save_adapter, save_base
 from scoring_cases import save_models
 from tiny import make_model, make_tokenizer, tables
 from transformers import PreTrainedTokenizerFast
@@ -18,13 +19,15 @@ pytest.importorskip("lm_eval")
 from lm_eval.models.huggingface import HFLM
 from sweep_cases import Ensemble, save_ensemble
 
-from ensembler import EnsembleConfig, EnsembleForCausalLM
+from ensembler import EnsembleConfig, EnsembleForCausalLM, MemberConfig
 from ensembler.decoding.options import DecodingOptions
 from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError, PromptError, RunError
 from ensembler.evaluation.backends import TransformersBackend
 from ensembler.evaluation.documents import Document
+from ensembler.evaluation.provenance import describe_ensemble
 from ensembler.evaluation.text_answers import TextAnswerer
+from ensembler.patch.extract import extract_patch
 from ensembler.preflight import check_ensemble
 
 TEXTS = ["", " ", "a", "<s>", "ab cd", " ab", "a\n", "a  ", "<s>ab", "x</s>y", "The 9", "é", "\n\n", "yes", " no, 7 "]
@@ -206,3 +209,41 @@ def test_the_largest_batch_fits_with_all_rows_of_its_texts(
     assert sizes[0] == (64, length)
     assert sizes[-1][0] * length <= 100
     assert found == sizes[-1][0] // num_rows > 1
+
+
+def described(base: Path, **settings: Any) -> dict[str, Any]:
+    """What rows say of an ensemble with one member that has these settings."""
+    members = {"source_ft": MemberConfig(str(base), **settings), "source_pt": MemberConfig(str(base))}
+    found = describe_ensemble(check_ensemble(EnsembleConfig(members={**members, "target_pt": members["source_pt"]})))
+    return dict(found["members"]["source_ft"])
+
+
+def test_an_adapter_goes_by_its_files_wherever_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, cache = save_base(tmp_path / "base"), tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    commits = {"1" * 40: 5, "2" * 40: 6}
+    found = []
+    for commit, seed in commits.items():
+        save_adapter(base, cache / "models--me--lora" / "snapshots" / commit, seed=seed)
+        (cache / "models--me--lora" / "refs").mkdir(exist_ok=True)
+        (cache / "models--me--lora" / "refs" / "main").write_text(commit)
+        found.append(described(base, adapter="me/lora"))
+        local = described(base, adapter=str(cache / "models--me--lora" / "snapshots" / commit))
+        assert found[-1]["adapter_sha256"] == local["adapter_sha256"]
+        assert (found[-1]["adapter"], local["adapter"]) == ("me/lora", commit)
+    assert found[0]["adapter_sha256"] != found[1]["adapter_sha256"]
+
+
+def test_deltas_without_a_lora_go_by_their_file(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    hashes = []
+    for seed in (3, 4):
+        extract_patch(base, save_base(tmp_path / f"tuned{seed}", seed=seed), tmp_path / f"patch{seed}", full=True)
+        hashes.append(described(base, adapter=str(tmp_path / f"patch{seed}"))["adapter_sha256"])
+    assert hashes[0] != hashes[1]
+
+
+def test_devices_are_part_of_what_answers_depend_on(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    spread = described(base, device_map="auto", max_memory={"cpu": "10GiB"})
+    assert spread == {**described(base), "device_map": "auto"}

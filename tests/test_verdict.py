@@ -126,6 +126,6 @@ def test_a_curve_without_a_choice_is_told(num_alphas: int, said: str) -> None:
     test = task.methods[0].test
     assert test is not None
     at_one = MethodFigure("eft at 1", "eft α = 1", "eft", 1.0, test=test)
-    curve = tuple(CurvePoint("eft", float(alpha), test, math.nan) for alpha in range(num_alphas))
+    curve = tuple(CurvePoint("eft", "eft", float(alpha), test, math.nan) for alpha in range(num_alphas))
     (line,) = verdict(replace(task, methods=(*task.methods, at_one), curve=curve))
     assert line.startswith(said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from ensembler.errors import ClassesError, ConfigError, ImageError
 from ensembler.evaluation.documents import Answer
 from ensembler.evaluation.parts import split_documents
 from ensembler.evaluation.provenance import versions
+from ensembler.evaluation.summary import _hash
 from ensembler.vision.answers import ImageAnswerer, describe_images
 from ensembler.vision.preflight import check_images
 from ensembler.vision.tasks import ImageTask, load_image_task
@@ -170,7 +172,18 @@ def test_what_answers_depend_on_is_json(members: dict[str, str], pictures: Path)
     task = load(pictures, validation="validation", limit=5)
     found = task.describe()
     assert json.loads(json.dumps(found)) == found
-    assert (found["limit"], found["splits"], found["skipped"]) == (5, {"test": 5, "validation": 5}, {})
+    assert (found["limit"], found["num_images"], found["skipped"]) == (5, 5, [])
+    assert found == load(pictures, limit=5).describe(), "another split may choose from the same rows"
+
+
+def test_documents_are_the_same_wherever_their_folder_is(pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures, tmp_path / "elsewhere" / pictures.name)
+    here, there = (load(folder).documents() for folder in (pictures, tmp_path / "elsewhere" / pictures.name))
+    assert _hash(here) == _hash(there)
+    (tmp_path / "elsewhere" / pictures.name / "test" / "owl" / "000.png").write_bytes(
+        (pictures / "test" / "cat" / "000.png").read_bytes()
+    )
+    assert _hash(here) != _hash(load(tmp_path / "elsewhere" / pictures.name).documents())
 
 
 def test_metrics_are_means_with_their_standard_error(pictures: Path) -> None:
@@ -204,7 +217,7 @@ def test_broken_images_are_left_out_with_a_count_or_end_it(pictures: Path) -> No
     assert task.splits == {"test": 26, "validation": 14}
     assert task.notes == ("2 images that cannot be read left out",)
     said = task.describe()["skipped"]
-    assert [reason.split(" ")[0] for reason in said["test"]] == ["cat/001.png", "owl/003.png"]
+    assert [reason.split(" ")[0] for reason in said] == ["cat/001.png", "owl/003.png"]
     names = [document.index for document in task.documents()]
     places = [path.relative_to(pictures / "test").as_posix() for path in sorted((pictures / "test").rglob("*.png"))]
     assert [places[index] for index in names] == [one.content["image"] for one in task.documents()]

@@ -122,6 +122,13 @@ def test_an_interrupted_sweep_goes_on_to_the_same_rows(
     assert done.code == 0
     assert re.search(r"28 examples at 3 points.*, 7 are done", done.err)
     assert read_rows(tmp_path / "part") == read_rows(tmp_path / "whole")
+    rows = read_rows(tmp_path / "part")
+    done = run(*command, "--validation", "validation", "--output", tmp_path / "part")
+    assert done.code == 0, done.err
+    assert re.search(r"42 examples at 3 points.*, 28 are done", done.err)
+    assert [row["answers"] for row in read_rows(tmp_path / "part") if row["part"] == "test"] == [
+        row["answers"] for row in rows
+    ]
     other = run(*command[:-1], 5, "--output", tmp_path / "part")
     assert other.code == 2
     assert "--batch-size is 4 there and 5 here" in other.error
@@ -160,15 +167,16 @@ def test_broken_images_are_left_out_with_a_count_or_end_it(
     ids = {row["id"] for row in read_rows(tmp_path / "out")}
     assert len(ids) == 26 + 14
     task = json.loads((tmp_path / "out" / "summary.json").read_text())["settings"]["tasks"]["pictures"]
-    assert [said.split(" ")[0] for said in task["skipped"]["test"]] == ["cat/001.png", "owl/003.png"]
+    assert [said.split(" ")[0] for said in task["skipped"]] == ["cat/001.png", "owl/003.png"]
 
 
 def test_what_cannot_be_swept_is_refused(members: dict[str, str], pictures: Path, tmp_path: Path, run: Any) -> None:
     done = run("sweep", "demo", "--images", pictures)
     assert done.code == 2
     assert "is an ensemble of language models, which see no images" in done.error
-    done = run("sweep", "demo", "--images", pictures, "--task", "sst2")
-    assert (done.code, done.error) == (2, "Error: --task and --images were both given; give one of them")
+    for flags, option in ((["--task", "sst2"], "--task"), (["--num-fewshot", 0], "--num-fewshot")):
+        done = run("sweep", "demo", "--images", pictures, *flags)
+        assert (done.code, done.error) == (2, f"Error: {option} and --images were both given; give one of them")
     flags = [part for role, path in members.items() for part in (f"--{role.replace('_', '-')}", path)]
     assert run("create", tmp_path / "ensemble", "--task", "image-classification", *flags).code == 0
     command = ["sweep", tmp_path / "ensemble", "--images", pictures, "--output", tmp_path / "out"]

@@ -15,6 +15,7 @@ from vllm_cases import WIDE
 
 from ensembler.cli.main import cli
 from ensembler.demo import demo_folder, demo_task
+from ensembler.evaluation.prompt_settings import PromptSettings
 from ensembler.evaluation.results_file import open_results
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.serving.choice import BackendChoice
@@ -101,7 +102,7 @@ def test_lm_evals_own_vllm_model_runs_the_folder(tmp_path: Path, monkeypatch: py
 
     model = VLLM(str(demo_folder()), load_format="ensembler", dtype="float32", enforce_eager=True, max_model_len=256)
     try:
-        (task,) = load_tasks([str(demo_task())], limit=30)
+        (task,) = load_tasks([str(demo_task())], PromptSettings(limit=30))
         results = simple_evaluate(model, tasks=[task.task], limit=30, bootstrap_iters=0, log_samples=True)
     finally:
         model.model.llm_engine.engine_core.shutdown()

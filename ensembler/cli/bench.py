@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,36 +21,29 @@ from ensembler.launch import num_ranks, this_rank
 
 if TYPE_CHECKING:
     from ensembler.evaluation.bench import Bench
+    from ensembler.evaluation.recipe import Experiment
     from ensembler.evaluation.requirements import Requirement
     from ensembler.evaluation.store import Store
     from ensembler.serving.choice import BackendChoice
 
 
-class _SayOnce(logging.Filter):
-    """Runs that share members are checked one after another: what is noticed of them is said once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._said: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        is_new = message not in self._said
-        self._said.add(message)
-        return is_new
-
-
 @contextmanager
-def _saying_once(*loggers: str) -> Iterator[None]:
-    """Say what these loggers notice once each."""
-    once = _SayOnce()
-    for name in loggers:
-        logging.getLogger(name).addFilter(once)
-    try:
+def _warning_once(experiments: Sequence[Experiment]) -> Iterator[None]:
+    """Show each warning about members once, though runs share them; not that a patch was made for another base."""
+    all_models = [models for each in experiments for models in (each.models, *each.seeds)]
+    patches = {("target_pt", models["patch"].model) for models in all_models if "patch" in models}
+    shown: set[str] = set()
+
+    def is_wanted(record: logging.LogRecord) -> bool:
+        num_shown = len(shown)
+        shown.add(record.getMessage())
+        return len(shown) > num_shown and tuple(record.args or ())[:2] not in patches
+
+    with ExitStack() as stack:
+        for logger in map(logging.getLogger, ("ensembler.adapters", "ensembler.vision.towers")):
+            logger.addFilter(is_wanted)
+            stack.callback(logger.removeFilter, is_wanted)
         yield
-    finally:
-        for name in loggers:
-            logging.getLogger(name).removeFilter(once)
 
 
 class _RunByDefault(click.Group):
@@ -125,7 +118,7 @@ def run(
     content = read_recipe(demo_recipe() if str(recipe) == DEMO else recipe, {"images": ImageExperiment})
     requirements = [Requirement.parse(text, [each.methods for each in content.experiments]) for text in require]
     images = ImageModels()
-    with _saying_once("ensembler.adapters", "ensembler.vision.towers"):
+    with _warning_once(content.experiments):
         planned = Bench(
             content,
             confirm_run_unsafe_code=confirm_run_unsafe_code,
@@ -155,7 +148,7 @@ def _run(planned: Bench, store: Store, requirements: Sequence[Requirement], *, a
     begin(store)
     runner = Runner(store, this_rank(), num_ranks())
     if this_rank() and runner.is_complete(planned.studies, {}):
-        return  # what was finished before is told by the first
+        return  # what was finished before is shown by the first
     with progress(planned.num_documents, shown=this_rank() == 0, label="examples", lines=True) as advance:
         runner.run_studies(
             planned.studies,
@@ -170,9 +163,11 @@ def _run(planned: Bench, store: Store, requirements: Sequence[Requirement], *, a
         return
     if all(method.test is None for task in figures for method in task.methods):
         raise RunError(f"every method failed, the first with {figures[0].methods[0].error}")
-    failures = [failure for requirement in requirements for failure in requirement.failures(figures)]
-    if failures:
-        raise RunError("; ".join(failures))
+    failures = {requirement.text: requirement.failures(figures) for requirement in requirements}
+    for text in (text for text, found in failures.items() if not found):
+        click.echo(f"{text} holds", err=True)
+    if any(failures.values()):
+        raise RunError("; ".join(failure for found in failures.values() for failure in found))
 
 
 def _measure(planned: Bench, store: Store) -> None:
@@ -188,11 +183,11 @@ def _measure(planned: Bench, store: Store) -> None:
         if this_rank() == 0:
             click.echo("run the same command once without a launcher to measure speed and memory", err=True)
     else:
-        from ensembler.evaluation.costs import measure_costs, measurements
+        from ensembler.evaluation.costs import measure_costs, plan_measurements
 
-        num = sum(1 for _ in measurements(planned.studies, store))
-        with progress(num, shown=True, label="measurements", lines=True) as advance:
-            measure_costs(planned.studies, store, advance)
+        wanted = plan_measurements(planned.studies, store)
+        with progress(len(wanted), shown=True, label="measurements", lines=True) as advance:
+            measure_costs(wanted, store, advance)
 
 
 @bench.command()

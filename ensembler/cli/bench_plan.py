@@ -48,7 +48,13 @@ def print_plan(bench: Bench) -> None:
     for study in bench.studies:
         for task in study.plans[0].tasks:
             num_test = len(task.parts[TEST])
-            shown = _shown(num_test, 0.05 / max(num, 1))
+            experiment, cluster = study.experiment, study.plans[0].options.cluster
+            if not task.metric.is_percent:
+                shown = f"not told before the run of {task.metric.key}"
+            elif cluster is not None or (experiment is not None and experiment.seeds):
+                shown = f"not told before the run of {'several seeds' if cluster is None else f'groups by {cluster}'}"
+            else:
+                shown = _shown(num_test, 0.05 / max(num, 1))
             out.print(f"  {study.name}, {task.task.name}, {num_test:,} test examples: {shown}", markup=False)
 
 
@@ -58,4 +64,5 @@ def _shown(num: int, level: float) -> str:
     found = [(share, detectable_by(num, share, level=level)) for share in _DISAGREEMENTS]
     shown = [(share, difference) for share, difference in found if difference <= share]
     said = ", ".join(f"{100 * difference:.1f} if on {100 * share:g} %" for share, difference in shown)
-    return said.replace(" if on", " points if the two disagree on", 1) or "none; more examples are needed"
+    none = f"none if the two disagree on {100 * _DISAGREEMENTS[-1]:g} % or less"
+    return said.replace(" if on", " points if the two disagree on", 1) or none

@@ -39,7 +39,7 @@ def print_pairs(pairs: Sequence[Mapping[str, Any]], a: str, b: str) -> None:
             + f" ({pair['metric']}{', %' if pair['is_percent'] else ''})",
             (pair["a"] or pair["b"])["label"].partition(" α = ")[0],
             *(_side(pair[side], percent=pair["is_percent"]) for side in ("a", "b")),
-            "the same" if pair["same_documents"] else "others",
+            {True: "the same", False: "others", None: "-"}[pair["same_documents"]],
         )
         for pair in pairs
     ]

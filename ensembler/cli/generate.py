@@ -113,30 +113,30 @@ def generate(
     skip = (lambda message: click.echo(f"skipped: {message}", err=True)) if skip_bad else None
 
     def read() -> list[Prompt]:
-        asked = _read(prompt, prompts, skip)
+        all_prompts = _read(prompt, prompts, skip)
         if output is not None:
             check_output(output, resume=resume, overwrite=overwrite)
             if prompts is not None and output.exists() and output.samefile(prompts):
                 raise ConfigError(f"--output is the file of the prompts, {prompts}; choose another name")
-        return asked
+        return all_prompts
 
     if compiled:
         check_compiler()
     with launched(rank_timeout) as world:
-        asked = on_first(world, read)
+        all_prompts = on_first(world, read)
         checked = on_each(world, lambda: check_ensemble(given.load_config()))
         backend.check(checked)
         check_draft(checked.config.get_rule(), decoding.draft)
         tokenizer = checked.require_tokenizer()
         encoded = encode_prompts(
-            asked, tokenizer, chat=chat, system=system, context=backend.shortest_context(checked), skip=skip
+            all_prompts, tokenizer, chat=chat, system=system, context=backend.shortest_context(checked), skip=skip
         )
         if not encoded:
             raise PromptError("no prompt is left to decode; mend the skipped lines")
         plain = not as_json and not explain and output is None
         streamer = _streamer(stream, plain and len(encoded) == 1 and not on_vllm, decoding, tokenizer)
         printer = Printer(
-            tokenizer, as_json=as_json, quiet=output is not None or streamer is not None, many=len(asked) > 1
+            tokenizer, as_json=as_json, quiet=output is not None or streamer is not None, many=len(all_prompts) > 1
         )
 
         def open_results(model: TextLimits) -> ResultsFile | None:

@@ -31,7 +31,8 @@ def plan_images(
     from ensembler.vision.preflight import check_images
     from ensembler.vision.tasks import load_image_task
 
-    beside = next((name for name, value in vars(tasks).items() if value and name not in ("limit", "metric")), None)
+    given = [name for name, value in vars(tasks).items() if value != getattr(type(tasks), name)]
+    beside = next((name for name in given if name not in ("limit", "metric")), None)
     if beside is not None:
         raise ConfigError(f"--{beside.replace('_', '-')} and --images were both given; give one of them")
     if options.by_perplexity:

@@ -1,4 +1,4 @@
-"""The end of a sweep and of a benchmark on the command line: figures, files, conditions."""
+"""Begin the store of a sweep or a benchmark, and write and print its figures."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from ensembler.cli.options import DEMO, EnsembleOptions, ensemble_options
 from ensembler.cli.ranks import naming_rank, use_own_gpu
 from ensembler.cli.results import begin, finish, read_batch_size
 from ensembler.cli.task_options import TaskOptions, task_options
+from ensembler.errors import ConfigError
 from ensembler.launch import num_ranks, this_rank
 from ensembler.rules import RULE_NAMES
 
@@ -122,6 +123,8 @@ def sweep(
     check_trackers(trackers)
     config = replace(given, rule=names[0] if names else None).load_config()
     run = sweep_run(NAME, config, names or (config.get_rule().name,), grid, chooses=options.chooses)
+    if strict and images is None:
+        raise ConfigError("--strict was given without --images; leave it out, or name a folder of images")
     if images is not None:
         plan = plan_images(run, images, tasks, options, backend, strict=strict)
     else:
@@ -143,24 +146,24 @@ def _plan_texts(run: Run, tasks: TaskOptions, options: PlanOptions, backend: Bac
     limit = backend.shortest_context(checked)
     loaded = tasks.load(demo_task() if is_demo else None, None if limit is None else limit[1])
     answerer = TextAnswerer(checked, options.seed, backend)
-    return Plan(run, checked, answerer, [task.asked_of(answerer.model) for task in loaded], options)
+    return Plan(run, checked, answerer, [task.for_model(answerer.model) for task in loaded], options)
 
 
 def _run(plan: Plan, store: Store, trackers: tuple[str, ...], *, as_json: bool) -> None:
     from ensembler.cli.tables import progress
     from ensembler.evaluation.runner import Runner
-    from ensembler.evaluation.study import Study
+    from ensembler.evaluation.study import sweep_study
 
     begin(store)
     runner = Runner(store, this_rank(), num_ranks())
     if this_rank() != 0 and plan.is_finished(store):
-        return  # what was finished before is told by the first
+        return  # what was finished before is shown by the first
     if this_rank() == 0:
         _say_begin(plan, len(plan.names & store.done(NAME)))
     use_own_gpu()
     with progress(len(plan.names), shown=this_rank() == 0, label="examples", lines=True) as advance:
         runner.run(plan, advance)
-    finish(NAME, "", [Study("", (plan,))], runner, plan.settings, trackers=trackers, as_json=as_json)
+    finish(NAME, "", [sweep_study(plan)], runner, plan.settings, trackers=trackers, as_json=as_json)
 
 
 def _say_choice(run: Run, options: PlanOptions) -> None:

@@ -262,8 +262,8 @@ def print_extracted(extracted: Extracted) -> None:
     out = console()
     table = _plain_table(("tensor", "kept as", "energy kept", "‖Δ‖"))
     for kept in extracted.kept:
-        how = "in full" if kept.rank is None else f"rank {kept.rank}"
-        table.add_row(kept.name, how, f"{kept.energy:.2%}", f"{kept.norm:.4g}")
+        kept_as = "in full" if kept.rank is None else f"rank {kept.rank}"
+        table.add_row(kept.name, kept_as, f"{kept.energy:.2%}", f"{kept.norm:.4g}")
     out.print(table)
     in_full = sum(kept.rank is None for kept in extracted.kept)
     out.print(

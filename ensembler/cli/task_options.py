@@ -24,20 +24,20 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 class TaskOptions:
     """The tasks as given on the command line; `load` finds them."""
 
-    task: tuple[str, ...]
-    include_path: Path | None
-    num_fewshot: int | None
-    limit: float | None
-    apply_chat_template: str | None
-    fewshot_as_multiturn: bool | None
-    system_instruction: str | None
-    gen_kwargs: str | None
-    data: Path | None
-    prompt: str | None
-    choices: str | None
-    answer: str | None
-    metric: str | None
-    confirm_run_unsafe_code: bool
+    task: tuple[str, ...] = ()
+    include_path: Path | None = None
+    num_fewshot: int | None = None
+    limit: float | None = None
+    apply_chat_template: str | None = None
+    fewshot_as_multiturn: bool | None = None
+    system_instruction: str | None = None
+    gen_kwargs: str | None = None
+    data: Path | None = None
+    prompt: str | None = None
+    choices: str | None = None
+    answer: str | None = None
+    metric: str | None = None
+    confirm_run_unsafe_code: bool = False
 
     @property
     def metric_key(self) -> str | None:
@@ -58,26 +58,15 @@ class TaskOptions:
         names = self.task or (() if default is None else (str(default),))
         if not names:
             raise ConfigError("no task was given; give --task with a name or a YAML file, or --data with a file")
+        from ensembler.evaluation.prompt_settings import PromptSettings
         from ensembler.evaluation.task_loading import load_tasks
 
         return load_tasks(
             names,
+            PromptSettings.of(self),
             include_path=self.include_path,
             confirm_run_unsafe_code=self.confirm_run_unsafe_code,
-            **self._asking,
         )
-
-    @property
-    def _asking(self) -> dict[str, Any]:
-        """The settings of prompts and generation, as `load_tasks` takes them."""
-        from ensembler.evaluation.tasks import PromptStyle
-
-        chat, turns = self.apply_chat_template, self.fewshot_as_multiturn
-        if turns and not chat:
-            raise ConfigError("--fewshot-as-multiturn was given without --apply-chat-template; add it")
-        style = PromptStyle(chat or False, bool(chat) if turns is None else turns, self.system_instruction)
-        given = {"num_fewshot": self.num_fewshot, "limit": self.limit, "gen_kwargs": self.gen_kwargs}
-        return {**given, "style": style}
 
     def _from_file(self, data: Path, context: int | None) -> TextTask:
         beside = "--task" if self.task else "--include-path" if self.include_path is not None else None
@@ -86,6 +75,7 @@ class TaskOptions:
         if self.prompt is None or self.answer is None:
             missing = "--prompt" if self.prompt is None else "--answer"
             raise ConfigError(f"--data was given without {missing}; give it with fields of the rows, as '{{question}}'")
+        from ensembler.evaluation.prompt_settings import PromptSettings
         from ensembler.evaluation.task_files import make_task_from_file
 
         return make_task_from_file(
@@ -94,7 +84,7 @@ class TaskOptions:
             answer=self.answer,
             choices=self.choices,
             metric=self.metric,
-            **self._asking,
+            settings=PromptSettings.of(self),
             max_new_tokens=_MOST_TOKENS if context is None else min(_MOST_TOKENS, context // 2),
         )
 

@@ -1,1 +1,1 @@
-"""Evaluation: how probable given texts are under an ensemble, for many α at once."""
+"""Evaluation of ensembles: log-probs of given texts, tasks of lm-eval over grids of α, and benchmarks of methods."""

@@ -11,10 +11,11 @@ from ensembler.errors import ConfigError, HubError, InputError, MissingExtraErro
 from ensembler.evaluation.documents import Answerer, Task
 from ensembler.evaluation.methods import Run, plan_runs
 from ensembler.evaluation.plan import Plan, PlanOptions
+from ensembler.evaluation.prompt_settings import PromptSettings
 from ensembler.evaluation.recipe import Experiment, Recipe, Speed, check_tasks
-from ensembler.evaluation.study import Study
+from ensembler.evaluation.study import Study, experiment_study
 from ensembler.evaluation.task_loading import load_tasks
-from ensembler.evaluation.tasks import PromptStyle, TextTask
+from ensembler.evaluation.tasks import TextTask
 from ensembler.evaluation.text_answers import TextAnswerer
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 from ensembler.serving.choice import TRANSFORMERS, BackendChoice
@@ -57,19 +58,13 @@ class TextModels:
         return checked.contract.kind == "identical" and len(widths) == 1 and all(one == found[0] for one in found)
 
     def tasks(self, experiment: Experiment, answerer: Answerer) -> list[TextTask]:
-        """Return the tasks of an experiment, asked as the anchor's tokenizer wants."""
+        """Return the tasks of an experiment, their chats in the template of the anchor's tokenizer."""
         assert isinstance(answerer, TextAnswerer)
-        chat, turns = experiment.apply_chat_template, experiment.fewshot_as_multiturn
-        given: dict[str, Any] = {
-            "num_fewshot": experiment.num_fewshot,
-            "limit": experiment.limit,
-            "gen_kwargs": experiment.gen_kwargs,
-            "style": PromptStyle(chat, turns, experiment.system_instruction),
-        }
-        key = repr((experiment.tasks, given))
+        names, settings = experiment.tasks, PromptSettings.of(experiment)
+        key = repr((names, settings))
         if key not in self._tasks:
-            self._tasks[key] = load_tasks(experiment.tasks, confirm_run_unsafe_code=self._confirmed, **given)
-        return [task.asked_of(answerer.model) for task in self._tasks[key]]
+            self._tasks[key] = load_tasks(names, settings, confirm_run_unsafe_code=self._confirmed)
+        return [task.for_model(answerer.model) for task in self._tasks[key]]
 
 
 class Bench:
@@ -102,7 +97,7 @@ class Bench:
                 if isinstance(error, HubError):
                     break  # each of the others would wait for it again
         if faults:
-            raise _told(faults)
+            raise _combined(faults) from next(iter(faults.values()))
 
     def _plan(self, experiment: Experiment) -> Study:
         if not _NAME.fullmatch(experiment.name):
@@ -119,14 +114,14 @@ class Bench:
             tasks = models.tasks(experiment, answerer)
             check_tasks(experiment, tasks)
             plans.append(Plan(run, checked, answerer, tasks, _options(experiment, run)))
-        return Study(experiment.name, tuple(plans), experiment)
+        return experiment_study(experiment, plans)
 
     @property
     def settings(self) -> dict[str, Any]:
         """All that results depend on, as JSON."""
         return {
-            "speed": {study.name: _speed(study.experiment) for study in self.studies},
             "runs": {plan.name: plan.settings for study in self.studies for plan in study.plans},
+            "speed": {study.name: _speed(study.experiment) for study in self.studies},
         }
 
     @property
@@ -136,17 +131,15 @@ class Bench:
         return sum(len(plan.names) for plan in plans)
 
 
-def _told(faults: Mapping[str, InputError]) -> InputError:
-    """The first experiment's fault in full, and which others have faults: one line."""
+def _combined(faults: Mapping[str, InputError]) -> InputError:
+    """Return the first experiment's fault in full with the names of the others that have one, in one line."""
     (first, error), *others = faults.items()
     names = [name for name, _ in others]
     more = ""
     if names:
         shown = ", ".join(names[:_MOST_NAMES]) + (" ..." if len(names) > _MOST_NAMES else "")
         more = f"; {len(names)} other experiments cannot run either: {shown}"
-    told = type(error)(f"experiment {first}: {error}{more}")
-    told.__cause__ = error
-    return told
+    return type(error)(f"experiment {first}: {error}{more}")
 
 
 def _options(experiment: Experiment, run: Run) -> PlanOptions:

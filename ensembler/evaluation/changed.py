@@ -27,7 +27,7 @@ def changed_in(studies: Sequence[Study], results: Results, task: TaskFigures) ->
         if methods:
             planned = next(one for one in plan.tasks if one.task.name == task.task)
             documents = {document.name: document for document in planned.parts[TEST]}
-            rows = [(documents[name], points) for name, points in results.rows(plan.name) if name in documents]
+            rows = [(documents[name], at) for name, at in results.rows(plan.name, task.task) if name in documents]
             if len(rows) == len(documents):
                 measured = [(document, dict(zip(plan.grid, points, strict=True))) for document, points in rows]
                 found += [changed_by(measured, method, task, plan.answerer.thumbnail) for method in methods]
@@ -43,10 +43,10 @@ def changed_by(
     """Return what a page shows of the test documents that a method answers otherwise than its rule at α = 0.
 
     `thumbnail` returns a small picture of a document as a data URI, where it shows one. None where α is 0, or the
-    rows have no α = 0.
+    rows have no α = 0 or no answers: log-probs alone.
     """
     points = GridPoint(method.rule, 0.0), GridPoint(method.rule, method.alpha or 0.0)
-    if not method.alpha or any(points[0] not in rows for _, rows in measured):
+    if not method.alpha or any(points[0] not in rows or not rows[points[0]].predictions for _, rows in measured):
         return None
     pairs = [(document, [_side(point, rows[point], task.metric) for point in points]) for document, rows in measured]
     changes = [pair for pair in pairs if pair[1][0]["answer"] != pair[1][1]["answer"]]
@@ -54,10 +54,11 @@ def changed_by(
     sign = 1 if task.higher_is_better else -1
     gains = [sign * (after["value"] - before["value"]) for _, (before, after) in pairs]
     better, worse = sum(gain > 0 for gain in gains), sum(gain < 0 for gain in gains)
+    by_metric = f"; by {task.metric}, {better:,} documents are better and {worse:,} worse" if task.is_percent else ""
     return {
         "title": f"{method.title} beside α = 0{', of the first seed of training' if method.seeds else ''}",
-        "counts": f"α changed {len(changes):,} of {len(pairs):,} answers; by {task.metric}, {better:,} documents are "
-        f"better and {worse:,} worse. {len(drawn)} of the changed ones, drawn at random:",
+        "counts": f"α changed {len(changes):,} of {len(pairs):,} answers{by_metric}. {len(drawn)} of the changed ones, "
+        "drawn at random:",
         "examples": [
             {
                 "name": document.name,
@@ -78,7 +79,7 @@ def _end(prompt: str) -> str:
 def _side(point: GridPoint, measured: Measured, metric: str) -> dict[str, Any]:
     """One answer: as it is compared; as text, whole where it was generated, the first of several; and its value.
 
-    The value is NaN by a metric of all documents at once, which tells nothing of one.
+    The value is NaN where it is no number.
     """
     predictions, value = measured.predictions, measured.values.get(metric)
     answer = text = str(predictions.get(metric.partition(",")[2], next(iter(predictions.values()), "")))

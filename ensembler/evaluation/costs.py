@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ensembler.evaluation.backends import Advance
 from ensembler.evaluation.measure import Load, machine
 from ensembler.evaluation.methods import Method
 from ensembler.evaluation.parts import TEST
@@ -24,55 +25,49 @@ _LONGEST = 3600  # seconds of a measurement
 
 @dataclass(frozen=True)
 class Timed:
-    """A method of a study at its α, and the plan that answers for it: of several seeds the first."""
+    """A method at its α, the plan that answers for it (of several seeds the first), and the `name` of its notes."""
 
-    study: Study
+    name: str
     plan: Plan
     method: Method
     alpha: float
-
-    @property
-    def name(self) -> str:
-        """The name of its notes."""
-        return cost_name(self.study, self.method.key)
+    speed: Speed
 
 
-def measure_costs(studies: Sequence[Study], store: Store, advance: Callable[[int], None]) -> None:
-    """Measure every method in a process of its own, round after round of all methods, and note what was found.
+def measure_costs(measurements: Sequence[tuple[int, Timed]], store: Store, advance: Advance) -> None:
+    """Measure every method in a process of its own, in the order of `plan_measurements`, and note the costs.
 
     What is noted already, at the same α on such a machine, is left out; a measurement that failed is made again.
     """
     here = machine()
     notes = [(name, content) for name, content in store.notes(COST) if here.items() <= content.items()]
     known = {(name, content["alpha"], content["round"]) for name, content in notes if "error" not in content}
-    for number, timed in measurements(studies, store):
-        speed = timed.study.experiment and timed.study.experiment.speed
-        if (timed.name, timed.alpha, number) not in known and speed:
-            found = _measure_apart(_load(timed, speed))
+    for number, timed in measurements:
+        if (timed.name, timed.alpha, number) not in known:
+            found = _measure_apart(_load(timed))
             store.note(COST, timed.name, {"round": number, "alpha": timed.alpha, **here, **found})
         advance(1)
 
 
-def measurements(studies: Sequence[Study], store: Store) -> list[tuple[int, Timed]]:
-    """Return round after round of all methods, so that drift hits all."""
+def plan_measurements(studies: Sequence[Study], store: Store) -> list[tuple[int, Timed]]:
+    """Return the number of the round and the method of each measurement, by rounds of all methods: drift hits all."""
     finished = finished_runs(studies, store)
     timed = []
     for study in studies:
-        for key in study.method_keys if _rounds(study) else ():
+        speed = study.experiment and study.experiment.speed
+        if not speed or not speed.rounds:
+            continue
+        for key in study.method_keys:
             for plan in (study.plans_of(key, finished) or [])[:1]:
-                timed.append(Timed(study, plan, plan.run.method(key), chosen_alpha(study, key, 0, store)))
-    most = max(map(_rounds, studies), default=0)
-    return [(number, one) for number in range(most) for one in timed if number < _rounds(one.study)]
+                alpha = chosen_alpha(study, key, 0, store)
+                timed.append(Timed(cost_name(study, key), plan, plan.run.method(key), alpha, speed))
+    most = max((one.speed.rounds for one in timed), default=0)
+    return [(number, one) for number in range(most) for one in timed if number < one.speed.rounds]
 
 
-def _rounds(study: Study) -> int:
-    speed = None if study.experiment is None else study.experiment.speed
-    return 0 if speed is None else speed.rounds
-
-
-def _load(timed: Timed, speed: Speed) -> Load:
-    """The work that is timed: the first test documents of the experiment's first task."""
-    plan, method = timed.plan, timed.method
+def _load(timed: Timed) -> Load:
+    """Return the work to be timed: the first test documents of the experiment's first task."""
+    plan, method, speed = timed.plan, timed.method, timed.speed
     answerer = plan.answerer
     assert isinstance(answerer, TextAnswerer)
     documents = plan.tasks[0].parts[TEST][: max(speed.num_examples, speed.num_prompts)]
@@ -97,7 +92,7 @@ def _load(timed: Timed, speed: Speed) -> Load:
 
 
 def _measure_apart(load: Load) -> dict[str, Any]:
-    """The cost of a method from a process of its own, or {"error": ...}."""
+    """Return the cost of a method from a process of its own, or {"error": ...}."""
     command = [sys.executable, "-m", "ensembler.evaluation.measure"]
     work = json.dumps(asdict(load))
     try:

@@ -58,7 +58,7 @@ def _rows(results: Results) -> Iterator[Record]:
 
 
 def _documents(results: Results) -> Iterator[Record]:
-    return ((run, *asked) for run in results.runs() for asked in results.documents(run))
+    return ((run, *document) for run in results.runs() for document in results.documents(run))
 
 
 _RECORDS: dict[str, tuple[str, Callable[[Results], Iterator[Record]]]] = {

@@ -37,9 +37,11 @@ COSTS = {
 class CurvePoint:
     """The metric of a rule at one α: on the test documents with its interval, and on those that choose α.
 
-    Of several seeds of training it is that of the first.
+    `method`: the key of the method that is the rule with these members. Of several seeds of training it is that of the
+    first.
     """
 
+    method: str
     rule: str
     alpha: float
     test: Interval
@@ -156,9 +158,10 @@ class TaskFigures:
         return next(method for method in self.methods if method.method == key)
 
     def chosen(self, rule: str) -> MethodFigure | None:
-        """Return the method whose α was chosen, or the only one given, for a rule of the curve; None without one."""
-        found = [method for method in self.methods if method.rule == rule and method.chosen_by is not None]
-        return min(found, key=lambda method: (method.method != rule, method.chosen_by == GIVEN), default=None)
+        """Return the method of a rule of the curve, where its α was chosen or given; else None."""
+        keys = {point.method for point in self.curve if point.rule == rule}
+        found = (method for method in self.methods if method.method in keys and method.chosen_by is not None)
+        return next(found, None)
 
     def label(self, key: str) -> str:
         """Return the label of a method by its key."""

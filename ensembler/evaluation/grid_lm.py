@@ -129,7 +129,7 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
         return _Unloaded(device=torch.device(device), config=self.checked.config)
 
     def _get_config(self, pretrained: str, **_: Any) -> None:
-        """Find and check the ensemble. HFLM has chosen a device by now; members that name none of their own get it."""
+        """Find and check the ensemble. HFLM has chosen a device by now, which members with none or the CPU get."""
         config: EnsembleConfig = folder.read(demo_folder() if pretrained == "demo" else folder.find(pretrained))
         given = {name: value for name, value in self._given.items() if value is not None}
         config = config.replaced(**{name: given[name] for name in ("alpha", "rule") if name in given})
@@ -176,12 +176,12 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
             return [(0.0, False)] * len(requests)
         pairs = [one.tokens for one in encoded]
         named = [(pair[0], self._names.get(texts)) for (texts, *_), pair in zip(requests, pairs, strict=True)]
-        asked = group_by_context(pairs, self.tokenizer, {context: name for context, name in named if name})
+        grouped = group_by_context(pairs, self.tokenizer, {context: name for context, name in named if name})
         share = can_share_contexts(self.checked.model_configs.values())
         size = override_bs or self._size(max((one.length for one in encoded), default=1))
-        batches = make_batches(asked, size, share_contexts=share)
+        batches = make_batches(grouped, size, share_contexts=share)
         found: dict[tuple[tuple[int, ...], ...], tuple[Any, Any]] = {}
-        with self._progress(len(asked), "loglikelihood", disable_tqdm) as bar:
+        with self._progress(len(grouped), "loglikelihood", disable_tqdm) as bar:
             for one in chain.from_iterable(self.members.score(batches, self.points, advance=bar.update)):
                 for continuation, score in zip(one.request.continuations, one.scores, strict=True):
                     found[one.request.context, continuation] = self._answer(score)

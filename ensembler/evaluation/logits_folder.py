@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ensembler.errors import OutputError, RunError
+from ensembler.files import write_whole
 
 _MARK = "run"  # this file holds the run's fingerprint, and says that the folder is ours to remove
 
@@ -73,16 +74,11 @@ class LogitsFolder:
         self.write_bytes(name, save({key: values.contiguous().cpu() for key, values in tensors.items()}))
 
     def write_bytes(self, name: str, content: bytes) -> None:
-        """Write a file; raise RunError, and leave nothing half-written, where the disk does not take it."""
-        path, partial = self.path / name, self.path / f".{name}.partial"
+        """Write a file in one rename; raise RunError where the disk does not take it."""
         try:
-            partial.write_bytes(content)
-            os.replace(partial, path)
-        except OSError as error:
-            partial.unlink(missing_ok=True)
-            raise RunError(
-                f"{path} cannot be written ({error.strerror}); make room or mend the disk, and go on with --resume"
-            ) from error
+            write_whole(self.path / name, content)
+        except OutputError as error:
+            raise RunError(f"{error}, or make room or mend the disk, and go on with --resume") from error
 
     def remove(self) -> None:
         """Remove the folder and what is in it."""

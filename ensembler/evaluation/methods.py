@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -96,13 +97,13 @@ def sweep_run(
     return Run(name, config, tuple(rules), tuple(alphas), (*members, *of_rules))
 
 
-def sweep_pairs(run: Run) -> list[tuple[str, str]]:
+def sweep_pairs(run: Run, methods: Sequence[str]) -> list[tuple[str, str]]:
     """Return which methods of a sweep are compared: each rule, at its α if it has one, with the members and α = 1."""
     members = [method.key for method in run.methods if method.alone is not None]
     pairs = []
     for rule in run.rules:
         first, *others = (method.key for method in run.methods if method.rule == rule and method.has_alpha)
-        pairs += [(first, other) for other in (*members, *others)]
+        pairs += [(first, other) for other in (*members, *others) if {first, other} <= set(methods)]
     return pairs
 
 
@@ -220,4 +221,7 @@ def _patched(experiment: Experiment) -> MemberConfig:
             f"target_pt has an adapter already ({target.adapter}), so the patch cannot be one too; add one of them to "
             "its files first: ensembler patch apply"
         )
-    return replace(target, adapter=experiment.models["patch"].model)
+    patch = experiment.models["patch"].model
+    if "/" not in patch and not os.path.exists(patch):
+        raise ConfigError(f"the patch is {patch!r}, which is no folder beside the recipe or here; give its path")
+    return replace(target, adapter=patch)

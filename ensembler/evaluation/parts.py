@@ -68,8 +68,8 @@ def split_documents(task: Task, validation: str | None, *, seed: int = 0) -> dic
         return _parts(task, (), test)
     if validation.isdecimal():
         drawn = set(_draw(task, len(test), int(validation), seed))
-        chosen = [document for place, document in enumerate(test) if place in drawn]
-        return _parts(task, chosen, [document for place, document in enumerate(test) if place not in drawn])
+        chosen = [document for index, document in enumerate(test) if index in drawn]
+        return _parts(task, chosen, [document for index, document in enumerate(test) if index not in drawn])
     if validation == task.default_split:
         others = ", ".join(name for name in task.splits if name != validation)
         raise ConfigError(

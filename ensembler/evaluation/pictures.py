@@ -122,8 +122,8 @@ def _draw_methods(axes: Any, methods: Sequence[MethodFigure], task: TaskFigures)
         axes.plot(seeds, [height] * len(seeds), "|", color=_INK, markersize=9)
         _draw_point(axes, method, task, y=height)
         axes.plot(method.published.get(task.metric, math.nan), height, "D", color=_INK, markerfacecolor="none")
-        place = {"xycoords": ("axes fraction", "data"), "xytext": (2, 7), "textcoords": "offset points"}
-        axes.annotate(method.title, (0, height), **place, fontsize="small")
+        offset = {"xycoords": ("axes fraction", "data"), "xytext": (2, 7), "textcoords": "offset points"}
+        axes.annotate(method.title, (0, height), **offset, fontsize="small")
     axes.set_ylim(-0.5, len(methods) - 0.2)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
@@ -136,8 +136,8 @@ def _draw_point(
     middle, low, high = _edges(method, task)
     reach = {"yerr" if y is None else "xerr": [[middle - low], [high - middle]]}
     look = {"fmt": "osDv^PXd"[task.methods.index(method) % 8], "color": _colour(method.name, task), "markersize": 5}
-    place = (middle if x is None else x, middle if y is None else y)
-    axes.errorbar(*place, **reach, **look, capsize=2.5, label=method.title)
+    point = (middle if x is None else x, middle if y is None else y)
+    axes.errorbar(*point, **reach, **look, capsize=2.5, label=method.title)
 
 
 def _colour(name: str, task: TaskFigures) -> str:

@@ -167,12 +167,12 @@ class Plan:
         """Of the documents those that are reported: others may choose α otherwise, see `Store.begin_run`."""
         documents = [document for of_split in task.by_split() for document in of_split]
         documents = [document for document in documents if document.split == task.task.default_split]
-        asked = [
+        described = [
             [one.name, one.content, repr([getattr(each, "args", "") for each in one.requests])] for one in documents
         ]
         return {
             **task.task.describe(),
-            "documents": _hash(json.dumps(asked)),
+            "documents": _hash(json.dumps(described)),
             "tokens": _hash(repr([self._read[one.name].digest for one in documents])),
         }
 

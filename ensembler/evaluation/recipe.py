@@ -25,6 +25,7 @@ from ensembler.config import MemberConfig
 from ensembler.errors import ConfigError
 from ensembler.evaluation.documents import Task
 from ensembler.evaluation.figures import COSTS
+from ensembler.evaluation.prompt_settings import PromptSettings
 from ensembler.rules import parse_alphas
 
 METHODS: Mapping[str, tuple[str, ...]] = {
@@ -70,7 +71,7 @@ def _find(name: str | None, info: ValidationInfo) -> str | None:
     """The path in the recipe's folder (the context) if there is such a file or folder; else the name, ~ expanded."""
     if name is None:
         return None
-    beside = Path((info.context or Place()).folder, name)
+    beside = Path((info.context or RecipeContext()).folder, name)
     return str(beside) if os.path.exists(beside) else os.path.expanduser(name)
 
 
@@ -92,7 +93,7 @@ def _read_alphas(given: Any) -> Any:
     return given if isinstance(given, list | tuple) else parse_alphas(str(given))
 
 
-def _check_seeds(seeds: tuple[Models, ...]) -> tuple[Models, ...]:
+def _check_seeds(seeds: tuple[Members, ...]) -> tuple[Members, ...]:
     for number, models in enumerate(seeds, start=1):
         if not models:
             raise ConfigError(f"number {number} has no models; give them by role: {', '.join(ROLES)}")
@@ -104,7 +105,7 @@ def _check_seeds(seeds: tuple[Models, ...]) -> tuple[Models, ...]:
     return seeds
 
 
-def _begin_with_first_seed(models: Models, info: ValidationInfo) -> Models:
+def _begin_with_first_seed(models: Members, info: ValidationInfo) -> Members:
     found = {**models, **(info.data.get("seeds") or ({},))[0]}
     if not found:
         raise ConfigError(f"there are none; give them by role: {', '.join(ROLES)}")
@@ -135,8 +136,8 @@ def _check_is_run(method: str, info: ValidationInfo) -> str:
     return method
 
 
-class Place(NamedTuple):
-    """Where a recipe is read: the folder of its file, and the kinds of experiments beside those on texts, by key."""
+class RecipeContext(NamedTuple):
+    """The folder of a recipe's file, and the kinds of experiments beside those on texts, by key."""
 
     folder: Path = Path()
     kinds: Mapping[str, type[Experiment]] = {}
@@ -168,13 +169,13 @@ CountFrom0 = Annotated[int, Field(strict=True, ge=0)]
 Text = Annotated[str, Field(strict=True, pattern=r"\S")]
 FoundPath = Annotated[Text, AfterValidator(_find)]
 Role = Annotated[str, _one_of(ROLES, "role")]
-Models = Annotated[Mapping[Role, SkipValidation[MemberConfig]], AfterValidator(_read_models)]
-Seeds = Annotated[tuple[Models, ...], Field(min_length=2), AfterValidator(_check_seeds)]
-Method = Annotated[str, _one_of(tuple(METHODS), "method")]
-Methods = Annotated[tuple[Method, ...], AfterValidator(_check_distinct), AfterValidator(_check_methods)]
+Members = Annotated[Mapping[Role, SkipValidation[MemberConfig]], AfterValidator(_read_models)]
+Seeds = Annotated[tuple[Members, ...], Field(min_length=2), AfterValidator(_check_seeds)]
+MethodName = Annotated[str, _one_of(tuple(METHODS), "method")]
+MethodNames = Annotated[tuple[MethodName, ...], AfterValidator(_check_distinct), AfterValidator(_check_methods)]
 Tuned = Annotated[str, _one_of(TUNED, "method with an alpha")]
 Alphas = Annotated[tuple[Number, ...], BeforeValidator(_read_alphas), AfterValidator(_check_distinct)]
-Cost = Annotated[str, _one_of(tuple(COSTS), "cost")]
+CostName = Annotated[str, _one_of(tuple(COSTS), "cost")]
 IsRun = AfterValidator(_check_is_run)
 Figure = Number | Annotated[Mapping[str, Number], Field(min_length=1)]
 
@@ -209,9 +210,9 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
 
     name: Text
     seeds: Seeds = ()
-    models: Annotated[Models, AfterValidator(_begin_with_first_seed)] = Field(default={}, validate_default=True)
+    models: Annotated[Members, AfterValidator(_begin_with_first_seed)] = Field(default={}, validate_default=True)
     tasks: Annotated[tuple[FoundPath, ...], Field(min_length=1)]
-    methods: Methods = Field(default_factory=_possible_methods, validate_default=True)
+    methods: MethodNames = Field(default_factory=_possible_methods, validate_default=True)
     alphas: Alphas = parse_alphas("0.1:1.5:0.1")  # base-change at prediction, appendix B
     alpha: Mapping[Tuned, Number] = Field(default={})
     validation: Annotated[Count | Text, AfterValidator(str)] | None = None
@@ -226,9 +227,9 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
     seed: CountFrom0 = 0
     cluster: Text | None = None
     margin: Annotated[Number, Field(gt=0)] | None = None
-    published: Mapping[str, Mapping[Annotated[Method, IsRun], Figure]] = Field(default={})
+    published: Mapping[str, Mapping[Annotated[MethodName, IsRun], Figure]] = Field(default={})
     published_alphas: Mapping[str, Mapping[Annotated[Tuned, IsRun], Number]] = Field(default={})
-    published_costs: Mapping[Annotated[Method, IsRun], Mapping[Cost, Number]] = Field(default={})
+    published_costs: Mapping[Annotated[MethodName, IsRun], Mapping[CostName, Number]] = Field(default={})
     source: Text = ""
     speed: Annotated[Speed | None, BeforeValidator(lambda given: None if given is False else given)] = None
 
@@ -259,9 +260,8 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        """Every α comes from somewhere, and not from the documents that report it."""
-        if self.fewshot_as_multiturn and not self.apply_chat_template:
-            raise ConfigError("fewshot_as_multiturn is true without a chat template; give apply_chat_template too")
+        """Check the prompts, and that every α comes from somewhere, and not from the documents that report it."""
+        PromptSettings.of(self)
         free = [method for method in self.methods if method in TUNED and method not in self.alpha]
         if free and not self.alphas:
             raise ConfigError("alphas is empty; expected FIRST:LAST:STEP or a list of numbers")
@@ -274,7 +274,7 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
 
 
 def _of_its_kind(given: Any, of_texts: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Experiment:
-    kind = (info.context or Place()).kind(given)
+    kind = (info.context or RecipeContext()).kind(given)
     found: Experiment = of_texts(given) if kind is Experiment else kind.model_validate(given, context=info.context)
     return found
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from ensembler.errors import ConfigError
-from ensembler.evaluation.recipe import METHODS, Experiment, Place, Recipe, nearest
+from ensembler.evaluation.recipe import METHODS, Experiment, Recipe, RecipeContext, nearest
 
 _MAPPINGS = ("models", "alpha", "published", "published_alphas", "published_costs")  # an experiment adds to the top's
 _FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
@@ -77,34 +77,34 @@ def read_recipe(path: Path, kinds: Mapping[str, type[Experiment]] | None = None)
         raise ConfigError(f"{path} cannot be read as a recipe: {reason}; give a YAML file, or `demo`") from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path} is no recipe; expected a mapping with models and tasks")
-    place = Place(path.parent, kinds or {})
-    content = _share(content, path.stem, place)
+    context = RecipeContext(path.parent, kinds or {})
+    content = _share(content, path.stem, context)
     try:
-        return Recipe.model_validate(content, context=place)
+        return Recipe.model_validate(content, context=context)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_sentence(error, content, place)}") from error
+        raise ConfigError(f"{path}: {_sentence(error, content, context)}") from error
 
 
-def _share(content: Mapping[str, Any], name: str, place: Place) -> dict[str, Any]:
+def _share(content: Mapping[str, Any], name: str, context: RecipeContext) -> dict[str, Any]:
     """Return the recipe with the keys at its top in all of its experiments; faults stay in it."""
-    others = {key: content[key] for key in content if key not in place.fields and content[key] is not None}
+    others = {key: content[key] for key in content if key not in context.fields and content[key] is not None}
     top = {"name": name, **{key: content[key] for key in content if key not in others}}
     given = others.get("experiments", [{}])
     if isinstance(given, list):
-        given = [_merge(top, own, place) if isinstance(own, Mapping) else own for own in given]
+        given = [_merge(top, own, context) if isinstance(own, Mapping) else own for own in given]
     return {**others, "name": top["name"], "experiments": given}
 
 
-def _merge(top: Mapping[str, Any], own: Mapping[str, Any], place: Place) -> dict[str, Any]:
+def _merge(top: Mapping[str, Any], own: Mapping[str, Any], context: RecipeContext) -> dict[str, Any]:
     merged = {key: value for key, value in {**top, **own}.items() if value is not None}
     for key in _MAPPINGS:
         parts = [part[key] for part in (top, own) if part.get(key) is not None]
         faults = [part for part in parts if not isinstance(part, Mapping)]
         merged[key] = faults[0] if faults else {name: part[name] for part in parts for name in part}
-    return {"tasks": None, "speed": {} if place.kind(merged).is_timed else False, **merged}
+    return {"tasks": None, "speed": {} if context.kind(merged).is_timed else False, **merged}
 
 
-def _sentence(error: ValidationError, content: Mapping[str, Any], place: Place) -> str:
+def _sentence(error: ValidationError, content: Mapping[str, Any], context: RecipeContext) -> str:
     """Say where the first fault is, what was given and what was expected."""
     errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")  # others may come of these
     faults = [(_keys(each["loc"], content), each) for each in errors]
@@ -112,9 +112,9 @@ def _sentence(error: ValidationError, content: Mapping[str, Any], place: Place) 
     keys, fault = max((each for each in faults if each[0][: len(first)] == first), key=lambda each: len(each[0]))
     if fault["type"] == "extra_forbidden":
         *keys, key = keys
-        known = place.fields if keys else ("description", "experiments", *place.fields)
-        if keys and keys[-1] in place.settings:
-            known = tuple(place.settings[keys[-1]].model_fields)
+        known = context.fields if keys else ("description", "experiments", *context.fields)
+        if keys and keys[-1] in context.settings:
+            known = tuple(context.settings[keys[-1]].model_fields)
         return ": ".join([*keys, f"unknown key {key!r}{nearest(key, known)}"])
     if fault["type"] == "value_error":
         return ": ".join([*keys, str(fault["ctx"]["error"])])

@@ -38,11 +38,11 @@ def write_report(
     jinja2 = require("jinja2", "eval")
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    told = [{**vars(task), "verdict": verdict(task)} for task in tasks]
+    summaries = [{**vars(task), "verdict": verdict(task)} for task in tasks]
     shown = {"name": name, "description": description, "tasks": tasks, "command": command, "settings": _json(settings)}
     makers = {"tables": tables, "verdict": verdict, "pictures": pictures, "changed": changed}
     files: dict[str, str | bytes] = {
-        SUMMARY: _json({"name": name, "command": command, "tasks": told, "settings": settings}) + "\n",
+        SUMMARY: _json({"name": name, "command": command, "tasks": summaries, "settings": settings}) + "\n",
         **{pictures.FILES[one]: pictures.draw_png(one, of) for one, of in pictures.pictures_of(tasks).items()},
         REPORT: environment.get_template("report.html.jinja").render(shown, **makers),
     }
@@ -55,8 +55,8 @@ def compare_folders(a: Path, b: Path) -> list[dict[str, Any]]:
     """Return every method of every task that either folder has, as JSON.
 
     Beside the names of its experiment, task, metric and method: `a` and `b`, its figures as summary.json has them, None
-    where a folder has none, and whether both were tested on the `same_documents`. Raises OutputError for a folder
-    without a summary, and for two without a method in common.
+    where a folder has none, and whether both were tested on the `same_documents`, None where one has no figures. Raises
+    OutputError for a folder without a summary, and for two without a method in common.
     """
     one, other = _read(a), _read(b)
     if not one.keys() & other.keys():
@@ -67,7 +67,8 @@ def compare_folders(a: Path, b: Path) -> list[dict[str, Any]]:
     found = []
     for key in dict.fromkeys((*one, *other)):
         (left, tests), (right, others) = one.get(key, (None, "")), other.get(key, (None, ""))
-        found.append({**dict(key), "a": left, "b": right, "same_documents": tests == others})
+        same = tests == others if left and right else None
+        found.append({**dict(key), "a": left, "b": right, "same_documents": same})
     return found
 
 

@@ -14,7 +14,8 @@ from ensembler.evaluation.recipe import nearest
 
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 _CONDITION = re.compile(r"\s*(?P<left>[a-z_+-]*[a-z])\s*(?P<operator>[<>]=?)\s*(?P<right>[^<>=]*?)\s*")
-_RIGHT = re.compile(r"(?P<right>[a-z_+-]*[a-z])\s*(?P<offset>[+-]\s*\d+\.?\d*)?|(?P<number>-?\d+\.?\d*)")
+_NUMBER = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
+_RIGHT = re.compile(rf"(?P<right>[a-z_+-]*[a-z])\s*(?P<offset>[+-]\s*{_NUMBER})?|(?P<number>-?{_NUMBER})")
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """Read the results of a sweep or a benchmark: one SQLite file, results.sqlite.
 
     settings      key, value: what rows depend on, as JSON; another command with the same settings goes on with the file
-    state         key, value: the last command, and claims
+    state         key, value: the last command, claims, and `begun`: a random text, another after each new beginning
     documents     id, run, name, task, part, prompt, choices, gold: what was asked; `part` is null of a document that
                   the last command did not ask for
     points        id, run, rule, alpha: the grid of a run
     answers       document, request, point, answer: a row for each request of a document at each point
     measurements  document, point, metric_values, predictions: what the answers of a document came to at a point
-    notes         id, kind, name, content: what happened, in order: costs, failures and beginnings of runs
+    notes         id, kind, name, content: what happened, in order: costs, failures, batch sizes and beginnings of runs
 
 A sweep is one run, named "sweep"; a benchmark has several. JSON is as in `metric_values`. `Store` writes the file.
 """
@@ -115,15 +115,17 @@ class Results:
             found.setdefault(name, []).append(values.get(key))
         return {name: values for name, values in found.items() if any(value is not None for value in values)}
 
-    def rows(self, run: str) -> Iterator[tuple[str, list[Measured]]]:
-        """Yield each measured document: its name, and what it came to at each point."""
-        for number, name in self._read("SELECT id, name FROM documents WHERE run = ? ORDER BY id", run):
+    def rows(self, run: str, task: str | None = None) -> Iterator[tuple[str, list[Measured]]]:
+        """Yield each measured document, of one task or of all: its name, and what it came to at each point."""
+        sql = "SELECT id, name FROM documents WHERE run = ? AND task = ifnull(?, task) ORDER BY id"
+        for number, name in self._read(sql, run, task):
+            sql = "SELECT point, metric_values, predictions FROM measurements WHERE document = ? ORDER BY point"
+            measured = self._read(sql, number)  # first: another process may add the document now, with its answers
             answers: dict[int, Answer] = defaultdict(list)
             sql = "SELECT point, answer FROM answers WHERE document = ? ORDER BY request"
             for point, answer in self._read(sql, number):
                 answers[point].append(answer)
-            sql = "SELECT point, metric_values, predictions FROM measurements WHERE document = ? ORDER BY point"
-            if measured := self._read(sql, number):
+            if measured:
                 yield name, [Measured(answers[point], *found) for point, *found in measured]
 
     def notes(self, kind: str) -> list[tuple[str, dict[str, Any]]]:
@@ -155,14 +157,14 @@ class Results:
             ]
 
 
-def open_results(place: Path) -> Results:
+def open_results(path: Path) -> Results:
     """Open the results of a sweep or a benchmark for reading: its folder, the file, or the file compressed by gzip.
 
     The folder may be read-only. Raises OutputError.
     """
-    file = next((each for each in (place, place / FILE, place / f"{FILE}.gz") if each.is_file()), None)
+    file = next((each for each in (path, path / FILE, path / f"{FILE}.gz") if each.is_file()), None)
     if file is None:
-        raise OutputError(f"{place} holds no {FILE}; give a folder that `ensembler sweep` or `ensembler bench` wrote")
+        raise OutputError(f"{path} holds no {FILE}; give a folder that `ensembler sweep` or `ensembler bench` wrote")
     with telling(file, "read", OutputError):
         if file.suffix == ".gz":
             connection = sqlite3.connect(":memory:")

@@ -11,13 +11,13 @@ import psutil
 import torch
 
 from ensembler.errors import MissingExtraError, OutputError, StoreError
+from ensembler.evaluation.backends import Advance
 from ensembler.evaluation.documents import Answer, Document
 from ensembler.evaluation.plan import AUTO, Plan
 from ensembler.evaluation.results_file import Measured
 from ensembler.evaluation.store import Store
 from ensembler.evaluation.study import Study
 
-Advance = Callable[[int], None]
 ERROR, BEGUN, BATCH_SIZE = "error", "begun", "batch size"  # kinds of notes
 _MOST_LOSSES = 2  # without a new row in between
 
@@ -83,7 +83,7 @@ class Runner:
         """Answer all runs of several studies. A run that fails is noted and reported, and the others go on.
 
         Of several processes, one whose ensemble failed does all of what is in its place: the others may not know of it.
-        Raises StoreError for a store that cannot be written to any more.
+        Raises StoreError or OutputError for a store that cannot be written to or read, and MissingExtraError.
         """
         failed: set[str] = set()
         for plan in (plan for study in studies for plan in study.plans):

@@ -179,6 +179,9 @@ def compare(
     x, y = row_numbers(a), row_numbers(b)
     if groups is not None:
         interval = mean_interval(x - y, groups)
+        if is_binary(x) and is_binary(y) and not (x - y).any():  # Wilson's limit of a share of clusters that differ
+            reach = wilson(0, num_units(len(x), groups))[1]
+            interval = replace(interval, low=-reach, high=reach)
         return Comparison(interval, t_p_value(interval), "clustered paired t")
     return _paired_binary(x, y) if is_binary(x) and is_binary(y) else _paired_means(x - y, seed, num_resamples)
 
@@ -222,7 +225,10 @@ def choose_alpha(
     NaN: of one row there is none.
     """
     if any(math.isnan(error) for error in standard_errors or ()):
-        raise ConfigError("the metric has no standard error on so few rows; choose without the one-standard-error rule")
+        raise ConfigError(
+            "the metric has no standard error on one row, nor on infinite values; choose without the "
+            "one-standard-error rule, or on more validation examples"
+        )
     if not alphas or any(math.isnan(metric) for metric in metrics):
         raise ConfigError(f"no alpha can be chosen of {len(alphas)} with the metrics {list(metrics)}; expected numbers")
     sign = 1.0 if higher_is_better else -1.0

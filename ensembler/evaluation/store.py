@@ -102,7 +102,7 @@ class Store(Results):
 
         Raises OutputError where a document was asked otherwise.
         """
-        asked = [
+        rows = [
             (run, one.name, one.task, part, utf8(one.prompt), dump(one.choices), one.gold and utf8(one.gold))
             for one, part in documents
         ]
@@ -114,10 +114,10 @@ class Store(Results):
                 "INSERT INTO documents (run, name, task, part, prompt, choices, gold) VALUES (?, ?, ?, ?, ?, ?, ?)"
                 " ON CONFLICT (run, name) DO UPDATE SET part = excluded.part"
                 " WHERE (prompt, choices, gold) IS (excluded.prompt, excluded.choices, excluded.gold)",
-                asked,
+                rows,
             )
             known = dict(self._read("SELECT name, part FROM documents WHERE run = ?", run))
-            if changed := next((one for _, one, *_ in asked if known[one] is None), None):
+            if changed := next((one for _, one, *_ in rows if known[one] is None), None):
                 raise OutputError(f"{self.file} has rows of another {changed}; give --output another folder")
         self._points[run] = [number for (number,) in self._read("SELECT id FROM points WHERE run = ? ORDER BY id", run)]
         self._documents[run] = dict(self._read("SELECT name, id FROM documents WHERE run = ?", run))
@@ -168,6 +168,9 @@ class Store(Results):
         """Raise OutputError where `begin` would fail; write nothing."""
         if self.folder.exists() and not self.folder.is_dir():
             raise OutputError(f"{self.folder} is no folder; give --output the name of a new one")
+        packed = self.folder / f"{FILE}.gz"
+        if packed.exists() and not self.file.exists():
+            raise OutputError(f"{packed} holds compressed results; unpack it (gunzip), or give --output another folder")
         others = [each for each in self.folder.glob("*") if not each.name.startswith(FILE)]
         if others and not self.file.exists():  # which another process may have made by now
             raise OutputError(f"{self.folder} holds something else than results; give --output another folder")
@@ -186,6 +189,9 @@ class Store(Results):
         there = Results(self.file, connection)
         different = list(dict.fromkeys(_differences(there.settings, self._settings)))
         if different and connection.execute("SELECT 1 FROM measurements").fetchone():
+            kinds = ["benchmark" if "runs" in each else "sweep" for each in (there.settings, self._settings)]
+            if kinds[0] != kinds[1]:
+                different = [f"it is a {kinds[0]}, and this is a {kinds[1]}"]
             more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
             raise OutputError(
                 f"{self.folder} holds the results of another run: {'; '.join(different[:3])}{more}. Run the same "

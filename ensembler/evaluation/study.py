@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ensembler.evaluation.methods import compared_pairs, sweep_pairs
 from ensembler.evaluation.plan import Plan
@@ -13,29 +14,18 @@ from ensembler.evaluation.results_file import Results
 
 @dataclass(frozen=True)
 class Study:
-    """The plans of methods that are compared; `experiment` is that of a recipe, None of a sweep."""
+    """The plans of methods that are compared: a `sweep_study`, or an `experiment_study` with its `experiment`.
+
+    `alphas`: the grid that α is chosen from, without the α given for a method. `method_keys`: in the order shown.
+    `pairs`: a function that returns which of the methods with all answers, given by their keys, are compared.
+    """
 
     name: str
     plans: tuple[Plan, ...]
+    alphas: tuple[float, ...]
+    method_keys: tuple[str, ...]
+    pairs: Callable[[Sequence[str]], list[tuple[str, str]]]
     experiment: Experiment | None = None
-
-    @property
-    def alphas(self) -> tuple[float, ...]:
-        """The grid that α is chosen from: without the α that are given for a method."""
-        return self.plans[0].run.alphas if self.experiment is None else self.experiment.alphas
-
-    @property
-    def method_keys(self) -> tuple[str, ...]:
-        """The methods in the order in which they are shown."""
-        if self.experiment is not None:
-            return self.experiment.methods
-        return tuple(method.key for method in self.plans[0].run.methods)
-
-    def pairs(self, keys: Sequence[str]) -> list[tuple[str, str]]:
-        """Return which of the methods `keys`, those that have all their answers, are compared."""
-        if self.experiment is not None:
-            return compared_pairs(keys)
-        return [pair for pair in sweep_pairs(self.plans[0].run) if set(pair) <= set(keys)]
 
     def plans_of(self, key: str, finished: Mapping[str, bool]) -> list[Plan] | None:
         """Return the plans that answer for a method, one for each seed of training; None where one is missing.
@@ -50,6 +40,17 @@ class Study:
                 return None
             found.append(done[0])
         return found
+
+
+def sweep_study(plan: Plan) -> Study:
+    """Return the study of a sweep."""
+    run = plan.run
+    return Study("", (plan,), run.alphas, tuple(method.key for method in run.methods), partial(sweep_pairs, run))
+
+
+def experiment_study(experiment: Experiment, plans: Sequence[Plan]) -> Study:
+    """Return the study of an experiment of a recipe."""
+    return Study(experiment.name, tuple(plans), experiment.alphas, experiment.methods, compared_pairs, experiment)
 
 
 def finished_runs(studies: Sequence[Study], results: Results) -> dict[str, bool]:

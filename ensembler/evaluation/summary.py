@@ -223,8 +223,11 @@ def _curve(study: Study, index: int, source: _Source, numbers: Statistics) -> li
         if source.finished[plan.name] and plan.run.seed in (None, 0) and has_grid:
             found = TaskValues(plan, index, source.read)
             chooses = bool(plan.tasks[index].parts[VALIDATION])
+            of_rules = (method for method in reversed(plan.run.methods) if method.has_alpha)
+            methods = {method.rule: method.key for method in of_rules}  # of two in a sweep not the one at α = 1
             return [
                 CurvePoint(
+                    methods[point.rule],
                     point.rule,
                     point.alpha,
                     numbers.quick_interval(found.values(point, TEST)),
@@ -284,6 +287,9 @@ def _cost(study: Study, one: _Answered, index: int, results: Results) -> tuple[d
 
 def _notes(own: Sequence[str], task: PlannedTask, study: Study, index: int) -> list[str]:
     said = list(own)
+    num_drawn = len(task.parts[VALIDATION])
+    if num_drawn and not any(plan.run.chooses for plan in study.plans):
+        said.append(f"{num_drawn:,} drawn for validation are not reported; all alphas were given")
     if repeated := len(task.parts[REPEATED]):
         said.append(f"{repeated:,} left out of validation since test has them too")
     if num_cut := max(plan.tasks[index].num_cut for plan in study.plans):

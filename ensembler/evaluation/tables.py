@@ -11,7 +11,7 @@ from ensembler.planning.budgets import show_size
 
 _DIFFERENCE, _P_HOLM = "difference (95 % interval)", "p (Holm)"
 
-Rows = list[dict[str, str]]
+Table = list[dict[str, str]]
 
 
 def show_number(number: float | None, *, percent: bool = False) -> str:
@@ -58,12 +58,12 @@ def heading(task: TaskFigures) -> str:
     return f"{said} Published figures: {task.source}." if task.source else said
 
 
-def method_table(task: TaskFigures) -> Rows:
+def method_table(task: TaskFigures) -> Table:
     """Return a row for each method: α, the metric, the difference to the method that all are compared with."""
     return _without_empty([dict(_method_cells(method, task)) for method in task.methods])
 
 
-def cost_table(task: TaskFigures) -> Rows:
+def cost_table(task: TaskFigures) -> Table:
     """Return a row for each method with a cost."""
     used = {name for method in task.methods for name in (*method.cost, *method.published_cost)}
     costs = {name: label for name, label in COSTS.items() if name in used}
@@ -71,12 +71,12 @@ def cost_table(task: TaskFigures) -> Rows:
     return [{"method": one.title, **{label: _cost(name, one) for name, label in costs.items()}} for one in methods]
 
 
-def difference_table(task: TaskFigures) -> Rows:
+def difference_table(task: TaskFigures) -> Table:
     """Return a row for each comparison."""
     return _without_empty([_difference_cells(each, task) for each in task.differences])
 
 
-def _without_empty(rows: Rows) -> Rows:
+def _without_empty(rows: Table) -> Table:
     """Leave out the columns that no row fills."""
     filled = {name for row in rows for name, cell in row.items() if cell}
     return [{name: cell for name, cell in row.items() if name in filled} for row in rows]
@@ -86,7 +86,8 @@ def _method_cells(method: MethodFigure, task: TaskFigures) -> Iterator[tuple[str
     percent = task.is_percent
     alpha = show_number(method.alpha) if method.chosen_by is None else f"{method.alpha:g} ({method.chosen_by})"
     yield "method", method.name
-    yield "α", alpha if method.published_alpha is None else f"{alpha}; published {method.published_alpha:g}"
+    published = "" if method.published_alpha is None else f"published {method.published_alpha:g}"
+    yield "α", "; ".join(filter(None, (alpha, published)))
     found = f"failed: {method.error}" if method.test is None else show_interval(method.test, percent=percent)
     yield f"{metric_name(task)} (95 % interval)", found
     yield f"without {task.metric}", "" if method.test is None else _left_out(method.test, task)

@@ -11,14 +11,14 @@ from typing import Any
 
 from ensembler.decoding.prompts import check_utf8, read_lines
 from ensembler.errors import ConfigError, PromptError
+from ensembler.evaluation.prompt_settings import PromptSettings
 from ensembler.evaluation.quiet import quiet
-from ensembler.evaluation.task_loading import check_counts, set_fewshot, set_generation
-from ensembler.evaluation.tasks import PromptStyle, TextTask
+from ensembler.evaluation.tasks import TextTask
 from ensembler.evaluation.templates import as_text, field_names, fill, look_up
 from ensembler.extras import require
 
 METRICS = ("acc", "exact_match", "flexible_number", "perplexity")
-_OWN = ("prompt", "choices", "target", "answer", "source")  # fields of a document that are made of the row's
+_MADE = ("_prompt", "_choices", "_target", "_answer")  # fields of a document that are made of the row's
 _NUMBER = {"regex_pattern": r"(-?[$0-9.,]{2,})|(-?[0-9]+)", "group_select": -1}  # flexible-extract of lm-eval's GSM8K
 
 
@@ -44,7 +44,7 @@ class TaskFile:
                 raise ConfigError(f"{option} {template!r} names no field of the rows; give one such as '{{question}}'")
 
     def read(self, path: Path) -> list[dict[str, Any]]:
-        """Return the documents of a JSON Lines file: prompt, target, choices, and its other fields as texts.
+        """Return the documents of a JSON Lines file: prompt, target and choices beside the row's own fields as texts.
 
         Raises PromptError.
         """
@@ -61,12 +61,14 @@ class TaskFile:
         prompt, answer = (fill(template, row, source) for template in (self.prompt, self.answer))
         for text in (prompt, answer):
             check_utf8(text, source)
-        others = {name: as_text(value) for name, value in row.items() if name not in _OWN and value is not None}
-        document = {**others, "prompt": prompt, "source": source}
+        if taken := next((name for name in _MADE if name in row), None):
+            raise PromptError(f"{source} has a field {taken!r}, a name kept for what is made of a row; rename it")
+        own = {name: as_text(value) for name, value in row.items() if value is not None}
+        document = {**own, "_prompt": prompt}
         if self.choices is None:
-            return {**document, "target": self._target(answer, source), "answer": answer}
+            return {**document, "_target": self._target(answer, source), "_answer": answer}
         choices = _choices(self.choices, row, source)
-        return {**document, "choices": choices, "target": _index(answer, choices, source)}
+        return {**document, "_choices": choices, "_target": _index(answer, choices, source)}
 
     def _target(self, answer: str, source: str) -> str:
         if not answer.strip():
@@ -91,10 +93,7 @@ def make_task_from_file(
     choices: str | None = None,
     metric: str | None = None,
     name: str | None = None,
-    num_fewshot: int | None = None,
-    limit: float | None = None,
-    gen_kwargs: str | Mapping[str, Any] | None = None,
-    style: PromptStyle | None = None,
+    settings: PromptSettings | None = None,
     max_new_tokens: int = 256,
 ) -> TextTask:
     """Return the rows of a JSON Lines file as a task with one split, test.
@@ -114,15 +113,15 @@ def make_task_from_file(
     Generated texts have at most `max_new_tokens`. Few-shot examples are other rows of the file. Raises ConfigError, or
     PromptError with line and field.
     """
-    check_counts(num_fewshot, limit)
+    settings = settings or PromptSettings()
     file = TaskFile(prompt, answer, choices, metric or ("exact_match" if choices is None else "acc"))
     data = Path(data)
     documents = file.read(data)
-    if num_fewshot is not None and num_fewshot >= len(documents):
+    if settings.num_fewshot is not None and settings.num_fewshot >= len(documents):
         raise ConfigError(
-            f"{num_fewshot} few-shot examples beside each question need more than the {len(documents)} rows"
+            f"{settings.num_fewshot} few-shot examples beside each question need more than the {len(documents)} rows"
         )
-    answers = [text for document in documents for text in document.get("choices", [str(document["target"])])]
+    answers = [text for document in documents for text in document.get("_choices", [str(document["_target"])])]
     delimiter = "" if prompt[-1:].isspace() or any(text[:1].isspace() for text in answers) else " "
     rows = require("datasets", "eval").Dataset.from_list(documents)
     config = {
@@ -130,27 +129,25 @@ def make_task_from_file(
         "custom_dataset": lambda **_: {"test": rows},
         "test_split": "test",
         "fewshot_split": "test",
-        "doc_to_text": "prompt",
-        "doc_to_target": "target",
+        "doc_to_text": "_prompt",
+        "doc_to_target": "_target",
         "target_delimiter": delimiter,
         "metadata": {"version": 1},
         **_settings(file.metric, answers, delimiter, max_new_tokens),
     }
     with quiet():
         task = require("lm_eval.api.task", "eval").ConfigurableTask(config=config)
-    set_fewshot(task, num_fewshot)
-    set_generation(task, gen_kwargs)
-    return TextTask(task, limit, style or PromptStyle())
+    return TextTask(task, settings)
 
 
 def _settings(metric: str, answers: Sequence[str], delimiter: str, max_new_tokens: int) -> dict[str, Any]:
     """A metric for lm-eval's settings; lm-eval knows its aggregation by its name."""
     if metric == "acc":
-        return {"output_type": "multiple_choice", "doc_to_choice": "choices", "metric_list": [{"metric": "acc"}]}
+        return {"output_type": "multiple_choice", "doc_to_choice": "_choices", "metric_list": [{"metric": "acc"}]}
     if metric == "perplexity":
         return {
             "output_type": "loglikelihood",
-            "doc_to_target": lambda document: delimiter + document["target"],
+            "doc_to_target": lambda document: delimiter + document["_target"],
             "target_delimiter": "",  # lm-eval puts none before what it scores
             "process_results": _perplexities,
             "metric_list": [{"metric": one} for one in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
@@ -162,7 +159,7 @@ def _settings(metric: str, answers: Sequence[str], delimiter: str, max_new_token
     return {
         "output_type": "generate_until",
         "generation_kwargs": {"until": [end], "do_sample": False, "max_gen_toks": max_new_tokens},
-        "fewshot_config": {"doc_to_target": "target" if is_text else "answer"},  # the way to the number is shown, too
+        "fewshot_config": {"doc_to_target": "_target" if is_text else "_answer"},  # the way to the number is shown, too
         "filter_list": [{"name": "none", "filter": [extract, {"function": "take_first"}]}],
         "metric_list": [{"metric": "exact_match", **ignored}],
     }
@@ -170,7 +167,7 @@ def _settings(metric: str, answers: Sequence[str], delimiter: str, max_new_token
 
 def _perplexities(document: Mapping[str, Any], results: Sequence[tuple[float, bool]]) -> dict[str, Any]:
     task = require("lm_eval.api.task", "eval").Task
-    log_prob, answer = results[0][0], document["target"]
+    log_prob, answer = results[0][0], document["_target"]
     of_bytes = (log_prob, task.count_bytes(answer))
     words = (log_prob, task.count_words(answer))
     return {"word_perplexity": words, "byte_perplexity": of_bytes, "bits_per_byte": of_bytes}

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from traceback import walk_tb
 from typing import Any
 
 from ensembler.errors import ConfigError, EnsemblerError
+from ensembler.evaluation.prompt_settings import PromptSettings
 from ensembler.evaluation.quiet import quiet
-from ensembler.evaluation.tasks import PromptStyle, TextTask
+from ensembler.evaluation.tasks import TextTask
 from ensembler.extras import require
 
 _YAML = (".yaml", ".yml")
@@ -18,65 +19,29 @@ _YAML = (".yaml", ".yml")
 
 def load_tasks(
     names: Sequence[str],
+    settings: PromptSettings | None = None,
     *,
     include_path: Path | None = None,
-    num_fewshot: int | None = None,
-    limit: float | None = None,
-    gen_kwargs: str | Mapping[str, Any] | None = None,
-    style: PromptStyle | None = None,
     confirm_run_unsafe_code: bool = False,
 ) -> list[TextTask]:
     """Return the tasks of `names`, groups and tags expanded.
 
     A name is one that lm-eval knows, one of a YAML file in `include_path` (which wins), or the path of a YAML file.
-    Local data files in a YAML file are looked for in its folder, then in the current one. `num_fewshot` changes
-    tasks that do not fix it to 0; `limit`: only so many documents of each split, or a share of them below 1;
-    `gen_kwargs`: settings of generation in place of the tasks', as "temperature=0.8,do_sample=true" or a mapping; tasks
-    that run code which a model wrote need `confirm_run_unsafe_code`: all as in lm-eval. Raises ConfigError.
+    Local data files in a YAML file are looked for in its folder, then in the current one. Tasks that run code which a
+    model wrote need `confirm_run_unsafe_code`, as in lm-eval. Raises ConfigError.
     """
     if not names:
         raise ConfigError("no task was given; give a name that lm-eval knows or the path of a YAML file")
-    check_counts(num_fewshot, limit)
     if include_path is not None and not include_path.is_dir():
         raise ConfigError(f"{include_path} is no folder; --include-path takes a folder of YAML tasks")
     finder = _Finder(include_path, confirm_run_unsafe_code)
     tasks: dict[str, TextTask] = {}
     for name in names:
         for task in finder.load(name):
-            set_fewshot(task, num_fewshot)
-            set_generation(task, gen_kwargs)
             if task.task_name in tasks:
                 raise ConfigError(f"task {task.task_name} is given twice; leave one out")
-            tasks[task.task_name] = TextTask(task, limit, style or PromptStyle())
+            tasks[task.task_name] = TextTask(task, settings or PromptSettings())
     return list(tasks.values())
-
-
-def check_counts(num_fewshot: int | None, limit: float | None) -> None:
-    """Raise ConfigError unless both are counts; a limit may be a share below 1."""
-    if num_fewshot is not None and num_fewshot < 0:
-        raise ConfigError(f"{num_fewshot} few-shot examples are not possible; give 0 or more")
-    if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit))):
-        raise ConfigError(f"a limit of {limit:g} documents is not possible; give a number from 1, or a share below 1")
-
-
-def set_fewshot(task: Any, num_fewshot: int | None) -> None:
-    """Set the number of few-shot examples as lm-eval's evaluator does: a task that fixes it to 0 keeps that."""
-    fixed = task.config.num_fewshot
-    if num_fewshot is not None and fixed != 0:
-        task.set_config(key="num_fewshot", value=num_fewshot)
-    elif fixed is None:
-        task.set_config(key="num_fewshot", value=0)
-
-
-def set_generation(task: Any, gen_kwargs: str | Mapping[str, Any] | None) -> None:
-    """Put settings of generation in place of a task's, as lm-eval's evaluator does. Raises ConfigError."""
-    if not gen_kwargs or task.OUTPUT_TYPE != "generate_until":
-        return
-    if isinstance(gen_kwargs, str):
-        if any(not name or not equals for name, equals, _ in (one.partition("=") for one in gen_kwargs.split(","))):
-            raise ConfigError(f"{gen_kwargs!r} are no settings of generation; give NAME=VALUE,... (temperature=0.8)")
-        gen_kwargs = require("lm_eval.utils", "eval").simple_parse_args_string(gen_kwargs)
-    task.set_config(key="generation_kwargs", value=gen_kwargs, update=True)
 
 
 class _Finder:

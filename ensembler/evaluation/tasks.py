@@ -15,6 +15,7 @@ from typing import Any
 from ensembler.errors import ConfigError, RunError
 from ensembler.evaluation.documents import Answer, Document, Metric
 from ensembler.evaluation.metric_values import from_json, to_json
+from ensembler.evaluation.prompt_settings import PromptSettings
 from ensembler.evaluation.quiet import one_process, quiet, unprinted
 from ensembler.evaluation.task_checks import check_fields, check_gold, check_metrics
 from ensembler.extras import require
@@ -24,36 +25,29 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of functions, another in every proc
 _NUM_RESAMPLES = 100  # of a standard error by bootstrap, where an aggregation may take many milliseconds
 
 
-@dataclass(frozen=True)
-class PromptStyle:
-    """The style of prompts, as lm-eval's options of the same names say it."""
-
-    apply_chat_template: bool | str = False
-    fewshot_as_multiturn: bool = False
-    system_instruction: str | None = None
-
-
 @dataclass(frozen=True, eq=False)
 class TextTask:
     """A task of lm-eval, as `load_tasks` or `make_task_from_file` return it.
 
-    `task`: lm-eval's own. `limit`: as in lm-eval, so many documents of a split from its start, or a share of them below
-    1. `chat`: what writes a chat as one text, `apply_chat_template` of the model that is asked; see `asked_of`.
+    `task`: lm-eval's own, to which the `settings` are applied. `chat`: a function that writes a chat as one text,
+    `apply_chat_template` of a model; see `for_model`.
     """
 
     task: Any
-    limit: float | None = None
-    style: PromptStyle = PromptStyle()
+    settings: PromptSettings = field(default_factory=PromptSettings)
     chat: Callable[..., str] | None = None
     _known: dict[str, list[Document]] = field(default_factory=dict, repr=False)
 
-    def asked_of(self, model: Any) -> TextTask:
-        """Return the task with prompts in the chat template of lm-eval's `model`, where the style wants one."""
-        if not self.style.apply_chat_template:
+    def __post_init__(self) -> None:
+        self.settings.apply(self.task)
+
+    def for_model(self, model: Any) -> TextTask:
+        """Return the task with prompts in the chat template of lm-eval's `model`, where the settings want one."""
+        if not self.settings.apply_chat_template:
             return self
         with quiet():
             try:
-                template = model.chat_template(self.style.apply_chat_template)
+                template = model.chat_template(self.settings.apply_chat_template)
             except ValueError as error:  # none of this name
                 raise ConfigError(f"{error} Give --apply-chat-template another name, or none") from error
         if template is None:
@@ -102,15 +96,14 @@ class TextTask:
         return tuple(self._metric(name, each.name) for each in self.task._filters for name in names)
 
     def describe(self) -> dict[str, Any]:
-        """Return what was evaluated: version, few-shot examples, limit, style, and a hash of lm-eval's settings."""
+        """Return, as JSON, version, few-shot examples, limit, style of prompts, and a hash of lm-eval's settings."""
         config = json.loads(json.dumps(self.task.dump_config(), default=str))
         data = config.get("dataset_kwargs") or {}
         if "data_files" in data:  # where files lie is no part of a task
             data["data_files"] = _names(data["data_files"])
         content = _ADDRESS.sub("", json.dumps(config))
-        found = {"version": self.version, "fewshot": self.num_fewshot, "limit": self.limit}
-        style = {} if self.style == PromptStyle() else {"style": vars(self.style)}
-        return {**found, **style, "config": hashlib.sha256(content.encode()).hexdigest()[:16]}
+        found = {"version": self.version, "fewshot": self.num_fewshot, **self.settings.describe()}
+        return {**found, "config": hashlib.sha256(content.encode()).hexdigest()[:16]}
 
     def documents(self, split: str | None = None) -> list[Document]:
         """Return the documents of a split with their requests, prompts made by lm-eval.
@@ -143,7 +136,7 @@ class TextTask:
     def measure(self, document: Document, answers: Answer) -> tuple[dict[str, Any], dict[str, str]]:
         """Return what one document's answers come to by lm-eval's metrics, and what was answered, by its filters.
 
-        Raises RunError where these fail.
+        Log-probs without choices answer nothing. Raises RunError where filters or metrics fail.
         """
         instances = [
             replace(instance, resps=_responses(instance, answer), filtered_resps={})
@@ -158,7 +151,8 @@ class TextTask:
                     results = [instance.filtered_resps[pipeline.name] for instance in instances]
                     for name, value in self.task.process_results(instances[0].doc, results).items():
                         values[self._key(name, pipeline.name)] = value
-                    predictions[pipeline.name] = _prediction(document, results)
+                    if document.choices or instances[0].request_type == "generate_until":
+                        predictions[pipeline.name] = _prediction(document, results)
         except Exception as error:  # filters and metrics are programs of the task's authors
             raise RunError(f"{document.name} could not be measured: {type(error).__name__}: {error}") from error
         return {key: to_json(value, f"{key} of {document.name}") for key, value in values.items()}, predictions
@@ -187,7 +181,7 @@ class TextTask:
     def _documents(self, split: str) -> Iterator[Document]:
         self.task.set_fewshot_seed(seed=require("lm_eval.defaults", "eval").DEFAULT_OTHER_SEED)
         docs = self._docs(split)
-        limit = len(docs) if self.limit is None else self.limit
+        limit = len(docs) if self.settings.limit is None else self.settings.limit
         limit = math.ceil(len(docs) * limit) if limit < 1 else int(limit)
         for index in range(min(limit, len(docs))):
             doc = docs[index]
@@ -208,8 +202,8 @@ class TextTask:
             context = self.task.fewshot_context(
                 doc,
                 num_fewshot=self.num_fewshot if num_fewshot is None else num_fewshot,
-                system_instruction=self.style.system_instruction,
-                fewshot_as_multiturn=self.style.fewshot_as_multiturn,
+                system_instruction=self.settings.system_instruction,
+                fewshot_as_multiturn=self.settings.fewshot_as_multiturn,
                 gen_prefix=self.task.doc_to_prefix(doc),
                 **chat,
             )

@@ -79,14 +79,14 @@ class TextAnswerer:
         """Return a list of answers to each of lm-eval's instances: one text per repeat, or one log-prob."""
         answers: list[list[Any]] = [[] for _ in requests]
         for kind in dict.fromkeys(request.request_type for request in requests):
-            asked = [
+            numbers = [
                 number
                 for number, request in enumerate(requests)
                 if request.request_type == kind
                 for _ in range((request.repeats or 1) if kind == "generate_until" else 1)
             ]
-            found = getattr(self.model, kind)([requests[number] for number in asked], disable_tqdm=True)
-            for number, answer in zip(asked, found, strict=True):
+            found = getattr(self.model, kind)([requests[number] for number in numbers], disable_tqdm=True)
+            for number, answer in zip(numbers, found, strict=True):
                 answers[number].append(answer)
         return answers
 

@@ -35,13 +35,13 @@ class TaskValues:
     def __init__(self, plan: Plan, index: int, read: Callable[[str, str], dict[str, list[Any]]]) -> None:
         self.task: PlannedTask = plan.tasks[index]
         self._plan, self._read = plan, read
-        self._place = {point: place for place, point in enumerate(plan.grid)}
+        self._columns = {point: column for column, point in enumerate(plan.grid)}
 
     def values(self, point: GridPoint, part: str, key: str | None = None) -> Values:
         """Return what a metric (the task's own, if no other is named) found for each document of a part."""
         known = self._read(self._plan.name, self.task.metric.key if key is None else key)
-        place = self._place[point]
-        values = {one.name: known[one.name][place] for one in self.task.parts[part] if one.name in known}
+        column = self._columns[point]
+        values = {one.name: known[one.name][column] for one in self.task.parts[part] if one.name in known}
         return {name: value for name, value in values.items() if value is not None}
 
     def estimate(self, point: GridPoint, part: str, key: str | None = None) -> float:
@@ -169,9 +169,17 @@ def choose(found: Sequence[TaskValues], options: PlanOptions, rule: str, alphas:
     metrics = [sum(one.estimate(point, VALIDATION) for one in found) / len(found) for point in points]
     errors = None
     if options.one_standard_error:
-        of_first = [found[0].standard_error(point, VALIDATION) for point in points]
-        errors = [math.nan if error is None else error for error in of_first]
+        errors = [_standard_error(found[0], point, options.seed) for point in points]
     return choose_alpha(alphas, metrics, errors, higher_is_better=found[0].task.metric.higher_is_better)
+
+
+def _standard_error(found: TaskValues, point: GridPoint, seed: int) -> float:
+    """The standard error on the validation documents, by a bootstrap where the metric is no mean; NaN of infinities."""
+    values, metric, task = [*found.values(point, VALIDATION).values()], found.task.metric, found.task.task
+    if metric.is_mean and not np.isfinite(values).all():
+        return math.nan
+    aggregate = None if metric.is_mean else partial(task.aggregate, metric.key)
+    return metric_interval(values, aggregate, seed=seed, num_resamples=_RESAMPLES).standard_error
 
 
 def _columns(rows: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:

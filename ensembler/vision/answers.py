@@ -56,7 +56,7 @@ class ImageAnswerer:
             del self._model
 
     def largest_batch(self, document: Document, points: Sequence[GridPoint]) -> int:
-        """Return 8, which fits: there is no search for images."""
+        """Return 8, the default: no largest one is searched for, and commands refuse `--batch-size auto` for images."""
         return 8
 
     def answer(

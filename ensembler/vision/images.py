@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class ImageSource:
     """
 
     name: str
-    read: Callable[[], bytes]
+    read: Callable[[], bytes] = field(repr=False)  # which would tell an address, another in every process
     label: str = ""
     digest: str = ""
 

@@ -15,8 +15,8 @@ from ensembler.class_names import some
 from ensembler.errors import ClassesError, ConfigError, ImageError
 from ensembler.evaluation.documents import Answer, Document, Metric
 from ensembler.evaluation.metric_values import from_json, to_json
+from ensembler.evaluation.prompt_settings import check_limit
 from ensembler.evaluation.statistics import metric_interval
-from ensembler.evaluation.task_loading import check_counts
 from ensembler.vision.datasets import SPLITS, TEST, find_splits
 from ensembler.vision.images import ImageSource, decode
 from ensembler.vision.loader import ahead
@@ -59,10 +59,9 @@ class ImageTask:
         return (f"{num_skipped:,} images that cannot be read left out",) if num_skipped else ()
 
     def describe(self) -> dict[str, Any]:
-        """Return what was evaluated, as JSON."""
-        skipped = {split: reasons for split, reasons in self.skipped.items() if reasons}
-        found = {"name": self.name, "version": self.version, "limit": self.limit, "splits": self.splits}
-        return {**found, "config": {"classes": list(self.classes)}, "skipped": skipped}
+        """Return what is reported, as JSON: images of another split may choose α later."""
+        found = {"name": self.name, "version": self.version, "limit": self.limit, "num_images": self.splits[TEST]}
+        return {**found, "config": {"classes": list(self.classes)}, "skipped": self.skipped[TEST]}
 
     def documents(self, split: str | None = None) -> list[Document]:
         """Return the images of a split. Raises ConfigError, or ImageError where none of them can be read."""
@@ -113,7 +112,7 @@ def load_image_task(
     some of the same. Raises ConfigError for a split that is not there, ImageError (with `strict` for the first image
     that cannot be read), or ClassesError for a class that the ensemble lacks.
     """
-    check_counts(None, limit)
+    check_limit(limit)
     task = Path(os.path.abspath(folder)).name  # of a link itself: data/cars may lead to store/3f8a
     splits = find_splits(folder)
     images: dict[str, list[Document]] = {}
