@@ -37,8 +37,8 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 
 # The second line: what the package is without vLLM has to work with vLLM's transformers too.
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_VENV)/bin/python -m pytest tests/test_vllm*.py
-	$(VLLM_VENV)/bin/python -m pytest $(addprefix tests/test_, modeling.py forward.py members.py folder.py texts.py serving.py sweep.py)
+	$(VLLM_VENV)/bin/python -m pytest tests/*/test_vllm*.py
+	$(VLLM_VENV)/bin/python -m pytest $(addprefix tests/, test_modeling.py test_folder.py engine/test_forward.py engine/test_members.py decoding/test_texts.py serving/test_serving.py evaluation/test_sweep.py)
 
 lint: install
 	$(BIN)/ruff check .

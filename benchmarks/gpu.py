@@ -35,7 +35,7 @@ from gpu_options import Options, Row, table
 from kernel_timing import device_name
 
 ROOT = Path(__file__).resolve().parent.parent
-CASES = ROOT / "tests" / "gpu_cases.py"
+CASES = ROOT / "tests" / "helpers" / "gpu_cases.py"
 FEW_CASES = "equal_logits or alpha_zero"
 
 

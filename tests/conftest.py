@@ -10,21 +10,18 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny import make_model, make_tokenizer
+from helpers.commands import Result, Run, SaveMember
+from helpers.tiny import make_model, make_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ensembler import EnsembleForCausalLM
 from ensembler.cli import main as cli_main
-
-SaveMember = Callable[..., Path]
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
@@ -84,25 +81,6 @@ def folders(save_member: SaveMember) -> dict[str, Path]:
         "source_pt": save_member("m_source_pt", "llama", 2),
         "target_pt": save_member("m_target_pt", "qwen2", 3, hidden_size=24),
     }
-
-
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line of an error."""
-        lines = self.err.strip().splitlines()
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("Error: "), self.err
-        assert self.out == ""
-        return lines[0]
-
-
-Run = Callable[..., Result]
 
 
 @pytest.fixture

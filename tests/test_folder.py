@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SaveMember
-from tiny import make_model, make_tokenizer, random_ids
+from helpers.commands import SaveMember
+from helpers.tiny import make_model, make_tokenizer, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ensembler import EnsembleConfig, EnsembleForCausalLM, MemberConfig

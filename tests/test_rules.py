@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from noise_cases import shared_noise
-from tiny import FAMILIES, make_model, member_logits, random_ids
+from helpers.noise_cases import shared_noise
+from helpers.tiny import FAMILIES, make_model, member_logits, random_ids
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SaveMember
-from tiny import EXTRA, VOCAB, make_tokenizer, member_logits, random_ids
+from helpers.commands import SaveMember
+from helpers.tiny import EXTRA, VOCAB, make_tokenizer, member_logits, random_ids
 from torch.testing import assert_close
 
 from ensembler import EnsembleForCausalLM, MemberConfig

@@ -1,0 +1,274 @@
+"""`ensembler sweep`: what is written, refused and gone on with; clusters and margins."""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lm_eval")
+
+from click.testing import CliRunner
+from helpers.sweep_cases import column, data_flags, read_rows, save_ensemble, write_questions
+from helpers.task_cases import write_rows, write_tasks
+
+from ensembler.cli.main import cli
+from ensembler.errors import EnsemblerError
+from ensembler.evaluation.results_file import FILE, TABLES
+from ensembler.evaluation.text_answers import TextAnswerer
+
+FILES = {FILE, "summary.json", "curve.png", "methods.png", "report.html"}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return save_ensemble(tmp_path_factory.mktemp("members")).flags
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(cli, ["sweep", *map(str, arguments)], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.output
+
+
+def refused(*arguments: object) -> str:
+    with pytest.raises(EnsemblerError) as found:
+        CliRunner().invoke(cli, ["sweep", *map(str, arguments)], catch_exceptions=False, standalone_mode=False)
+    assert found.value.exit_code == 2
+    assert "\n" not in str(found.value)
+    assert not Path("sweep").exists()
+    return str(found.value)
+
+
+def questions(tmp_path: Path, number: int = 30) -> list[str]:
+    return data_flags(write_questions(tmp_path / "questions.jsonl", number))
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """All files of a folder; of the results all rows of their tables."""
+    with closing(sqlite3.connect(folder / FILE)) as connection:
+        tables = {table: connection.execute(f"SELECT * FROM {table}").fetchall() for table in TABLES}
+    return tables | {path.name: path.read_bytes() for path in folder.iterdir() if path.name != FILE}
+
+
+def summary(folder: str = "sweep") -> dict[str, Any]:
+    (task,) = json.loads(Path(folder, "summary.json").read_text())["tasks"]
+    return dict(task)
+
+
+def test_everything_is_written_and_the_same_again(members: list[str], tmp_path: Path) -> None:
+    flags = [*members, *questions(tmp_path), "--rules", "base-change,eft", "--alphas", "0:1:0.5", "--validation", 10]
+    printed = run(*flags)
+    assert "20 test documents; 10 others chose alpha" in printed
+    assert {path.name for path in Path("sweep").iterdir()} == FILES
+    rows = read_rows(Path("sweep"))
+    assert len(rows) == 30 * 6
+    assert len({(row["id"], row["rule"], row["alpha"]) for row in rows}) == len(rows)
+    assert [row["part"] for row in rows] == ["validation"] * 60 + ["test"] * 120
+    tested = [row for row in rows if row["part"] == "test"]
+    for method in summary()["methods"]:
+        right = column(tested, "test", method["rule"], method["alpha"] or 0.0, "acc")
+        assert method["test"]["estimate"] == sum(right) / 20
+    page = Path("sweep/report.html").read_text()
+    assert str(tmp_path) not in page.replace(json.loads(Path("sweep/summary.json").read_text())["command"], "")
+    before = contents(Path("sweep"))
+    again = run(*flags)
+    table = re.compile(r"method.*", re.DOTALL)
+    assert table.findall(again) == table.findall(printed)
+    assert contents(Path("sweep")) == before
+
+
+def test_another_choice_goes_on_from_the_same_rows(tmp_path: Path, members: list[str]) -> None:
+    """Only what chooses needs new rows: of another split, of prompts."""
+    task = write_tasks(tmp_path / "tasks") / "choice.yaml"
+    flags = [*members, "--task", task, "--alphas", "0,0.5,1"]
+    assert "no alpha will be chosen" in run(*flags)
+    rows = {(row["id"], row["rule"], row["alpha"]): row["answers"] for row in read_rows(Path("sweep"))}
+
+    def going_on(*changes: object) -> dict[str, Any]:
+        run(*flags, *changes)
+        found = {(row["id"], row["rule"], row["alpha"]): row["answers"] for row in read_rows(Path("sweep"))}
+        assert rows.items() <= found.items()
+        rows.update(found)
+        return summary()
+
+    def chosen_by(task: dict[str, Any]) -> str:
+        (found,) = {method["chosen_by"] for method in task["methods"]} - {None}
+        return str(found)
+
+    plain = going_on()
+    num_rows = len(rows)
+    drawn = going_on("--validation", 2)
+    assert (chosen_by(drawn), drawn["num_test"]) == ("validation", 3)
+    assert going_on("--validation", 2, "--one-standard-error")["num_test"] == 3
+    other = going_on("--validation", 2, "--metric", "acc_norm", "--cluster", "answer", "--margin", 5)
+    assert (other["metric"], other["cluster"], other["margin"]) == ("acc_norm", "answer", 5)
+    assert len(rows) == num_rows
+    split = going_on("--validation", "train")
+    assert (chosen_by(split), split["num_validation"], split["num_test"]) == ("validation", 2, 5)
+    assert chosen_by(going_on("--select", "perplexity")) == "prompt perplexity"
+    assert len(rows) > num_rows
+    assert going_on() == plain
+    train = tmp_path / "tasks" / "train_questions.jsonl"
+    train.write_text((tmp_path / "tasks" / "questions.jsonl").read_text().replace("abc", "xyz"))
+    with pytest.raises(EnsemblerError, match=r"has rows of another tiny_choice/train/0; give --output another folder"):
+        going_on("--validation", "train")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (["--alphas", "0,1"], ": --alphas is [0.0, 0.5, 1.0] there and [0.0, 1.0] here"),
+        (["--seed", 3], ": --seed is 0 there and 3 here"),
+        (["--batch-size", 2], ": --batch-size is 8 there and 2 here"),
+        (["--batch-size", "auto"], ': --batch-size is 8 there and "auto" here'),
+        (["--rules", "eft"], '; --rules is ["base-change"] there and ["eft"] here'),
+        (["--limit", 9], "another run: --limit is none there and 9 here. Run"),
+        (["--num-fewshot", 1], "another run: --num-fewshot is 0 there and 1 here. Run"),
+        (["--system-instruction", "Hi"], 'another run: --system-instruction is none there and "Hi" here. Run'),
+    ],
+)
+def test_another_command_on_the_folder_is_refused_by_its_difference(
+    changed: list[Any], said: str, members: list[str], tmp_path: Path
+) -> None:
+    flags = [*members, *questions(tmp_path, 12), "--alphas", "0,0.5,1", "--output", "out"]
+    run(*flags)
+    before = contents(Path("out"))
+    message = refused(*flags, *changed)
+    assert said in message
+    assert message.endswith("Run the same command to go on with it, or give --output another folder")
+    assert contents(Path("out")) == before
+
+
+def test_changed_documents_members_and_versions_are_noticed(members: list[str], tmp_path: Path) -> None:
+    flags = [*members, *questions(tmp_path, 12), "--alphas", "0,1", "--output", "out"]
+    run(*flags)
+    (tmp_path / "questions.jsonl").write_text((tmp_path / "questions.jsonl").read_text().replace("a 0?", "b 0?"))
+    assert "another run: the documents or prompts of questions changed. Run" in refused(*flags)
+    questions(tmp_path, 12)
+    run(*flags)
+    config = Path(members[1]) / "config.json"
+    content = config.read_text()
+    config.write_text(content.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 0.5'))
+    assert config.read_text() != content
+    try:
+        assert "another run: the config.json of source_ft changed. Run" in refused(*flags)
+    finally:
+        config.write_text(content)
+    with closing(sqlite3.connect(f"out/{FILE}")) as connection, connection:
+        connection.execute("UPDATE settings SET value = json_set(value, '$.ensembler', '0.0.1') WHERE key = 'versions'")
+    assert 'another run: the version of ensembler is "0.0.1" there' in refused(*flags)
+
+
+def test_a_run_without_rows_does_not_block_its_folder(
+    members: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = [*members, *questions(tmp_path, 12), "--alphas", "0,1"]
+    with monkeypatch.context() as broken:
+        broken.setattr(TextAnswerer, "answer", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(*flags)
+    assert read_rows(Path("sweep")) == []
+    run(*flags, "--batch-size", 3)
+    assert json.loads(Path("sweep/summary.json").read_text())["settings"]["batch size"] == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--task", "hellaswagg"], "did you mean hellaswag"),
+        (["--task", "nowhere.yaml"], "nowhere.yaml does not exist"),
+        ([], "no task was given"),
+        (["--prompt", "{a}"], "--prompt was given without --data"),
+        (["--data", "q.jsonl", "--answer", "{label}"], "--data was given without --prompt"),
+        (["--data", "q.jsonl", "--task", "x"], "--task and --data were both given"),
+        (["--data", "q.jsonl", "--prompt", "{questoin}", "--answer", "{label}", "--choices", "a,b"], "q.jsonl:1"),
+        (["--data", "q.jsonl", "--prompt", "{question}", "--answer", "{label}", "--choices", "a,b,c,c"], "that differ"),
+        (["DATA", "--metric", "perplexity"], "no choices: leave --choices out"),
+        (["DATA", "--alphas", "0:1"], "no grid; expected FIRST:LAST:STEP"),
+        (["DATA", "--alphas", "1:0:0.1"], "empty; expected FIRST:LAST:STEP"),
+        (["DATA", "--alphas", "0,nan"], "no grid"),
+        (["DATA", "--alphas", "0,0.5,0.5"], "0.5 is in the grid twice"),
+        (["DATA", "--alphas", "-1,0"], "not negative"),
+        (["DATA", "--rules", "base-chnage"], "unknown rule 'base-chnage'"),
+        (["DATA", "--rules", "base-change,contrastive"], "leave this rule out"),
+        (["DATA", "--validation", "12"], "leaves none to choose from or to report"),
+        (["DATA", "--validation", "0"], "leaves none"),
+        (["DATA", "--validation", "test"], "is the one that is reported"),
+        (["DATA", "--validation", "10%"], "has no split '10%'"),
+        (["DATA", "--one-standard-error"], "needs validation examples"),
+        (["DATA", "--validation", "5", "--select", "perplexity"], "give one of the two"),
+        (["DATA", "--cluster", "passage"], "q/test/0 has no field 'passage' to cluster by; its fields are"),
+        (["DATA", "--margin", "0"], "a margin of 0 leaves no room; give a number above 0"),
+        (["DATA", "--strict"], "--strict was given without --images; leave it out"),
+        (["DATA", "--batch-size", "0"], "--batch-size is '0'; expected a number from 1, or auto"),
+        (["DATA", "--batch-size", "many"], "--batch-size is 'many'; expected a number from 1, or auto"),
+        (
+            ["DATA", "--log", "wandb"],
+            "--log wandb needs its library, which is not installed; install it with: pip install wandb",
+        ),
+        (["DATA", "--log", "tensorboard"], "--log tensorboard needs its library, which is not installed"),
+        (["DATA", "--output", "q.jsonl"], "is no folder"),
+        (["DATA", "--output", "."], "holds something else"),
+        (["DATA", "--output", "/proc/nowhere"], "cannot be made"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    flags: list[str], said: str, members: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ensembler.evaluation.tracking.find_spec", lambda name: None)
+    data = data_flags(write_questions(tmp_path / "q.jsonl", 12))
+    given = [part for flag in flags for part in (data if flag == "DATA" else [flag])]
+    assert said in refused(*members, *given)
+    assert {path.name for path in tmp_path.iterdir()} <= {"q.jsonl", "cache"}
+
+
+def test_a_choice_that_is_empty_is_named(members: list[str], tmp_path: Path) -> None:
+    (tmp_path / "q.jsonl").write_text('{"q": "a", "c": ["x", "y"], "l": 0}\n{"q": "b", "c": ["x", " "], "l": 0}\n')
+    flags = ["--data", "q.jsonl", "--prompt", "{q}", "--choices", "{c}", "--answer", "{l}"]
+    assert "q.jsonl:2: choice 1 is empty" in refused(*members, *flags)
+
+
+def test_contexts_that_are_cut_are_told(tmp_path: Path) -> None:
+    short = save_ensemble(tmp_path / "short", source_pt={"family": "llama", "max_position_embeddings": 24})
+    rows = [{"question": "once upon a time " * (1 + i % 3) + str(i), "label": "ab"[i % 2]} for i in range(8)]
+    printed = run(*short.flags, *data_flags(write_rows(tmp_path / "q.jsonl", rows)), "--alphas", "0,1")
+    (said,) = (note for note in summary()["notes"] if "cut" in note)
+    assert re.fullmatch(r"\d+ requests cut on the left to fit into the shortest context", said)
+    assert said in printed
+
+
+def test_one_alpha_is_allowed_and_said(members: list[str], tmp_path: Path) -> None:
+    printed = run(*members, *questions(tmp_path, 12), "--alphas", "0.5")
+    assert "one alpha, 0.5: there is nothing to choose" in printed
+    assert "base-change: its alpha was the only one given, so there was nothing to choose" in printed
+    assert {method["label"]: method["chosen_by"] for method in summary()["methods"]} == {
+        "source FT": None,
+        "target PT": None,
+        "base-change α = 0.5": "given",
+        "base-change α = 1": None,
+    }
+
+
+def test_clusters_and_a_margin_are_told(members: list[str], tmp_path: Path) -> None:
+    rows = [{"question": f"q {i}", "label": "ab"[i % 2], "passage": {"number": i // 4}} for i in range(40)]
+    flags = data_flags(write_rows(tmp_path / "q.jsonl", rows))
+    printed = run(*members, *flags, "--alphas", "1", "--cluster", "passage", "--margin", 60)
+    assert "40 test documents in 10 groups by passage, on which intervals and tests rest" in printed
+    for name in ("would have shown", "p of alike to within 60 points", "clustered paired t"):
+        assert name in printed
+    assert "is as good as" in printed
+    assert "to within 60 points, p = " in printed
+    assert "corrected over all comparisons shown, p of alike over all tests of that." in printed
+    assert summary()["num_clusters"] == 10

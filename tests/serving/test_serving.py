@@ -1,0 +1,292 @@
+"""What serving decides without vLLM: the command, what cannot be served, requests that ask for another α, weights."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers.tiny import make_model, make_tokenizer
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig
+
+from ensembler.cli.main import cli
+from ensembler.config import EnsembleConfig, MemberConfig
+from ensembler.demo import demo_folder
+from ensembler.engine.members import check_member, load_group
+from ensembler.errors import ConfigError, InputError, MemberError, MissingExtraError
+from ensembler.folder import read
+from ensembler.patch.apply import apply_patches
+from ensembler.patch.headers import model_tensors
+from ensembler.patch.plan import Part
+from ensembler.preflight import check_ensemble
+from ensembler.serving.checks import check_servable, require_vllm
+from ensembler.serving.command import serve_command
+from ensembler.serving.fixed_alpha import RefuseAlpha, asked_for
+from ensembler.serving.tensors import member_tensors, plan_member
+from ensembler.serving.vllm_serve import fix
+
+SaveMember = Callable[..., Path]
+
+
+def test_the_command_names_rule_and_alpha_and_hands_on_flags() -> None:
+    checked = check_ensemble(read(demo_folder()).replaced(alpha=0.5))
+    command = serve_command(Path("/x"), checked, name="x", alpha=0.5, flags=("--port", "9"))
+    names = command.index("--served-model-name")
+    assert command[names + 1 : names + 3] == ["x:base-change@0.5", "x"]
+    assert command[2:6] == ["ensembler.serving.vllm_serve", "0.5", "serve", "/x"]
+    assert command[-2:] == ["--port", "9"]  # behind ours: of a flag that is given twice, the last one counts
+    assert serve_command(Path("/x"), checked, name="x", alpha=None, flags=())[3] == "null"
+
+
+def parsed(**changes: Any) -> Namespace:
+    """vLLM's arguments as its parser leaves them."""
+    plain: dict[str, Any] = {
+        "model_tag": str(demo_folder()),
+        "load_format": "auto",
+        "hf_overrides": {},
+        "quantization": None,
+        "dtype": "auto",
+        "tensor_parallel_size": 1,
+    }
+    return Namespace(**{**plain, **changes})
+
+
+def test_what_is_the_ensembles_to_say_is_set_in_the_servers_arguments() -> None:
+    args = parsed()
+    fix(args, 0.5)
+    assert (args.load_format, args.dtype, args.hf_overrides) == ("ensembler", "float32", {"alpha": 0.5})
+    args = parsed(dtype="bfloat16")
+    fix(args, None)
+    assert (args.dtype, args.hf_overrides) == ("bfloat16", {})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"load_format": "dummy"}, "--load-format dummy was given"),
+        ({"hf_overrides": {"alpha": 2}}, "--hf-overrides was given"),
+        ({"quantization": "fp8"}, "--quantization fp8 was given"),
+        ({"tensor_parallel_size": 3}, "which 3 tensor-parallel ranks cannot share"),
+    ],
+)
+def test_flags_that_would_change_the_ensemble_unsaid_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        fix(parsed(**changes), None)
+
+
+@pytest.mark.parametrize(
+    ("body", "key"),
+    [
+        ({"prompt": "x", "alpha": 0.3}, "alpha"),
+        ({"prompt": "x", "vllm_xargs": {"alpha": 0.3}}, "alpha"),
+        ({"prompt": "x", "rule": "eft"}, "rule"),
+        ({"prompt": "x", "cutoff": 0.1}, "cutoff"),
+        ({"prompt": 'say "alpha"'}, None),
+        ({"messages": [{"role": "user", "content": '"alpha": 1'}]}, None),
+        (["alpha"], None),
+    ],
+)
+def test_which_requests_ask_for_another_ensemble(body: Any, key: str | None) -> None:
+    assert asked_for(json.dumps(body).encode()) == key
+
+
+def test_a_body_that_is_no_json_is_left_to_the_server() -> None:
+    assert asked_for(b'{"alpha": ') is None
+
+
+def call(body: bytes, pieces: int, kind: str = "POST") -> tuple[list[bytes], list[dict[str, Any]]]:
+    """What a server behind the middleware was given, and what was sent to the client."""
+    step = max(1, len(body) // pieces)
+    parts = [body[start : start + step] for start in range(0, len(body), step)] or [b""]
+    waiting = [
+        {"type": "http.request", "body": part, "more_body": number < len(parts) - 1}
+        for number, part in enumerate(parts)
+    ]
+    seen: list[bytes] = []
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> Any:
+        return waiting.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(dict(message))
+
+    async def server(scope: Any, receive: Any, send: Any) -> None:
+        more = True
+        while more:
+            message = await receive()
+            seen.append(message["body"])
+            more = message["more_body"]
+        await send({"type": "http.response.start", "status": 200})
+
+    asyncio.run(RefuseAlpha(server)({"type": "http", "method": kind}, receive, send))
+    return seen, sent
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_the_middleware_hands_on_a_body_as_it_came(pieces: int) -> None:
+    body = json.dumps({"prompt": "x", "temperature": 0}).encode()
+    seen, sent = call(body, pieces)
+    assert b"".join(seen) == body
+    assert sent[0]["status"] == 200
+
+
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_the_middleware_answers_400_in_the_servers_place(pieces: int) -> None:
+    seen, sent = call(json.dumps({"prompt": "x", "alpha": 0.1}).encode(), pieces)
+    assert seen == []
+    assert sent[0]["status"] == 400
+    assert "ensembler serve FOLDER --alpha" in json.loads(sent[1]["body"])["error"]["message"]
+
+
+def test_a_get_is_not_read() -> None:
+    seen, _ = call(b'{"alpha": 1}', 1, kind="GET")
+    assert seen == [b'{"alpha": 1}']
+
+
+def demo_config(**changes: Any) -> EnsembleConfig:
+    config = read(demo_folder())
+    config.change_members(**changes)
+    return config
+
+
+def test_quantised_and_placed_members_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"source_ft is quantised when loaded"):
+        check_servable(check_ensemble(demo_config(quantization="8bit")))
+    with pytest.raises(ConfigError, match=r"has a place of its own .auto.*--tensor-parallel-size"):
+        check_servable(check_ensemble(demo_config(device_map="auto")))
+    check_servable(check_ensemble(demo_config()))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "message"),
+    [
+        ("mamba", {"hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}, "keeps a state"),
+        ("gemma3", {}, "a model of more than texts"),
+        ("deepseek_v3", {}, "has latent attention"),
+    ],
+)
+def test_members_that_vllm_sets_up_for_a_whole_model_are_refused(
+    family: str, settings: dict[str, Any], message: str
+) -> None:
+    checked = check_ensemble(demo_config())
+    checked.model_configs["target_pt"] = AutoConfig.for_model(family, **settings)
+    with pytest.raises(MemberError, match=f"target_pt .{family}. .*{message}"):
+        check_servable(checked)
+
+
+def test_without_vllm_there_is_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ensembler.serving.checks.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"vllm is not installed; install it with: pip install .*\[vllm\]"):
+        require_vllm()
+    assert isinstance(CliRunner().invoke(cli, ["serve", "demo"]).exception, MissingExtraError)
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """What the command line says, as if vLLM were installed."""
+    monkeypatch.setattr("ensembler.serving.checks.find_spec", lambda name: object())
+    error = CliRunner().invoke(cli, list(arguments)).exception
+    assert isinstance(error, InputError)
+    assert "\n" not in str(error)
+    return str(error)
+
+
+def test_members_with_different_tokenizers_are_refused_by_name(
+    save_member: SaveMember, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members = {role: {"model": str(save_member(role, "llama", 1))} for role in ("source_ft", "source_pt")}
+    other = save_member("target_pt", "llama", 2)
+    make_tokenizer(swapped=True).save_pretrained(other)
+    content = json.loads((demo_folder() / "config.json").read_text())
+    content["members"] = {**members, "target_pt": {"model": str(other)}}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    message = refused(monkeypatch, "serve", str(tmp_path))
+    assert "target_pt" in message
+    assert "source_ft" in message
+
+
+def test_a_checkpoint_that_is_stored_quantised_is_refused_by_its_kind(save_member: SaveMember) -> None:
+    members = {role: {"model": str(save_member(role, "llama", 1))} for role in ("source_ft", "source_pt", "target_pt")}
+    checked = check_ensemble(EnsembleConfig(members=members))
+    checked.model_configs["target_pt"].quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(MemberError, match=r"target_pt has quantised weights \(gptq\)"):
+        check_servable(checked)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num-beams", "2"], "num_beams is 2; vLLM"),
+        (["--draft", "source_pt"], "draft is 'source_pt'; in vLLM no member drafts"),
+        (["--prefill-chunk", "8"], "max_num_batched_tokens"),
+        (["--explain"], "--explain was given with --backend vllm"),
+        (["--stream"], "--stream was given with --backend vllm"),
+        (["--compile"], "--compile was given with --backend vllm"),
+        (["--stats"], "--stats was given with --backend vllm"),
+        (["--quantize", "nf4"], "source_ft is quantised when loaded"),
+        (["--dtype", "target_pt=bfloat16"], "members are of float32 and bfloat16"),
+        (["--engine-arg", "model=x"], "model is given to vLLM's engine by ensembler itself"),
+        (["--engine-arg", "tensor_parallel_size"], "is not of the form NAME=VALUE"),
+        (["--engine-arg", "tensor_parallel_size=3"], "which 3 tensor-parallel ranks cannot share"),
+        (["--engine-arg", "max_model_len=4k"], "max_model_len is '4k'; expected a whole number"),
+        (["--engine-arg", "quantization=fp8"], "quantization is nothing that vLLM can do"),
+        (["--engine-arg", "logprobs_mode=raw_logits"], "would change what the numbers mean"),
+        (["--temperature", "3"], "vLLM samples at 0.01 to 2"),
+        (["--temperature", "0.001"], "vLLM samples at 0.01 to 2"),
+    ],
+)
+def test_what_generate_cannot_do_with_vllm(arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert message in refused(monkeypatch, "generate", "demo", "--prompt", "x", "--backend", "vllm", *arguments)
+
+
+def test_arguments_of_an_engine_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    message = refused(monkeypatch, "generate", "demo", "--prompt", "x", "--engine-arg", "max_model_len=8")
+    assert "backend transformers; choose vllm" in message
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "vLLM starts its own processes" in refused(monkeypatch, "sweep", "demo", "--backend", "vllm")
+
+
+@pytest.mark.parametrize("command", [["generate", "demo", "--prompt", "x"], ["sweep", "demo"], ["bench", "demo"]])
+def test_every_command_has_the_pip_line_where_vllm_is_missing(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("ensembler.serving.checks.find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    error = CliRunner().invoke(cli, [*command, "--backend", "vllm"]).exception
+    assert isinstance(error, MissingExtraError)
+    assert not list(tmp_path.iterdir())
+
+
+def lora_on(save_member: SaveMember, tmp_path: Path, **settings: Any) -> tuple[Path, Path]:
+    base = save_member("base", "llama", 3)
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **settings)
+    get_peft_model(make_model("llama", 3), config).save_pretrained(tmp_path / "lora")
+    return base, tmp_path / "lora"
+
+
+def test_tensors_are_those_that_patch_apply_writes(save_member: SaveMember, tmp_path: Path) -> None:
+    base, lora = lora_on(save_member, tmp_path)
+    member = MemberConfig(str(base), adapter=str(lora))
+    ours = dict(member_tensors(plan_member("source_ft", member)))
+    apply_patches([Part(lora)], base, tmp_path / "patched")
+    written = dict(member_tensors(plan_member("x", MemberConfig(str(tmp_path / "patched")))))
+    assert ours.keys() == written.keys() == model_tensors(base).keys()
+    plain = dict(member_tensors(plan_member("x", MemberConfig(str(base)))))
+    assert all(torch.equal(ours[name], written[name]) for name in ours)
+    assert 0 < sum(not torch.equal(ours[name], plain[name]) for name in ours) == 4
+    loaded = load_group([check_member("source_ft", member)]).models["source_ft"].state_dict()
+    assert all(torch.equal(ours[name], loaded[name]) for name in ours)
+
+
+def test_an_adapter_that_is_no_sum_is_refused_by_role(save_member: SaveMember, tmp_path: Path) -> None:
+    base, lora = lora_on(save_member, tmp_path, use_dora=True)
+    with pytest.raises(MemberError, match=r"^source_ft: .*merge it with PEFT first"):
+        plan_member("source_ft", MemberConfig(str(base), adapter=str(lora)))

@@ -1,0 +1,234 @@
+"""A real server on loopback, asked by the real client: `ensembler serve` from start to SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.vllm_cases import changed
+
+from ensembler.demo import demo_folder
+
+pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
+openai = pytest.importorskip("openai")
+pytestmark = pytest.mark.vllm
+
+PROMPT = (
+    "There are 23 shells in the market. Gwen takes 16 shells. Question: How many shells are in the market now? Answer:"
+)
+FLAGS = ("--host", "127.0.0.1", "--enforce-eager")
+CONTEXT = 256  # that of the embedded family
+LONG = 220  # new tokens, which take the engine a second or more
+START_SECONDS = 240
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %} 2"
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[str]
+    port: int
+    log: Path
+
+    @property
+    def client(self) -> Any:
+        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=120)
+
+    def wait_until_ready(self) -> None:
+        end = time.monotonic() + START_SECONDS
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.log.read_text()[-4000:]
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).close()
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.5)
+            else:
+                return
+        raise AssertionError(self.log.read_text()[-4000:])
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port
+
+
+def start(folder: Path, log: Path, *flags: str, port: int | None = None) -> Server:
+    port = free_port() if port is None else port
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    command = [sys.executable, "-m", "ensembler", "serve", str(folder), *flags, "--", *FLAGS, "--port", str(port)]
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment)
+    return Server(process, port, log)
+
+
+def stop(server: Server) -> int:
+    if server.process.poll() is None:
+        server.process.send_signal(signal.SIGTERM)
+    try:
+        return server.process.wait(timeout=60)
+    finally:
+        server.process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("server")
+    log = folder / "log"
+    folder = changed(demo_folder(), folder / "family")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    made = start(folder, log, "--alpha", "0.7")
+    try:
+        made.wait_until_ready()
+        yield made
+    finally:
+        stop(made)
+
+
+def test_the_models_name_says_rule_and_alpha(server: Server) -> None:
+    assert [model.id for model in server.client.models.list()] == ["family:base-change@0.7", "family"]
+
+
+def test_a_completion_with_logprobs_stop_n_and_seed(server: Server) -> None:
+    client = server.client
+    answer = client.completions.create(model="family", prompt=PROMPT, max_tokens=16, temperature=0, logprobs=2)
+    assert answer.choices[0].text == " 23 - 16 = 7; so 7."
+    assert answer.choices[0].finish_reason == "stop"
+    assert all(value <= 0 for value in answer.choices[0].logprobs.token_logprobs)
+    cut = client.completions.create(model="family", prompt=PROMPT, max_tokens=16, temperature=0, stop=[";"])
+    assert cut.choices[0].text == " 23 - 16 = 7"
+    asked = {"model": "family", "prompt": PROMPT, "max_tokens": 8, "temperature": 1.5, "n": 3, "seed": 7}
+    one, other = ([choice.text for choice in client.completions.create(**asked).choices] for _ in range(2))
+    assert one == other
+    assert len(set(one)) > 1
+
+
+def test_chat_goes_through_the_folders_template(server: Server) -> None:
+    answer = server.client.chat.completions.create(
+        model="family",
+        messages=[{"role": "user", "content": PROMPT}],
+        max_tokens=16,
+        temperature=0,
+    )
+    plain = server.client.completions.create(
+        model="family", prompt=f"{PROMPT} 2", max_tokens=16, temperature=0, extra_body={"add_special_tokens": False}
+    )
+    assert answer.choices[0].message.content == plain.choices[0].text
+
+
+def test_streaming_gives_the_text_in_pieces(server: Server) -> None:
+    stream = server.client.completions.create(model="family", prompt=PROMPT, max_tokens=16, temperature=0, stream=True)
+    pieces = [chunk.choices[0].text for chunk in stream]
+    assert len(pieces) > 3
+    assert "".join(pieces) == " 23 - 16 = 7; so 7."
+
+
+def metric(server: Server, name: str) -> float:
+    """A figure of vLLM's own metrics; 0 where it was never counted."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=5) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
+
+
+def test_32_at_once_are_as_one_by_one_and_a_client_may_leave(server: Server) -> None:
+    prompts = [
+        f"Ben has {number} pens. Ida gives Ben 7 pens. Question: How many pens does Ben have now? Answer:"
+        for number in range(2, 34)
+    ]
+
+    def ask(prompt: str) -> str:
+        answer = server.client.completions.create(model="family", prompt=prompt, max_tokens=16, temperature=0)
+        return str(answer.choices[0].text)
+
+    leaving = server.client.completions.create(
+        model="family", prompt=PROMPT, max_tokens=LONG, temperature=0, stream=True, extra_body={"ignore_eos": True}
+    )
+    next(iter(leaving))
+    leaving.close()
+    end = time.monotonic() + 20
+    while metric(server, "vllm:num_requests_running") and time.monotonic() < end:
+        time.sleep(0.1)
+    assert metric(server, "vllm:num_requests_running") == 0
+    assert metric(server, "vllm:generation_tokens_total") < LONG  # it was not decoded to its end
+    with ThreadPoolExecutor(32) as pool:
+        together = list(pool.map(ask, prompts))
+    assert together == [ask(prompt) for prompt in prompts]
+
+
+def test_what_a_request_cannot_have_is_a_clear_400(server: Server) -> None:
+    client = server.client
+    with pytest.raises(openai.BadRequestError, match=str(CONTEXT)):
+        client.completions.create(model="family", prompt=[5] * (CONTEXT + 1), max_tokens=4)
+    for body in ({"alpha": 0.3}, {"vllm_xargs": {"alpha": 0.3}}):
+        with pytest.raises(openai.BadRequestError, match="alpha cannot be set by a request: it is fixed"):
+            client.completions.create(model="family", prompt=PROMPT, max_tokens=4, extra_body=body)
+
+
+def test_a_port_in_use_ends_it(server: Server, tmp_path: Path) -> None:
+    other = start(demo_folder(), tmp_path / "log", port=server.port)
+    assert other.process.wait(timeout=START_SECONDS) != 0
+    assert "address already in use" in other.log.read_text().lower()
+
+
+def test_sigterm_during_requests_ends_it_with_exit_code_0(tmp_path: Path) -> None:
+    made = start(demo_folder(), tmp_path / "log")
+    made.wait_until_ready()
+    (name, *_) = [model.id for model in made.client.models.list()]
+    assert name == "family:base-change@0.8"  # the folder's own
+    stream = iter(
+        made.client.completions.create(
+            model=name, prompt=PROMPT, max_tokens=LONG, temperature=0, stream=True, extra_body={"ignore_eos": True}
+        )
+    )
+    next(stream)
+    made.process.send_signal(signal.SIGTERM)
+    rest = list(stream)  # what is running goes on to its end
+    assert rest[-1].choices[0].finish_reason == "length"
+    assert stop(made) == 0, made.log.read_text()[-4000:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "there is no folder"),
+        (["demo", "--alpha", "nan"], "expected a finite number"),
+        (["demo", "--", "--load_format", "dummy"], "--load-format dummy was given"),
+        (["demo", "--", "--hf-overrides", '{"alpha": 2}'], "--hf-overrides was given"),
+        (["demo", "--", "--quantization", "fp8"], "--quantization fp8 was given"),
+        (["demo", "--", "--tensor-parallel-size", "3"], "which 3 tensor-parallel ranks cannot share"),
+        (["demo", "--", "--config", "x.yaml"], "--config was given"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "ensembler", "serve", *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("Error: ")
+    assert message in last
+
+
+def test_a_member_that_moved_is_named(tmp_path: Path) -> None:
+    content = json.loads((demo_folder() / "config.json").read_text())
+    content["members"] = {role: {"model": str(demo_folder() / role)} for role in content["members"]}
+    content["members"]["target_pt"]["model"] = "./gone"
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    done = subprocess.run(
+        [sys.executable, "-m", "ensembler", "serve", str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "gone" in done.stderr.splitlines()[-1]
