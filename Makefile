@@ -8,7 +8,9 @@ STAMP := $(VENV)/.installed
 VLLM_VENV := .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
-.PHONY: install demo test test-vllm lint types kernels check-kernels bench bench-kernels bench-gpu docs clean
+LATEST_VENV := .venv-latest
+
+.PHONY: install demo test test-vllm test-latest lint types kernels check-kernels bench bench-kernels bench-gpu docs clean
 
 install: $(STAMP)
 
@@ -25,7 +27,7 @@ demo: install
 	$(BIN)/ensembler generate demo --prompts ensembler/demo/family/data/examples.jsonl --max-new-tokens 16 --json
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 # vLLM pins another transformers than ours, so it has an environment of its own; here its build for CPUs. What it brings
 # for images and sound is built against another torch and would not load beside it.
@@ -39,6 +41,13 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest tests/*/test_vllm*.py
 	$(VLLM_VENV)/bin/python -m pytest $(addprefix tests/, test_modeling.py test_folder.py engine/test_forward.py engine/test_members.py decoding/test_texts.py serving/test_serving.py evaluation/test_sweep.py)
+
+# The newest versions, those above the upper bounds of pyproject.toml too: what passes here may raise a bound.
+test-latest:
+	$(PYTHON) -m venv --clear $(LATEST_VENV)
+	$(LATEST_VENV)/bin/pip install --quiet --editable '.[eval,vision,dev]'
+	$(LATEST_VENV)/bin/pip install --quiet --upgrade transformers peft 'lm-eval[hf]'
+	$(LATEST_VENV)/bin/python -m pytest
 
 lint: install
 	$(BIN)/ruff check .
@@ -73,4 +82,4 @@ docs: install
 	$(BIN)/python docs/make_cli_reference.py
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(LATEST_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

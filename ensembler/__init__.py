@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ensembler.auto_classes import register_when_loaded
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -14,13 +16,17 @@ __all__ = [
     "EnsembleForImageClassification",
     "EnsemblerError",
     "MemberConfig",
+    "register_rule",
+    "score",
 ]
 
 if TYPE_CHECKING:
     from ensembler.config import EnsembleConfig, MemberConfig
     from ensembler.engine.ensemble_cache import EnsembleCache
     from ensembler.errors import EnsemblerError
+    from ensembler.evaluation.score_rows import score
     from ensembler.modeling import EnsembleForCausalLM
+    from ensembler.rules import register_rule
     from ensembler.vision.modeling import EnsembleForImageClassification
 
 _MODULES = {
@@ -30,7 +36,11 @@ _MODULES = {
     "EnsembleForImageClassification": "ensembler.vision.modeling",
     "EnsemblerError": "ensembler.errors",
     "MemberConfig": "ensembler.config",
+    "register_rule": "ensembler.rules",
+    "score": "ensembler.evaluation.score_rows",
 }
+
+register_when_loaded()
 
 
 def __getattr__(name: str) -> Any:

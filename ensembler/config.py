@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
+import ensembler
 from ensembler.class_names import check_labels, check_templates, check_texts
 from ensembler.errors import ConfigError
 from ensembler.quantization import Quantization
@@ -175,6 +176,13 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
         super().__post_init__(**kwargs)
         if self.members != {}:  # transformers makes a default instance to find out what differs from it
             self._check()
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any], **options: Any) -> Any:
+        """Return the configuration for an Auto class of `transformers`, and load the model class that it needs next."""
+        made = super().from_dict(content, **options)
+        getattr(ensembler, _MODELS[content.get("task", TEXTS)])
+        return made
 
     def _check(self) -> None:
         rule = self.get_rule()

@@ -74,8 +74,8 @@ class OutputError(InputError):
 class MissingExtraError(InputError):
     """An optional package is missing; the message holds the pip line."""
 
-    def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed; install it with: pip install 'logit-ensembler[{extra}]'")
+    def __init__(self, package: str, command: str) -> None:
+        super().__init__(f"{package} is not installed; install it with: {command}")
 
 
 class PlacementError(EnsemblerError):

@@ -14,19 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ensembler.config import EnsembleConfig, MemberConfig, check_known
 from ensembler.errors import ConfigError, OutputError
+from ensembler.files import write_whole
 from ensembler.preflight import CheckedEnsemble
 
 CONFIG = "config.json"
 IN_MEMORY = "<in memory>"
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-_FIXED = {"rule", "outside", "cutoff", "constant", "slope"}  # in the folder
+_CHANGED = ("rule", "alpha", "constant", "slope", "cutoff", "outside")  # by from_pretrained
+_NUMBERS_OF_RULES = ("constant", "slope", "anchor", "cutoff")
 _OPTIONS_OF_AUTO = {"_from_auto", "_commit_hash", "adapter_kwargs", "low_cpu_mem_usage", *HUB_OPTIONS}
 # Files that belong to an ensemble: where it is overwritten, those of the old anchor must not outlive it.
 REPLACED = {
@@ -94,25 +96,24 @@ def load(
     name: str | Path,
     config: EnsembleConfig | None,
     *,
-    alpha: float | None,
     dtype: str | torch.dtype | None,
     device_map: str | torch.device | Mapping[str, str | torch.device] | None,
     options: dict[str, Any],
 ) -> EnsembleConfig:
     """Return the configuration of the ensemble called `name` as `from_pretrained` takes it, changed as it asks.
 
-    `config` stands in for the folder's own. Raises ConfigError for `options` that are none of the hub's.
+    `config` stands in for the folder's own. `options`: of the rule (`rule`, `alpha` ...) and of the hub; any other
+    raises ConfigError.
     """
     dtype = options.pop("torch_dtype", None) if dtype is None else dtype
     hub_options = {name: options.pop(name) for name in HUB_OPTIONS if options.get(name) is not None}
+    changes = {name: options.pop(name) for name in _CHANGED if options.get(name) is not None}
     unknown = [name for name, value in options.items() if value is not None and name not in _OPTIONS_OF_AUTO]
     if unknown:
-        instead = "give it to from_members or ensembler create" if unknown[0] in _FIXED else "set it for each member"
-        raise ConfigError(f"from_pretrained of an ensemble takes no {unknown[0]!r}; {instead} instead")
+        raise ConfigError(f"from_pretrained of an ensemble takes no {unknown[0]!r}; set it for each member instead")
     folder = find(name, **hub_options)
     config = read(folder) if config is None else located(config, folder)
-    if alpha is not None:
-        config = config.replaced(alpha=alpha)
+    config = config.replaced(**changes)
     if dtype not in (None, "auto"):
         config.change_members(dtype=str(dtype).removeprefix("torch."))
     if device_map is not None:
@@ -197,6 +198,32 @@ def write(
             (folder / name).unlink(missing_ok=True)
 
 
+def check_on_hub(config: EnsembleConfig) -> None:
+    """Raise ConfigError where a member or its adapter is a folder of this machine."""
+    for role, member in config.members.items():
+        for name in filter(None, (member.model, member.adapter)):
+            if Path(name).expanduser().exists():
+                raise ConfigError(
+                    f"{role} is the local folder {name}, which is not on the hub; push with copy_members=True, or make "
+                    "the ensemble from hub ids"
+                )
+
+
+def push(
+    write: Callable[[Path], None], repo_id: str, *, private: bool | None, token: bool | str | None, **commit: Any
+) -> str:
+    """Upload the folder that `write` makes to `repo_id`, which is made where it is missing; return the commit's URL.
+
+    `commit`: the options of `HfApi.upload_folder`.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "ensemble"
+        write(folder)
+        api = HfApi(token=token, library_name="ensembler")
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **commit))
+
+
 def _check_place(folder: Path, *, overwrite: bool) -> None:
     """Raise OutputError unless `folder` is new or empty, or holds an ensemble that may be overwritten."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -212,6 +239,18 @@ def _check_place(folder: Path, *, overwrite: bool) -> None:
 def _write_generation_config(generation_config: GenerationConfig, folder: Path) -> None:
     """As transformers does, without its refusal of files that many models have (a temperature, but no do_sample)."""
     generation_config.to_json_file(folder / "generation_config.json")
+
+
+def set_point(folder: Path, rule: str, alpha: float) -> None:
+    """Set rule and α in the config.json of an ensemble's folder, in one rename. Raises ConfigError and OutputError.
+
+    What belongs to another rule alone, as its numbers or a cutoff, is taken out.
+    """
+    content = _read_json(folder / CONFIG)
+    _check_kind(content, folder)
+    if content.get("rule", EnsembleConfig.rule) != rule:
+        content = {key: value for key, value in content.items() if key not in _NUMBERS_OF_RULES}
+    write_whole(folder / CONFIG, json.dumps({**content, "rule": rule, "alpha": alpha}, indent=2) + "\n")
 
 
 def write_checked(checked: CheckedEnsemble, folder: Path, *, overwrite: bool = False) -> None:

@@ -27,13 +27,30 @@ _ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _LEFT_BY_GENERATE = {"tokenizer", "assistant_tokenizer"}  # generate hands its own arguments on to forward
 
 
-class EnsembleGeneration(GenerationMixin):  # type: ignore[misc,unused-ignore]
+class FixedRule:
+    """The rule of an ensemble: what its members and their vocabulary contract were checked for."""
+
+    _rule: Rule
+
+    @property
+    def rule(self) -> Rule:
+        """The rule that combines the members; it cannot be assigned."""
+        return self._rule
+
+    @rule.setter
+    def rule(self, value: object) -> None:
+        raise ConfigError(
+            f"the rule of a loaded ensemble stays {self._rule.name!r}; load its folder with from_pretrained(folder, "
+            "rule=...), or give the members to from_members(rule=...)"
+        )
+
+
+class EnsembleGeneration(FixedRule, GenerationMixin):  # type: ignore[misc,unused-ignore]
     """α, and how `GenerationMixin` samples and prepares caches; its attributes are those of `EnsembleForCausalLM`."""
 
     config: EnsembleConfig
     contract: VocabularyContract
     member_set: MemberSet
-    rule: Rule
     combination: Combination
     _row_alpha: Tensor | None
 
@@ -120,14 +137,14 @@ class EnsembleGeneration(GenerationMixin):  # type: ignore[misc,unused-ignore]
     @contextmanager
     def at(self, rule: Rule, alpha: float) -> Iterator[None]:
         """Be the ensemble of the same members under another rule, and α, inside."""
-        before = self.rule, self.combination, self.config.alpha, self._row_alpha
-        self.rule = rule
+        before = self._rule, self.combination, self.config.alpha, self._row_alpha
+        self._rule = rule
         self.combination = make_combination(rule, self.contract, self.config.outside, tuple(self.contract.widths))
         self.config.alpha, self._row_alpha = alpha, None
         try:
             yield
         finally:
-            self.rule, self.combination, self.config.alpha, self._row_alpha = before
+            self._rule, self.combination, self.config.alpha, self._row_alpha = before
 
 
 def check_given_cache(cache: object, reason: str) -> None:

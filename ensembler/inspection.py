@@ -1,17 +1,22 @@
-"""What an ensemble is, told from its files: members, weights at α, vocabulary, parameters, bytes. Loads no weights."""
+"""Describe an ensemble from its files: members, weights at α, vocabulary, parameters, bytes. Loads no weights."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from ensembler.config import MemberConfig
 from ensembler.engine.members import MemberFiles, group_members
 from ensembler.errors import MemberError
+from ensembler.patch.headers import fingerprint, stored_tensors
 from ensembler.planning.measuring import loaded_bytes, measure_group, member_dtype, stored_parameters
 from ensembler.preflight import CheckedEnsemble
+from ensembler.sources import is_local
+from ensembler.weights import weight_files
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
@@ -50,7 +55,10 @@ class CopySummary:
 
 @dataclass(frozen=True)
 class EnsembleSummary:
-    """An ensemble: its rule at α, vocabulary contract, members (the anchor first) and their copies of weights."""
+    """An ensemble: its rule at α, vocabulary contract, members (the anchor first) and their copies of weights.
+
+    `notes` are differences between the members, `warnings` likely mistakes; each is one sentence.
+    """
 
     rule: str
     formula: str
@@ -61,6 +69,7 @@ class EnsembleSummary:
     shared: int
     outside: str
     notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     members: tuple[MemberSummary, ...]
     copies: tuple[CopySummary, ...]
 
@@ -89,9 +98,42 @@ def summarise(checked: CheckedEnsemble) -> EnsembleSummary:
         shared=contract.shared,
         outside=config.outside,
         notes=contract.notes,
+        warnings=role_warnings(checked),
         members=tuple(_member(checked.files[role], contract.widths[role], weights[role]) for role in rule.roles),
         copies=tuple(_copy(group, rule.anchor) for group in group_members(checked.files)),
     )
+
+
+def role_warnings(checked: CheckedEnsemble) -> tuple[str, ...]:
+    """Return a sentence where source_ft and source_pt look swapped, or are the same model."""
+    if not {"source_ft", "source_pt"} <= checked.files.keys():
+        return ()
+    fine_tuned, base = (checked.files[role].config for role in ("source_ft", "source_pt"))
+    if base.adapter is not None and fine_tuned.adapter is None:
+        return (
+            f"source_pt has an adapter ({base.adapter}) and source_ft has none; if the adapter is the fine-tuning, "
+            "give these two the other way round",
+        )
+    if _are_same(fine_tuned, base):
+        return (
+            f"source_ft ({fine_tuned.model}) and source_pt ({base.model}) have the same weights, so no fine-tuning is "
+            "carried over; give the fine-tuned model as source_ft",
+        )
+    return ()
+
+
+def _are_same(one: MemberConfig, two: MemberConfig) -> bool:
+    """Whether two members have one name, or files of one fingerprint, and the same adapter and head."""
+    if (one.adapter, one.head) != (two.adapter, two.head):
+        return False
+    if (one.model, one.revision) == (two.model, two.revision):
+        return True
+    return is_local(one.model) and is_local(two.model) and _fingerprint(one.model) == _fingerprint(two.model)
+
+
+def _fingerprint(model: str) -> str:
+    files = weight_files(Path(model))
+    return fingerprint(tensor for file in files for tensor in stored_tensors(file).values())
 
 
 def _copy(group: tuple[MemberFiles, ...], anchor: str) -> CopySummary:

@@ -65,7 +65,7 @@ class EnsembleForCausalLM(PreTrainedModel, EnsembleGeneration, GenerationMixin):
         if world is None:
             check_roles(rule, members)
         super().__init__(config)
-        self.rule = rule
+        self._rule = rule
         self.contract = contract
         self.world = world
         self.members = nn.ModuleDict({role: members[role] for role in rule.roles if role in members})
@@ -152,7 +152,12 @@ class EnsembleForCausalLM(PreTrainedModel, EnsembleGeneration, GenerationMixin):
         pretrained_model_name_or_path: str | Path,
         *,
         config: EnsembleConfig | None = None,
+        rule: str | None = None,
         alpha: float | None = None,
+        constant: Mapping[str, float] | None = None,
+        slope: Mapping[str, float] | None = None,
+        cutoff: float | None = None,
+        outside: str | None = None,
         dtype: str | torch.dtype | None = None,
         device_map: str | torch.device | Mapping[str, str | torch.device] | None = None,
         attn_implementation: str | None = None,
@@ -162,13 +167,16 @@ class EnsembleForCausalLM(PreTrainedModel, EnsembleGeneration, GenerationMixin):
     ) -> EnsembleForCausalLM:
         """Return the ensemble of a folder (or hub id of one) that `save_pretrained` or `ensembler create` wrote.
 
-        `alpha`, `dtype` and `device_map` override the folder's, as does `config` its config.json. `device_map`: a
+        What is given overrides the folder's: the arguments of `from_members` (the numbers of the folder's rule do not
+        go over to another one), `dtype` and `device_map` of all members, `config` all of config.json. `device_map`: a
         device as in torch, a strategy of accelerate ('auto' ...) for each member by itself, or a mapping from role to
         these. `world`: the processes that share the members. The hub's options (`revision`, `token` ...) say which
         folder; any other is refused.
         """
+        changes = {"rule": rule, "alpha": alpha, "constant": constant, "slope": slope}
+        changes |= {"cutoff": cutoff, "outside": outside}
         config = folders.load(
-            pretrained_model_name_or_path, config, alpha=alpha, dtype=dtype, device_map=device_map, options=options
+            pretrained_model_name_or_path, config, dtype=dtype, device_map=device_map, options={**options, **changes}
         )
         attn_implementation = attn_implementation or config._attn_implementation_internal
         return cls.from_config(
@@ -199,6 +207,28 @@ class EnsembleForCausalLM(PreTrainedModel, EnsembleGeneration, GenerationMixin):
             copies=copies,
             overwrite=overwrite,
         )
+
+    def push_to_hub(  # type: ignore[override,unused-ignore]
+        self,
+        repo_id: str,
+        *,
+        copy_members: bool = False,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload ensemble",
+    ) -> str:
+        """Upload the folder that `save_pretrained` writes to the hub, and return the address of the commit.
+
+        Members that are hub ids stay references; local ones need `copy_members`, which uploads all members. The
+        other arguments are those of `huggingface_hub`. Raises ConfigError for a local member before anything is sent.
+        """
+        if not copy_members:
+            folders.check_on_hub(self.config)
+        write = partial(self.save_pretrained, copy_members=copy_members)
+        to = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
+        return folders.push(write, repo_id, private=private, token=token, **to)
 
     def _whole(self, role: str) -> PreTrainedModel:
         """The member as one model with its adapter merged."""

@@ -11,7 +11,7 @@ sum is the log-ratio that α scales. `ensembler_kernels` does the arithmetic; th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from numbers import Real
 
@@ -69,6 +69,7 @@ def finite_number(name: str, value: object) -> float:
     raise ConfigError(f"{name} is {repr(value)[:40]}; expected a finite number")
 
 
+PLUGINS = "ensembler.rules"  # the entry points of packages that bring rules
 DEFAULT_CUTOFF = 0.1
 _MOST_ALPHAS = 1000
 
@@ -111,8 +112,53 @@ _NAMED = (
         paper="Chijiwa et al. 2025, Portable reward tuning; GenARM (arXiv 2410.08193)",
     ),
 )
-RULES: Mapping[str, Rule] = {rule.name: rule for rule in _NAMED}
-RULE_NAMES = (*RULES, "linear")
+RULES: dict[str, Rule] = {rule.name: rule for rule in _NAMED}
+RULE_NAMES = (*RULES, "linear")  # those that need no register_rule
+
+
+def register_rule(
+    name: str,
+    *,
+    constant: Mapping[str, float],
+    slope: Mapping[str, float],
+    cutoff: float | None = None,
+    raw_roles: Collection[str] = (),
+    allows_negative_alpha: bool = False,
+    formula: str = "exp(Σ (constant + α · slope) · log p)",
+    paper: str = "",
+) -> Rule:
+    """Make a rule known by `name` to everything that takes one, in this process, and return it.
+
+    `constant` and `slope` hold a number by role, the anchor first; the rest is described at `Rule`. Registering the
+    same rule again changes nothing. Raises ConfigError for a name that is taken and for numbers that make no rule.
+    """
+    if not isinstance(name, str) or not name.strip() or "," in name:
+        raise ConfigError(f"the name of a rule is {name!r}; expected a word without commas, as in 'my-rule'")
+    constant, slope = _numbers("constant", constant), _numbers("slope", slope)
+    if not constant:
+        raise ConfigError(f"the rule {name!r} has no constant; give at least one role a constant that is not 0")
+    unknown = [role for role in raw_roles if role not in {**constant, **slope}]
+    if unknown:
+        raise ConfigError(f"raw_roles of the rule {name!r} has {unknown[0]!r}, which has no constant and no slope")
+    raw = frozenset(raw_roles)
+    rule = Rule(name, constant, slope, paper, formula, _checked_cutoff(cutoff), raw, allows_negative_alpha)
+    if name == "linear" or RULES.get(name, rule) != rule:
+        raise ConfigError(f"there is a rule {name!r} already; choose another name")
+    RULES[name] = rule
+    return rule
+
+
+def find_rule(name: str) -> Rule:
+    """Return the rule with fixed numbers called `name`, of this package, registered, or of a package's entry point."""
+    if name not in RULES:
+        from importlib.metadata import entry_points  # it would slow every start of the command line
+
+        for plugin in entry_points(group=PLUGINS):
+            plugin.load()
+    if name not in RULES:
+        names = ", ".join((*RULES, "linear"))
+        raise ConfigError(f"unknown rule {name!r}; expected one of: {names}, or one given to register_rule before")
+    return RULES[name]
 
 
 def linear_rule(constant: Mapping[str, float], slope: Mapping[str, float], anchor: str | None = None) -> Rule:
@@ -159,19 +205,21 @@ def get_rule(
     """Return the rule called `name`; `constant`, `slope` and `anchor` belong to 'linear', `cutoff` to 'contrastive'."""
     if name == "linear":
         rule = linear_rule({} if constant is None else constant, {} if slope is None else slope, anchor)
-    elif name in RULES:
-        rule = RULES[name]
+    else:
+        rule = find_rule(name)
         if constant or slope or anchor:
             raise ConfigError(f"the rule {name!r} has fixed numbers; constant, slope and anchor belong to 'linear'")
-    else:
-        raise ConfigError(f"unknown rule {name!r}; expected one of: {', '.join(RULE_NAMES)}")
     if cutoff is None:
         return rule
     if rule.cutoff is None:
         raise ConfigError(f"the rule {name!r} takes no cutoff; it belongs to 'contrastive'")
-    if not 0 < finite_number("cutoff", cutoff) <= 1:
+    return replace(rule, cutoff=_checked_cutoff(cutoff))
+
+
+def _checked_cutoff(cutoff: float | None) -> float | None:
+    if cutoff is not None and not 0 < finite_number("cutoff", cutoff) <= 1:
         raise ConfigError(f"cutoff is {cutoff!r}; expected a number above 0 and at most 1")
-    return replace(rule, cutoff=float(cutoff))
+    return None if cutoff is None else float(cutoff)
 
 
 def parse_alphas(text: str) -> tuple[float, ...]:

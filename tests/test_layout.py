@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ KERNELS = ROOT.parent / "kernels" / "ensembler_kernels"
 
 # From the bottom up; a module may import its own layer and those below. Folders stand for all their modules.
 LAYERS = (
-    {"errors", "launch", "files", ""},
+    {"errors", "launch", "files", "auto_classes", ""},
     {"vocab", "rules", "config", "class_names", "quantization", "weights", "sources", "extras"},
     {"patch", "adapters", "merging"},
     {"engine", "planning", "preflight", "folder"},
@@ -119,7 +120,7 @@ def test_what_evaluates_and_serves_is_imported_in_one_direction() -> None:
 
 def test_exported_names() -> None:
     expected = ["EnsembleCache", "EnsembleConfig", "EnsembleForCausalLM", "EnsembleForImageClassification"]
-    expected += ["EnsemblerError", "MemberConfig"]
+    expected += ["EnsemblerError", "MemberConfig", "register_rule", "score"]
     assert ensembler.__all__ == expected == sorted(expected)
     for name in expected:
         assert getattr(ensembler, name).__name__ == name
@@ -159,6 +160,48 @@ def test_no_torch_is_loaded(code: str) -> None:
     assert done.stdout.splitlines()[-1] == "LOADED []"
 
 
+USED = """
+from transformers import AutoModelForCausalLM, AutoConfig, pipeline
+from ensembler.demo import demo_folder
+folder = str(demo_folder())
+assert AutoConfig.from_pretrained(folder).model_type == "ensembler"
+model = AutoModelForCausalLM.from_pretrained(folder, alpha=0.5)
+(made,) = pipeline("text-generation", model=folder)("Ann has 5 pears.", max_new_tokens=2, do_sample=False)
+print(type(model).__name__, model.alpha, len(made["generated_text"]) > len("Ann has 5 pears."))
+"""
+
+
+@pytest.mark.parametrize(
+    "first", ["import ensembler", "import transformers, ensembler", "import ensembler, transformers"], ids=str
+)
+@pytest.mark.parametrize("auto", ["", "from transformers import AutoModelForCausalLM\n"], ids=["lazy", "loaded"])
+def test_auto_classes_know_the_folder_after_import_ensembler_alone(auto: str, first: str) -> None:
+    """Also where `transformers`, or its Auto classes, were there before."""
+    done = subprocess.run([sys.executable, "-c", f"{auto}{first}{USED}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "EnsembleForCausalLM 0.5 True"
+
+
+def test_auto_classes_know_image_classifiers_too(tmp_path: Path) -> None:
+    """The members are asked for, so the class was found."""
+    members = {role: {"model": "/no/such/model"} for role in ("source_ft", "source_pt", "target_pt")}
+    content = {"model_type": "ensembler", "task": "image-classification", "rule": "eft", "members": members}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    code = "import ensembler\nfrom transformers import AutoModelForImageClassification as Auto\n"
+    code += f"Auto.from_pretrained({str(tmp_path)!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].startswith("ensembler.errors.MemberError: "), done.stderr
+    assert "/no/such/model" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["adapters", "engine.members", "modeling", "vision.towers", "evaluation.grid_lm"])
+def test_each_module_can_be_the_first_that_loads_the_auto_classes(name: str) -> None:
+    """The registration runs in the middle of its imports."""
+    code = f"import ensembler.{name}; from transformers import AutoConfig; AutoConfig.for_model('ensembler')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_one_error_tree() -> None:
     from ensembler import errors
 
@@ -167,6 +210,5 @@ def test_one_error_tree() -> None:
     assert {name for name in names if getattr(errors, name).exit_code == 2} == {
         name for name in names if issubclass(getattr(errors, name), errors.InputError)
     }
-    assert "pip install 'logit-ensembler[eval]'" in str(errors.MissingExtraError("lm-eval", "eval"))
     drawn = errors.__doc__ or ""
     assert all(name in drawn for name in names)

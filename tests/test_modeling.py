@@ -22,7 +22,7 @@ from transformers import (
 
 from ensembler import EnsembleForCausalLM
 from ensembler.engine.row_cache import RowCache
-from ensembler.errors import EnsemblerError
+from ensembler.errors import ConfigError, EnsemblerError
 
 ALPHA = 0.7
 NUM_NEW = 10
@@ -282,6 +282,13 @@ def test_pipeline(base_change: EnsembleForCausalLM, tokenizer: PreTrainedTokeniz
         inputs = tokenizer(text, return_tensors="pt")
         expected = base_change.generate(**inputs, max_new_tokens=6)[0, inputs.input_ids.shape[1] :]
         assert output[0]["generated_text"] == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_the_rule_cannot_be_assigned(base_change: EnsembleForCausalLM) -> None:
+    before = base_change.rule
+    with pytest.raises(ConfigError, match=r"stays 'base-change'; load its folder with from_pretrained\(folder, rule"):
+        base_change.rule = "eft"
+    assert base_change.rule is before
 
 
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])

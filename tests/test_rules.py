@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.commands import Run
 from helpers.noise_cases import shared_noise
 from helpers.tiny import FAMILIES, make_model, member_logits, random_ids
 from torch import Tensor
@@ -16,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ensembler import EnsembleForCausalLM
 from ensembler.errors import ConfigError
-from ensembler.rules import RULE_NAMES, RULES, get_rule, linear_rule
+from ensembler.rules import RULE_NAMES, RULES, Rule, get_rule, linear_rule, register_rule
 
 LINEAR: dict[str, Any] = {  # two fine-tuned / base pairs on one target
     "constant": {"target": 1.0},
@@ -166,3 +170,85 @@ def test_cutoff_one_and_default() -> None:
     assert get_rule("contrastive").cutoff == 0.1
     assert get_rule("contrastive", cutoff=1).cutoff == 1.0
     assert RULES["contrastive"].cutoff == 0.1
+
+
+@pytest.fixture
+def half() -> Iterator[Rule]:
+    """A rule of one's own: base-change with half of the log-ratio, and a member of another name."""
+    numbers = {"constant": {"source_ft": 1.0}, "slope": {"target_pt": 0.5, "source_pt": -0.5}}
+    yield register_rule("half", **numbers, formula="p_source_ft · (p_target_pt / p_source_pt)^(α/2)")
+    RULES.pop("half", None)
+
+
+def test_a_registered_rule_generates_saves_and_loads(
+    half: Rule, trio: dict[str, PreTrainedModel], tmp_path: Path
+) -> None:
+    model = EnsembleForCausalLM.from_members(rule="half", alpha=0.8, members=trio)
+    same = EnsembleForCausalLM.from_members(rule="base-change", alpha=0.4, members=trio)
+    ids = random_ids(2, 7)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "eos_token_id": None}
+    model.save_pretrained(tmp_path / "ens")
+    loaded = EnsembleForCausalLM.from_pretrained(tmp_path / "ens")
+    assert (loaded.rule, loaded.alpha) == (half, 0.8)
+    for each in (model, loaded):
+        with torch.no_grad():
+            assert_close(each(ids).logits, same(ids).logits, atol=1e-4, rtol=1e-5)
+        assert each.generate(ids, **options).tolist() == same.generate(ids, **options).tolist()
+    del RULES["half"]
+    with pytest.raises(ConfigError, match=r"unknown rule 'half'; expected one of: base-change.* register_rule"):
+        EnsembleForCausalLM.from_pretrained(tmp_path / "ens")
+
+
+def test_a_sweep_of_a_registered_rule(half: Rule, folders: dict[str, Path], run: Run, tmp_path: Path) -> None:
+    """At twice the α its answers are those of base-change."""
+    pytest.importorskip("lm_eval")
+    (tmp_path / "d.jsonl").write_text(
+        "".join(json.dumps({"q": f"{i} + {i} =", "a": f" {2 * i}"}) + "\n" for i in range(6))
+    )
+    members = [part for role, folder in folders.items() for part in (f"--{role.replace('_', '-')}", folder)]
+    task = ["--data", tmp_path / "d.jsonl", "--prompt", "{q}", "--answer", "{a}"]
+    flags = [*members, *task, "--rules", "base-change,half", "--alphas", "0.4,0.8", "--output", tmp_path / "out"]
+    result = run("sweep", *flags)
+    assert result.code == 0, result.err
+    assert run("export", tmp_path / "out", "--output", tmp_path / "rows.jsonl").code == 0
+    found: dict[tuple[str, float], list[object]] = {}
+    for row in map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines()):
+        found.setdefault((row["rule"], row["alpha"]), []).append((row["document"], row["predictions"]))
+    assert len(found["half", 0.8]) == 6
+    assert found["half", 0.8] == found["base-change", 0.4] != found["half", 0.4]
+
+
+def test_rules_of_an_installed_package_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class EntryPoint:
+        def load(self) -> None:
+            register_rule("packaged", constant={"a": 1.0}, slope={"b": 1.0})
+
+    asked = []
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda *, group: asked.append(group) or [EntryPoint()])
+    try:
+        assert get_rule("packaged").weights(0.5) == {"a": 1.0, "b": 0.5}
+    finally:
+        RULES.pop("packaged", None)
+    get_rule("eft")
+    assert asked == ["ensembler.rules"]  # a rule that is known asks for no package
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "eft"}, "there is a rule 'eft' already"),
+        ({"name": "linear"}, "there is a rule 'linear' already"),
+        ({"name": "a,b"}, "the name of a rule is 'a,b'"),
+        ({"name": ""}, "the name of a rule is ''"),
+        ({"constant": {}}, "the rule 'mine' has no constant"),
+        ({"constant": {"a": math.inf}}, "constant of 'a' is inf"),
+        ({"slope": {"not a role": 1.0}}, "'not a role' cannot be a role"),
+        ({"raw_roles": {"c"}}, "raw_roles of the rule 'mine' has 'c'"),
+        ({"cutoff": 2}, "cutoff is 2"),
+    ],
+)
+def test_rules_that_cannot_be_registered(arguments: dict[str, Any], message: str) -> None:
+    before = dict(RULES)
+    with pytest.raises(ConfigError, match=message):
+        register_rule(**{"name": "mine", "constant": {"a": 1.0}, "slope": {"b": 1.0}, **arguments})
+    assert before == RULES

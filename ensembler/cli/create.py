@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from ensembler.cli.image_options import ImageOptions, image_options
 from ensembler.cli.options import EnsembleOptions, ensemble_options, plan_options
 from ensembler.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ensembler.config import EnsembleConfig
+    from ensembler.preflight import CheckedEnsemble
 
 
 @click.command()
@@ -32,8 +37,8 @@ def create(
 ) -> None:
     """Write an ensemble to the folder OUT.
 
-    The members are checked (files, vocabularies) and referenced, not loaded; with --copy-members they are loaded and
-    saved inside.
+    The members are checked (files, vocabularies, roles) and referenced, not loaded; with --copy-members they are
+    loaded and saved inside. Differences between tokenizers, and roles that look swapped, are written to standard error.
 
     \b
     ensembler create math --source-ft ./my-gsm --source-pt meta-llama/Llama-2-7b-hf \\
@@ -46,31 +51,43 @@ def create(
         raise ConfigError("--auto-place was given beside --copy-members, which loads the members; copy them first")
     if (budget or context or batch_size > 1) and not auto_place:
         raise ConfigError("--budget, --context and --batch-size belong to --auto-place; add it or leave them out")
-    if images.is_given:
-        if copy_members or auto_place:
-            raise ConfigError("--copy-members and --auto-place are for language models; leave them out")
-        from ensembler import folder
-        from ensembler.vision.preflight import check_images
+    if images.is_given and (copy_members or auto_place):
+        raise ConfigError("--copy-members and --auto-place are for language models; leave them out")
+    checked = _check(config, are_images=images.is_given)
+    if auto_place:
+        from ensembler.planning.budgets import gpu_budgets, machine_budgets
+        from ensembler.planning.placement import plan
 
-        checked_images = check_images(config)
-        for line in checked_images.assumptions:
+        proposal = plan(checked, gpu_budgets(budget) or machine_budgets(), context=context, batch_size=batch_size)
+        proposal.apply(checked.config)
+        for line in (f"placed as by: {' '.join(proposal.flags())}", *proposal.advice()):
             click.echo(line, err=True)
-        folder.write_checked(checked_images, out, overwrite=overwrite)
-    elif copy_members:
+    if copy_members:
         from ensembler.modeling import EnsembleForCausalLM
 
-        EnsembleForCausalLM.from_config(config).save_pretrained(out, copy_members=True, overwrite=overwrite)
+        EnsembleForCausalLM.from_checked(checked).save_pretrained(out, copy_members=True, overwrite=overwrite)
     else:
         from ensembler import folder
+
+        folder.write_checked(checked, out, overwrite=overwrite)
+    click.echo(f"{out}: {config.rule} at alpha {config.alpha:g} of {', '.join(config.members)}", err=True)
+
+
+def _check(config: EnsembleConfig, *, are_images: bool) -> CheckedEnsemble:
+    """Check the members, and say what is assumed of them, how they differ and which roles look swapped."""
+    from ensembler.inspection import role_warnings
+
+    if are_images:
+        from ensembler.vision.preflight import check_images
+
+        images = check_images(config)
+        checked: CheckedEnsemble = images
+        lines = images.assumptions
+    else:
         from ensembler.preflight import check_ensemble
 
         checked = check_ensemble(config)
-        if auto_place:
-            from ensembler.planning.budgets import gpu_budgets, machine_budgets
-            from ensembler.planning.placement import plan
-
-            proposal = plan(checked, gpu_budgets(budget) or machine_budgets(), context=context, batch_size=batch_size)
-            proposal.apply(checked.config)
-            click.echo(f"placed as by: {' '.join(proposal.flags()) or 'the defaults'}", err=True)
-        folder.write_checked(checked, out, overwrite=overwrite)
-    click.echo(f"{out}: {config.rule} at alpha {config.alpha:g} of {', '.join(config.members)}", err=True)
+        lines = [f"Note: {note}" for note in checked.contract.notes]
+    for line in (*lines, *(f"Warning: {warning}" for warning in role_warnings(checked))):
+        click.echo(line, err=True)
+    return checked

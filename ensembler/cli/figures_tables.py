@@ -2,48 +2,93 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from functools import partial
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from ensembler.cli.tables import console, plain_table
+from rich.table import Table
+from rich.text import Text
+
+from ensembler.cli.tables import console
+from ensembler.planning.budgets import show_digits
 
 if TYPE_CHECKING:
     from ensembler.evaluation.figures import TaskFigures
 
+WIDTH = 100  # of tables in a file or a pipe, where sentences do not wrap
+_FIRST, _LONGEST = 24, 24  # characters: room for the first column, and a cell that stays in one line
+_BREAK = re.compile(r"(?<=[;,]) | (?=\()")  # where a cell goes on in a second line first
+
 
 def print_figures(tasks: Sequence[TaskFigures]) -> None:
-    """Print, for each task, the methods with their intervals and costs, the comparisons, notes, and the verdict."""
+    """Print the recommendation for each task; then for each the methods, costs, comparisons, notes and the verdict."""
+    from ensembler.evaluation.recommendation import recommendation
     from ensembler.evaluation.tables import cost_table, difference_table, heading, method_table
     from ensembler.evaluation.verdict import verdict
 
-    out = console()
+    out = console(plain_width=WIDTH)
+    say = partial(out.print, markup=False, soft_wrap=not out.is_terminal)
     for task in tasks:
-        out.print(f"\n{task.name}: {heading(task)}", markup=False)
+        first, *reasons = recommendation(task)
+        say(f"Recommendation for {task.name}: {first}")
+        for line in reasons:
+            say(f"* {line}")
+    for task in tasks:
+        say(f"\n{task.name}: {heading(task)}")
         for rows in filter(None, (method_table(task), cost_table(task), difference_table(task))):
-            out.print(plain_table(rows[0], [list(row.values()) for row in rows]))
+            out.print(_table(rows, out.width))
         missing = (f"not measured: {what}" for what in task.not_measured)
         for line in (*task.notes, *missing, *(f"* {said}" for said in verdict(task))):
-            out.print(line, markup=False)
+            say(line)
     if any(task.differences for task in tasks):
         alike = ", p of alike over all tests of that" if any(task.margin for task in tasks) else ""
-        said = f"\nIntervals are of 95 %; p (Holm) is corrected over all comparisons shown{alike}."
-        out.print(said, markup=False)
+        say(f"\nIntervals are of 95 %; p (Holm) is corrected over all comparisons shown{alike}.")
+
+
+def _table(rows: Sequence[Mapping[str, str]], width: int) -> Table:
+    """Return a table for so many columns: the first column wraps, the others only where they are too wide together."""
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    first, *others = columns
+    room = width - min(_FIRST, _longest(first, columns[first]))
+
+    def is_narrow() -> bool:
+        return sum(2 + min(_LONGEST, _longest(name, columns[name])) for name in others) <= room
+
+    if not is_narrow():
+        columns |= {name: [_BREAK.sub("\n", cell) for cell in columns[name]] for name in others}
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column(first, overflow="fold")
+    for name in others:
+        longest = _longest(name, columns[name])
+        table.add_column(fill(name, longest), no_wrap=is_narrow() and longest <= _LONGEST, overflow="fold")
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def _longest(name: str, cells: Sequence[str]) -> int:
+    """The characters of the longest line of a column, whose name may wrap between its words."""
+    lines = (line for text in (*cells, *name.split()) for line in text.split("\n"))
+    return max(*map(len, lines), min(len(name), 10))
 
 
 def print_pairs(pairs: Sequence[Mapping[str, Any]], a: str, b: str) -> None:
-    """Print every method of both folders in one line; each side has its own α."""
-    names = ("task", "method", f"{a} (95 % interval)", f"{b} (95 % interval)", "documents")
+    """Print every method of both folders side by side; each side has its own α."""
     rows = [
-        (
-            f"{pair['experiment']}, {pair['task']}".removeprefix(", ")
+        {
+            "task": f"{pair['experiment']}, {pair['task']}".removeprefix(", ")
             + f" ({pair['metric']}{', %' if pair['is_percent'] else ''})",
-            (pair["a"] or pair["b"])["label"].partition(" α = ")[0],
-            *(_side(pair[side], percent=pair["is_percent"]) for side in ("a", "b")),
-            {True: "the same", False: "others", None: "-"}[pair["same_documents"]],
-        )
+            "method": (pair["a"] or pair["b"])["label"].partition(" α = ")[0],
+            f"{a} (95 % interval)": _side(pair["a"], percent=pair["is_percent"]),
+            f"{b} (95 % interval) ": _side(pair["b"], percent=pair["is_percent"]),
+            "documents": {True: "the same", False: "others", None: "-"}[pair["same_documents"]],
+        }
         for pair in pairs
     ]
-    console().print(plain_table(names, rows))
+    out = console(plain_width=WIDTH)
+    out.print(_table(rows, out.width))
 
 
 def _side(method: Mapping[str, Any] | None, *, percent: bool) -> str:
@@ -52,8 +97,8 @@ def _side(method: Mapping[str, Any] | None, *, percent: bool) -> str:
 
     if method is None or method["test"] is None:
         return "-"
-    said = show_interval(Interval(**method["test"]), percent=percent)
-    if method["alpha"] is not None:
-        said += f", α {method['alpha']:g}"
     speed = method["cost"].get("tokens_per_second")
-    return said if speed is None else f"{said}, {speed['median']:.3g} tokens/s"
+    more = ["" if method["alpha"] is None else f"α {method['alpha']:g}"]
+    more += ["" if speed is None else f"{show_digits(speed['median'])} tokens/s"]
+    interval = show_interval(Interval(**method["test"]), percent=percent)
+    return "\n".join(filter(None, (interval, ", ".join(filter(None, more)))))

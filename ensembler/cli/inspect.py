@@ -1,4 +1,4 @@
-"""`ensembler inspect`: what an ensemble is made of, and what its members say next."""
+"""`ensembler inspect`: show the members of an ensemble, and the next tokens that they find probable."""
 
 from __future__ import annotations
 
@@ -32,6 +32,8 @@ def inspect(given: EnsembleOptions, prompt: str | None, top_k: int, as_json: boo
         tokenizer = checked.require_tokenizer()
         ids = encode_prompts([Prompt(0, prompt, "--prompt")], tokenizer, context=checked.shortest_context)[0].ids
     summary = summarise(checked)
+    for warning in summary.warnings:
+        click.echo(f"Warning: {warning}", err=True)
     if ids is not None:
         from ensembler.decoding.explain import next_tokens
         from ensembler.modeling import EnsembleForCausalLM

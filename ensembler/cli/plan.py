@@ -1,14 +1,16 @@
-"""`ensembler plan`: what fits where, before anything is loaded."""
+"""`ensembler plan`: propose a place for every member before anything is loaded."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import click
 
-from ensembler.cli.options import EnsembleOptions, ensemble_options, plan_options
+from ensembler.cli.options import EnsembleOptions, by_role, ensemble_options, plan_options
 from ensembler.errors import InputError, PlacementError
 
 if TYPE_CHECKING:
@@ -24,13 +26,13 @@ if TYPE_CHECKING:
 def plan(given: EnsembleOptions, budget: tuple[str, ...], context: int | None, batch_size: int, as_json: bool) -> None:
     """Propose where the members of ENSEMBLE go, and what to quantise if they do not fit.
 
-    Reads configs and file headers, never weights. A tenth of each budget stays free for activations. With GPUs it says
-    what vLLM has room for as well, and the flags for `ensembler serve`.
+    Reads configs and file headers, never weights. A tenth of each budget stays free for activations. It prints the
+    command that runs the plan, your own options included; with GPUs also what vLLM has room for, and how to serve it.
 
     \b
     ensembler plan math --budget 24GiB --budget 24GiB --context 2048 --batch-size 8
     """
-    from ensembler.cli.tables import print_proposal, print_serving
+    from ensembler.cli.tables import console, print_proposal, print_serving
     from ensembler.planning.budgets import gpu_budgets, machine_budgets
     from ensembler.planning.placement import plan as propose
     from ensembler.preflight import check_ensemble
@@ -44,22 +46,49 @@ def plan(given: EnsembleOptions, budget: tuple[str, ...], context: int | None, b
         click.echo(json.dumps({**proposal.to_dict(), "vllm": content}, indent=2))
     else:
         print_proposal(proposal)
-        print_serving(serving)
+        if proposal.fits:
+            click.echo(f"\nrun it with: {_command(given, proposal)}")
+        click.echo()
+        if isinstance(serving, str):
+            console().print(f"vLLM: {serving}", markup=False)
+        else:
+            print_serving(serving, _serve_command(given, serving))
     if not proposal.fits:
         raise PlacementError(proposal.shortage())
 
 
+def _command(given: EnsembleOptions, proposal: Proposal) -> str:
+    """Return the command that runs the ensemble as planned, with the user's options for it."""
+    words = ["ensembler", "generate", *([] if given.ensemble is None else [given.ensemble])]
+    for name in (field.name for field in fields(given)):
+        if name in ("ensemble", "device", "max_memory", "quantize"):  # the plan's own follow
+            continue
+        value = getattr(given, name)
+        for each in value if isinstance(value, tuple) else () if value is None else (value,):
+            words += [f"--{name.replace('_', '-')}", str(each)]
+    methods = {role: group.quantization for group in proposal.groups for role in group.roles}
+    for role, method in by_role("--quantize", given.quantize, tuple(methods)).items():
+        if methods[role] is None:
+            words += ["--quantize", f"{role}={method}"]
+    return shlex.join([*words, *proposal.flags(), "--batch-size", str(proposal.batch_size)])
+
+
+def _serve_command(given: EnsembleOptions, serving: ServingPlan) -> str:
+    """Return the command that serves the ensemble: its folder, or FOLDER where members or options are to be in one."""
+    words = ["FOLDER"]
+    if given.ensemble is not None and given == EnsembleOptions(ensemble=given.ensemble, alpha=given.alpha):
+        words = [given.ensemble, *([] if given.alpha is None else ["--alpha", str(given.alpha)])]
+    return shlex.join(["ensembler", "serve", *words, "--", *serving.flags()])
+
+
 def _serving(checked: CheckedEnsemble, budgets: Mapping[str, int], proposal: Proposal) -> ServingPlan | str:
-    """The plan for vLLM's server, or why there is none."""
+    """Return the plan for vLLM's server, or the sentence that says why there is none."""
     from ensembler.planning.serving import plan_serving
     from ensembler.serving.checks import check_servable, common_dtype
 
-    if set(budgets) == {"cpu"}:
-        return "no GPU: give --budget for those of another machine"
     try:
         check_servable(checked)
         common_dtype(checked)
-    except InputError as error:
+        return plan_serving(checked, budgets, context=proposal.context, batch_size=proposal.batch_size)
+    except (InputError, PlacementError) as error:
         return str(error)
-    found = plan_serving(checked, budgets, context=proposal.context, batch_size=proposal.batch_size)
-    return found or "these members do not fit into any 1, 2, 4 ... of these GPUs that divide their heads"

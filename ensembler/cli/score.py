@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ensembler.decoding.results import ResultsFile
     from ensembler.engine.grid import GridPoint
     from ensembler.evaluation.backends import Advance
+    from ensembler.evaluation.requests import ScoringRequest
     from ensembler.evaluation.scoring import ScoredRequest
     from ensembler.evaluation.top_k import TopKWriter
     from ensembler.modeling import EnsembleForCausalLM
@@ -96,6 +97,7 @@ def score(
     points = make_grid([rule.name], alphas)
     tokenizer = checked.require_tokenizer()
     requests = read_requests(data, tokenizer, context=checked.shortest_context, skip=skip)
+    _warn_of_spaces(requests)
     settings = {"batch_size": batch_size, "per_token": per_token, "top_k": top_k_logits}
     run = fingerprint(checked.config, requests, points, settings)
     if top_k_logits is not None and output is not None:
@@ -139,6 +141,17 @@ def _check_options(given: list[str], output: Path | None, num_alphas: int) -> No
             raise ConfigError(
                 f"--top-k-logits was given with {num_alphas} alphas; a teacher has one: give --alpha once"
             )
+
+
+def _warn_of_spaces(requests: Sequence[ScoringRequest]) -> None:
+    """Warn of prompts that end in white space: a continuation that begins with a space has two then."""
+    moved = [one.source for one in requests if one.has_moved_space]
+    if moved:
+        click.echo(
+            f"white space at the end of {len(moved):,} of {len(requests):,} prompts was moved to the continuations, as "
+            f"in lm-eval (the first: {moved[0]}); end a prompt with a word, and begin its continuation with the space",
+            err=True,
+        )
 
 
 def _score(

@@ -19,6 +19,7 @@ from ensembler.launch import num_ranks, this_rank
 from ensembler.rules import RULE_NAMES
 
 if TYPE_CHECKING:
+    from ensembler.evaluation.figures import TaskFigures
     from ensembler.evaluation.methods import Run
     from ensembler.evaluation.plan import Plan, PlanOptions
     from ensembler.evaluation.store import Store
@@ -67,6 +68,7 @@ NAME = "sweep"
     metavar="DIR",
     help="The folder of the results.",
 )
+@click.option("--write-alpha", is_flag=True, help="Put the alpha of the one task and rule into the folder ENSEMBLE.")
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @backend_options
 def sweep(
@@ -85,6 +87,7 @@ def sweep(
     seed: int,
     trackers: tuple[str, ...],
     output: Path,
+    write_alpha: bool,
     as_json: bool,
     backend: BackendChoice,
 ) -> None:
@@ -97,7 +100,7 @@ def sweep(
 
     \b
     ensembler sweep demo --validation validation --rules base-change,eft
-    ensembler sweep my-ensemble --task winogrande --validation 200 --output winogrande
+    ensembler sweep my-ensemble --task winogrande --validation 200 --output winogrande --write-alpha
     ensembler sweep my-ensemble --data qa.jsonl --prompt "{question}" --answer "{answer}" --validation 100
     accelerate launch --num_processes 4 -m ensembler sweep my-ensemble --task gsm8k --validation train --device cuda
     ensembler sweep my-classifiers --images flowers --validation validation
@@ -129,11 +132,12 @@ def sweep(
         plan = plan_images(run, images, tasks, options, backend, strict=strict)
     else:
         plan = _plan_texts(run, tasks, options, backend, is_demo=given.ensemble == DEMO)
+    folder = _check_write(given, plan) if write_alpha else None
     store = Store(output, plan.settings)
     if this_rank() == 0:
         _say_choice(run, options)
     with naming_rank():
-        _run(plan, store, trackers, as_json=as_json)
+        _run(plan, store, trackers, folder, as_json=as_json)
 
 
 def _plan_texts(run: Run, tasks: TaskOptions, options: PlanOptions, backend: BackendChoice, *, is_demo: bool) -> Plan:
@@ -149,7 +153,38 @@ def _plan_texts(run: Run, tasks: TaskOptions, options: PlanOptions, backend: Bac
     return Plan(run, checked, answerer, [task.for_model(answerer.model) for task in loaded], options)
 
 
-def _run(plan: Plan, store: Store, trackers: tuple[str, ...], *, as_json: bool) -> None:
+def _check_write(given: EnsembleOptions, plan: Plan) -> Path:
+    """Return the folder that the chosen α is to be written into. Raises ConfigError where there is no such, or no α."""
+    if given.ensemble in (None, DEMO) or not Path(given.ensemble or "").is_dir():
+        raise ConfigError("--write-alpha was given without a folder to write into; name the folder of an ensemble")
+    for name in ("constant", "slope", "cutoff", "outside", "patch"):
+        if getattr(given, name) not in (None, ()):
+            raise ConfigError(f"--write-alpha was given with --{name}, which the folder does not have; leave one out")
+    for what, num in (("tasks", len(plan.tasks)), ("rules", len(plan.run.rules))):
+        if num > 1:
+            raise ConfigError(
+                f"--write-alpha was given with {num} {what}, and a folder has one alpha; give one of them"
+            )
+    if len(plan.run.alphas) > 1 and not plan.options.chooses:
+        raise ConfigError("--write-alpha was given and nothing chooses alpha; add --validation or --select perplexity")
+    return Path(given.ensemble or "")
+
+
+def _write_alpha(folder: Path, task: TaskFigures) -> None:
+    from ensembler.evaluation.recommendation import recommended
+    from ensembler.folder import set_point
+
+    (rule,) = task.rules
+    chosen, pick = task.chosen(rule), recommended(task)
+    assert chosen is not None
+    assert chosen.alpha is not None
+    set_point(folder, rule, chosen.alpha)
+    other = "" if pick is None or pick == chosen else f"; the recommendation is another: {pick.title}"
+    click.echo(f"{folder}: rule {rule} at alpha {chosen.alpha:g} is written into config.json{other}", err=True)
+
+
+def _run(plan: Plan, store: Store, trackers: tuple[str, ...], folder: Path | None, *, as_json: bool) -> None:
+    """Run what is missing, write and print the figures, and put the chosen α into `folder`."""
     from ensembler.cli.tables import progress
     from ensembler.evaluation.runner import Runner
     from ensembler.evaluation.study import sweep_study
@@ -163,7 +198,9 @@ def _run(plan: Plan, store: Store, trackers: tuple[str, ...], *, as_json: bool) 
     use_own_gpu()
     with progress(len(plan.names), shown=this_rank() == 0, label="examples", lines=True) as advance:
         runner.run(plan, advance)
-    finish(NAME, "", [sweep_study(plan)], runner, plan.settings, trackers=trackers, as_json=as_json)
+    figures = finish(NAME, "", [sweep_study(plan)], runner, plan.settings, trackers=trackers, as_json=as_json)
+    if figures is not None and folder is not None:
+        _write_alpha(folder, figures[0])
 
 
 def _say_choice(run: Run, options: PlanOptions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.table import Table
 from rich.text import Text
 
-from ensembler.planning.budgets import show_size
+from ensembler.planning.budgets import show_digits, show_size
 
 if TYPE_CHECKING:
     from ensembler.decoding.explain import Candidate, Choice
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 _PLAIN_WIDTH = 160  # of a file or a pipe, which have no width of their own
 
 
-def console(*, stderr: bool = False) -> Console:
-    """Return a console that wraps at the terminal's width, and nowhere tight in a file or a pipe."""
+def console(*, stderr: bool = False, plain_width: int = _PLAIN_WIDTH) -> Console:
+    """Return a console that wraps at the terminal's width, in a file or a pipe at `plain_width` characters or more."""
     made = Console(stderr=stderr, highlight=False)
     if not made.is_terminal:
-        made.width = max(made.width, _PLAIN_WIDTH)
+        made.width = max(made.width, plain_width)
     return made
 
 
@@ -48,7 +49,8 @@ def plain_table(names: Iterable[str], rows: Iterable[Sequence[str]]) -> Table:
 def print_summary(summary: EnsembleSummary) -> None:
     """Print rule, vocabulary contract and members."""
     out = console()
-    out.print(f"rule        {summary.rule} at alpha {summary.alpha:g}: {summary.formula}", markup=False)
+    out.print(f"rule        {summary.rule} at alpha {summary.alpha:g}", markup=False)
+    out.print(f"            {summary.formula}", markup=False)
     out.print(f"            {summary.paper}", markup=False)
     outside = "forbidden" if summary.outside == "mask" else "log-ratio 0"
     widest = max(member.width for member in summary.members)
@@ -57,22 +59,23 @@ def print_summary(summary: EnsembleSummary) -> None:
     for note in summary.notes:
         out.print(f"            {note}", markup=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("role", "weight", "family", "parameters", "bytes", "dtype", "device", "context", "model"):
-        table.add_column(name, justify="right" if name in ("weight", "parameters", "bytes", "context") else "left")
+    for name in ("role", "weight", "family", "parameters", "dtype", "device", "context"):
+        table.add_column(name, justify="right" if name in ("weight", "parameters", "context") else "left")
     for member in summary.members:
         table.add_row(
             f"{member.role} (anchor)" if member.role == summary.anchor else member.role,
             f"{member.weight:+g}",
             member.family,
             "?" if member.parameters is None else f"{member.parameters:,}",
-            "?" if member.num_bytes is None else show_size(member.num_bytes),
             member.dtype,
             member.device,
             "-" if member.context is None else f"{member.context:,}",
-            Text(member.model if member.adapter is None else f"{member.model} + {member.adapter}"),
         )
     out.print(table)
     out.print()
+    for member in summary.members:
+        adapter = "" if member.adapter is None else f" + {member.adapter}"
+        out.print(f"model       {member.role}: {member.model}{adapter}", markup=False, soft_wrap=True)
     for copy in summary.copies:
         known = copy.predicted_bytes is not None
         predicted = f"{show_size(copy.predicted_bytes or 0)} predicted" if known else "cannot be predicted"
@@ -91,29 +94,26 @@ def _all_bytes(summary: EnsembleSummary) -> str:
 
 
 def print_proposal(proposal: Proposal) -> None:
-    """Print what each group of members takes, where it goes, and the flags that say so."""
+    """Print what each copy of weights takes and where it goes, and what the devices have room for."""
     out = console()
-    rows = f"{proposal.batch_size} row" + ("s" if proposal.batch_size > 1 else "")
-    out.print(f"for texts of {proposal.context:,} tokens, {rows}", markup=False)
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    at_length = f"KV at {proposal.context:,}"
-    right = ("parameters", "weights", "KV/token", at_length)
-    for name in ("members", "parameters", "dtype", "quantized", "weights", "KV/token", at_length, "device", "model"):
-        table.add_column(name, justify="right" if name in right else "left")
+    texts = "a text" if proposal.batch_size == 1 else f"{proposal.batch_size:,} texts"
+    out.print(f"plan for {texts} of {proposal.context:,} tokens, answer included (1 GiB = 1,024 MiB)", markup=False)
     for group in proposal.groups:
-        table.add_row(
-            " + ".join(group.roles),
-            f"{group.parameters:,}",
-            group.dtype,
-            "-" if group.quantization is None else group.quantization + (" (planned)" if group.chosen else ""),
-            show_size(group.weight_bytes),
-            show_size(group.cache_per_token),
-            show_size(group.cache_bytes),
-            "does not fit" if group.device is None else group.device,
-            Text(group.model),
+        place = "no room" if group.device is None else f"on {', '.join(group.max_memory or [group.device])}"
+        out.print(f"\n{' and '.join(group.roles)}: {place}", style="bold", markup=False)
+        num = len(group.roles)
+        covered = "this member" if num == 1 else "both members" if num == 2 else f"all {num} members"
+        copy = "" if num == 1 else f"one copy for {covered}, "
+        stored = f"in {group.dtype}"
+        if group.quantization is not None:
+            by_plan = " by the plan" if group.chosen else ""
+            stored += f", quantised to {group.quantization.removeprefix('bnb-')}{by_plan}"
+        _print_figures(
+            ("weights", show_size(group.weight_bytes), f"{copy}{group.parameters:,} parameters {stored}"),
+            ("KV per token", show_size(group.cache_per_token * num), covered),
+            ("KV cache", show_size(group.cache_bytes), f"{covered}, {texts} of {proposal.context:,} tokens"),
         )
-    out.print(table)
-    out.print()
+    out.print("\na tenth of each budget stays free; used are weights, KV cache and logits\n", markup=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("device", "budget", "usable", "used", "by"):
         table.add_column(name, justify="right" if name in ("budget", "usable", "used") else "left")
@@ -121,26 +121,36 @@ def print_proposal(proposal: Proposal) -> None:
         sizes = (show_size(number) for number in (device.budget, device.usable, device.used))
         table.add_row(device.device, *sizes, ", ".join(device.roles) or "-")
     out.print(table)
-    if proposal.flags():
-        out.print(f"\nflags: {' '.join(proposal.flags())}", markup=False, soft_wrap=True)
+    for line in proposal.advice():
+        out.print(f"\n{line}", markup=False)
 
 
-def print_serving(serving: ServingPlan | str) -> None:
-    """Print what one of vLLM's servers has room for and the flags that say so, or why there is none."""
+def _print_figures(*rows: tuple[str, str, str]) -> None:
+    """Print a line for each figure: its name, its size with the unit, and what it covers."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for number in range(3):
+        table.add_column(min_width=14, justify="right" if number == 1 else "left", no_wrap=number < 2)
+    for name, size, covered in rows:
+        table.add_row(f"  {name}", size, Text(covered))
+    console().print(table)
+
+
+def print_serving(serving: ServingPlan, command: str) -> None:
+    """Print what one of vLLM's servers has room for, and the `command` that starts it."""
     out = console()
-    if isinstance(serving, str):
-        out.print(f"vLLM: {serving}", markup=False, soft_wrap=True)
-        return
     gpus = "1 GPU" if serving.num_gpus == 1 else f"{serving.num_gpus} GPUs"
     many = f"{serving.num_servers} servers, each on" if serving.num_servers > 1 else "a server on"
-    out.print(
-        f"vLLM: {many} {gpus}: weights {show_size(serving.weight_bytes)} (a copy for each member), KV/token "
-        f"{show_size(serving.cache_per_token)}, room for {serving.num_tokens:,} tokens, that is "
-        f"{serving.num_requests:,} texts of {serving.context:,}",
-        markup=False,
-        soft_wrap=True,
+    out.print(f"vLLM, {many} {gpus}", style="bold", markup=False)
+    _print_figures(
+        ("weights", show_size(serving.weight_bytes), "all members of a server, a copy for each"),
+        ("KV per token", show_size(serving.cache_per_token), "all members of a server"),
+        (
+            "room for",
+            f"{serving.num_tokens:,} tokens",
+            f"in a server, that is {serving.num_requests:,} texts of {serving.context:,} tokens",
+        ),
     )
-    out.print(f"vLLM flags: {' '.join(serving.flags())}", markup=False, soft_wrap=True)
+    out.print(f"run it with: {command}", markup=False, soft_wrap=True)
 
 
 def print_next_tokens(
@@ -164,25 +174,35 @@ def print_next_tokens(
 
 
 def print_scores(scored: Sequence[ScoredRequest], alphas: Sequence[float]) -> None:
-    """Print a line for each continuation and α."""
+    """Print a line for each continuation and α, then the means over lines.
+
+    Of lines with choices, the means are those of the choices with one number. The mean per token is over all tokens,
+    and the perplexity is that of all tokens.
+    """
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("number", "choice", "alpha", "log_prob", "per token", "perplexity", "num_tokens", "greedy"):
         table.add_column(name, justify="right")
+    together: dict[tuple[str, int], list[tuple[float, int, bool]]] = {}
     for one in scored:
-        for choice, score in enumerate(one.scores):
-            columns = zip(alphas, score.log_probs, score.perplexities, score.is_greedy, strict=True)
-            for alpha, log_prob, perplexity, is_greedy in columns:
-                table.add_row(
-                    str(one.request.number),
-                    str(choice) if one.request.has_choices else "-",
-                    f"{alpha:g}",
-                    f"{log_prob:.4f}",
-                    f"{log_prob / score.num_tokens:.4f}",
-                    f"{perplexity:.5g}",
-                    str(score.num_tokens),
-                    "yes" if is_greedy else "no",
-                )
+        for number, score in enumerate(one.scores):
+            choice = str(number) if one.request.has_choices else "-"
+            for index, (log_prob, is_greedy) in enumerate(zip(score.log_probs, score.is_greedy, strict=True)):
+                together.setdefault((choice, index), []).append((log_prob, score.num_tokens, is_greedy))
+                cells = (*_score_cells(log_prob, score.num_tokens), str(score.num_tokens), "yes" if is_greedy else "no")
+                table.add_row(str(one.request.number), choice, f"{alphas[index]:g}", show_digits(log_prob), *cells)
+    for (choice, index), found in together.items():
+        if len(found) > 1:
+            log_probs, counts, greedy = zip(*found, strict=True)
+            mean, tokens, share = (show_digits(sum(one) / len(found)) for one in (log_probs, counts, greedy))
+            cells = (*_score_cells(sum(log_probs), sum(counts)), tokens, share)
+            table.add_row("mean", choice, f"{alphas[index]:g}", mean, *cells)
     console().print(table)
+
+
+def _score_cells(log_prob: float, num_tokens: int) -> tuple[str, str]:
+    """The log-prob per token, and the perplexity."""
+    per_token = log_prob / num_tokens
+    return show_digits(per_token), show_digits(math.exp(-per_token) if per_token > -700 else math.inf)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ensembler.errors import PromptError
-from ensembler.extras import require
 
 Report = Callable[[str], None]
 Line = TypeVar("Line")
@@ -147,7 +146,6 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
 
 def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     """Return the ids of a conversation in the tokenizer's chat template, ready for the assistant's turn."""
-    require("jinja2", "eval")
     if not tokenizer.chat_template:
         raise PromptError("the anchor's tokenizer has no chat template; leave --chat out, or choose another anchor")
     try:

@@ -35,4 +35,4 @@ def grid_of(model: EnsembleForCausalLM, points: Sequence[GridPoint] | None, num_
         return Grid.of(points, model.rule, model.contract, model.config.outside)
     alpha = model.alpha_of_rows(num_rows)
     alphas = alpha.tolist() if isinstance(alpha, Tensor) else [alpha]
-    return Grid.of_alphas(model.rule, model.combination, alphas)
+    return Grid.of_alphas(model.rule, tuple(model.contract.widths), model.combination, alphas)

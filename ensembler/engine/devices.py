@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ensembler.config import MemberConfig
-from ensembler.errors import ConfigError
+from ensembler.errors import ConfigError, MissingExtraError
 
 if TYPE_CHECKING:
     from ensembler.engine.members import MemberFiles
@@ -28,9 +29,12 @@ def send(values: Tensor, device: torch.device) -> Tensor:
 def check_devices(files: Iterable[MemberFiles]) -> None:
     """Raise ConfigError unless every device that the members name is there: asked before the first weight is read.
 
-    It is not part of `check_member`: an ensemble may be planned, inspected and written on another machine.
+    Raises MissingExtraError for a member to quantise without bitsandbytes. It is not part of `check_member`: an
+    ensemble may be planned, inspected and written on another machine.
     """
     for member in files:
+        if member.config.quantization is not None and find_spec("bitsandbytes") is None:
+            raise MissingExtraError("bitsandbytes", "pip install bitsandbytes")
         for place in _places(member.config):
             check_device(member.role, place)
 

@@ -12,7 +12,7 @@ from ensembler_kernels import Combination, Weights, combine
 from torch import Tensor
 
 from ensembler.errors import ConfigError
-from ensembler.rules import RULE_NAMES, RULES, Rule
+from ensembler.rules import Rule, find_rule
 from ensembler.vocab import VocabularyContract
 
 
@@ -63,10 +63,10 @@ class Grid:
         return cls(tuple(points), own.roles, Weights.of(*numbers), tuple(runs))
 
     @classmethod
-    def of_alphas(cls, rule: Rule, combination: Combination, alphas: Sequence[float]) -> Grid:
-        """Return the grid of one rule at `alphas`, any of them any number of times."""
+    def of_alphas(cls, rule: Rule, roles: Sequence[str], combination: Combination, alphas: Sequence[float]) -> Grid:
+        """Return the grid of one rule at `alphas`, any of them any number of times; `roles`: as in `combination`."""
         points = tuple(GridPoint(rule.name, float(alpha)) for alpha in alphas)
-        return cls(points, rule.roles, Weights.of((combination, list(alphas))), ((rule, tuple(alphas)),))
+        return cls(points, tuple(roles), Weights.of((combination, list(alphas))), ((rule, tuple(alphas)),))
 
     def of_scores(self, role: str) -> Grid:
         """Return the grid, of one point, for logits that are combined already and come under the name of `role`."""
@@ -139,9 +139,9 @@ def _weights_of_number(combination: Combination, alpha: float, device: torch.dev
 def _find(name: str, own: Rule) -> Rule:
     if name == own.name:
         return own
-    if name not in RULES:
-        raise ConfigError(f"unknown rule {name!r}; expected one of: {', '.join(RULE_NAMES)}")
-    rule, members = RULES[name], set(own.roles)
+    if name == "linear":
+        raise ConfigError("the rule 'linear' has no numbers here; choose a rule whose numbers are fixed")
+    rule, members = find_rule(name), set(own.roles)
     if set(rule.roles) != members:
         raise ConfigError(
             f"the rule {name!r} combines {', '.join(sorted(rule.roles))}; the members are {', '.join(sorted(members))}"

@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.utils import logging
 
 from ensembler.adapters import CheckedAdapter, check_adapter, resolve_adapter
-from ensembler.config import IMAGES, MemberConfig
+from ensembler.config import IMAGES, EnsembleConfig, MemberConfig
 from ensembler.engine.backbone import Backbone
 from ensembler.engine.devices import check_device_names, check_devices, device_map_for, max_memory_for, out_of_memory
 from ensembler.errors import MemberError, RunError
@@ -95,6 +95,7 @@ def check_member(role: str, config: MemberConfig, *, trust_remote_code: bool = F
     """
     check_device_names(role, config)
     config = resolve_adapter(role, config.absolute()).absolute()
+    refuse_ensemble(role, config)
     if is_local(config.model):
         check_folder(role, Path(config.model))
     options = {"revision": config.revision, "trust_remote_code": trust_remote_code}
@@ -110,6 +111,19 @@ def check_member(role: str, config: MemberConfig, *, trust_remote_code: bool = F
     if config.adapter is not None:
         adapter = check_adapter(role, config.adapter, config.model, model_config)
     return MemberFiles(role, config, model_config, tokenizer, adapter, trust_remote_code)
+
+
+def refuse_ensemble(role: str, config: MemberConfig) -> None:
+    """Raise MemberError where the member is an ensemble itself."""
+    try:
+        kind = EnsembleConfig.get_config_dict(config.model, revision=config.revision)[0].get("model_type")
+    except (OSError, ValueError, AttributeError):  # a missing or damaged file is reported where it is read
+        return
+    if kind == EnsembleConfig.model_type:
+        raise MemberError(
+            f"{role}: {config.model} is an ensemble, and a member has to be one model; give one of those that "
+            "`ensembler inspect` shows in it"
+        )
 
 
 def _check_kind(role: str, config: MemberConfig, model_config: Any, *, trust_remote_code: bool) -> None:

@@ -163,6 +163,10 @@ class TaskFigures:
         found = (method for method in self.methods if method.method in keys and method.chosen_by is not None)
         return next(found, None)
 
+    def compared(self, a: str, b: str) -> Difference | None:
+        """Return the comparison of two methods, given by their keys, in either order; None where there is none."""
+        return next((each for each in self.differences if {each.method, each.against} == {a, b}), None)
+
     def label(self, key: str) -> str:
         """Return the label of a method by its key."""
         return self.method(key).label

@@ -7,9 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from ensembler.errors import OutputError
 from ensembler.evaluation import pictures, tables
 from ensembler.evaluation.figures import TaskFigures
+from ensembler.evaluation.recommendation import recommendation
 from ensembler.evaluation.results_file import FILE
 from ensembler.evaluation.verdict import verdict
 from ensembler.extras import require
@@ -35,12 +38,12 @@ def write_report(
     `changed` returns what `changed_by` found of a task, for each α that is to be shown. In JSON, null is a number that
     is not finite.
     """
-    jinja2 = require("jinja2", "eval")
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    summaries = [{**vars(task), "verdict": verdict(task)} for task in tasks]
+    summaries = [{**vars(task), "recommendation": recommendation(task), "verdict": verdict(task)} for task in tasks]
     shown = {"name": name, "description": description, "tasks": tasks, "command": command, "settings": _json(settings)}
-    makers = {"tables": tables, "verdict": verdict, "pictures": pictures, "changed": changed}
+    makers = {"tables": tables, "pictures": pictures, "changed": changed}
+    makers |= {"recommendation": recommendation, "verdict": verdict}
     files: dict[str, str | bytes] = {
         SUMMARY: _json({"name": name, "command": command, "tasks": summaries, "settings": settings}) + "\n",
         **{pictures.FILES[one]: pictures.draw_png(one, of) for one, of in pictures.pictures_of(tasks).items()},

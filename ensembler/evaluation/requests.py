@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ class ScoringRequest:
     """Continuations of one context, as token ids; none of them is empty.
 
     `number`: of the line in the input (from 0); `source` names it in messages. `window`: the one continuation is a text
-    of any length behind a begin token, read in windows of so many tokens at most. Raises PromptError.
+    of any length behind a begin token, read in windows of so many tokens at most. `has_moved_space`: white space at the
+    prompt's end was moved to the continuations. Raises PromptError.
     """
 
     number: int
@@ -31,6 +33,7 @@ class ScoringRequest:
     source: str
     has_choices: bool = False
     window: int | None = None
+    has_moved_space: bool = False
 
     def __post_init__(self) -> None:
         if not self.context:
@@ -72,11 +75,16 @@ def read_requests(
     `skip`, it is called with the message instead.
     """
 
-    def parse(value: Any, number: int, source: str) -> ScoringRequest:
-        prompt, texts, has_choices = _texts(value, source)
-        return encode_request(tokenizer, prompt, texts, source, number, has_choices=has_choices, context=context)
-
+    parse = partial(make_request, tokenizer=tokenizer, context=context)
     return read_lines(path, parse, holds=f"line that can be scored; {_EXPECTED}", skip=skip)
+
+
+def make_request(
+    value: Any, number: int, source: str, tokenizer: Any, *, context: tuple[str, int] | None = None
+) -> ScoringRequest:
+    """Return the request of one line of such a file, `number` from 0; raise PromptError, which names `source`."""
+    prompt, texts, has_choices = _texts(value, source)
+    return encode_request(tokenizer, prompt, texts, source, number, has_choices=has_choices, context=context)
 
 
 def _texts(value: Any, source: str) -> tuple[str | None, list[str], bool]:
@@ -125,7 +133,8 @@ def encode_request(
     first, found = _encode(tokenizer, prompt or "", continuations, source)
     role, length = context or ("", None)
     window = length if prompt is None else None
-    request = ScoringRequest(number, tuple(first), tuple(map(tuple, found)), source, has_choices, window)
+    has_moved = prompt is not None and prompt != prompt.rstrip()
+    request = ScoringRequest(number, tuple(first), tuple(map(tuple, found)), source, has_choices, window, has_moved)
     if length is not None and request.num_positions > length:
         raise PromptError(
             f"{source} has {request.num_positions:,} tokens to read; the context of {role} ends at {length:,}: "

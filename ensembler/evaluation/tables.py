@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ensembler.evaluation.figures import COSTS, Difference, MethodFigure, TaskFigures
 from ensembler.evaluation.statistics import Interval
-from ensembler.planning.budgets import show_size
+from ensembler.planning.budgets import show_digits, show_size
 
 _DIFFERENCE, _P_HOLM = "difference (95 % interval)", "p (Holm)"
 
@@ -15,10 +15,10 @@ Table = list[dict[str, str]]
 
 
 def show_number(number: float | None, *, percent: bool = False) -> str:
-    """Return one number: tenths of a percent, or four digits; "?" of NaN, "" of None."""
+    """Return one number: tenths of a percent, or three significant digits; "?" of NaN, "" of None."""
     if number is None:
         return ""
-    return (f"{100 * number:z.1f}" if percent else f"{number:.4g}").replace("nan", "?")
+    return (f"{100 * number:z.1f}" if percent else show_digits(number)).replace("nan", "?")
 
 
 def show_interval(interval: Interval, *, percent: bool) -> str:
@@ -26,6 +26,18 @@ def show_interval(interval: Interval, *, percent: bool) -> str:
     edges = (interval.estimate, interval.low, interval.high)
     estimate, low, high = (show_number(edge, percent=percent) for edge in edges)
     return estimate if low in ("", "?") else f"{estimate} ({low} to {high})"
+
+
+def show_points(number: float, task: TaskFigures) -> str:
+    """Return a difference of a task's metric with its unit."""
+    return show_number(number, percent=task.is_percent) + (" points" if task.is_percent else "")
+
+
+def show_cost(name: str, value: float) -> str:
+    """Return a cost, given by its name in `COSTS`, in the unit of tables."""
+    if name.endswith("_bytes"):
+        return show_size(value)
+    return show_number(1000 * value if name == "first_token_seconds" else value)
 
 
 def show_p(p_value: float | None) -> str:
@@ -127,14 +139,10 @@ def _left_out(interval: Interval, task: TaskFigures) -> str:
 
 def _cost(name: str, method: MethodFigure) -> str:
     """The median; its range, but of sizes, which vary little; and the published one behind it."""
-    is_size, scale = name.endswith("_bytes"), 1000.0 if name == "first_token_seconds" else 1.0
-
-    def show(value: float) -> str:
-        return show_size(int(value)) if is_size else f"{scale * value:.3g}"
-
     said = []
     if spread := method.cost.get(name):
-        said.append(show(spread.median) + ("" if is_size else f" ({show(spread.low)} to {show(spread.high)})"))
+        low, high = show_cost(name, spread.low), show_cost(name, spread.high)
+        said.append(show_cost(name, spread.median) + ("" if name.endswith("_bytes") else f" ({low} to {high})"))
     if name in method.published_cost:
-        said.append(f"published {show(method.published_cost[name])}")
+        said.append(f"published {show_cost(name, method.published_cost[name])}")
     return "; ".join(said)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from ensembler.evaluation.figures import BY_PERPLEXITY, Difference, TaskFigures
 from ensembler.evaluation.statistics import LEVEL
-from ensembler.evaluation.tables import show_margin, show_number, show_p
+from ensembler.evaluation.tables import show_margin, show_number, show_p, show_points
 
 # Of two methods of one speed, the ranges over 4 rounds do not overlap in 2 of 70 cases (8 choose 4), over 3 in 2 of 20.
 ROUNDS_FOR_A_CLAIM = 4
@@ -20,10 +20,10 @@ def verdict(task: TaskFigures) -> list[str]:
     Differences that are significant after Holm's correction; methods that are alike to within the margin; pairs of
     which neither is shown; methods that failed; the choice of α; speed.
     """
-    clear = [each for each in task.differences if _is_shown(each.p_holm)]
-    alike = [each for each in task.differences if _is_shown(each.p_equivalent)]
+    clear = [each for each in task.differences if is_shown(each.p_holm)]
+    alike = [each for each in task.differences if is_shown(each.p_equivalent)]
     return [
-        *(_clear(each, task) for each in clear),
+        *(tell_difference(each, task) for each in clear),
         *(_alike(each, task) for each in alike),
         *(_unclear(each, task) for each in task.differences if each not in clear and each not in alike),
         *(f"{method.label} failed, so nothing is said of it" for method in task.methods if method.test is None),
@@ -32,11 +32,13 @@ def verdict(task: TaskFigures) -> list[str]:
     ]
 
 
-def _is_shown(p_value: float | None) -> bool:
+def is_shown(p_value: float | None) -> bool:
+    """Return whether a corrected p value is small enough for a claim; None and NaN are not."""
     return p_value is not None and p_value <= 1 - LEVEL
 
 
-def _clear(each: Difference, task: TaskFigures) -> str:
+def tell_difference(each: Difference, task: TaskFigures) -> str:
+    """Say which method is better or worse than the other, by how much, with the interval."""
     interval, percent = each.comparison.difference, task.is_percent
     sign = 1 if interval.estimate > 0 else -1
     edges = (sign * interval.estimate, *sorted((sign * interval.low, sign * interval.high)))
@@ -47,7 +49,7 @@ def _clear(each: Difference, task: TaskFigures) -> str:
 
 
 def _alike(each: Difference, task: TaskFigures) -> str:
-    is_as_good = "is" if _is_shown(each.p_equivalent) else "is not shown to be"
+    is_as_good = "is" if is_shown(each.p_equivalent) else "is not shown to be"
     names = f"{task.label(each.method)} {is_as_good} as good as {task.label(each.against)}"
     return f"{names} to within {show_margin(task)}, p = {show_p(each.p_equivalent)}"
 
@@ -61,8 +63,7 @@ def _unclear(each: Difference, task: TaskFigures) -> str:
     if math.isinf(each.detectable):
         said += f"; {these} are too few to show one of any size"
     elif math.isfinite(each.detectable):
-        size = show_number(each.detectable, percent=task.is_percent) + (" points" if task.is_percent else "")
-        said += f"; {these} would have shown one of {size}"
+        said += f"; {these} would have shown one of {show_points(each.detectable, task)}"
     return said if each.p_equivalent is None else f"{said}; {_alike(each, task)}"
 
 
@@ -72,7 +73,7 @@ def _choices(task: TaskFigures) -> Iterator[str]:
         if (selection := method.selection) is not None:
             said = f"{method.name}: alpha {selection.alpha:g} was chosen"
             if method.chosen_by == BY_PERPLEXITY:
-                by = f"it gives the prompts the highest likelihood (perplexity {selection.metric:.4g})"
+                by = f"it gives the prompts the highest likelihood (perplexity {show_number(selection.metric)})"
                 yield f"{said} without labels: {by}"
             else:
                 is_best = selection.threshold == selection.best_metric

@@ -30,6 +30,11 @@ def show_size(num_bytes: float) -> str:
     return f"{num_bytes:,.0f} B"
 
 
+def show_digits(number: float) -> str:
+    """Return a number with three significant digits: '0.0123', '1,230'."""
+    return f"{float(f'{number:.3g}'):z,g}"
+
+
 def gpu_budgets(sizes: Sequence[str]) -> dict[str, int]:
     """Bytes by device for sizes that were given: the first is that of cuda:0."""
     return {f"cuda:{number}": parse_size(text) for number, text in enumerate(sizes)}

@@ -1,4 +1,4 @@
-"""What fits where: members on devices with budgets, quantised only where nothing else fits.
+"""Propose a place for members on devices with budgets; they are quantised only where nothing else fits.
 
 The search is exhaustive over groups (members on one copy of the weights), devices and quantisation: there are few of
 each. It works on `GroupSizes` and budgets alone and touches no files.
@@ -67,7 +67,8 @@ class Proposal:
     """Where each group goes, for texts of `context` tokens and `batch_size` rows.
 
     `missing_bytes`: what every budget lacks where nothing fits even with 4 bits; 0 where it fits. `offload_bytes`: what
-    would have to be in CPU memory or on disk instead, without quantisation.
+    would have to be in CPU memory or on disk instead, without quantisation. `plain_context`: tokens of the longest text
+    for which the plan would quantise nothing, where `context` is longer than that; None where there is none.
     """
 
     context: int
@@ -76,6 +77,7 @@ class Proposal:
     devices: tuple[PlannedDevice, ...]
     missing_bytes: int = 0
     offload_bytes: int = 0
+    plain_context: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -87,17 +89,31 @@ class Proposal:
         return {"fits": self.fits, **asdict(self), "flags": self.flags()}
 
     def flags(self) -> list[str]:
-        """The options of `ensembler generate` that ask for this placement; none where nothing fits."""
-        found: list[str] = []
+        """Return the options of `ensembler generate` that ask for this placement; none where nothing fits."""
+        found: dict[str, dict[str, str]] = {"--device": {}, "--max-memory": {}, "--quantize": {}}
         for role, group in self._by_role() if self.fits else ():
-            if group.device != "cpu":
-                found += ["--device", f"{role}={group.device}"]
+            found["--device"][role] = str(group.device)
             if group.max_memory is not None:
-                sizes = ",".join(f"{device}={size}" for device, size in group.max_memory.items())
-                found += ["--max-memory", f"{role}={sizes}"]
+                sizes = (f"{device}={size}" for device, size in group.max_memory.items())
+                found["--max-memory"][role] = ",".join(sizes)
             if group.quantization is not None:
-                found += ["--quantize", f"{role}={group.quantization.removeprefix('bnb-')}"]
-        return found
+                found["--quantize"][role] = group.quantization.removeprefix("bnb-")
+        return [word for option, values in found.items() for word in self._option(option, values)]
+
+    def _option(self, option: str, values: Mapping[str, str]) -> Iterator[str]:
+        """The words that give `values` by role: one value for all where they are alike."""
+        different = set(values.values())
+        if len(different) == 1 and len(values) == len(list(self._by_role())):
+            yield from (option, *different)
+            return
+        for role, value in values.items():
+            yield from (option, f"{role}={value}")
+
+    def advice(self) -> list[str]:
+        """Return a sentence on how to do without quantisation, where shorter texts are all that it takes."""
+        if self.plain_context is None:
+            return []
+        return [f"nothing has to be quantised with --context {self.plain_context} or less"]
 
     def apply(self, config: EnsembleConfig) -> None:
         """Write the placement into the members of `config`. Raises PlacementError where nothing fits."""
@@ -114,11 +130,11 @@ class Proposal:
     def shortage(self) -> str:
         """One line for a proposal that does not fit: by how much, and what would."""
         many = "the device lacks" if len(self.devices) == 1 else "each device lacks"
-        text = f"these members do not fit, not even in 4 bits: {many} {show_size(self.missing_bytes)}"
+        shorter = "" if self.plain_context is None else f" (--context {self.plain_context} fits without quantisation)"
         return (
-            f"{text}; take larger budgets, a smaller --context or --batch-size, or leave "
-            f"{show_size(self.offload_bytes)} in CPU memory or on disk, which is slow (--device ROLE=auto "
-            "--max-memory ROLE=cuda:0=SIZE,cpu=SIZE)"
+            f"these members do not fit, not even in 4 bits: {many} {show_size(self.missing_bytes)}; take larger "
+            f"budgets, a smaller --context or --batch-size{shorter}, or leave {show_size(self.offload_bytes)} in CPU "
+            "memory or on disk, which is slow (--device ROLE=auto --max-memory ROLE=cuda:0=SIZE,cpu=SIZE)"
         )
 
 
@@ -155,17 +171,22 @@ def propose(groups: Sequence[GroupSizes], budgets: Mapping[str, int], *, context
     search = Search(
         groups, {device: floor(size * (1 - HEADROOM)) for device, size in budgets.items()}, context, batch_size
     )
-    for methods in _choices(groups):
+    plain, *others = _choices(groups)
+    found = search.best(plain)
+    if found is not None:
+        return _proposal(search, budgets, plain, found)
+    plain_context = _longest_context(search, plain)
+    for methods in others:
         found = search.best(methods)
         if found is not None:
-            return _proposal(search, budgets, methods, found)
-    plain = tuple(group.quantization for group in groups)
+            return replace(_proposal(search, budgets, methods, found), plain_context=plain_context)
     nothing = Placement((None,) * len(groups), {}, dict.fromkeys(budgets, 0))
     excess = sum(search.need(i, method) for i, method in enumerate(plain)) - sum(search.usable.values())
     return replace(
         _proposal(search, budgets, plain, nothing),
         missing_bytes=_missing(search),
         offload_bytes=max(excess, 0),
+        plain_context=plain_context,
     )
 
 
@@ -182,6 +203,17 @@ def _choices(groups: Sequence[GroupSizes]) -> list[tuple[Quantization | None, ..
 
     options = [METHODS if group.quantization is None else (group.quantization,) for group in groups]
     return sorted(product(*options), key=harm)
+
+
+def _longest_context(search: Search, methods: Sequence[Quantization | None]) -> int | None:
+    """The most tokens, fewer than the search has, of texts that fit with these quantisations; None if none do."""
+    low, high = 0, search.context
+    while high - low > 1:
+        middle = (low + high) // 2
+        shorter = Search(search.groups, search.usable, middle, search.batch_size)
+        fits = any(True for _ in shorter.placements(methods))
+        low, high = (middle, high) if fits else (low, middle)
+    return low or None
 
 
 def _missing(search: Search) -> int:

@@ -1,4 +1,4 @@
-"""What fits where vLLM serves: all members on the same GPUs, each cut into as many parts as there are GPUs."""
+"""Plan a server of vLLM: all members on the same GPUs, each cut into as many parts as there are GPUs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ensembler.errors import PlacementError
+from ensembler.planning.budgets import show_size
 from ensembler.planning.measuring import measure
 from ensembler.planning.sizes import GroupSizes
 from ensembler.preflight import CheckedEnsemble
@@ -53,16 +55,19 @@ class ServingPlan:
 
 def plan_serving(
     checked: CheckedEnsemble, budgets: Mapping[str, int], *, context: int, batch_size: int = 1
-) -> ServingPlan | None:
-    """Return the smallest server that holds the weights and `batch_size` texts of `context` tokens; None if none does.
+) -> ServingPlan:
+    """Return the smallest server that holds the weights and `batch_size` texts of `context` tokens.
 
     `budgets`: bytes by device; a server takes 1, 2, 4 ... of the GPUs among them, as many as divide the heads of every
-    member, and all are taken for as large as the smallest. Raises MemberError.
+    member, and all are taken for as large as the smallest. Raises MemberError, or PlacementError where none does.
     """
+    gpus = [size for device, size in budgets.items() if device != "cpu"]
+    if not gpus:
+        raise PlacementError("there is no GPU; give --budget once for each GPU of another machine")
     return propose_serving(
         measure(checked),
         {role: heads_of(config) for role, config in checked.model_configs.items()},
-        [size for device, size in budgets.items() if device != "cpu"],
+        gpus,
         context=context,
         batch_size=batch_size,
     )
@@ -75,23 +80,38 @@ def propose_serving(
     *,
     context: int,
     batch_size: int = 1,
-) -> ServingPlan | None:
-    """The same from sizes alone. `heads`: attention heads and key-value heads by role."""
+) -> ServingPlan:
+    """The same from sizes alone. `heads`: attention heads and key-value heads by role; `budgets`: one GPU or more."""
     weights = sum(group.model.num_bytes() * len(group.roles) for group in groups)
-    num_gpus = 1
-    while num_gpus <= len(budgets):
-        if all(can_part(of_role, num_gpus) for of_role in heads.values()):
-            per_token = sum(
-                group.model.cache_per_token / min(num_gpus, heads[role][1]) for group in groups for role in group.roles
+    for num_gpus in _shares(heads, len(budgets)):
+        per_token = sum(
+            group.model.cache_per_token / min(num_gpus, heads[role][1]) for group in groups for role in group.roles
+        )
+        usable = min(budgets) * UTILISATION
+        room = usable - ACTIVATIONS - weights / num_gpus
+        cache = per_token * context * batch_size
+        if room >= cache:
+            whole = sum(group.model.cache_per_token * len(group.roles) for group in groups)
+            return ServingPlan(
+                num_gpus, len(budgets) // num_gpus, context, weights, whole, int(room / max(per_token, 1))
             )
-            room = min(budgets) * UTILISATION - ACTIVATIONS - weights / num_gpus
-            if room >= per_token * context * batch_size:
-                whole = sum(group.model.cache_per_token * len(group.roles) for group in groups)
-                return ServingPlan(
-                    num_gpus, len(budgets) // num_gpus, context, weights, whole, int(room / max(per_token, 1))
-                )
-        num_gpus *= 2
-    return None
+    each = "the GPU" if num_gpus == 1 else f"each of {num_gpus} GPUs"
+    texts = "a text" if batch_size == 1 else f"{batch_size:,} texts"
+    longest = int(room / max(per_token, 1) / batch_size)
+    shorter = f"; --context {longest} fits" if longest > 0 else ""
+    unused = len(budgets) // (2 * num_gpus)
+    more = "; the members' attention heads cannot be shared by more of the GPUs" if unused else ""
+    raise PlacementError(
+        f"these members do not fit: {each} would hold {show_size(weights / num_gpus)} of weights (a copy for each "
+        f"member), {show_size(cache)} of KV cache ({texts} of {context:,} tokens) and {show_size(ACTIVATIONS)} of "
+        f"activations, and vLLM may use {show_size(usable)} of it ({UTILISATION:.0%}){shorter}{more}"
+    )
+
+
+def _shares(heads: Mapping[str, tuple[int, int]], num_budgets: int) -> list[int]:
+    """The numbers of GPUs, 1, 2, 4 ... of `num_budgets`, that every member can be cut for."""
+    numbers = [2**power for power in range(num_budgets.bit_length())]
+    return [number for number in numbers if all(can_part(of_role, number) for of_role in heads.values())]
 
 
 def can_part(heads: tuple[int, int], num_gpus: int) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from ensembler.errors import ConfigError, MemberError, MissingExtraError
+from ensembler.extras import install_command
 from ensembler.planning.serving import can_part, heads_of
 from ensembler.preflight import CheckedEnsemble
 
@@ -17,7 +18,7 @@ _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 def require_vllm() -> None:
     """Raise MissingExtraError with the pip line where vLLM is not installed."""
     if find_spec("vllm") is None:
-        raise MissingExtraError("vllm", "vllm")
+        raise MissingExtraError("vllm", install_command("vllm"))
 
 
 def check_servable(checked: CheckedEnsemble, *, num_ranks: int = 1) -> None:

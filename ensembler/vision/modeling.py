@@ -19,13 +19,14 @@ from ensembler.config import IMAGES, EnsembleConfig, MemberConfig
 from ensembler.engine.forward import check_nan
 from ensembler.engine.grid import combine_members, make_combination
 from ensembler.errors import InputError
+from ensembler.generation import FixedRule
 from ensembler.vision.preflight import CheckedImages, check_images
 from ensembler.vision.towers import Tower, load_towers
 
 PixelValues = Tensor | Mapping[str, Tensor]
 
 
-class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unused-ignore]
+class EnsembleForImageClassification(FixedRule, PreTrainedModel):  # type: ignore[misc,unused-ignore]
     """Members combined by a rule, as one image classifier.
 
     Make one with `from_members` or `from_pretrained`. `classes` are the labels in the order of the logits, `towers`
@@ -40,7 +41,7 @@ class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unus
 
     def __init__(self, checked: CheckedImages, towers: Sequence[Tower]) -> None:
         super().__init__(checked.config)
-        self.rule = checked.config.get_rule()
+        self._rule = checked.config.get_rule()
         self.classes = checked.classes
         self.contract = checked.contract
         self.towers: Any = nn.ModuleList(towers)
@@ -87,7 +88,7 @@ class EnsembleForImageClassification(PreTrainedModel):  # type: ignore[misc,unus
         """
         options = {name: value for name, value in options.items() if value is not False}  # as Auto classes give them
         config = folders.load(
-            pretrained_model_name_or_path, config, alpha=alpha, dtype=dtype, device_map=None, options=options
+            pretrained_model_name_or_path, config, dtype=dtype, device_map=None, options={**options, "alpha": alpha}
         )
         return cls.from_checked(check_images(config))
 

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoConfig, AutoImageProcessor
 
 from ensembler.config import IMAGES, EnsembleConfig, MemberConfig, check_roles
-from ensembler.engine.members import DUAL_ENCODERS, MemberFiles
+from ensembler.engine.members import DUAL_ENCODERS, MemberFiles, refuse_ensemble
 from ensembler.errors import ClassesError, ConfigError, MemberError
 from ensembler.extras import require
 from ensembler.preflight import CheckedEnsemble
@@ -114,6 +114,7 @@ def _check_member(role: str, config: MemberConfig) -> ImageMember:
         if getattr(config, name) is not None:
             raise MemberError(f"{role}: an image classifier takes no {name}; {remedy}")
     config = config.absolute()
+    refuse_ensemble(role, config)
     if is_local(config.model):
         check_folder(role, Path(config.model))
     try:

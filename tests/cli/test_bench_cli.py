@@ -116,10 +116,10 @@ def test_published_figures_stand_beside_the_measured(models: dict[str, Any], tas
     printed = run("r.yaml")
     assert "A paper, table 1" in printed
     assert re.search(r"the patch .*61\.5", printed)
-    assert re.search(r"the directly .*62\.5.*0\.4375", printed)
+    assert re.search(r"the directly .*62\.5.*0\.438", printed)
     assert "acc_norm" in printed
     page = Path("bench/report.html").read_text()
-    for shown in ("61.5", "62.5", "0.4375", "published 125", "published 3.00 GiB"):
+    for shown in ("61.5", "62.5", "0.438", "published 125", "published 3.00 GiB"):
         assert shown in page
 
 

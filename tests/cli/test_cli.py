@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.adapter_cases import save_adapter, save_base
-from helpers.commands import Run
+from helpers.commands import Run, SaveMember
 from helpers.tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -56,6 +57,44 @@ def test_create_copy_members_stands_alone(run: Run, members: list[str], tmp_path
     assert run("create", tmp_path / "alone", *members, "--copy-members").code == 0
     assert all(path.startswith("./") for path in _models(tmp_path / "alone"))
     assert (tmp_path / "alone" / "target_pt" / "model.safetensors").is_file()
+
+
+def test_create_says_how_tokenizers_differ(run: Run, folders: dict[str, Path], save_member: SaveMember) -> None:
+    """The same differences that `inspect` shows."""
+    other = make_tokenizer()
+    other.eos_token = "<pad>"
+    members = {"source_ft": folders["source_ft"], "source_pt": save_member("ended", tokenizer=other)}
+    members["target_pt"] = save_member("bare", tokenizer=None)
+    given = [part for role, path in members.items() for part in (f"--{role.replace('_', '-')}", str(path))]
+    notes = json.loads(run("inspect", *given, "--json").out)["notes"]
+    assert any("eos of source_pt is '<pad>'; the anchor's, '</s>', is used" in note for note in notes)
+    assert any("target_pt came without a tokenizer" in note for note in notes)
+    for copied in ([], ["--copy-members"]):
+        created = run("create", folders["source_ft"].parent / f"ens{len(copied)}", *given, *copied)
+        assert created.err.splitlines()[:-1] == [f"Note: {note}" for note in notes]
+        assert created.out == ""
+
+
+def test_roles_that_look_swapped_are_said(run: Run, folders: dict[str, Path], tmp_path: Path) -> None:
+    base, target = folders["source_pt"], folders["target_pt"]
+    lora = save_adapter(base, tmp_path / "lora")
+    copy = Path(shutil.copytree(base, tmp_path / "copy"))
+    warnings = {  # by source FT and source PT
+        (folders["source_ft"], base): "",
+        (lora, base): "",
+        (base, lora): f"source_pt has an adapter ({lora}) and source_ft has none",
+        (base, base): "have the same weights, so no fine-tuning is carried over",
+        (base, copy): f"({copy}) have the same weights",
+        (lora, lora): "have the same weights",
+    }
+    for number, ((source_ft, source_pt), warning) in enumerate(warnings.items()):
+        given = ("--source-ft", source_ft, "--source-pt", source_pt, "--target-pt", target)
+        created, shown = run("create", tmp_path / f"e{number}", *given), run("inspect", *given, "--json")
+        assert created.code == shown.code == 0, created.err
+        assert created.err.splitlines()[:-1] == shown.err.splitlines()
+        assert json.loads(shown.out)["warnings"] == [line.removeprefix("Warning: ") for line in shown.err.splitlines()]
+        assert (shown.err == "") == (warning == "")
+        assert warning in shown.err
 
 
 def _models(folder: Path) -> list[str]:
@@ -175,18 +214,6 @@ def test_skip_bad_goes_on(run: Run, ensemble: Path, tmp_path: Path) -> None:
     assert result.err.count("skipped: ") == 2
 
 
-def test_chat_answers_and_remembers(run: Run, folders: dict[str, Path], members: list[str]) -> None:
-    assert "no chat template" in run("chat", *members, stdin="hi\n").error
-    tokenizer = make_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
-    tokenizer.save_pretrained(folders["source_ft"])
-    result = run("chat", *members, "--max-new-tokens", 4, stdin="hi\nhi\n/reset\nhi\n/exit\n")
-    assert result.code == 0, result.err
-    answers = result.out.splitlines()
-    assert len(answers) == 3
-    assert answers[0] == answers[2]
-
-
 MISTAKES = {
     "no ensemble": (["generate", "--prompt", "a"], "no ensemble was given"),
     "not a folder": (["generate", "nowhere", "--prompt", "a"], "there is no folder nowhere"),
@@ -213,6 +240,8 @@ MISTAKES = {
     "existing": (["create", "ENSEMBLE", "MEMBERS"], "exists already and is not empty"),
     "folder and member": (["inspect", "ENSEMBLE", "--source-ft", "x"], "give the folder, or the members alone"),
     "a member as ensemble": (["inspect", "MEMBER"], "not an ensemble"),
+    "an ensemble as member": (["inspect", "--source-ft", "ENSEMBLE", "REST"], "a member has to be one model"),
+    "an ensemble in create": (["create", "o", "--source-ft", "ENSEMBLE", "REST"], "source_ft: "),
     "dtype of a role": (["inspect", "ENSEMBLE", "--dtype", "source_pt=int3"], "unknown dtype 'int3'"),
     "dtype of nobody": (["inspect", "ENSEMBLE", "--dtype", "source=float16"], "--dtype 'source=float16'"),
     "dtype twice": (["inspect", "ENSEMBLE", "--dtype", "float16", "--dtype", "auto"], "twice for all members"),

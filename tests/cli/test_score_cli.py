@@ -20,7 +20,7 @@ from ensembler.engine.forward import Forward
 
 LINES = [
     {"prompt": "abc", "continuation": " de", "id": 7},
-    {"prompt": "the cat ", "choices": ["sat", "ran", "sang"], "answer": 0},
+    {"prompt": "the cat", "choices": [" sat", " ran", " sang"], "answer": 0},
     {"prompt": "", "continuation": "xyz"},
     {"prompt": "q", "choices": ["a", "b"]},
 ]
@@ -82,8 +82,40 @@ def test_a_table_has_a_line_for_each_continuation_and_alpha(run: Run, command: l
         "num_tokens",
         "greedy",
     ]
-    assert len(lines) == 1 + 2 * 7
-    assert [line.split()[0] for line in lines[1:]] == sorted(line.split()[0] for line in lines[1:])
+    assert len(lines) == 1 + 2 * 7 + 2 * 3  # of means: of continuations, of both first choices, of both second ones
+    assert [line.split()[0] for line in lines[1:15]] == sorted(line.split()[0] for line in lines[1:15])
+
+
+def test_the_last_lines_are_means_over_lines(run: Run, command: list[object]) -> None:
+    """Per token and perplexity are over all tokens; choices are taken together by their number."""
+    found = rows(run(*command, "--json").out)
+    printed = [line.split() for line in run(*command).out.splitlines() if line.split()[0] == "mean"]
+    assert [line[1:3] for line in printed] == [[choice, alpha] for choice in "-01" for alpha in ("0", "0.6")]
+    for line in printed:
+        alpha = [0.0, 0.6].index(float(line[2]))
+        bodies = [
+            row["choices"][int(line[1])] if line[1] != "-" else row
+            for row in found
+            if (line[1] == "-") != ("choices" in row)
+        ]
+        log_probs, num_tokens = [one["log_prob"][alpha] for one in bodies], sum(one["num_tokens"] for one in bodies)
+        per_token = sum(log_probs) / num_tokens
+        greedy = sum(one["greedy"][alpha] for one in bodies) / 2
+        wanted = [sum(log_probs) / 2, per_token, math.exp(-per_token), num_tokens / 2, greedy]
+        assert [float(cell.replace(",", "")) for cell in line[3:]] == pytest.approx(wanted, rel=5e-3)
+
+
+def test_moved_white_space_is_a_warning(run: Run, command: list[object], data: Path) -> None:
+    said = (
+        f"white space at the end of 1 of 4 prompts was moved to the continuations, as in lm-eval (the first: {data}:2)"
+    )
+    plain = run(*command, "--json")
+    assert "white space" not in plain.err
+    text = data.read_text().replace("the cat", "the cat ")
+    data.write_text(text.replace('" sat", " ran", " sang"', '"sat", "ran", "sang"'))
+    moved = run(*command, "--json")
+    assert said in moved.err
+    assert [{**row, "run": ""} for row in rows(moved.out)] == [{**row, "run": ""} for row in rows(plain.out)]
 
 
 def test_perplexity_and_tokens(run: Run, command: list[object], data: Path, tmp_path: Path) -> None:

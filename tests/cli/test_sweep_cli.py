@@ -21,6 +21,7 @@ from ensembler.cli.main import cli
 from ensembler.errors import EnsemblerError
 from ensembler.evaluation.results_file import FILE, TABLES
 from ensembler.evaluation.text_answers import TextAnswerer
+from ensembler.folder import read, set_point
 
 FILES = {FILE, "summary.json", "curve.png", "methods.png", "report.html"}
 
@@ -266,9 +267,78 @@ def test_clusters_and_a_margin_are_told(members: list[str], tmp_path: Path) -> N
     flags = data_flags(write_rows(tmp_path / "q.jsonl", rows))
     printed = run(*members, *flags, "--alphas", "1", "--cluster", "passage", "--margin", 60)
     assert "40 test documents in 10 groups by passage, on which intervals and tests rest" in printed
-    for name in ("would have shown", "p of alike to within 60 points", "clustered paired t"):
-        assert name in printed
+    (task,) = json.loads(Path("sweep/summary.json").read_text())["tasks"]
+    assert {each["comparison"]["test"] for each in task["differences"]} == {"clustered paired t"}
+    assert all(each["p_equivalent"] is not None for each in task["differences"])
     assert "is as good as" in printed
     assert "to within 60 points, p = " in printed
     assert "corrected over all comparisons shown, p of alike over all tests of that." in printed
     assert summary()["num_clusters"] == 10
+
+
+@pytest.fixture
+def folder(members: list[str], tmp_path: Path) -> Path:
+    """The folder of an ensemble at α = 0.9 of base-change, with a key that a sweep does not change."""
+    result = CliRunner().invoke(cli, ["create", str(tmp_path / "ensemble"), *members, "--alpha", "0.9"])
+    assert result.exit_code == 0, result.output
+    return tmp_path / "ensemble"
+
+
+def test_the_chosen_alpha_is_written_into_the_folder(folder: Path, tmp_path: Path) -> None:
+    before = json.loads((folder / "config.json").read_text())
+    flags = [folder, *questions(tmp_path), "--rules", "eft", "--alphas", "0,0.5,1", "--validation", 10, "--write-alpha"]
+    printed = run(*flags)
+    (chosen,) = (method["alpha"] for method in summary()["methods"] if method["chosen_by"] == "validation")
+    assert f"ensemble: rule eft at alpha {chosen:g} is written into config.json" in printed
+    assert json.loads((folder / "config.json").read_text()) == before | {"rule": "eft", "alpha": chosen}
+    assert read(folder).get_rule().name == "eft"
+    run(*flags)
+    assert {path.name for path in folder.iterdir()} >= {"config.json"}
+    assert not [path for path in folder.iterdir() if "partial" in path.name]
+
+
+def test_the_numbers_of_another_rule_do_not_stay_in_the_folder(members: list[str], tmp_path: Path) -> None:
+    numbers = ["--constant", "source_ft=1", "--slope", "target_pt=1", "--slope", "source_pt=-1"]
+    CliRunner().invoke(cli, ["create", str(tmp_path / "linear"), *members, "--rule", "linear", *numbers])
+    set_point(tmp_path / "linear", "linear", 0.25)
+    assert (read(tmp_path / "linear").alpha, read(tmp_path / "linear").constant) == (0.25, {"source_ft": 1.0})
+    set_point(tmp_path / "linear", "eft", 0.75)
+    changed = read(tmp_path / "linear")
+    assert (changed.rule, changed.alpha, changed.constant, changed.slope) == ("eft", 0.75, None, None)
+
+
+def test_an_alpha_that_is_not_recommended_is_written_with_a_word(folder: Path, tmp_path: Path) -> None:
+    """Members that know nothing: nothing is better than source FT."""
+    printed = run(folder, *questions(tmp_path), "--alphas", "0.5", "--write-alpha")
+    assert "Recommendation for questions: keep source FT as it is" in printed
+    assert "base-change at alpha 0.5 is written into config.json; the recommendation is another: source FT" in printed
+    assert json.loads((folder / "config.json").read_text())["alpha"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["FOLDER", "DATA", "--alphas", "0,1"], "and nothing chooses alpha; add --validation or --select perplexity"),
+        (["MEMBERS", "DATA", "--validation", 5], "without a folder to write into; name the folder of an ensemble"),
+        (["demo", "--validation", "validation"], "without a folder to write into"),
+        (
+            ["FOLDER", "DATA", "--validation", 5, "--rules", "base-change,eft"],
+            "with 2 rules, and a folder has one alpha",
+        ),
+        (["FOLDER", "TASKS", "--validation", 2], "with 2 tasks, and a folder has one alpha; give one of them"),
+        (
+            ["FOLDER", "DATA", "--validation", 5, "--outside", "neutral"],
+            "with --outside, which the folder does not have",
+        ),
+    ],
+)
+def test_an_alpha_that_has_no_folder_is_refused(
+    flags: list[object], said: str, folder: Path, members: list[str], tmp_path: Path
+) -> None:
+    tasks = write_tasks(tmp_path / "tasks")
+    given = {"FOLDER": [folder], "MEMBERS": members, "DATA": questions(tmp_path)}
+    given["TASKS"] = ["--task", tasks / "choice.yaml", "--task", tasks / "generate.yaml"]
+    before = (folder / "config.json").read_bytes()
+    message = refused(*(part for flag in flags for part in given.get(str(flag), [flag])), "--write-alpha")
+    assert said in message
+    assert (folder / "config.json").read_bytes() == before

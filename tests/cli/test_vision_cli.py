@@ -260,4 +260,4 @@ def test_without_pillow_the_pip_line_is_told(tmp_path: Path, run: Any, monkeypat
     trio = ["--source-ft", vit, "--source-pt", vit, "--target-pt", vit]
     done = run("create", tmp_path / "out", "--task", "image-classification", *trio)
     assert done.code == 2
-    assert done.error.endswith("PIL is not installed; install it with: pip install 'logit-ensembler[vision]'")
+    assert "PIL is not installed; install it with: pip install" in done.error

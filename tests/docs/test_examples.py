@@ -37,6 +37,12 @@ def test_a_trio_from_one_model(save_member: SaveMember, tmp_path: Path) -> None:
     assert (tmp_path / "trio" / "target_pt" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_logits_processor_makes_an_ensemble_of_another_models_generate() -> None:
+    lines = run_script("examples/logits_processor.py").splitlines()
+    texts = dict(line.split(": ", 1) for line in lines)
+    assert texts["anchor with the processor"] == texts["ensemble"] != texts["anchor"]
+
+
 def test_the_benchmarks_write_their_rows(save_member: SaveMember, tmp_path: Path) -> None:
     model = save_member("base", vocab_size=160)
     cost, start = tmp_path / "cost.jsonl", tmp_path / "start.jsonl"

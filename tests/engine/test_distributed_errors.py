@@ -154,7 +154,7 @@ def test_a_silent_rank_is_named_within_the_timeout(trio: dict[str, PreTrainedMod
 
 def test_what_the_first_rank_does_for_all() -> None:
     def refuse() -> None:
-        raise MissingExtraError("jinja2", "eval")
+        raise MissingExtraError("scipy", "pip install -e '.[eval]'")
 
     def task(world: World) -> Any:
         numbers = [world.first(lambda: world.rank * 10 + 3), world.first(lambda: [1, "a"])]
@@ -166,5 +166,5 @@ def test_what_the_first_rank_does_for_all() -> None:
 
     first, second = run_ranks(2, task)
     assert first[:2] == [3, [1, "a"]]
-    assert "pip install 'logit-ensembler[eval]'" in first[2]
+    assert first[2] == "scipy is not installed; install it with: pip install -e '.[eval]'"
     assert first == second

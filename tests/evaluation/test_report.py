@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +26,10 @@ from ensembler.cli.figures_tables import print_figures, print_pairs
 from ensembler.errors import OutputError
 from ensembler.evaluation.changed import changed_by
 from ensembler.evaluation.figures import MethodFigure, TaskFigures
+from ensembler.evaluation.recommendation import recommendation
 from ensembler.evaluation.report import compare_folders, write_report
 from ensembler.evaluation.results_file import FILE
-from ensembler.evaluation.tables import cost_table, difference_table, heading, method_table
+from ensembler.evaluation.tables import cost_table, difference_table, heading, method_table, show_number
 from ensembler.evaluation.verdict import verdict
 
 PICTURE = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
@@ -80,8 +82,13 @@ def test_the_verdict_stands_first(written: tuple[list[TaskFigures], Path]) -> No
     tasks, path = written
     page = html.parse(path).getroot()
     assert [text(node) for node in page.iter("h1", "h2")][:2] == ["GSM8K & more", "Verdict"]
-    lists = page.xpath("//section[contains(@class, 'verdict')]/ul")
-    assert [[text(line) for line in of_task.iter("li")] for of_task in lists] == [verdict(task) for task in tasks]
+    (section,) = page.xpath("//section[contains(@class, 'verdict')]")
+    said = [[text(line) for line in of_task.iter("li")] for of_task in section.findall("ul")]
+    advice = [text(line) for line in section.xpath("./p[@class='advice']")]
+    assert said[1::2] == [verdict(task) for task in tasks]
+    recommended = [recommendation(task) for task in tasks]
+    assert advice == [f"Recommendation: {first}" for first, *_ in recommended]
+    assert said[::2] == [reasons for _, *reasons in recommended]
     order = [node.tag for node in page.find("body/main").iter("section", "svg", "table", "article", "pre")]
     first = [order.index(tag) for tag in ("section", "svg", "table", "article", "pre") if tag in order]
     assert first == sorted(first)
@@ -149,6 +156,7 @@ def test_the_summary_is_strict_json_with_the_verdict(tmp_path: Path) -> None:
     write(tmp_path, tasks)
     content = json.loads((tmp_path / "summary.json").read_text("utf-8"), parse_constant=lambda name: 1 / 0)
     assert [task["verdict"] for task in content["tasks"]] == [verdict(task) for task in tasks]
+    assert [task["recommendation"] for task in content["tasks"]] == [recommendation(task) for task in tasks]
     assert content["tasks"][0]["methods"][3]["test"]["estimate"] == benchmark().methods[3].test.estimate  # type: ignore[union-attr]
     assert content["tasks"][1]["methods"][1]["test"]["estimate"] is None
     assert (content["name"], content["command"], content["settings"]["limit"]) == (
@@ -237,7 +245,9 @@ def test_two_folders_stand_side_by_side(tmp_path: Path, capsys: pytest.CaptureFi
     printed = capsys.readouterr().out
     assert {line.split()[-1] for line in printed.splitlines() if line.startswith("gsm8k")} == {"-"}
     assert {line.split()[-1] for line in printed.splitlines() if line.startswith("llama")} == {"others"}
-    assert "61.5 (56.6 to 66.1), α 0.7, 14 tokens/s" in printed
+    (row,) = (line.split() for line in printed.splitlines() if " base-change " in line and "61.5" in line)
+    assert row[-10:] == ["base-change", *2 * ["61.5", "(56.6", "to", "66.1)"], "others"]
+    assert printed.count("α 0.7, 14 tokens/s") == 2
     assert printed.splitlines()[0].split()[:2] == ["task", "method"]
     assert [line.split()[:4] for line in printed.splitlines() if line.startswith("gsm8k")][:3] == [
         ["gsm8k", "(acc,", "%)", name] for name in ("source", "target", "base-change")
@@ -280,10 +290,48 @@ def test_the_terminal_shows_the_same_tables(capsys: pytest.CaptureFixture[str]) 
     print_figures(tasks)
     printed = " ".join(capsys.readouterr().out.split())
     for task in tasks:
-        assert all(f"* {line}" in printed for line in verdict(task))
+        first, *reasons = recommendation(task)
+        assert all(f"* {line}" in printed for line in (*reasons, *verdict(task)))
+        assert f"Recommendation for {task.name}: {first}" in printed
     assert "400 test documents in 37 groups by author" in printed
     assert "56.2 (51.4 to 61.0)" in printed
     assert "not measured: speed and memory: there was no GPU" in printed
+
+
+def shown_in(columns: int | None, task: TaskFigures, capsys: pytest.CaptureFixture[str]) -> str:
+    """What is printed on a terminal of so many columns, or into a pipe."""
+    with pytest.MonkeyPatch.context() as terminal:
+        if columns is not None:
+            terminal.setenv("FORCE_COLOR", "1")
+            terminal.setenv("COLUMNS", str(columns))
+        print_figures([task])
+    return re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("columns", [None, 100, 80])
+@pytest.mark.parametrize("task", [sweep(), benchmark(), failed(), clustered(), not_finite()])
+def test_tables_fit_the_terminal_and_lose_no_character(
+    task: TaskFigures, columns: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a file or a pipe tables have 100 columns, and a sentence is one line."""
+    printed = shown_in(columns, task, capsys)
+    lines = [line for line in printed.splitlines() if columns is not None or "  " in line]
+    assert max(map(len, lines)) <= (columns or 100)
+    assert columns is not None or {f"* {line}" for line in verdict(task)} <= set(printed.splitlines())
+    assert Counter("".join(printed.split())) == Counter("".join(shown_in(1000, task, capsys).split()))
+
+
+def test_intervals_stay_in_one_line_where_there_is_room(capsys: pytest.CaptureFixture[str]) -> None:
+    (line,) = (line for line in shown_in(100, sweep(), capsys).splitlines() if line.startswith("base-change  0.7 "))
+    assert line.strip() == "base-change  0.7 (validation)  56.2 (51.4 to 61.0)  +15.5 (8.6 to 22.2)  0.00011   0.583"
+
+
+def test_numbers_have_three_digits() -> None:
+    numbers = {0.012345: "0.0123", 1234.5: "1,230", -23.9454: "-23.9", 5.0: "5", -1e-9: "-1e-09", 1234567.0: "1.23e+06"}
+    assert {number: show_number(number) for number in numbers} == numbers
+    others = [show_number(number) for number in (float("nan"), float("-inf"), None, -0.0)]
+    assert others == ["?", "-inf", "", "0"]
+    assert show_number(0.56249, percent=True) == "56.2"
 
 
 def test_a_folder_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 def run_cases(name: str, *options: str) -> str:
     """Run a file of cases under the interpreter; return the lines of its report."""
-    command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", str(Path(__file__).with_name(name))]
+    path = str(Path(__file__).parents[1] / "helpers" / name)
+    command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", path]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "ENSEMBLER_TEST_DEVICE": "cpu"}
     done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
