@@ -54,18 +54,18 @@ class CheckedAdapter:
 
     @property
     def is_deltas_alone(self) -> bool:
-        """Whether there is no LoRA in it, so that it can only be added to weights and not be kept beside them."""
+        """Return whether it has no LoRA, and so can only be added to weights and not be kept beside them."""
         return self.kind == DELTAS_ALONE
 
     def without_deltas(self) -> CheckedAdapter | None:
-        """What is left when the full deltas are in the weights; None where that is nothing."""
+        """Return the rest of the patch once its full deltas are in the weights; None where nothing is left."""
         if self.patch is None or not self.deltas:
             return self
         return None if self.is_deltas_alone else replace(self, patch=replace(self.patch, full={}))
 
 
 def resolve_adapter(role: str, config: MemberConfig) -> MemberConfig:
-    """Where `model` is a PEFT folder, return its base as the model and the folder as the adapter."""
+    """Return the base of a PEFT folder as the model and the folder as its adapter; other members as they are."""
     folder = Path(config.model)
     settings, key = folder / ADAPTER_CONFIG, "base_model_name_or_path"
     if not settings.is_file():
@@ -103,7 +103,7 @@ def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> Che
 
 
 def _is_other(base: str, model: str) -> bool:
-    """Whether two models have different names; where each is on disk says nothing."""
+    """Return whether two models have different names; where each is on disk says nothing."""
     return Path(base).name != Path(model).name
 
 
@@ -112,7 +112,7 @@ def _num_elements(tensors: Mapping[str, StoredTensor]) -> int:
 
 
 def _read_patch(role: str, folder: Path) -> Patch | None:
-    """What the folder adds to weights; None for an adapter of a kind that is no sum with them."""
+    """Return the changes that the folder adds to weights; None for an adapter of a kind that is no sum with them."""
     try:
         with naming(role):
             return read_patch(folder)
@@ -232,7 +232,7 @@ def _on_meta(role: str, adapter: str, model: str, model_config: Any) -> Any:
 
 
 def _is_plain(patched: Any) -> bool:
-    """Whether the adapter is W + s·B·A on linear layers, and nothing else."""
+    """Return whether the adapter is W + s·B·A on linear layers, and nothing else."""
     from peft.tuners.lora import Linear as LoraLinear
     from peft.tuners.tuners_utils import BaseTunerLayer
 

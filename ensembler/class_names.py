@@ -1,4 +1,4 @@
-"""What may stand for classes in a configuration: labels, aliases, words and prompts. Their form alone is checked."""
+"""Check the form of classes in a configuration: labels, aliases, words and prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to run: the rule, α and the members. One object, validated when made, and the config.json of a folder."""
+"""Configure an ensemble: the rule, α and the members, validated when made. It is the config.json of a folder."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
         self._check_classes()
 
     def _check_classes(self) -> None:
-        """What is said of classes has the right form; which of them there are is the members' to say."""
+        """Check the form of what is said of classes; the members tell which classes there are."""
         if self.classes is not None:
             self.name_classes(check_labels(self.classes, "classes"))
         for name in ("class_texts", "aliases"):

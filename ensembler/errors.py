@@ -30,7 +30,7 @@ class EnsemblerError(Exception):
 
 
 class InputError(EnsemblerError, ValueError):
-    """What was given cannot be run."""
+    """Input that cannot be run."""
 
     exit_code = 2
 

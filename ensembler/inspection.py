@@ -123,7 +123,7 @@ def role_warnings(checked: CheckedEnsemble) -> tuple[str, ...]:
 
 
 def _are_same(one: MemberConfig, two: MemberConfig) -> bool:
-    """Whether two members have one name, or files of one fingerprint, and the same adapter and head."""
+    """Return whether two members have one name, or files of one fingerprint, and the same adapter and head."""
     if (one.adapter, one.head) != (two.adapter, two.head):
         return False
     if (one.model, one.revision) == (two.model, two.revision):

@@ -1,4 +1,4 @@
-"""What torchrun and `accelerate launch` tell each process in its environment. Loads no torch."""
+"""Read the environment in which torchrun and `accelerate launch` start a process. Loads no torch."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def _weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 
 
 def _is_sum(model: PreTrainedModel, patch: Patch) -> bool:
-    """Whether every weight is there under its name, and none that is trained apart is tied to another layer."""
+    """Return whether every weight is there under its name, and none that is trained apart is tied to another layer."""
     weights = _weights(model)
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and head.weight is embeddings.weight
@@ -74,7 +74,7 @@ def _add(model: PreTrainedModel, patch: Patch, names: Iterable[str]) -> None:
 
 
 def _is_turned(model: PreTrainedModel, name: str) -> bool:
-    """Whether the layer of this weight keeps it as (in, out)."""
+    """Return whether the layer of this weight keeps it as (in, out)."""
     return isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D)
 
 

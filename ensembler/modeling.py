@@ -251,7 +251,7 @@ class EnsembleForCausalLM(PreTrainedModel, EnsembleGeneration, GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """Where inputs are expected and combined logits are made: the anchor's device."""
+        """The device of inputs and of combined logits: the anchor's."""
         forwards = self.member_set.forwards
         return next((forward.device for forward in forwards if self.rule.anchor in forward.roles), forwards[0].device)
 

@@ -1,4 +1,4 @@
-"""How a member's weights are quantised when it is loaded: the methods of bitsandbytes, by name."""
+"""Quantise a member's weights when it is loaded: the methods of bitsandbytes, by name."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Quantization:
         return 8 if self.method == "bnb-8bit" else 4
 
     def to_dict(self) -> str | dict[str, Any]:
-        """What config.json holds: the method alone where the rest is left at its default."""
+        """Return the entry of config.json: the method alone where the rest is left at its default."""
         content = {key: value for key, value in asdict(self).items() if value}
         return self.method if len(content) == 1 else content
 

@@ -1,4 +1,4 @@
-"""Where a name leads: a folder on this machine, or an id on the hub."""
+"""Resolve a name: a folder on this machine, or an id on the hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ensembler.errors import HubError, MemberError
 
 
 def is_local(name: str) -> bool:
-    """Whether a member's name is a path (absolute, or written with a leading dot) or an existing folder."""
+    """Return whether a member's name is a path (absolute, or written with a leading dot) or an existing folder."""
     return os.path.isabs(name) or name.startswith((".", "~")) or os.path.isdir(name)
 
 

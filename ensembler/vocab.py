@@ -21,7 +21,7 @@ OUTSIDE_CHOICES = ("mask", "neutral")
 
 @dataclass(frozen=True)
 class MemberVocabulary:
-    """What one member's tokenizer and config say.
+    """The vocabulary of one member by its tokenizer and config.
 
     `tokens` maps token to id (None: the member came without a tokenizer); `width` is the number of logits; the special
     tokens are texts and `substitute` is the id that stands for a token that this member does not hold.
@@ -47,7 +47,7 @@ class MemberVocabulary:
 
 @dataclass(frozen=True)
 class VocabularyContract:
-    """What the members agree on. Ids below `shared` mean the same token in every member.
+    """The vocabulary that the members agree on. Ids below `shared` mean the same token in every member.
 
     By role: `widths`, the number of logits; `held`, the number of ids that are tokens of this member; `substitutes`,
     the id that stands for tokens which it does not hold.

@@ -59,7 +59,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Code:
-    """What the compiler made of one kernel; loads are counted in the machine code."""
+    """The compiled code of one kernel; loads are counted in the machine code."""
 
     implementation: str
     kernel: str

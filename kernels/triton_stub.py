@@ -35,7 +35,7 @@ class StubDriver:
         return 0
 
     def get_current_target(self) -> Any:
-        """What kernels are compiled for."""
+        """Return the target that kernels are compiled for."""
         return GPUTarget("cuda", 90, 32)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Command:
-    """What a command does. `argument` is the name of its argument, empty where it takes none."""
+    """A command within a chat. `argument` is the name of its argument, empty where it takes none."""
 
     run: Callable[[Conversation, str], None]
     argument: str

@@ -1,4 +1,4 @@
-"""What is left out of folders of images, on standard error."""
+"""Say on standard error which files of a folder of images are left out."""
 
 from __future__ import annotations
 

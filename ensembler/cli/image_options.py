@@ -32,7 +32,7 @@ class ImageOptions:
 
     @property
     def is_given(self) -> bool:
-        """Whether the ensemble is one of image classifiers."""
+        """Return whether the ensemble is one of image classifiers."""
         return self.task == _IMAGES
 
     def apply(self, config: EnsembleConfig) -> EnsembleConfig:

@@ -17,14 +17,14 @@ _INF = float("inf")
 
 
 class TextLimits(Protocol):
-    """What ends the texts of an ensemble: its end tokens and its context. A model has them, and an engine around it."""
+    """The limits of an ensemble's texts: its end tokens and its context. A model has them, and an engine around it."""
 
     config: Any
     generation_config: Any
 
     @property
     def shortest_context(self) -> tuple[str, int] | None:
-        """What sets the shortest limit to a text with its answer, and that limit in tokens; None where nothing does."""
+        """The role of the shortest context, and that limit of a text with its answer in tokens; None without any."""
 
 
 def make_batches(

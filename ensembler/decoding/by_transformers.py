@@ -1,4 +1,4 @@
-"""What the decode loop does not do, in `transformers`' own loop: on its own caches, with the noise of ours."""
+"""Decode what our loop leaves out in `transformers`' own loop: on its own caches, with the noise of ours."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ def why_transformers(
 
 
 def _is_foreign(one: object) -> bool:
-    """Whether a processor or criterion is neither of `transformers` nor ours."""
+    """Return whether a processor or criterion is neither of `transformers` nor ours."""
     return type(one).__module__.partition(".")[0] not in ("transformers", "ensembler")
 
 
 def _are_plain_positions(positions: Tensor | None, mask: Tensor | None) -> bool:
-    """Whether positions count the tokens that are seen, as `generate` makes them."""
+    """Return whether positions count the tokens that are seen, as `generate` makes them."""
     if positions is None:
         return True
     if mask is None:

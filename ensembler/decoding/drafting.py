@@ -1,4 +1,4 @@
-"""Who drafts: one forward of the ensemble, or the text itself; and which tokens.
+"""Draft tokens: by one forward of a member of the ensemble, or from the text itself.
 
 The draft's scores are the rule's combination with every absent role replaced by a present one, its stand-in:
 

@@ -1,4 +1,4 @@
-"""Where texts end: at an end token, at their most tokens, or where a criterion of `transformers` says so."""
+"""Find the ends of texts: at an end token, at their most tokens, or where a criterion of `transformers` says so."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class Choice:
 
     @property
     def moved(self) -> bool:
-        """Whether the ensemble's most probable token is not its anchor's."""
+        """Return whether the ensemble's most probable token is not its anchor's."""
         return self.ensemble_token != self.anchor_token
 
 

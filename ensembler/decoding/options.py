@@ -1,4 +1,4 @@
-"""How to decode: the options that the command line and the library share, checked when they are given."""
+"""Options of decoding that the command line and the library share, checked when they are given."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How to decode. Temperature 0 is greedy; what is not set leaves the ensemble's distribution as it is.
+    """Options of decoding. Temperature 0 is greedy; what is not set leaves the ensemble's distribution as it is.
 
     `max_new_tokens` in tokens; `stop`: texts that end a completion and are cut off; `seed`: makes sampling repeatable
     for the same prompts. `draft`: who drafts, as in `Decoder`, up to `draft_tokens` a round;

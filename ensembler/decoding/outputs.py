@@ -1,4 +1,4 @@
-"""What decoding hands out: the texts of a grid, and tokens as they come."""
+"""Outputs of decoding: the texts of a grid, and tokens as they come."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ensembler.decoding.rows import Row, Text
 
 @dataclass(frozen=True)
 class GridOutput:
-    """What `generate` returns for a grid.
+    """The output of `generate` for a grid.
 
     `sequences` (points, prompts · samples, positions) int64: prompts and texts as `generate` returns them for each
     point, padded behind their ends; `lengths` (points, prompts · samples) int64 count their positions up to there.

@@ -1,4 +1,4 @@
-"""How many tokens a round drafts: the number that makes most tokens per second, from what was measured.
+"""Choose the number of drafted tokens of a round: the one that makes most tokens per second, from what was measured.
 
 A round of k positions gives E(k, a) = (1 − a^k) / (1 − a) tokens where a drafted token is accepted with probability a.
 A round of one is a plain step. It does not know what is drafted, nor how.
@@ -116,7 +116,7 @@ class _Costs:
 
     @property
     def wants_plain(self) -> bool:
-        """Whether the cost of a plain step is not known, or not any more."""
+        """Return whether the cost of a plain step is not known, or not any more."""
         every = _PLAIN_EARLY if self._num_plain < _RECENT else _PLAIN_EVERY
         return self._num_plain < _WARM_UP or self._num_rounds - self._seen_at[1] >= every
 

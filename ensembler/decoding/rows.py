@@ -26,7 +26,7 @@ class Text:
 
     @property
     def has_ended(self) -> bool:
-        """Whether its tokens are all there: an end has at least one."""
+        """Return whether its tokens are all there: an end has at least one."""
         return bool(self.ids)
 
 

@@ -1,4 +1,4 @@
-"""What decoding did and where its time went: `generate --stats`. Nothing is measured unless it is asked for."""
+"""Count what decoding does and time it, for `generate --stats`. Nothing is measured unless it is asked for."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ class PeftSwitch:
 
 
 def _is_batchable(model: PreTrainedModel, role: str, adapter: CheckedAdapter) -> bool:
-    """Whether the adapter is plain LoRA, and its file holds no tensor of the base that the base has otherwise."""
+    """Return whether the adapter is plain LoRA, and its file holds no tensor that the base has otherwise."""
     if adapter.scaling is None or adapter.deltas:
         return False
     known = _base_tensors(model)

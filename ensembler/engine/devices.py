@@ -1,4 +1,4 @@
-"""Where members go: the devices that their configs name, looked at before the first weight is read."""
+"""Check the devices that the configs of members name, before the first weight is read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether `error` says that a device, or the host, has no memory left."""
+    """Return whether `error` says that a device, or the host, has no memory left."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 

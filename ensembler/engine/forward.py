@@ -174,7 +174,7 @@ def _forward(
 
 
 def _device_of(model: PreTrainedModel, probe: Tensor | None) -> torch.device:
-    """Where its inputs are wanted: of a model on several devices the first that computes."""
+    """Return the device of a model's inputs: of a model on several devices the first that computes."""
     places = getattr(model, "hf_device_map", None) or {}
     first = next((place for place in places.values() if str(place) not in ("cpu", "disk")), None)
     if first is not None:

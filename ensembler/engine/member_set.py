@@ -108,7 +108,7 @@ class MemberSet:
 
     @property
     def is_static(self) -> bool:
-        """Whether steps are captured or compiled, and so want inputs of few shapes."""
+        """Return whether steps are captured or compiled, and so want inputs of few shapes."""
         return self._compiled is not None or (self.graphs is not None and bool(self._captured(self.forwards)))
 
     def compile(self, backend: Any) -> list[str]:
@@ -335,7 +335,7 @@ class MemberSet:
 
 
 def _weights_of(forwards: Sequence[Forward]) -> list[object]:
-    """Where the weights of each forward are, and in which dtype: graphs and compiled steps have them by address."""
+    """Return the address and dtype of the weights of each forward: graphs and compiled steps have them by address."""
     probes = [forward.probe for forward in forwards if forward.probe is not None]
     return [(probe.data_ptr(), probe.dtype, probe.device) for probe in probes]
 

@@ -99,7 +99,7 @@ def bucket(num: int, smallest: int = SMALLEST) -> int:
 
 @dataclass(frozen=True)
 class MaskKind:
-    """Which masks a model takes: its sliding `window`, if any, and its `layer_types`, None where all layers take one.
+    """The masks of a model: its sliding `window`, if any, and its `layer_types`, None where all layers take one.
 
     `dtype`: that of its weights; None where a mask has to be bool.
     """

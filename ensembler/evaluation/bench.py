@@ -25,7 +25,7 @@ _MOST_NAMES = 5  # in a line
 
 
 class Models(Protocol):
-    """What experiments of one kind are about: language models (`TextModels`), or others that the kind brings."""
+    """The models of one kind of experiments: language models (`TextModels`), or others that the kind brings."""
 
     def answerer(self, experiment: Experiment, config: EnsembleConfig) -> tuple[CheckedEnsemble, Answerer]:
         """Return an ensemble, checked, and what answers with it."""

@@ -57,7 +57,7 @@ class Metric:
 
     @property
     def is_percent(self) -> bool:
-        """Whether it is a share of right answers, by its name, and so told in percent; known before anything runs."""
+        """Return whether it is by its name a share of right answers, shown in percent; known before anything runs."""
         return self.is_mean and _SHARE.search(self.name) is not None
 
 

@@ -62,7 +62,7 @@ class LogitsFolder:
         self.write_bytes(_MARK, self._run.encode())
 
     def has(self, name: str) -> bool:
-        """Whether a file is there and may be used."""
+        """Return whether a file is there and may be used."""
         return not self._replaces and (self.path / name).is_file()
 
     def read(self, name: str) -> dict[str, Tensor]:

@@ -44,7 +44,7 @@ class Method:
 
     @property
     def has_alpha(self) -> bool:
-        """Whether it is a rule at an α, and not a member by itself."""
+        """Return whether it is a rule at an α, and not a member by itself."""
         return self.alone is None
 
 
@@ -66,7 +66,7 @@ class Run:
 
     @property
     def chooses(self) -> bool:
-        """Whether it has a method whose α is still to be chosen."""
+        """Return whether it has a method whose α is still to be chosen."""
         return any(method.alpha is None for method in self.methods)
 
     def has(self, key: str) -> bool:

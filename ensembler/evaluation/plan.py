@@ -59,12 +59,12 @@ class PlanOptions:
 
     @property
     def chooses(self) -> bool:
-        """Whether α is chosen at all."""
+        """Return whether α is chosen at all."""
         return self.validation is not None or self.by_perplexity
 
     @property
     def by_perplexity(self) -> bool:
-        """Whether α is chosen by the likelihood of the prompts."""
+        """Return whether α is chosen by the likelihood of the prompts."""
         return self.select == "perplexity"
 
 

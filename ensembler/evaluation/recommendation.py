@@ -61,7 +61,7 @@ def _by_cost(task: TaskFigures) -> list[MethodFigure]:
 
 
 def _is_better(a: MethodFigure, b: MethodFigure, task: TaskFigures) -> bool:
-    """Whether `a` is shown to be better than `b`, by more than the margin where it is shown to be alike to within that.
+    """Return whether `a` is shown to be better than `b`, and not shown to be alike to within the margin.
 
     Two methods that no test compared: whether their intervals do not overlap.
     """
@@ -108,7 +108,7 @@ def _reasons(pick: MethodFigure, task: TaskFigures) -> Iterator[str]:
 
 
 def _over(pick: MethodFigure, current: MethodFigure, task: TaskFigures) -> str:
-    """Why the recommended method takes the place of the one in use."""
+    """Return the reason to put the recommended method in the place of the one in use."""
     each = task.compared(pick.method, current.method)
     if each is not None:
         return f"{tell_difference(each, task)}, p = {show_p(each.p_holm)} after correction"

@@ -141,7 +141,7 @@ class Runner:
         return {name: content["error"] for name, content in notes if name in unfinished}
 
     def is_complete(self, studies: Iterable[Study], errors: Mapping[str, str]) -> bool:
-        """Whether each run is finished or failed, or is in place of one that did not fail."""
+        """Return whether each run is finished or failed, or is in place of one that did not fail."""
         return all(
             plan.name in errors or plan.is_finished(self.store)
             for study in studies
@@ -151,12 +151,12 @@ class Runner:
 
 
 def _process() -> list[float]:
-    """What tells this process from all others: when its machine began, its number there, and when it began."""
+    """Return the start of the machine, the number of this process there and its start: no two processes share them."""
     return [psutil.boot_time(), os.getpid(), psutil.Process().create_time()]
 
 
 def _is_alive(process: Sequence[float] | None) -> bool:
-    """Whether a process is at work on this machine, as where two commands go on with one store."""
+    """Return whether a process is at work on this machine, as where two commands go on with one store."""
     if process is None or process[0] != psutil.boot_time():
         return False
     try:

@@ -46,7 +46,7 @@ class _Source:
 
     @cached_property
     def finished(self) -> Mapping[str, bool]:
-        """Whether each run is finished, by its name."""
+        """Return whether each run is finished, by its name."""
         return finished_runs(self.studies, self.results)
 
     @cached_property
@@ -76,7 +76,7 @@ class _Answered:
         return self.points[0]
 
     def is_also(self, other: _Answered) -> bool:
-        """Whether both are one rule at one α."""
+        """Return whether both are one rule at one α."""
         return self.method.has_alpha and other.method.has_alpha and self.point == other.point
 
     def values(self) -> list[Values]:

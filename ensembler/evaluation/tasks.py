@@ -222,7 +222,7 @@ class TextTask:
 
     @property
     def _metrics_can_be_tried(self) -> bool:
-        """Whether nothing but lm-eval's own metrics is run by it: no function of the task's, no model's code."""
+        """Return whether nothing but lm-eval's own metrics is run by it: no function of the task's, no model's code."""
         ours = isinstance(self.task, require("lm_eval.api.task", "eval").ConfigurableTask)
         return ours and self.task.config.process_results is None and not self.task.config.unsafe_code
 

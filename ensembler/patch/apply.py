@@ -34,7 +34,7 @@ Advance = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Applied:
-    """What was written: weights' bytes, the tensors that changed, and the seconds it took."""
+    """The result of a patched model: weights' bytes, the tensors that changed, and the seconds it took."""
 
     out: Path
     num_changed: int

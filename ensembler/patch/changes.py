@@ -51,7 +51,7 @@ def fill(buffer: memoryview, file: FileIO, stored: StoredTensor) -> None:
 
 @dataclass(frozen=True)
 class Change:
-    """What is added to one weight (rows, columns): left @ right, in fp32 with the strengths inside, and full deltas.
+    """The change of one weight (rows, columns): left @ right, in fp32 with the strengths inside, and full deltas.
 
     `replacement`: values that stand instead of the weight.
     """
@@ -121,7 +121,7 @@ def patched(weight: Tensor, change: Change, *, dtype: torch.dtype, start: int = 
 
 
 def block_rows(rows: int, columns: int) -> int:
-    """How many rows of a weight are changed at a time."""
+    """Return the number of rows of a weight that are changed at a time."""
     return min(rows, max(1, BLOCK_ELEMENTS // max(1, columns)))
 
 

@@ -41,7 +41,7 @@ _ENDINGS = {
 
 @dataclass(frozen=True)
 class Kept:
-    """What was kept of one tensor's delta: `rank` of the factors (None: in full), `norm` ‖Δ‖_F of the whole delta."""
+    """The kept part of one tensor's delta: `rank` of the factors (None: in full), `norm` ‖Δ‖_F of the whole delta."""
 
     name: str
     rank: int | None
@@ -51,7 +51,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Extracted:
-    """What was written: tensors that differ, the number that do not, and the share of all energy that is kept."""
+    """An extraction: tensors that differ, the number that do not, the share of all energy that is kept."""
 
     out: Path
     kept: tuple[Kept, ...]
@@ -118,7 +118,7 @@ def extract_patch(
 
 @dataclass(frozen=True)
 class _Limit:
-    """How much of a matrix is kept: exactly one of the three."""
+    """The part of a matrix that is kept: exactly one of the three."""
 
     rank: int | None
     energy: float | None

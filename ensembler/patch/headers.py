@@ -1,4 +1,4 @@
-"""Where each tensor of a model or a patch lies on disk, told by safetensors headers alone. Loads no torch."""
+"""Find each tensor of a model or a patch on disk by safetensors headers alone. Loads no torch."""
 
 from __future__ import annotations
 

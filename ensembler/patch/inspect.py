@@ -1,4 +1,4 @@
-"""How large a patch is, and how it lies to the model it is carried to: Table 1 of PortLLM for any model."""
+"""Measure a patch, and how it lies to the model it is carried to: Table 1 of PortLLM for any model."""
 
 from __future__ import annotations
 

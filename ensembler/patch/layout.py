@@ -1,4 +1,4 @@
-"""Where the tensors of a patched model go: weights files with their headers, and what comes along. No torch."""
+"""Lay out the files of a patched model: weights with their headers, and the files beside them. No torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _WEIGHT_ENDINGS = (
 
 @dataclass(frozen=True)
 class Place:
-    """Where one tensor goes: its dtype and its first byte in the new file."""
+    """The position of one tensor: its dtype and its first byte in the new file."""
 
     stored: StoredTensor
     dtype: str

@@ -1,4 +1,4 @@
-"""Where a model or a patch is: a folder here, or an id on the hub whose files are fetched into its cache."""
+"""Find a model or a patch: a folder here, or an id on the hub whose files are fetched into its cache."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def local_folder(name: str) -> Path:
 
 
 def model_name(folder: Path) -> str:
-    """What a model is called: its id on the hub where `folder` is in the hub's cache, else the folder's name."""
+    """Return the name of a model: its id on the hub where `folder` is in the hub's cache, else the folder's name."""
     path = folder.absolute()
     if path.parent.name == "snapshots" and path.parent.parent.name.startswith("models--"):
         return path.parent.parent.name.removeprefix("models--").replace("--", "/")

@@ -1,4 +1,4 @@
-"""What adding patches to a model will do, found from headers alone: seconds for any size. No torch."""
+"""Plan the addition of patches to a model from headers alone: seconds for any size. No torch."""
 
 from __future__ import annotations
 
@@ -76,12 +76,12 @@ def make_plan(parts: Sequence[Part], model: Path, *, allow_pickle: bool = False)
 
 
 def has_turned_layers(model: Path) -> bool:
-    """Whether linear layers of this model's family lie as (in, out); see `is_turned` for which."""
+    """Return whether linear layers of this model's family lie as (in, out); see `is_turned` for which."""
     return read_json(model / "config.json").get("model_type") in _TURNED_FAMILIES
 
 
 def is_turned(name: str) -> bool:
-    """Whether this tensor lies as (in, out), in a family that has such layers."""
+    """Return whether this tensor lies as (in, out), in a family that has such layers."""
     return name.removesuffix(".weight").rpartition(".")[2] in _TURNED_LAYERS
 
 
@@ -113,7 +113,7 @@ def other_base(patch: Patch, model: Path, tensors: Mapping[str, StoredTensor]) -
 
 
 def is_tied(model: Path, tensors: Mapping[str, StoredTensor]) -> bool:
-    """Whether input embedding and output head are one tensor."""
+    """Return whether input embedding and output head are one tensor."""
     return not any(head in tensors for head in HEADS) or bool(
         read_json(model / "config.json").get("tie_word_embeddings", False)
     )

@@ -1,4 +1,4 @@
-"""What an inspected patch looks like: a row per tensor, all of them as one, and a line of advice. No torch."""
+"""Show an inspected patch: a row per tensor, all of them as one, and a line of advice. No torch."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What members take, and what fits where: told from configs and headers, before anything is loaded."""
+"""Plan the memory and the devices of members from configs and headers, before anything is loaded."""

@@ -64,7 +64,7 @@ class PlannedDevice:
 
 @dataclass(frozen=True)
 class Proposal:
-    """Where each group goes, for texts of `context` tokens and `batch_size` rows.
+    """The device of each group, for texts of `context` tokens and `batch_size` rows.
 
     `missing_bytes`: what every budget lacks where nothing fits even with 4 bits; 0 where it fits. `offload_bytes`: what
     would have to be in CPU memory or on disk instead, without quantisation. `plain_context`: tokens of the longest text
@@ -81,7 +81,7 @@ class Proposal:
 
     @property
     def fits(self) -> bool:
-        """Whether every group has its place."""
+        """Return whether every group has its place."""
         return self.missing_bytes == 0
 
     def to_dict(self) -> dict[str, Any]:

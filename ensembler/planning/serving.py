@@ -36,7 +36,7 @@ class ServingPlan:
 
     @property
     def num_requests(self) -> int:
-        """How many texts of full length one server holds at the same time."""
+        """The number of texts of full length that one server holds at the same time."""
         return self.num_tokens // self.context
 
     def flags(self) -> list[str]:
@@ -115,7 +115,7 @@ def _shares(heads: Mapping[str, tuple[int, int]], num_budgets: int) -> list[int]
 
 
 def can_part(heads: tuple[int, int], num_gpus: int) -> bool:
-    """Whether a model of so many attention and key-value heads can be cut for so many GPUs.
+    """Return whether a model of so many attention and key-value heads can be cut for so many GPUs.
 
     Key-value heads are cut as long as there is one for each GPU; beyond that, each is kept several times.
     """

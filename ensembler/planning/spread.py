@@ -19,7 +19,7 @@ _KEPT_BY_QUANTIZERS = 0.9  # transformers uses this part of max_memory where bit
 
 @dataclass(frozen=True)
 class Share:
-    """What a device gets of a model: bytes with its part of the KV cache, and its limit as max_memory wants it."""
+    """A device's share of a model: bytes with its part of the KV cache, and its limit as max_memory wants it."""
 
     num_bytes: int
     limit: str

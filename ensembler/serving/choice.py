@@ -1,4 +1,4 @@
-"""Which backend runs an ensemble, transformers or vLLM, and what it can run. Loads neither."""
+"""Choose the backend that runs an ensemble, transformers or vLLM, and check that it can. Loads neither."""
 
 from __future__ import annotations
 

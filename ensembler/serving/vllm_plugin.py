@@ -1,4 +1,4 @@
-"""What makes an ensemble's folder a model of vLLM: its configuration, its class and its loader, by their names.
+"""Register an ensemble's folder as a model of vLLM: its configuration, its class and its loader, by their names.
 
 vLLM calls `register` in each of its processes, through the entry point `vllm.general_plugins`.
 """

@@ -1,4 +1,4 @@
-"""What vLLM's workers can do besides their own: change the point of the ensemble that they hold."""
+"""Extend vLLM's workers: change the point of the ensemble that they hold."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _OF_TEXTS = ("num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "syst
 
 
 class Images(BaseModel, frozen=True, extra="forbid"):
-    """What `ensembler create` takes of image classifiers: paths of files, or None."""
+    """Settings of image classifiers, as of `ensembler create`: paths of files, or None."""
 
     classes: FoundPath | None = None
     templates: FoundPath | None = None

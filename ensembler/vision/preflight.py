@@ -47,7 +47,7 @@ class ImageMember(MemberFiles):
 
     @property
     def normalize(self) -> bool:
-        """Whether its head is for features of length 1: as its file says, or where the model is a dual encoder."""
+        """Return whether its head takes features of length 1: as its file says, else for dual encoders."""
         said = None if self.head is None else self.head.normalize
         return self.model_config.model_type in DUAL_ENCODERS if said is None else said
 

@@ -1,4 +1,4 @@
-"""What the operations return. Errors are values in it, which `check_sampled` and `check_scored` turn into messages."""
+"""Results of the operations. Errors are values in it, which `check_sampled` and `check_scored` turn into messages."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class RuleWeights:
 
     @property
     def cuts(self) -> bool:
-        """Whether a cut-off forbids tokens."""
+        """Return whether a cut-off forbids tokens."""
         return self.log_cutoff > -math.inf
 
 

@@ -81,12 +81,12 @@ def _largest(
 
 
 def _slack(bar: Tensor) -> Tensor:
-    """How far below `bar` rounding may have put a logit."""
+    """Return the distance below `bar` at which rounding may have put a logit."""
     return 1e-3 + 1e-5 * bar.abs()
 
 
 def _underflows(first: Tensor, last: Tensor, tops: tuple[Tensor, Tensor]) -> bool:
-    """Whether a token starts where exp underflows and comes to matter; `first` becomes log2 of the first terms."""
+    """Return whether a token starts where exp underflows but comes to matter; `first` becomes log2 of its terms."""
     first.sub_(tops[0].unsqueeze(-1)).mul_(_LOG2E)
     if first.amin() >= _NORMAL:
         return False

@@ -26,7 +26,7 @@ _scratch = Scratch()
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why Triton cannot run on `device`, or None if it can."""
+    """Return the reason why Triton cannot run on `device`, or None if it can."""
     if device.type == "cuda" or triton.knobs.runtime.interpret:
         return None
     return f"Triton kernels run on a GPU, got device {device} (TRITON_INTERPRET=1 interprets them on the CPU)"
@@ -97,7 +97,7 @@ def combine_logprob(
 
 
 class _Call:
-    """What the kernels of one call are told: (rows, V_i) or (rows, positions, V_i) of each member, and its weights."""
+    """The arguments of one call: (rows, V_i) or (rows, positions, V_i) of each member, and its weights."""
 
     def __init__(self, logits: Sequence[Tensor], weights: Weights, rows: Tensor | None) -> None:
         anchor = logits[0]
@@ -155,7 +155,7 @@ class _Call:
 
 
 def _members(logits: Sequence[Tensor], limits: Sequence[int]) -> tuple[tuple[Any, ...], ...]:
-    """What kernels are told of members. A stride of 0 where there is one row keeps every load aligned."""
+    """Return the arguments of each member. A stride of 0 where there is one row keeps every load aligned."""
     members = []
     for z, limit in zip(logits, limits, strict=True):
         shape, strides = z.shape, z.stride()

@@ -99,7 +99,7 @@ def combine_logprob(
 
 
 class _Call:
-    """What the kernels of one call are told, and the tensors that this points to.
+    """The arguments of the kernels of one call, and the tensors that they point to.
 
     `per_point`: every row of the table counts for every output.
     """
