@@ -52,9 +52,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Reader:
-    """How one member reads ids: those from `num_held` on, which it does not hold, become `substitute` (None: it holds
-    them all).
-    """
+    """The ids that one member reads: those from `num_held` on become `substitute` (None: it holds all of them)."""
 
     role: str
     num_held: int

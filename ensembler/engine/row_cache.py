@@ -49,7 +49,7 @@ def why_not_by_row(model: PreTrainedModel) -> str | None:
 
 @dataclass(frozen=True)
 class Slots:
-    """Where the `num` new tokens of each of `num_rows` rows of the cache, from `first_row` on, are written.
+    """The slots of the `num` new tokens of each of `num_rows` rows of the cache, from `first_row` on.
 
     `start`: the slot of the first token where all rows stand together and nothing is padded. Else `index` says of each
     token its row in the cache, (rows, 1), and its slot there, (rows, num), which is the cache's room for padding; both

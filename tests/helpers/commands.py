@@ -1,4 +1,4 @@
-"""What the fixtures of conftest.py give: a function that runs the command line, one that saves a tiny member."""
+"""Types of the fixtures of conftest.py: a function that runs the command line, one that saves a tiny member."""
 
 from __future__ import annotations
 
