@@ -10,7 +10,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 
 LATEST_VENV := .venv-latest
 
-.PHONY: install demo test test-vllm test-latest lint types kernels check-kernels bench bench-kernels bench-gpu docs clean
+.PHONY: install demo test test-vllm test-latest lint types kernels check-kernels bench bench-kernels bench-gpu results docs clean
 
 install: $(STAMP)
 
@@ -24,7 +24,7 @@ DEMO_PROMPT := There are 23 shells in the market. Gwen takes 16 shells. Question
 demo: install
 	$(BIN)/ensembler inspect demo --prompt "$(DEMO_PROMPT) 23 - 16 ="
 	$(BIN)/ensembler generate demo --prompt "$(DEMO_PROMPT)" --explain
-	$(BIN)/ensembler generate demo --prompts ensembler/demo/family/data/examples.jsonl --max-new-tokens 16 --json
+	$(BIN)/ensembler generate demo --data ensembler/demo/family/data/examples.jsonl --max-new-tokens 16 --json
 
 test: install
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
@@ -78,8 +78,13 @@ bench-kernels: install
 bench-gpu:
 	$(PYTHON) benchmarks/gpu.py $(GPU)
 
+# Page, summary and pictures of each committed benchmark and sweep, from its rows into build/results; no model is run.
+results: install
+	$(BIN)/python benchmarks/make_results.py
+
 docs: install
 	$(BIN)/python docs/make_cli_reference.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) $(VLLM_VENV) $(LATEST_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

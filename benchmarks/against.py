@@ -63,7 +63,7 @@ def make_cases(folder: str) -> dict[str, Callable[[], object]]:
 
     from ensembler import EnsembleForCausalLM, MemberConfig
     from ensembler.evaluation.backends import TransformersBackend
-    from ensembler.evaluation.batches import make_batches
+    from ensembler.evaluation.request_batches import make_batches
     from ensembler.evaluation.requests import ScoringRequest
 
     complete, grid, Options, Point, EncodedPrompt = _names()
@@ -122,7 +122,7 @@ def _names() -> tuple[Any, ...]:
     from ensembler.decoding.prompts import EncodedPrompt
 
     try:
-        from ensembler.decoding.options import DecodingOptions
+        from ensembler.decoding.decoding_options import DecodingOptions
         from ensembler.decoding.texts import complete_grid, complete_prompts
         from ensembler.engine.grid import GridPoint
     except ImportError:

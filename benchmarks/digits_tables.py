@@ -1,21 +1,20 @@
-"""Print the tables of docs/vision.md from the committed results.
+"""Print the tables of the digits in docs/results.md from the committed rows.
 
     python benchmarks/digits_tables.py [FOLDER]
 
-FOLDER has summary.json, which `ensembler bench examples/recipes/digits.yaml` wrote.
+FOLDER: in place of the committed results those that `ensembler bench examples/recipes/digits.yaml` wrote there.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from markdown_tables import table
+from rows_to_figures import read_figures
 
-FOLDER = Path(__file__).parent / "results" / "bench" / "digits"
 TASKS = ("noisy", "rotated", "inverted", "occluded")
 TARGETS = {
     "same_size": "small ViT, 600 images",
@@ -27,9 +26,7 @@ Found = Mapping[str, Mapping[str, Any]]
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
-    tasks = json.loads((folder / "summary.json").read_text("utf-8"))["tasks"]
-    found = {task["experiment"]: task for task in tasks}
+    found = read_figures("bench/digits", Path(sys.argv[1]) if len(sys.argv) > 1 else None)
     for title, lines in (
         ("Accuracy on the test images, % (α)", table_2(found)),
         ("95 % intervals", intervals(found)),

@@ -7,6 +7,7 @@ what a token has to read, weights once and the cache's keys and values, at the b
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -134,7 +135,7 @@ def _grids(family: Family, options: Options) -> Iterator[Row]:
     from ensembler.decoding.decoder import Decoder
     from ensembler.engine.grid import make_grid
     from ensembler.evaluation.backends import TransformersBackend
-    from ensembler.evaluation.batches import make_batches
+    from ensembler.evaluation.request_batches import make_batches
     from ensembler.evaluation.requests import ScoringRequest
 
     model, small = family.ensemble, options.small
@@ -268,6 +269,7 @@ def _seven_b(device: torch.device) -> Family:
 
     from ensembler.adapters import CheckedAdapter
     from ensembler.engine.backbone import Backbone
+    from ensembler.patch.formats import read_patch
 
     base, target = _llama(SEVEN_B, 0, device), _llama(THIRTEEN_B, 1, device)
     names = [name for name, _ in base.named_modules() if name.rpartition(".")[2] in ("q_proj", "v_proj")]
@@ -278,7 +280,11 @@ def _seven_b(device: torch.device) -> Family:
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out, RANK) / RANK**0.5
     with tempfile.TemporaryDirectory() as folder:
         save_file(tensors, Path(folder) / "adapter_model.safetensors")
-        adapter = CheckedAdapter(folder, "LORA", dict.fromkeys(names, 1.0), sum(map(torch.numel, tensors.values())))
+        (Path(folder) / "adapter_config.json").write_text(
+            json.dumps({"peft_type": "LORA", "r": RANK, "lora_alpha": RANK})
+        )
+        patch = read_patch(Path(folder))
+        adapter = CheckedAdapter(Path(folder), "LORA", sum(map(torch.numel, tensors.values())), patch)
         backbone = Backbone(base, {"source_ft": adapter, "source_pt": None})
     return Family("7B/7B-LoRA/13B", _ensemble({**backbone.views, "target_pt": target}, [backbone]))
 

@@ -126,7 +126,7 @@ def main() -> None:
 
         def sweep(alphas: str) -> list[str]:
             which = rules if alphas == GRID else "base-change"
-            grid = ["--rules", which, "--alphas", alphas, "--output", str(folder / f"sweep{next(number)}")]
+            grid = ["--rule", which, "--alpha", alphas, "--output", str(folder / f"sweep{next(number)}")]
             return [*ENSEMBLER, "sweep", ensemble, "--task", str(task), *grid, *size]
 
         lm_eval = [*ENSEMBLER, "lm-eval", "run", "--model", "ensembler", "--tasks", str(task), "--device", "cpu"]

@@ -24,7 +24,7 @@ from measuring import RESULTS, Measured, printed_by, resident_mb, spread
 from ensembler import EnsembleForCausalLM
 from ensembler.engine.grid import GridPoint, make_grid
 from ensembler.evaluation.backends import TransformersBackend
-from ensembler.evaluation.batches import Batch, make_batches
+from ensembler.evaluation.request_batches import Batch, make_batches
 from ensembler.evaluation.requests import encode_request
 
 OUT = RESULTS / "grid_score.jsonl"

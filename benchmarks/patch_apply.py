@@ -101,10 +101,10 @@ def work(kind: str, model: Path, lora: Path, out: Path) -> dict[str, float]:
     """What a fresh process does: seconds without imports, and the peak resident size."""
     if kind == "apply":
         from ensembler.patch.apply import apply_patches
-        from ensembler.patch.plan import Part
+        from ensembler.patch.formats import read_patch
 
         start = time.perf_counter()
-        apply_patches([Part(lora)], model, out)
+        apply_patches([read_patch(lora)], model, out)
     else:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
@@ -158,9 +158,9 @@ def checked(model: Path, lora: Path) -> float:
 
 def measure(model: Path, lora: Path, out: Path, repeats: int, peft_repeats: int) -> Row:
     from ensembler import __version__
-    from ensembler.patch.headers import model_tensors
+    from ensembler.safetensors_files import read_model
 
-    tensors = model_tensors(model).values()
+    tensors = read_model(model).tensors.values()
     copies, patches = [], []
     for repeat in range(repeats + 1):
         pair = {}
@@ -208,7 +208,7 @@ def spread(values: list[float]) -> tuple[float, float]:
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
-    """The table of docs/patches.md, a column for every row."""
+    """The table of docs/results-speed.md and more, a column for every row."""
     print("| | " + " | ".join(row["model"] for row in rows) + " |")
     print("|---" * (len(rows) + 1) + "|")
     lines: dict[str, Callable[[dict[str, Any]], str]] = {

@@ -23,13 +23,13 @@ import time
 from pathlib import Path
 
 from ensembler.patch.apply import apply_patches
-from ensembler.patch.plan import Part
+from ensembler.patch.formats import read_patch
 
 RESULTS = Path(__file__).parent / "results" / "patch_kill.jsonl"
 CHILD = (
     "import sys; from pathlib import Path; from ensembler.patch.apply import apply_patches; "
-    "from ensembler.patch.plan import Part; print('ready', flush=True); "
-    "apply_patches([Part(Path(sys.argv[1]))], Path(sys.argv[2]), Path(sys.argv[3]))"
+    "from ensembler.patch.formats import read_patch; print('ready', flush=True); "
+    "apply_patches([read_patch(Path(sys.argv[1]))], Path(sys.argv[2]), Path(sys.argv[3]))"
 )
 
 
@@ -50,7 +50,9 @@ def main() -> None:
     whole = absent = damaged = leftovers = 0
     with tempfile.TemporaryDirectory() as place:
         out = Path(place) / "out"
-        seconds = apply_patches([Part(args.patch)], args.model, out).seconds
+        start = time.perf_counter()
+        apply_patches([read_patch(args.patch)], args.model, out)
+        seconds = time.perf_counter() - start
         expected = hashes(out)
         for _ in range(args.kills):
             shutil.rmtree(out, ignore_errors=True)
@@ -64,7 +66,7 @@ def main() -> None:
                 whole += 1
             else:
                 absent += 1
-                apply_patches([Part(args.patch)], args.model, out)
+                apply_patches([read_patch(args.patch)], args.model, out)
             damaged += hashes(out) != expected
             for partial in Path(place).glob(".out.*"):
                 leftovers += 1

@@ -1,9 +1,10 @@
-"""Print the tables of docs/results.md from the committed results.
+"""Print the tables of docs/results.md from the committed rows.
 
     python benchmarks/portllm_tables.py [FOLDER]
 
-FOLDER has summary.json, which `ensembler bench examples/recipes/smollm2.yaml` wrote, and for each task
-inspect_TASK.json: the overall part of what this prints, in the folder of the models:
+FOLDER: in place of the committed results those that `ensembler bench examples/recipes/smollm2.yaml` wrote there. Beside
+them are inspect_TASK.json, for each task the overall part of what this prints in the folder of the models, and
+../demo, the results of `ensembler bench demo`:
 
     ensembler patch inspect patch_TASK --to theta_1 --base theta --other direct_TASK --json
 """
@@ -17,24 +18,23 @@ from pathlib import Path
 from typing import Any
 
 from markdown_tables import table
+from rows_to_figures import RESULTS, read_figures
 
 from ensembler.evaluation.figures import NAMES
 
-FOLDER = Path(__file__).parent / "results" / "bench" / "smollm2"
 TASKS = {"sst2": "SST-2", "mrpc": "MRPC", "wnli": "WNLI", "boolq": "BoolQ"}
 RANKS = (2, 4, 8, 16, 32)
 Methods = Mapping[str, Mapping[str, Any]]
 
 
 def main() -> None:
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
-    summary = json.loads((folder / "summary.json").read_text("utf-8"))
-    found = {task["experiment"]: task for task in summary["tasks"]}
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS / "bench" / "smollm2"
+    found = read_figures("bench/smollm2", folder)
     methods = {name: {one["method"]: one for one in task["methods"]} for name, task in found.items()}
     inspected = {task: json.loads((folder / f"inspect_{task}.json").read_text("utf-8")) for task in TASKS}
-    family = json.loads((folder.parent / "demo" / "summary.json").read_text("utf-8"))["tasks"]
+    family = read_figures("bench/demo", folder.parent / "demo")
     for title, lines in (
-        *((f"The embedded family, {task['experiment']}", embedded(task)) for task in family),
+        *((f"The embedded family, {name}", embedded(task)) for name, task in family.items()),
         ("Base-change, table 1", base_change(methods)),
         ("PortLLM, table 2", portllm_2(methods)),
         ("Compared on the same examples", compared(found)),
@@ -49,7 +49,7 @@ def main() -> None:
 
 
 def embedded(task: Mapping[str, Any]) -> Iterator[str]:
-    """A task of `ensembler bench demo`, whose summary stands beside FOLDER."""
+    """A task of `ensembler bench demo`."""
 
     def cells(method: Mapping[str, Any]) -> Iterator[str]:
         test, speed = method["test"], method["cost"]["tokens_per_second"]

@@ -1,6 +1,6 @@
 """What a shared header saves: the prefill of prompts that begin alike, read whole and with the header read once.
 
-    python benchmarks/prefix_reuse.py [MODEL] [--prompts 8] [--header 400] [--rest 24] [--repeats 7]
+    python benchmarks/prefix_reuse.py [MODEL] [--data 8] [--header 400] [--rest 24] [--repeats 7]
 
 MODEL is a folder (default: models/smollm2), loaded three times, as source FT, source PT and target PT. Three ways to
 the first new token of every prompt, timed by turns in one process: `shared`, as `ensembler generate` does it; `whole`,
@@ -28,8 +28,8 @@ from measuring import RESULTS, Measured, printed_by, resident_mb, spread
 from transformers import AutoTokenizer
 
 from ensembler import EnsembleForCausalLM
-from ensembler.decoding.batches import pad_left
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
+from ensembler.decoding.prompt_batches import pad_left
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.texts import complete_prompts
 
@@ -112,7 +112,7 @@ def peak_memory(kind: str, args: argparse.Namespace) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?", default=Path("models/smollm2"))
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--data", type=int, default=8)
     parser.add_argument("--header", type=int, default=400)
     parser.add_argument("--rest", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=7)

@@ -11,7 +11,7 @@ engine without it), the target alone, and the loop that people write: three mode
 combination, next token. `equal`: SOURCE three times, where no draft is cheap: --draft auto and --draft source_pt
 against plain. `demo`: the same with the embedded family.
 
-Prompts are lines of `--prompts` (text, or JSON lines with a text under 'prompt'), each continued by exactly `--tokens`
+Prompts are lines of `--data` (text, or JSON lines with a text under 'prompt'), each continued by exactly `--tokens`
 tokens, alone. One repeat is all prompts with every way by turns; ratios are medians of the repeats' own ratios. Peak
 memory is the largest resident size of a fresh process for each way, less that of one that only imports. Each rule and
 way of sampling appends one JSON row to benchmarks/results/speculative.jsonl.
@@ -255,7 +255,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, action="append")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--factor", type=float, default=4.0)
-    parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--data", type=Path)
     parser.add_argument("--limit", type=int, default=6, help="prompts")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)

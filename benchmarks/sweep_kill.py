@@ -19,8 +19,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ensembler.evaluation.export import lines
 from ensembler.evaluation.provenance import versions
+from ensembler.evaluation.results_export import lines
 from ensembler.evaluation.results_file import FILE, open_results
 
 RESULTS = Path(__file__).parent / "results" / "sweep_kill.jsonl"
@@ -40,7 +40,7 @@ class Row:
 
 
 def command(out: Path, limit: int) -> list[str]:
-    flags = ["--rules", "base-change,eft", "--validation", "validation", "--limit", str(limit), "--batch-size", "2"]
+    flags = ["--rule", "base-change,eft", "--validation", "validation", "--limit", str(limit), "--batch-size", "2"]
     return [sys.executable, "-m", "ensembler", "sweep", "demo", *flags, "--output", str(out)]
 
 

@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from ensembler.config import EnsembleConfig, MemberConfig
     from ensembler.engine.ensemble_cache import EnsembleCache
     from ensembler.errors import EnsemblerError
-    from ensembler.evaluation.score_rows import score
+    from ensembler.evaluation.backends import score
     from ensembler.modeling import EnsembleForCausalLM
     from ensembler.rules import register_rule
-    from ensembler.vision.modeling import EnsembleForImageClassification
+    from ensembler.vision.image_modeling import EnsembleForImageClassification
 
 _MODULES = {
     "EnsembleCache": "ensembler.engine.ensemble_cache",
     "EnsembleConfig": "ensembler.config",
     "EnsembleForCausalLM": "ensembler.modeling",
-    "EnsembleForImageClassification": "ensembler.vision.modeling",
+    "EnsembleForImageClassification": "ensembler.vision.image_modeling",
     "EnsemblerError": "ensembler.errors",
     "MemberConfig": "ensembler.config",
     "register_rule": "ensembler.rules",
-    "score": "ensembler.evaluation.score_rows",
+    "score": "ensembler.evaluation.backends",
 }
 
 register_when_loaded()

@@ -6,6 +6,7 @@
     │   ├── MemberError         a model, an adapter or their files
     │   │   └── HubError        a hub that cannot be reached: no other of its models can be found either
     │   ├── PatchError          a patch, or a model that it does not fit
+    │   │   └── UnsupportedPatchError   an adapter that is no sum with the weights
     │   ├── VocabularyError     members that do not share a vocabulary
     │   ├── ClassesError        image classifiers that do not share their classes
     │   ├── ImageError          an image or a folder of images
@@ -49,6 +50,10 @@ class HubError(MemberError):
 
 class PatchError(InputError):
     """A patch is damaged, of a kind that cannot be added to weights, or does not fit the model."""
+
+
+class UnsupportedPatchError(PatchError):
+    """An adapter is of a kind that is no sum with the weights: PEFT may run it, and it cannot be added to them."""
 
 
 class VocabularyError(InputError):

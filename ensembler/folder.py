@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ensembler.config import EnsembleConfig, MemberConfig, check_known
-from ensembler.errors import ConfigError, OutputError
-from ensembler.files import write_whole
+from ensembler.errors import ConfigError, MemberError, OutputError
+from ensembler.files import find_file, find_folder, read_json, scratch_beside, write_whole
 from ensembler.preflight import CheckedEnsemble
 
 CONFIG = "config.json"
@@ -46,22 +46,23 @@ REPLACED = {
 
 @dataclass(frozen=True)
 class Copy:
-    """A member to be saved inside the folder, with its own tokenizer if it has one; `load` returns it."""
+    """A member to be saved inside the folder: the model that `load` returns, and its tokenizer or image processor."""
 
     load: Callable[[], PreTrainedModel]
-    tokenizer: Any | None
+    processors: tuple[Any, ...] = ()
 
     def save(self, folder: Path) -> None:
         model = self.load()
-        generation_config, model.generation_config = model.generation_config, GenerationConfig()
+        generation_config = getattr(model, "generation_config", None)  # an image classifier has none
+        model.generation_config = GenerationConfig()
         try:
             model.save_pretrained(folder)
         finally:
             model.generation_config = generation_config
         if generation_config is not None:
             _write_generation_config(generation_config, folder)
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
+        for processor in self.processors:
+            processor.save_pretrained(folder)
 
 
 def named(member: object) -> Any:
@@ -84,12 +85,11 @@ def find(name: str | Path, **hub_options: Any) -> Path:
     if path.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
         raise ConfigError(f"there is no folder {path}; make one with: ensembler create")
     try:
-        _check_kind(_read_json(Path(hf_hub_download(str(name), CONFIG, **hub_options))), name)
-        return Path(snapshot_download(str(name), **hub_options))
-    except (OSError, HfHubHTTPError) as error:
-        offline = isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled)
-        reason = "the hub cannot be reached (offline)" if offline else "it is not on the hub either"
-        raise ConfigError(f"{str(name)!r} is no folder here, and {reason}; make one with: ensembler create") from error
+        config = find_file(str(name), CONFIG, **hub_options)  # first: a model that is no ensemble is not fetched
+        _check_kind({} if config is None else read_json(config, ConfigError), name)
+        return find_folder(str(name), **hub_options)
+    except MemberError as error:
+        raise ConfigError(f"{error}; make one with: ensembler create") from error
 
 
 def load(
@@ -125,20 +125,13 @@ def load(
 
 def read(folder: Path) -> EnsembleConfig:
     """Return the configuration of an ensemble's folder, with the paths of members made absolute."""
-    content = _read_json(folder / CONFIG)
+    content = read_json(folder / CONFIG, ConfigError)
     _check_kind(content, folder)
     return located(EnsembleConfig(**{"members": None, **content}), folder)
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _check_kind(content: Any, name: str | Path) -> None:
-    kind = content.get("model_type") if isinstance(content, dict) else None
+def _check_kind(content: Mapping[str, Any], name: str | Path) -> None:
+    kind = content.get("model_type")
     if kind != EnsembleConfig.model_type:
         raise ConfigError(
             f"{name} is of model type {kind!r}, not an ensemble; give it as a member (--source-ft ...) or make an "
@@ -169,17 +162,17 @@ def write(
     """
     folder = folder.expanduser().resolve()
     _check_place(folder, overwrite=overwrite)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be made: {error.strerror}; choose another place") from error
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
-        made = Path(partial) / "made"
+    with scratch_beside(folder) as scratch:
+        made = scratch / "made"
         made.mkdir()
         members = {role: _relative(member, folder) for role, member in config.members.items()}
         for role, copy in (copies or {}).items():
             copy.save(made / role)
-            members[role] = replace(members[role], model=f"./{role}", adapter=None, revision=None)
+            head = config.members[role].head
+            if head is not None:
+                head = f"./{role}/head.safetensors"
+                shutil.copyfile(str(config.members[role].head), made / head)
+            members[role] = replace(members[role], model=f"./{role}", adapter=None, revision=None, head=head)
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
         if generation_config is not None:
@@ -192,36 +185,53 @@ def write(
         names = {entry.name for entry in made.iterdir()}
         for entry in sorted(made.iterdir(), key=lambda entry: entry.name == CONFIG):
             if (folder / entry.name).is_dir():
-                (folder / entry.name).rename(Path(partial) / f"old {entry.name}")
+                (folder / entry.name).rename(scratch / f"old {entry.name}")
             entry.replace(folder / entry.name)
         for name in REPLACED - names:
             (folder / name).unlink(missing_ok=True)
 
 
-def check_on_hub(config: EnsembleConfig) -> None:
-    """Raise ConfigError where a member or its adapter is a folder of this machine."""
-    for role, member in config.members.items():
-        for name in filter(None, (member.model, member.adapter)):
-            if Path(name).expanduser().exists():
-                raise ConfigError(
-                    f"{role} is the local folder {name}, which is not on the hub; push with copy_members=True, or make "
-                    "the ensemble from hub ids"
-                )
+class PushedFolder:
+    """`push_to_hub` of an ensemble, which uploads the folder that its `save_pretrained` writes."""
 
+    config: EnsembleConfig
+    save_pretrained: Callable[..., None]
 
-def push(
-    write: Callable[[Path], None], repo_id: str, *, private: bool | None, token: bool | str | None, **commit: Any
-) -> str:
-    """Upload the folder that `write` makes to `repo_id`, which is made where it is missing; return the commit's URL.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        copy_members: bool = False,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        commit_message: str = "Upload ensemble",
+    ) -> str:
+        """Upload the folder to the hub, into a repository that is made where it is missing; return the commit's URL.
 
-    `commit`: the options of `HfApi.upload_folder`.
-    """
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place) / "ensemble"
-        write(folder)
-        api = HfApi(token=token, library_name="ensembler")
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **commit))
+        Members that are hub ids stay references; local ones, and local heads, need `copy_members`, which uploads all
+        members. The other arguments are those of `huggingface_hub`. Raises ConfigError for a local member before
+        anything is sent.
+        """
+        if not copy_members:
+            self._check_on_hub()
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place) / "ensemble"
+            self.save_pretrained(folder, copy_members=copy_members)
+            api = HfApi(token=token, library_name="ensembler")
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            commit = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **commit))
+
+    def _check_on_hub(self) -> None:
+        for role, member in self.config.members.items():
+            for name in filter(None, (member.model, member.adapter, member.head)):
+                if Path(name).expanduser().exists():
+                    raise ConfigError(
+                        f"{role} names {name} on this machine, which is not on the hub; push with copy_members=True, "
+                        "or make the ensemble from hub ids"
+                    )
 
 
 def _check_place(folder: Path, *, overwrite: bool) -> None:
@@ -246,7 +256,7 @@ def set_point(folder: Path, rule: str, alpha: float) -> None:
 
     What belongs to another rule alone, as its numbers or a cutoff, is taken out.
     """
-    content = _read_json(folder / CONFIG)
+    content = read_json(folder / CONFIG, ConfigError)
     _check_kind(content, folder)
     if content.get("rule", EnsembleConfig.rule) != rule:
         content = {key: value for key, value in content.items() if key not in _NUMBERS_OF_RULES}

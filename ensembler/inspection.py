@@ -12,11 +12,10 @@ from torch import nn
 from ensembler.config import MemberConfig
 from ensembler.engine.members import MemberFiles, group_members
 from ensembler.errors import MemberError
-from ensembler.patch.headers import fingerprint, stored_tensors
-from ensembler.planning.measuring import loaded_bytes, measure_group, member_dtype, stored_parameters
+from ensembler.files import is_local
+from ensembler.planning.member_sizes import loaded_bytes, measure_group, member_dtype, stored_parameters
 from ensembler.preflight import CheckedEnsemble
-from ensembler.sources import is_local
-from ensembler.weights import weight_files
+from ensembler.safetensors_files import fingerprint, stored_tensors, weight_files
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 

@@ -36,7 +36,7 @@ from ensembler.vocab import VocabularyContract
 _logger = logging.get_logger(__name__)
 
 
-class EnsembleForCausalLM(PreTrainedModel, EnsembleGeneration, GenerationMixin):  # type: ignore[misc,unused-ignore]
+class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGeneration, GenerationMixin):  # type: ignore[misc,unused-ignore]
     """Members combined by a rule, as one causal language model.
 
     Make one with `from_members` or `from_pretrained`. `members` is a ModuleDict by role, the anchor first; `contract`
@@ -195,7 +195,7 @@ class EnsembleForCausalLM(PreTrainedModel, EnsembleGeneration, GenerationMixin):
             raise ConfigError("alpha is a tensor with one value per row; set it to a number before saving")
         config = self.config
         copies = {
-            role: folders.Copy(partial(self._whole, role), self._files[role].tokenizer if role in self._files else None)
+            role: folders.Copy(partial(self._whole, role), self._tokenizers(role))
             for role in self.members
             if copy_members or config.members[role].model == folders.IN_MEMORY
         }
@@ -208,31 +208,14 @@ class EnsembleForCausalLM(PreTrainedModel, EnsembleGeneration, GenerationMixin):
             overwrite=overwrite,
         )
 
-    def push_to_hub(  # type: ignore[override,unused-ignore]
-        self,
-        repo_id: str,
-        *,
-        copy_members: bool = False,
-        private: bool | None = None,
-        token: bool | str | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        commit_message: str = "Upload ensemble",
-    ) -> str:
-        """Upload the folder that `save_pretrained` writes to the hub, and return the address of the commit.
-
-        Members that are hub ids stay references; local ones need `copy_members`, which uploads all members. The
-        other arguments are those of `huggingface_hub`. Raises ConfigError for a local member before anything is sent.
-        """
-        if not copy_members:
-            folders.check_on_hub(self.config)
-        write = partial(self.save_pretrained, copy_members=copy_members)
-        to = {"revision": revision, "create_pr": create_pr, "commit_message": commit_message}
-        return folders.push(write, repo_id, private=private, token=token, **to)
-
     def _whole(self, role: str) -> PreTrainedModel:
         """The member as one model with its adapter merged."""
         return load_whole(self.members[role], self._files.get(role), self.member_set.backbones)
+
+    def _tokenizers(self, role: str) -> tuple[Any, ...]:
+        """The member's own tokenizer, if it has one."""
+        tokenizer = self._files[role].tokenizer if role in self._files else None
+        return () if tokenizer is None else (tokenizer,)
 
     # -- what it is ---------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ensembler.config import TEXTS, EnsembleConfig, check_roles
 from ensembler.engine.members import MemberFiles, check_member, shortest_context, split_backbones
 from ensembler.errors import ConfigError, MemberError, VocabularyError
-from ensembler.sources import one_line
+from ensembler.files import one_line
 from ensembler.vocab import VocabularyContract, make_contract, read_vocabulary
 
 _logger = logging.get_logger(__name__)

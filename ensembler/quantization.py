@@ -47,12 +47,10 @@ class Quantization:
             return value
         if isinstance(value, str):
             method, *details = value.split(":")
-            double = "double" in details
             dtypes = [detail for detail in details if detail != "double"]
             if len(dtypes) > 1 or len(details) > len(set(details)) or "" in details:
                 raise ConfigError(f"quantization {value!r} is not of the form METHOD[:COMPUTE_DTYPE][:double]")
-            method = method if method.startswith("bnb-") else f"bnb-{method}"
-            return cls(method, dtypes[0] if dtypes else None, double)
+            return cls(f"bnb-{method.removeprefix('bnb-')}", dtypes[0] if dtypes else None, "double" in details)
         if not isinstance(value, Mapping):
             raise ConfigError(f"quantization is {value!r}; expected one of {', '.join(METHODS)}, or a mapping")
         known = {entry.name for entry in fields(cls)}
@@ -74,6 +72,4 @@ class Quantization:
         return self.method if len(content) == 1 else content
 
     def __str__(self) -> str:
-        return ":".join(
-            [self.method, *([self.compute_dtype] if self.compute_dtype else []), *["double"] * self.double_quant]
-        )
+        return ":".join(filter(None, (self.method, self.compute_dtype, "double" if self.double_quant else None)))

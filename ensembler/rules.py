@@ -223,20 +223,20 @@ def _checked_cutoff(cutoff: float | None) -> float | None:
 
 
 def parse_alphas(text: str) -> tuple[float, ...]:
-    """Return the numbers of FIRST:LAST:STEP, both ends among them, or of A,B,...; raise ConfigError."""
+    """Return the numbers of a grid: A, or A,B,..., or FIRST:LAST:STEP with both ends; raise ConfigError."""
     parts = text.split(":")
     try:
         numbers = [float(part) for part in (parts if len(parts) > 1 else text.split(","))]
     except ValueError:
         numbers = []
     if not numbers or not all(map(math.isfinite, numbers)) or len(parts) not in (1, 3):
-        raise ConfigError(f"the alphas {text!r} are no grid; expected FIRST:LAST:STEP as 0:1.5:0.1, or 0,0.5,1")
+        raise ConfigError(f"alpha is {text!r}; expected a number, or a grid: 0,0.5,1 or 0:1.5:0.1 (first:last:step)")
     if len(parts) == 1:
         return tuple(numbers)
     first, last, step = numbers
     if step <= 0 or last < first:
-        raise ConfigError(f"the alphas {text!r} are empty; expected FIRST:LAST:STEP with a step above 0, upwards")
+        raise ConfigError(f"alpha is {text!r}, an empty grid; expected first:last:step with a step above 0, upwards")
     num = math.floor((last - first) / step + 1e-9) + 1
     if num > _MOST_ALPHAS:
-        raise ConfigError(f"the alphas {text!r} are {num:,} numbers; give at most {_MOST_ALPHAS:,}")
+        raise ConfigError(f"alpha is {text!r}, a grid of {num:,}; give at most {_MOST_ALPHAS:,}")
     return tuple(round(first + index * step, 10) + 0.0 for index in range(num))

@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.patch.apply import apply_patches
-from ensembler.patch.plan import Part
+from ensembler.patch.formats import read_patch
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TASKS = Path(__file__).parent / "recipes" / "smollm2"
@@ -77,7 +77,7 @@ def main() -> None:
         text = data / "text" / name
         tune(before, update, tokenizer, lambda text=text: pieces(text, tokenizer), rank=64, learning_rate=1e-4)
         if not after.exists():
-            apply_patches([Part(update)], before, after)
+            apply_patches([read_patch(update)], before, after)
         before = after
     for task in DATA:
         rows = rows_of(task, out, tokenizer)

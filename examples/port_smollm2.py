@@ -2,7 +2,7 @@
 
     python examples/port_smollm2.py BASE DATA OUT
 
-BASE is the folder of a model θ, SmolLM2-135M-Instruct in docs/patches.md, DATA one with sst2/train_3000.jsonl,
+BASE is the folder of a model θ, SmolLM2-135M-Instruct in docs/results-speed.md, DATA one with sst2/train_3000.jsonl,
 sst2/dev.jsonl and text/*.txt, OUT the folder to make:
 
     OUT/patch            Δθ_i: LoRA of θ (r = 8, lr 4e-4, all attention and MLP matrices) on SST-2
@@ -14,8 +14,8 @@ sst2/dev.jsonl and text/*.txt, OUT the folder to make:
     OUT/patched_updated  θ′_i = θ′ + Δθ′_i
     OUT/rows.jsonl       a row per model (accuracy on SST-2 dev) and one with the norms of the paper's Table 1
 
-Epochs are the paper's (5 for SST-2, 4 for the text), which wants a GPU. The figures in docs/patches.md are of two CPU
-cores: --reviews 960 --epochs 1 --text-pieces 400 --text-epochs 1. A finished part is not made again.
+Epochs are the paper's (5 for SST-2, 4 for the text), which wants a GPU. The figures in docs/results-speed.md are of two
+CPU cores: --reviews 960 --epochs 1 --text-pieces 400 --text-epochs 1. A finished part is not made again.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ensembler.patch.apply import apply_patches
-from ensembler.patch.inspect import inspect_patch
-from ensembler.patch.plan import Part
+from ensembler.patch.formats import read_patch
+from ensembler.patch.geometry import inspect_patch
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS = {"reviews": 12, "pieces": 4}  # of a batch
@@ -95,7 +95,8 @@ def main() -> None:
             row = {"accuracy": correct / len(dev), "standard_error": error, "correct": correct, "rows": len(dev)}
             append(results, {"name": name, **row, **settings})
     if "Table 1" not in written:
-        report = inspect_patch(out / "patch", model=out / "updated", base=args.base, other=out / "patch_updated")
+        patch, other = read_patch(out / "patch"), read_patch(out / "patch_updated")
+        report = inspect_patch(patch, model=out / "updated", base=args.base, other=other)
         append(results, {"name": "Table 1", **report.overall(), **settings})
 
 
@@ -110,7 +111,7 @@ def append(results: Path, row: dict[str, Any]) -> None:
 
 
 def print_tables(rows: list[dict[str, Any]]) -> None:
-    """The tables of docs/patches.md."""
+    """Print the accuracies, which are in docs/results-speed.md, and Table 1."""
     print("| model | SST-2 dev accuracy | standard error | correct |")
     print("|---|---|---|---|")
     for row in rows:
@@ -174,7 +175,7 @@ def train_lora(
 
 def add(patch: Path, model: Path, out: Path) -> None:
     if not out.exists():
-        apply_patches([Part(patch)], model, out)
+        apply_patches([read_patch(patch)], model, out)
 
 
 @torch.inference_mode()

@@ -2,7 +2,7 @@
 
 python kernels/compile_check.py [--write]: fails if a kernel spills registers or does not read its members by 128-bit
 global loads. Prints what each kernel needs, and the time floor that its bytes imply; `--write` puts this into
-docs/kernels.md. Nothing here is measured: the floor is bytes divided by the bandwidth that NVIDIA states.
+compiled.md. Nothing here is measured: the floor is bytes divided by the bandwidth that NVIDIA states.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ from ensembler_kernels.cuda.build import ARCHITECTURES, HERE, NVCC_FLAGS, code_f
 from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.compiler import ASTSource  # type: ignore[import-untyped]
 
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "kernels.md"
-BEGIN, END = "<!-- compile check: begin -->", "<!-- compile check: end -->"
+DOCUMENT = Path(__file__).with_name("compiled.md")
 
 H100_BANDWIDTH = 3.35e12  # bytes per second: H100 SXM5 data sheet
 WIDTH, NUM_MEMBERS, NUM_ALPHAS = 151_936, 3, 16  # of the table: Qwen2.5's vocabulary, a log-ratio, a usual grid
@@ -275,14 +274,6 @@ def table(codes: Sequence[Code]) -> str:
     return "\n".join(lines)
 
 
-def write(text: str) -> None:
-    """Put the table between the markers of docs/kernels.md."""
-    document = DOCUMENT.read_text(encoding="utf-8")
-    before, rest = document.split(BEGIN)
-    _, after = rest.split(END)
-    DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
 def _nvcc_version() -> str:
     said = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
     found = re.search(r"release ([\d.]+)", said)
@@ -291,7 +282,7 @@ def _nvcc_version() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"put the table into {DOCUMENT.name}")
+    parser.add_argument("--write", action="store_true", help=f"write the table to {DOCUMENT.name}")
     arguments = parser.parse_args()
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: expected a run without it, because it compiles nothing")
@@ -302,7 +293,7 @@ def main() -> int:
     text = table(codes)
     print(text)
     if arguments.write:
-        write(text)
+        DOCUMENT.write_text(f"# Compiled kernels\n\n{text}\n", encoding="utf-8")
     faults = [fault for code in codes for fault in code.faults]
     print(f"\n{len(codes)} compiled kernels looked at, {len(faults)} faults", file=sys.stderr)
     for fault in faults:

@@ -19,8 +19,8 @@ KERNELS = ROOT.parent / "kernels" / "ensembler_kernels"
 # From the bottom up; a module may import its own layer and those below. Folders stand for all their modules.
 LAYERS = (
     {"errors", "launch", "files", "auto_classes", ""},
-    {"vocab", "rules", "config", "class_names", "quantization", "weights", "sources", "extras"},
-    {"patch", "adapters", "merging"},
+    {"vocab", "rules", "config", "quantization", "safetensors_files", "extras"},
+    {"patch", "adapters"},
     {"engine", "planning", "preflight", "folder"},
     {"inspection"},
     {"modeling", "generation"},
@@ -118,6 +118,12 @@ def test_what_evaluates_and_serves_is_imported_in_one_direction() -> None:
     assert not {(here, there) for here, there in peers if (there, here) in peers}
 
 
+def test_file_names_are_unique_and_no_file_is_long() -> None:
+    paths = [path for path in modules() if path.name != "__init__.py"]
+    assert len({path.name for path in paths}) == len(paths)
+    assert {path: lines for path in paths if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400} == {}
+
+
 def test_exported_names() -> None:
     expected = ["EnsembleCache", "EnsembleConfig", "EnsembleForCausalLM", "EnsembleForImageClassification"]
     expected += ["EnsemblerError", "MemberConfig", "register_rule", "score"]
@@ -141,8 +147,8 @@ def test_exported_kernels() -> None:
     [
         "import ensembler",
         "import ensembler; dir(ensembler); ensembler.__version__",
-        "import ensembler.errors, ensembler.rules, ensembler.vocab, ensembler.weights",
-        "import ensembler.patch.plan, ensembler.patch.layout",
+        "import ensembler.errors, ensembler.rules, ensembler.vocab, ensembler.safetensors_files",
+        "import ensembler.patch.patch_plan",
         "import ensembler.cli.main",
         "from ensembler import EnsemblerError",
         "import sys, runpy; sys.argv = ['ensembler', '--help']\n"

@@ -15,7 +15,7 @@ from helpers.tiny import random_ids
 from huggingface_hub import HfApi
 from transformers import PreTrainedModel
 
-from ensembler import EnsembleForCausalLM, MemberConfig
+from ensembler import EnsembleForCausalLM, EnsembleForImageClassification, MemberConfig
 from ensembler.errors import ConfigError
 from ensembler.folder import IN_MEMORY
 
@@ -82,7 +82,9 @@ def test_a_push_with_copies_stands_alone(
 def test_a_push_of_local_members_is_refused_before_anything_is_sent(
     made: EnsembleForCausalLM, folders: dict[str, Path], hub: FakeHub
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"target_pt is the local folder {folders['target_pt']}.*copy_members=True"):
+    with pytest.raises(
+        ConfigError, match=rf"target_pt names {folders['target_pt']} on this machine.*copy_members=True"
+    ):
         made.push_to_hub("me/ens")
     assert hub.calls == []
 
@@ -96,3 +98,38 @@ def test_a_push_names_members_by_their_hub_ids(made: EnsembleForCausalLM, tmp_pa
     assert written["target_pt"] == {"model": "org/target_pt", "revision": "v1"}
     assert written["source_ft"] == {"model": "./source_ft"}
     assert (tmp_path / "hub" / "me" / "ens" / "source_ft" / "model.safetensors").is_file()
+
+
+@torch.no_grad()
+def test_image_classifiers_are_pushed_with_heads_and_what_prepares_images(
+    tmp_path: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A classifier, a tower with a head of its own, and a zero-shot member."""
+    pytest.importorskip("PIL")
+    from helpers.vision_cases import CLASSES, random_images, save_clip, save_dinov2, save_head, save_vit
+
+    monkeypatch.setattr("ensembler.vision.zero_shot.cache_folder", lambda: tmp_path / "heads")
+    files = tmp_path / "files"
+    tower = MemberConfig(
+        str(save_dinov2(files / "dinov2", head=False)), head=str(save_head(files / "head.safetensors", 16))
+    )
+    members = {"source_ft": tower, "source_pt": save_vit(files / "vit"), "target_pt": save_clip(files / "clip")}
+    made = EnsembleForImageClassification.from_members(alpha=0.4, members=members, classes=list(CLASSES))
+    images = random_images(3)
+    before = made(made.prepare(images)).logits
+    with pytest.raises(ConfigError, match=r"source_ft names .*dinov2 on this machine"):
+        made.push_to_hub("me/images")
+    assert hub.calls == []
+    made.push_to_hub("me/images", copy_members=True)
+    shutil.rmtree(files)
+    shutil.rmtree(tmp_path / "heads")
+    pushed = EnsembleForImageClassification.from_pretrained(tmp_path / "hub" / "me" / "images")
+    assert torch.equal(pushed(pushed.prepare(images)).logits, before)
+
+
+def test_a_local_head_of_a_model_on_the_hub_is_refused(tmp_path: Path, hub: FakeHub) -> None:
+    (tmp_path / "head.safetensors").write_bytes(b"")
+    member = MemberConfig("org/tower", head=str(tmp_path / "head.safetensors"))
+    ensemble = SimpleNamespace(config=SimpleNamespace(members={"source_ft": member}))
+    with pytest.raises(ConfigError, match=r"source_ft names .*head.safetensors on this machine"):
+        EnsembleForImageClassification._check_on_hub(ensemble)

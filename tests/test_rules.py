@@ -207,7 +207,7 @@ def test_a_sweep_of_a_registered_rule(half: Rule, folders: dict[str, Path], run:
     )
     members = [part for role, folder in folders.items() for part in (f"--{role.replace('_', '-')}", folder)]
     task = ["--data", tmp_path / "d.jsonl", "--prompt", "{q}", "--answer", "{a}"]
-    flags = [*members, *task, "--rules", "base-change,half", "--alphas", "0.4,0.8", "--output", tmp_path / "out"]
+    flags = [*members, *task, "--rule", "base-change,half", "--alpha", "0.4,0.8", "--output", tmp_path / "out"]
     result = run("sweep", *flags)
     assert result.code == 0, result.err
     assert run("export", tmp_path / "out", "--output", tmp_path / "rows.jsonl").code == 0

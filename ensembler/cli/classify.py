@@ -8,25 +8,29 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ensembler.cli.image_notices import say_others
-from ensembler.cli.options import EnsembleOptions
+from ensembler.cli.command_class import Command, log, section
+from ensembler.cli.ensemble_options import EnsembleOptions
+from ensembler.cli.image_options import say_others
+from ensembler.cli.option_groups import PATH, files, point_options, strict_option
 from ensembler.errors import RunError
 
 if TYPE_CHECKING:
-    from ensembler.vision.modeling import EnsembleForImageClassification
+    from ensembler.vision.image_modeling import EnsembleForImageClassification
 
 
-@click.command()
+_classes, _devices = section("Images"), section("Devices")
+
+
+@click.command(cls=Command)
 @click.argument("ensemble")
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...|FOLDER")
-@click.option("--rule", metavar="RULE", help="In place of the folder's.")
-@click.option("--alpha", type=float, help="Strength of the log-ratio; 0 is the anchor.  [default: folder's]")
-@click.option("--top-k", type=click.IntRange(1), default=5, show_default=True, help="Classes shown of each image.")
-@click.option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images run together.")
-@click.option("--dtype", multiple=True, metavar="[ROLE=]DTYPE", help="auto, float32, bfloat16 or float16.")
-@click.option("--device", multiple=True, metavar="[ROLE=]DEVICE", help="cpu, cuda:1 ...")
-@click.option("--strict", is_flag=True, help="Stop at an image that cannot be read, in place of skipping it.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
+@click.argument("images", nargs=-1, required=True, type=PATH, metavar="IMAGE...|FOLDER")
+@point_options
+@_classes("--top-k", type=click.IntRange(1), default=5, show_default=True, help="Classes shown of each image.")
+@_classes("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images run together.")
+@_devices("--dtype", multiple=True, metavar="[ROLE=]DTYPE", help="auto, float32, bfloat16 or float16.")
+@_devices("--device", multiple=True, metavar="[ROLE=]DEVICE", help="cpu, cuda:1 ...")
+@strict_option
+@files("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 def classify(
     ensemble: str,
     images: tuple[Path, ...],
@@ -41,17 +45,17 @@ def classify(
 ) -> None:
     """Tell what ENSEMBLE sees in images, or in all below a folder.
 
-    An image where α moved the most probable class is marked with the anchor's. One that cannot be read is named and
-    skipped.
+    An image where α moved the most probable class is marked with the anchor's. One that cannot be
+    read ends the command, or with --skip-bad is named and skipped.
 
     \b
     ensembler classify my-ensemble cat.png dog.jpg
     ensembler classify my-ensemble photos --alpha 0.5 --top-k 3 --json
     """
-    from ensembler.vision.classify import classify as classify_images
+    from ensembler.vision.answers import classify as classify_images
+    from ensembler.vision.image_modeling import EnsembleForImageClassification
+    from ensembler.vision.image_preflight import check_images
     from ensembler.vision.images import find_images
-    from ensembler.vision.modeling import EnsembleForImageClassification
-    from ensembler.vision.preflight import check_images
 
     given = EnsembleOptions(ensemble, rule=rule, alpha=alpha, dtype=dtype, device=device)
     checked = check_images(given.load_config())
@@ -63,7 +67,7 @@ def classify(
         num_skipped += "error" in row
         _print(row, model, as_json=as_json)
     if num_skipped:
-        click.echo(f"{num_skipped:,} of {len(sources):,} images could not be read and were skipped", err=True)
+        log.warning("%d of %d images could not be read and were skipped", num_skipped, len(sources))
     if num_skipped == len(sources):
         raise RunError("no image could be read")
 
@@ -73,7 +77,7 @@ def _print(row: dict[str, Any], model: EnsembleForImageClassification, *, as_jso
         click.echo(json.dumps(row, ensure_ascii=False))
         return
     if "error" in row:
-        click.echo(f"skipped: {row['error']}", err=True)
+        log.warning("skipped: %s", row["error"])
         return
     click.echo(row["image"])
     for each in row["classes"]:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ensembler.cli.command_class import Command, log, section
+from ensembler.cli.ensemble_options import EnsembleOptions
 from ensembler.cli.image_options import ImageOptions, image_options
-from ensembler.cli.options import EnsembleOptions, ensemble_options, plan_options
+from ensembler.cli.option_groups import PATH, ensemble_options, plan_options
 from ensembler.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -16,13 +18,16 @@ if TYPE_CHECKING:
     from ensembler.preflight import CheckedEnsemble
 
 
-@click.command()
-@click.argument("out", type=click.Path(path_type=Path))
+_folder = section("Folder")
+
+
+@click.command(cls=Command)
+@click.argument("out", metavar="FOLDER", type=PATH)
 @ensemble_options(argument=False)
 @image_options
-@click.option("--copy-members", is_flag=True, help="Copy the members into the folder, so that it stands alone.")
-@click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
-@click.option("--auto-place", is_flag=True, help="Write the placement that `ensembler plan` proposes.")
+@_folder("--copy-members", is_flag=True, help="Copy the members into the folder, so that it stands alone.")
+@_folder("--overwrite", is_flag=True, help="Replace FOLDER if it exists.")
+@_folder("--auto-place", is_flag=True, help="Write the placement that `ensembler plan` proposes.")
 @plan_options
 def create(
     out: Path,
@@ -35,7 +40,7 @@ def create(
     context: int | None,
     batch_size: int,
 ) -> None:
-    """Write an ensemble to the folder OUT.
+    """Write an ensemble to FOLDER.
 
     The members are checked (files, vocabularies, roles) and referenced, not loaded; with --copy-members they are
     loaded and saved inside. Differences between tokenizers, and roles that look swapped, are written to standard error.
@@ -61,7 +66,7 @@ def create(
         proposal = plan(checked, gpu_budgets(budget) or machine_budgets(), context=context, batch_size=batch_size)
         proposal.apply(checked.config)
         for line in (f"placed as by: {' '.join(proposal.flags())}", *proposal.advice()):
-            click.echo(line, err=True)
+            log.info("%s", line)
     if copy_members:
         from ensembler.modeling import EnsembleForCausalLM
 
@@ -70,7 +75,7 @@ def create(
         from ensembler import folder
 
         folder.write_checked(checked, out, overwrite=overwrite)
-    click.echo(f"{out}: {config.rule} at alpha {config.alpha:g} of {', '.join(config.members)}", err=True)
+    log.info("%s: %s at alpha %g of %s", out, config.rule, config.alpha, ", ".join(config.members))
 
 
 def _check(config: EnsembleConfig, *, are_images: bool) -> CheckedEnsemble:
@@ -78,7 +83,7 @@ def _check(config: EnsembleConfig, *, are_images: bool) -> CheckedEnsemble:
     from ensembler.inspection import role_warnings
 
     if are_images:
-        from ensembler.vision.preflight import check_images
+        from ensembler.vision.image_preflight import check_images
 
         images = check_images(config)
         checked: CheckedEnsemble = images
@@ -88,6 +93,8 @@ def _check(config: EnsembleConfig, *, are_images: bool) -> CheckedEnsemble:
 
         checked = check_ensemble(config)
         lines = [f"Note: {note}" for note in checked.contract.notes]
-    for line in (*lines, *(f"Warning: {warning}" for warning in role_warnings(checked))):
-        click.echo(line, err=True)
+    for line in lines:
+        log.info("%s", line)
+    for warning in role_warnings(checked):
+        log.warning("Warning: %s", warning)
     return checked

@@ -11,44 +11,54 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ensembler.cli.backend_options import backend_options
-from ensembler.cli.options import EnsembleOptions, decoding_options, ensemble_options
+from ensembler.cli.command_class import Command, log, section
+from ensembler.cli.ensemble_options import EnsembleOptions
+from ensembler.cli.evaluation_options import backend_options
+from ensembler.cli.option_groups import (
+    PATH,
+    decoding_options,
+    ensemble_options,
+    files,
+    overwrite_option,
+    prompts,
+    strict_option,
+)
 from ensembler.cli.ranks import launched, on_each, on_first
 from ensembler.errors import ConfigError, PromptError
 from ensembler.launch import RANK_TIMEOUT
 
 if TYPE_CHECKING:
     from ensembler.cli.printing import Printer
-    from ensembler.decoding.batches import TextLimits
-    from ensembler.decoding.options import DecodingOptions
+    from ensembler.decoding.decoding_options import DecodingOptions
+    from ensembler.decoding.output_file import ResultsFile
+    from ensembler.decoding.prompt_batches import TextLimits
     from ensembler.decoding.prompts import EncodedPrompt, Prompt
-    from ensembler.decoding.results import ResultsFile
-    from ensembler.decoding.texts import Completion
+    from ensembler.decoding.texts import Completion, GridCompletion
     from ensembler.preflight import CheckedEnsemble
     from ensembler.serving.choice import BackendChoice
 
 
-@click.command()
-@ensemble_options()
-@click.option(
-    "--prompt", multiple=True, metavar="TEXT", help="A prompt; repeat it. Without any, standard input is one."
-)
-@click.option("--prompts", type=click.Path(path_type=Path), help='JSON lines: {"prompt": "..."}.')
-@click.option("--skip-bad", is_flag=True, help="Go on over lines of --prompts that cannot be decoded.")
+_speed = section("Speed")
+
+
+@click.command(cls=Command)
+@ensemble_options(several=True)
+@prompts("--prompt", multiple=True, metavar="TEXT", help="A prompt; repeat it. Without any, standard input is one.")
+@prompts("--data", type=PATH, metavar="FILE", help='JSON lines: {"prompt": "...", ...}; rows carry all fields back.')
+@prompts("--chat", is_flag=True, help="Put the prompt into the anchor's chat template.")
+@prompts("--system", metavar="TEXT", help="The system message for --chat.")
 @decoding_options
-@click.option("--chat", is_flag=True, help="Put the prompt into the anchor's chat template.")
-@click.option("--system", metavar="TEXT", help="The system message for --chat.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Prompts decoded together.")
-@click.option("--stream/--no-stream", default=None, help="Print tokens as they come.  [default: on a terminal]")
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON line for each prompt, as it ends.")
-@click.option("--output", type=click.Path(path_type=Path), help="Write the JSON lines to a file, in input order.")
-@click.option("--resume", is_flag=True, help="Go on with an --output file that was interrupted.")
-@click.option("--overwrite", is_flag=True, help="Replace the --output file if it exists.")
-@click.option("--compile", "compiled", is_flag=True, help="Compile decode steps: slow to start.")
-@click.option("--no-cuda-graphs", is_flag=True, help="Launch every step piece by piece on GPUs, to look for a fault.")
-@click.option("--explain", is_flag=True, help="Mark the tokens that are not the anchor's own choice.")
-@click.option("--stats", is_flag=True, help="Say on standard error where the time went; one JSON line with --json.")
-@click.option(
+@files("--output", type=PATH, metavar="FILE", help="Write JSON lines in input order; goes on where it stopped.")
+@overwrite_option
+@strict_option
+@files("--json", "as_json", is_flag=True, help="Print a JSON line for each prompt, in input order.")
+@files("--stream/--no-stream", default=None, help="Print tokens as they come.  [default: on a terminal]")
+@files("--explain", is_flag=True, help="Mark the tokens that are not the anchor's own choice.")
+@files("--stats", is_flag=True, help="Say on standard error where the time went; one JSON line with --json.")
+@_speed("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Prompts decoded together.")
+@_speed("--compile", "compiled", is_flag=True, help="Compile decode steps: slow to start.")
+@_speed("--no-cuda-graphs", is_flag=True, help="Launch every step piece by piece on GPUs, to look for a fault.")
+@_speed(
     "--rank-timeout",
     type=click.FloatRange(1),
     default=RANK_TIMEOUT,
@@ -58,66 +68,72 @@ if TYPE_CHECKING:
 @backend_options
 def generate(
     given: EnsembleOptions,
+    rules: tuple[str, ...],
+    alphas: tuple[float, ...],
     prompt: tuple[str, ...],
-    prompts: Path | None,
-    skip_bad: bool,
-    decoding: DecodingOptions,
+    data: Path | None,
     chat: bool,
     system: str | None,
-    batch_size: int,
-    stream: bool | None,
-    as_json: bool,
+    decoding: DecodingOptions,
     output: Path | None,
-    resume: bool,
     overwrite: bool,
-    compiled: bool,
-    no_cuda_graphs: bool,
+    strict: bool,
+    as_json: bool,
+    stream: bool | None,
     explain: bool,
     stats: bool,
+    batch_size: int,
+    compiled: bool,
+    no_cuda_graphs: bool,
     rank_timeout: float,
     backend: BackendChoice,
 ) -> None:
-    """Decode texts with ENSEMBLE.
+    """Decode texts with ENSEMBLE; several rules or alphas share the forwards of the members.
 
     Started by torchrun or accelerate launch, each process runs some of the members; the first prints and writes. With
     --backend vllm, vLLM's engine runs them and decides what is decoded together.
 
     \b
     ensembler generate demo --prompt "Tom has 5 pears ..." --explain
-    ensembler generate math --prompts questions.jsonl --output answers.jsonl --batch-size 16
-    torchrun --nproc-per-node 3 -m ensembler generate math --device cuda --prompts questions.jsonl
-    ensembler generate math --backend vllm --engine-arg tensor_parallel_size=2 --prompts questions.jsonl
+    ensembler generate math --data questions.jsonl --output answers.jsonl --batch-size 16
+    ensembler generate math --data questions.jsonl --alpha 0,0.5,1 --json
+    torchrun --nproc-per-node 3 -m ensembler generate math --device cuda --data questions.jsonl
+    ensembler generate math --backend vllm --engine-arg tensor_parallel_size=2 --data questions.jsonl
     """
     if system is not None and not chat:
         raise ConfigError("--system was given without --chat; add --chat")
-    if output is None and (resume or overwrite):
-        raise ConfigError(f"--{'resume' if resume else 'overwrite'} was given without --output; name the file")
-    if resume and overwrite:
-        raise ConfigError("--resume and --overwrite were both given; keep the rows that are there, or replace them")
+    if overwrite and output is None:
+        raise ConfigError("--overwrite was given without --output; name the file")
     if compiled and decoding.num_beams > 1:
         raise ConfigError("--compile is for greedy decoding and sampling: beams move caches; leave one of them out")
-    from ensembler.cli.printing import Printer
-    from ensembler.cli.stats import print_stats, say_why_plain
+    from ensembler.cli.printing import Printer, print_stats, say_why_plain
+    from ensembler.decoding.decode_stats import DecodingStats, Meter
     from ensembler.decoding.drafting import check_draft
+    from ensembler.decoding.output_file import ResultsFile, check_output
     from ensembler.decoding.prompts import encode_prompts
-    from ensembler.decoding.results import ResultsFile, check_output
-    from ensembler.decoding.stats import DecodingStats, Meter
-    from ensembler.decoding.texts import complete_prompts, decoder_of, fingerprint
-    from ensembler.engine.compiled import check_compiler
+    from ensembler.decoding.texts import complete_grid, complete_prompts, decoder_of, run_settings
+    from ensembler.engine.cuda_graphs import check_compiler
+    from ensembler.engine.grid import make_grid
     from ensembler.modeling import EnsembleForCausalLM
     from ensembler.preflight import check_ensemble
 
     on_vllm = backend.name == "vllm"
+    has_grid = len(rules) > 1 or len(alphas) > 1
     if on_vllm:
-        _check_vllm(decoding, {"--compile": compiled, "--explain": explain, "--stream": bool(stream), "--stats": stats})
-    skip = (lambda message: click.echo(f"skipped: {message}", err=True)) if skip_bad else None
+        options = {"--compile": compiled, "--explain": explain, "--stream": bool(stream), "--stats": stats}
+        _check_vllm(decoding, {**options, "a grid of --alpha or --rule": has_grid})
+    if has_grid and (explain or stream):
+        raise ConfigError(
+            f"--{'explain' if explain else 'stream'} was given with several points; it takes one --rule and one --alpha"
+        )
+    skip = None if strict else (lambda message: log.warning("skipped: %s", message))
 
     def read() -> list[Prompt]:
-        all_prompts = _read(prompt, prompts, skip)
+        all_prompts = _read(prompt, data, skip)
         if output is not None:
-            check_output(output, resume=resume, overwrite=overwrite)
-            if prompts is not None and output.exists() and output.samefile(prompts):
-                raise ConfigError(f"--output is the file of the prompts, {prompts}; choose another name")
+            check_output(output)
+            if data is not None and output.exists() and output.samefile(data):
+                raise ConfigError(f"--output is the file of the prompts, {data}; choose another name")
         return all_prompts
 
     if compiled:
@@ -126,33 +142,39 @@ def generate(
         all_prompts = on_first(world, read)
         checked = on_each(world, lambda: check_ensemble(given.load_config()))
         backend.check(checked)
-        check_draft(checked.config.get_rule(), decoding.draft)
+        rule = checked.config.get_rule()
+        check_draft(rule, decoding.draft)
+        points = make_grid(rules or (rule.name,), alphas or (checked.config.alpha,)) if has_grid else []
         tokenizer = checked.require_tokenizer()
         encoded = encode_prompts(
             all_prompts, tokenizer, chat=chat, system=system, context=backend.shortest_context(checked), skip=skip
         )
         if not encoded:
             raise PromptError("no prompt is left to decode; mend the skipped lines")
-        plain = not as_json and not explain and output is None
+        plain = not as_json and not explain and output is None and not has_grid
         streamer = _streamer(stream, plain and len(encoded) == 1 and not on_vllm, decoding, tokenizer)
         printer = Printer(
-            tokenizer, as_json=as_json, quiet=output is not None or streamer is not None, many=len(all_prompts) > 1
+            tokenizer,
+            [one.number for one in encoded],
+            {one.number: one.fields for one in all_prompts},
+            as_json=as_json,
+            is_shown=as_json or (output is None and streamer is None),
         )
 
         def open_results(model: TextLimits) -> ResultsFile | None:
             if output is None:
                 return None
-            run = fingerprint(model, encoded, decoding, backend=backend.describe(checked))
-            return ResultsFile(output, run, resume=resume, overwrite=overwrite)
+            settings = run_settings(model, encoded, decoding, points=points, backend=backend.describe(checked))
+            return ResultsFile(output, settings, overwrite=overwrite)
 
         if on_vllm:
-            _decode_on_vllm(checked, backend, encoded, decoding, open_results, printer, shown=prompts is not None)
+            _decode_on_vllm(checked, backend, encoded, decoding, open_results, printer)
             return
         model = EnsembleForCausalLM.from_checked(checked, world=world)
         if no_cuda_graphs:
             model.member_set.graphs = None
         if compiled:
-            click.echo("compiling: the first step of each shape takes a minute or so", err=True)
+            log.info("compiling: the first step of each shape takes a minute or so")
             model.compile_members()
         if explain:
             printer.explain_with(model)
@@ -164,11 +186,18 @@ def generate(
             return frozenset() if results is None else results.done
 
         done = on_first(world, open_on_first)
-        decoder = decoder_of(decoding, streamer=streamer, meter=Meter(DecodingStats()) if stats else None)
-        completions = complete_prompts(
-            model, tokenizer, encoded, decoding, batch_size=batch_size, done=done, decoder=decoder
-        )
-        _write(completions, len(encoded), len(done), results, printer, shown=prompts is not None)
+        meter = Meter(DecodingStats()) if stats else None
+        decoder = decoder_of(decoding, streamer=streamer, meter=meter, **({"points": points} if points else {}))
+        completions: Iterable[Completion | GridCompletion]
+        if has_grid:
+            completions = complete_grid(
+                model, tokenizer, encoded, points, decoding, batch_size=batch_size, done=done, decoder=decoder
+            )
+        else:
+            completions = complete_prompts(
+                model, tokenizer, encoded, decoding, batch_size=batch_size, done=done, decoder=decoder
+            )
+        _write(completions, len(encoded), len(done), results, printer)
         say_why_plain(decoding.draft, decoder.stats)
         if stats:
             print_stats(decoder.stats, as_json=as_json)
@@ -176,7 +205,7 @@ def generate(
 
 def _check_vllm(decoding: DecodingOptions, given: dict[str, bool]) -> None:
     """Raise ConfigError for what only the transformers backend does."""
-    from ensembler.serving.texts import check_options
+    from ensembler.serving.vllm_engine import check_options
 
     check_options(decoding)
     for option, is_given in given.items():
@@ -191,12 +220,9 @@ def _decode_on_vllm(
     decoding: DecodingOptions,
     open_results: Callable[[TextLimits], ResultsFile | None],
     printer: Printer,
-    *,
-    shown: bool,
 ) -> None:
     """All prompts are in the engine at once, which returns each when it is finished."""
-    from ensembler.serving.engine import Engine
-    from ensembler.serving.texts import complete_in_engine
+    from ensembler.serving.vllm_engine import Engine, complete_in_engine
 
     engine = Engine(checked, backend.arguments)
     results = open_results(engine)
@@ -204,56 +230,54 @@ def _decode_on_vllm(
     left = [prompt for prompt in prompts if prompt.number not in done]
     with engine if left else nullcontext():
         completions = complete_in_engine(engine, checked.require_tokenizer(), left, decoding)
-        _write(completions, len(prompts), len(done), results, printer, shown=shown)
+        _write(completions, len(prompts), len(done), results, printer)
 
 
 def _write(
-    completions: Iterable[Completion],
+    completions: Iterable[Completion | GridCompletion],
     num_prompts: int,
     num_done: int,
     results: ResultsFile | None,
     printer: Printer,
-    *,
-    shown: bool,
 ) -> None:
     """Hand on each row at once, and say at the end how fast it went."""
     from ensembler.cli.tables import progress
 
     start, num_texts, num_tokens = time.perf_counter(), 0, 0
-    with results or nullcontext(), printer, progress(num_prompts, shown=shown) as advance:
-        advance(num_done)
+    with results or nullcontext(), progress(num_prompts, label="prompts", num_done=num_done) as advance, printer:
         for completion in completions:
             row = printer.add(completion)
             if results is not None:
                 results.append(row)
-            num_texts += len(completion.samples)
-            num_tokens += sum(sample.num_tokens for sample in completion.samples)
+            num_texts += len(completion.all_samples)
+            num_tokens += sum(sample.num_tokens for sample in completion.all_samples)
             advance(1)
     if num_done == num_prompts:
-        click.echo(f"nothing to do: all {num_prompts} prompts have their rows already", err=True)
+        log.info("nothing to do: all %d prompts have their rows already", num_prompts)
         return
     seconds = time.perf_counter() - start
     rate = num_tokens / seconds
-    click.echo(f"texts: {num_texts}, tokens: {num_tokens}, seconds: {seconds:.1f}, tokens/s: {rate:.1f}", err=True)
+    log.info("texts: %d, tokens: %d, seconds: %.1f, tokens/s: %.1f", num_texts, num_tokens, seconds, rate)
 
 
 def _read(texts: tuple[str, ...], path: Path | None, skip: Callable[[str], None] | None) -> list[Prompt]:
-    """The prompts from where they were given: --prompt, --prompts or standard input."""
+    """Return the prompts from where they were given: --prompt, --data or standard input."""
     from ensembler.decoding.prompts import Prompt, read_prompts
 
     if texts and path is not None:
-        raise ConfigError("--prompt and --prompts were both given; give one of them")
+        raise ConfigError("--prompt and --data were both given; give one of them")
     if path is not None:
         return read_prompts(path, skip=skip)
     if texts:
-        return [Prompt(number, text, "--prompt") for number, text in enumerate(texts)]
+        return [Prompt(number, text, "--prompt", {"prompt": text}) for number, text in enumerate(texts)]
     if sys.stdin.isatty():
-        raise PromptError("no prompt was given; use --prompt TEXT, --prompts FILE or standard input")
-    return [Prompt(0, sys.stdin.read().rstrip("\n"), "standard input")]
+        raise PromptError("no prompt was given; use --prompt TEXT, --data FILE or standard input")
+    text = sys.stdin.read().rstrip("\n")
+    return [Prompt(0, text, "standard input", {"prompt": text})]
 
 
 def _streamer(stream: bool | None, possible: bool, decoding: DecodingOptions, tokenizer: Any) -> Any | None:
-    """A streamer to standard output where one text is printed plainly and streaming was not refused."""
+    """Return a streamer to standard output where one text is printed plainly and streaming was not refused."""
     possible = possible and decoding.num_beams == 1 and decoding.num_return_sequences == 1 and not decoding.stop
     if stream and not possible:
         raise ConfigError(

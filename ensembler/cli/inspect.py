@@ -6,14 +6,16 @@ import json
 
 import click
 
-from ensembler.cli.options import EnsembleOptions, ensemble_options
+from ensembler.cli.command_class import Command, log
+from ensembler.cli.ensemble_options import EnsembleOptions
+from ensembler.cli.option_groups import ensemble_options, files, prompts
 
 
-@click.command()
+@click.command(cls=Command)
 @ensemble_options()
-@click.option("--prompt", metavar="TEXT", help="Show the most probable next tokens of every member after this text.")
-@click.option("--top-k", type=click.IntRange(1), default=5, show_default=True, help="How many next tokens.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@prompts("--prompt", metavar="TEXT", help="Show the most probable next tokens of every member after this text.")
+@prompts("--top-k", type=click.IntRange(1), default=5, show_default=True, help="How many next tokens.")
+@files("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(given: EnsembleOptions, prompt: str | None, top_k: int, as_json: bool) -> None:
     """Show the members of ENSEMBLE, their weights at alpha, the vocabulary contract and the memory that they take.
 
@@ -33,9 +35,9 @@ def inspect(given: EnsembleOptions, prompt: str | None, top_k: int, as_json: boo
         ids = encode_prompts([Prompt(0, prompt, "--prompt")], tokenizer, context=checked.shortest_context)[0].ids
     summary = summarise(checked)
     for warning in summary.warnings:
-        click.echo(f"Warning: {warning}", err=True)
+        log.warning("Warning: %s", warning)
     if ids is not None:
-        from ensembler.decoding.explain import next_tokens
+        from ensembler.decoding.texts import next_tokens
         from ensembler.modeling import EnsembleForCausalLM
 
         model = EnsembleForCausalLM.from_checked(checked)

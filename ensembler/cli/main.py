@@ -28,18 +28,21 @@ from ensembler.launch import num_ranks, this_rank
 
 INTERRUPTED = 130
 SEVERAL_PROCESSES = ("bench", "generate", "lm-eval", "sweep")
-_RESUMED_BY = {"generate": "--resume", "score": "--resume", "sweep": "the same command", "bench": "the same command"}
+_RESUMABLE = ("generate", "score", "sweep", "bench")
 
 
 @click.group(
     no_args_is_help=False,
     invoke_without_command=True,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+        "auto_envvar_prefix": "ENSEMBLER",  # ENSEMBLER_GENERATE_ALPHA=0.5
+    },
 )
 @click.version_option(__version__, prog_name="ensembler")
-@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 @click.pass_context
-def cli(context: click.Context, debug: bool) -> None:
+def cli(context: click.Context) -> None:
     """Decode with several language models as if they were one.
 
     ENSEMBLE is a folder that `ensembler create` wrote, or `demo` for the embedded family, or is left out when the
@@ -61,16 +64,16 @@ for command in (create, inspect, plan, generate, classify, score, sweep, bench, 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit: 0, 2 for bad input, 1 for a failed run, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if args is None else args
-    if "--debug" in arguments:
+    if "--debug" in arguments[: arguments.index("--") if "--" in arguments else None]:
         cli.main(arguments, prog_name="ensembler", standalone_mode=False)
         return
     _quiet_libraries()
     try:
         code = cli.main(arguments, prog_name="ensembler", standalone_mode=False)
     except (KeyboardInterrupt, click.Abort):
-        resumed_by = _RESUMED_BY.get(next((one for one in arguments if one in cli.commands), ""))
-        has_rows = resumed_by != "--resume" or any(one.startswith("--output") for one in arguments)
-        kept = f"finished rows are kept; go on with {resumed_by}" if resumed_by and has_rows else None
+        command = next((one for one in arguments if one in cli.commands), "")
+        has_rows = command in ("sweep", "bench") or any(one.startswith("--output") for one in arguments)
+        kept = "finished rows are kept; the same command goes on" if command in _RESUMABLE and has_rows else None
         code = _fail(f"interrupted; {kept or 'nothing half-written is left'}", INTERRUPTED)
     except EnsemblerError as error:
         reporter = error.reporter if isinstance(error, RankError) else 0

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import click
 
+from ensembler.cli.command_class import Command, log, section
+from ensembler.cli.option_groups import PATH, files, overwrite_option
 from ensembler.errors import ConfigError
 
+_patch = section("Patch")
 
-@click.group()
+
+class _Group(click.Group):
+    command_class = Command
+
+
+@click.group(cls=_Group)
 def patch() -> None:
     """Carry a fine-tuning to another version of its model by adding weights: no training (PortLLM).
 
@@ -19,19 +28,21 @@ def patch() -> None:
 
 @patch.command()
 @click.argument("patch")
-@click.option("--to", required=True, metavar="MODEL", help="The model to add it to, an updated one for example.")
-@click.option("--out", type=click.Path(path_type=Path), metavar="DIR", help="The new folder.")
-@click.option("--scale", type=float, default=1.0, show_default=True, help="Strength of PATCH.")
-@click.option("--also", multiple=True, metavar="PATCH2", help="Add another patch too; repeat it.")
-@click.option("--scale2", type=float, multiple=True, help="Strength of PATCH2, one for each --also.  [default: 1]")
-@click.option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16.  [default: each tensor keeps its own]")
-@click.option("--check", is_flag=True, help="Only say whether it fits, from the headers of the files.")
-@click.option("--force", is_flag=True, help="Do not warn when PATCH was made for another model than MODEL.")
-@click.option("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
+@_patch("--to", required=True, metavar="MODEL", help="The model to add it to, an updated one for example.")
+@files("--output", type=PATH, metavar="DIR", help="The new folder.")
+@overwrite_option
+@_patch("--scale", type=float, default=1.0, show_default=True, help="Strength of PATCH.")
+@_patch("--also", multiple=True, metavar="PATCH2", help="Add another patch too; repeat it.")
+@_patch("--scale2", type=float, multiple=True, help="Strength of PATCH2, one for each --also.  [default: 1]")
+@_patch("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16.  [default: each tensor keeps its own]")
+@_patch("--check", is_flag=True, help="Only say whether it fits, from the headers of the files.")
+@_patch("--force", is_flag=True, help="Do not warn when PATCH was made for another model than MODEL.")
+@_patch("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
 def apply(
     patch: str,
     to: str,
-    out: Path | None,
+    output: Path | None,
+    overwrite: bool,
     scale: float,
     also: tuple[str, ...],
     scale2: tuple[float, ...],
@@ -45,61 +56,66 @@ def apply(
     fp32 arithmetic and one rounding; memory is a few blocks of a tensor. The folder appears when it is complete.
 
     \b
-    ensembler patch apply ./my-lora --to ./mistral-updated --out ./mistral-mine
+    ensembler patch apply ./my-lora --to ./mistral-updated --output ./mistral-mine
     """
-    from ensembler.patch.places import local_folder
-    from ensembler.patch.plan import Part, make_plan
+    from ensembler.files import find_folder
+    from ensembler.patch.formats import read_patch
+    from ensembler.patch.patch_plan import plan_patches
 
-    if out is None and not check:
-        raise ConfigError("--out is missing; name the new folder, or add --check to see whether the patch fits")
+    if output is None and not check:
+        raise ConfigError("--output is missing; name the new folder, or add --check to see whether the patch fits")
     if scale2 and len(scale2) != len(also):
         raise ConfigError(f"--scale2 is given {len(scale2)} times and --also {len(also)} times; give one for each")
     _check_dtype(dtype)
     given = zip((patch, *also), (scale, *(scale2 or [1.0] * len(also))), strict=True)
-    parts = [Part(local_folder(name), strength) for name, strength in given]
-    plan = make_plan(parts, local_folder(to), allow_pickle=allow_pickle)
+    patches = [read_patch(find_folder(name), scale=strength, allow_pickle=allow_pickle) for name, strength in given]
+    model = find_folder(to)
+    plan = plan_patches(patches, model)
     _print_notices(plan.notes, () if force else plan.warnings)
-    if out is None or check:
-        click.echo(f"{to}: {len(plan.names):,} of {len(plan.tensors):,} tensors change; everything fits")
+    if output is None or check:
+        click.echo(f"{to}: {len(plan.names):,} of {len(plan.model.tensors):,} tensors change; everything fits")
         return
     from ensembler.cli.tables import byte_progress
-    from ensembler.patch.apply import run_plan
+    from ensembler.patch.apply import apply_patches
     from ensembler.planning.budgets import show_size
 
-    with byte_progress("writing", plan.num_bytes) as advance:
-        done = run_plan(plan, out, dtype=dtype, advance=advance)
-    click.echo(
-        f"{out}: {done.num_changed:,} of {done.num_tensors:,} tensors changed, {show_size(done.num_bytes)} in "
-        f"{done.seconds:.1f} s",
-        err=True,
-    )
+    with byte_progress("writing", plan.model.num_bytes) as advance:
+        start = time.monotonic()
+        num_bytes = apply_patches(patches, model, output, dtype=dtype, overwrite=overwrite, advance=advance)
+    seconds = time.monotonic() - start
+    changed = f"{len(plan.names)} of {len(plan.model.tensors)} tensors changed"
+    log.info("%s: %s, %s in %.1f s", output, changed, show_size(num_bytes), seconds)
 
 
 def _print_notices(notes: tuple[str, ...], warnings: tuple[str, ...]) -> None:
-    for line in (*(f"Note: {note}" for note in notes), *(f"Warning: {warning}" for warning in warnings)):
-        click.echo(line, err=True)
+    for note in notes:
+        log.info("Note: %s", note)
+    for warning in warnings:
+        log.warning("Warning: %s", warning)
 
 
 def _check_dtype(dtype: str | None) -> None:
-    from ensembler.patch.headers import FLOATS
+    from ensembler.safetensors_files import FLOATS
 
     if dtype is not None and dtype not in FLOATS:
         raise ConfigError(f"unknown dtype {dtype!r}; expected one of: {', '.join(FLOATS)}")
 
 
 @patch.command()
-@click.option("--base", required=True, metavar="MODEL", help="The model before the fine-tuning, θ.")
-@click.option("--finetuned", required=True, metavar="MODEL", help="The model after it, θ_i.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), metavar="DIR", help="The new patch folder.")
-@click.option("--rank", type=int, help="Keep this many singular values of every matrix.")
-@click.option("--energy", type=float, help="Keep this share of every matrix's ‖Δ‖².  [default: 0.95]")
-@click.option("--full", is_flag=True, help="Keep every delta as it is: as large as the model.")
-@click.option("--dtype", default="float32", show_default=True, metavar="DTYPE", help="Of the factors and deltas.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_patch("--base", required=True, metavar="MODEL", help="The model before the fine-tuning, θ.")
+@_patch("--finetuned", required=True, metavar="MODEL", help="The model after it, θ_i.")
+@files("--output", required=True, type=PATH, metavar="DIR", help="The new patch folder.")
+@overwrite_option
+@_patch("--rank", type=int, help="Keep this many singular values of every matrix.")
+@_patch("--energy", type=float, help="Keep this share of every matrix's ‖Δ‖².  [default: 0.95]")
+@_patch("--full", is_flag=True, help="Keep every delta as it is: as large as the model.")
+@_patch("--dtype", default="float32", show_default=True, metavar="DTYPE", help="Of the factors and deltas.")
+@files("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def extract(
     base: str,
     finetuned: str,
-    out: Path,
+    output: Path,
+    overwrite: bool,
     rank: int | None,
     energy: float | None,
     full: bool,
@@ -112,23 +128,30 @@ def extract(
     adds and PEFT alone would not.
 
     \b
-    ensembler patch extract --base mistralai/Mistral-7B-v0.1 --finetuned ./my-tuned --out ./my-patch --rank 16
+    ensembler patch extract --base mistralai/Mistral-7B-v0.1 --finetuned ./my-tuned --output ./my-patch --rank 16
     """
     import json
 
     from ensembler.cli.tables import byte_progress, print_extracted
+    from ensembler.files import find_folder
     from ensembler.patch.extract import extract_patch
-    from ensembler.patch.headers import model_tensors
-    from ensembler.patch.places import local_folder
+    from ensembler.safetensors_files import read_model
 
     _check_dtype(dtype)
     if rank is None and energy is None and not full:
         energy = 0.95
-    tuned = local_folder(finetuned)
-    num_bytes = sum(tensor.num_bytes for tensor in model_tensors(tuned).values())
-    with byte_progress("comparing", num_bytes) as advance:
+    tuned = find_folder(finetuned)
+    with byte_progress("comparing", read_model(tuned).num_bytes) as advance:
         done = extract_patch(
-            local_folder(base), tuned, out, rank=rank, energy=energy, full=full, dtype=dtype, advance=advance
+            find_folder(base),
+            tuned,
+            output,
+            rank=rank,
+            energy=energy,
+            full=full,
+            dtype=dtype,
+            overwrite=overwrite,
+            advance=advance,
         )
     if as_json:
         click.echo(json.dumps(done.to_dict(), indent=2))
@@ -138,13 +161,13 @@ def extract(
 
 @patch.command()
 @click.argument("patch")
-@click.option("--to", metavar="MODEL", help="Measure θ′ + Δθ_i and what rounding loses, of this model θ′.")
-@click.option("--base", metavar="MODEL", help="Measure Δθ_i against θ′ - θ, with this θ.")
-@click.option("--other", metavar="PATCH2", help="Measure the residual Δθ′_i - Δθ_i, with this Δθ′_i.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--png", type=click.Path(path_type=Path), metavar="FILE", help="Draw sizes over layers and modules.")
-@click.option("--force", is_flag=True, help="Do not warn when PATCH was made for another model than --base.")
-@click.option("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
+@_patch("--to", metavar="MODEL", help="Measure θ′ + Δθ_i and what rounding loses, of this model θ′.")
+@_patch("--base", metavar="MODEL", help="Measure Δθ_i against θ′ - θ, with this θ.")
+@_patch("--other", metavar="PATCH2", help="Measure the residual Δθ′_i - Δθ_i, with this Δθ′_i.")
+@files("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@files("--png", type=PATH, metavar="FILE", help="Draw sizes over layers and modules.")
+@_patch("--force", is_flag=True, help="Do not warn when PATCH was made for another model than --base.")
+@_patch("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
 def inspect(
     patch: str,
     to: str | None,
@@ -163,16 +186,17 @@ def inspect(
     import json
 
     from ensembler.cli.tables import print_patch, progress
+    from ensembler.files import find_folder
     from ensembler.patch.formats import read_patch
-    from ensembler.patch.heatmap import save_heatmap
-    from ensembler.patch.inspect import inspect_patch
-    from ensembler.patch.places import local_folder
+    from ensembler.patch.geometry import inspect_patch, save_heatmap
 
-    model, old, theirs = (None if name is None else local_folder(name) for name in (to, base, other))
-    mine = local_folder(patch)
-    num_tensors = len(read_patch(mine, allow_pickle=allow_pickle).names)
-    with progress(num_tensors, shown=True, label="measuring") as advance:
-        report = inspect_patch(mine, model=model, base=old, other=theirs, allow_pickle=allow_pickle, advance=advance)
+    model, old = (None if name is None else find_folder(name) for name in (to, base))
+    mine, theirs = (
+        None if name is None else read_patch(find_folder(name), allow_pickle=allow_pickle) for name in (patch, other)
+    )
+    assert mine is not None
+    with progress(len(mine.names), label="measuring") as advance:
+        report = inspect_patch(mine, model=model, base=old, other=theirs, advance=advance)
     _print_notices(report.notes, () if force else report.warnings)
     if png is not None:
         save_heatmap(report, png)

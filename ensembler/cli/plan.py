@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ensembler.cli.options import EnsembleOptions, by_role, ensemble_options, plan_options
+from ensembler.cli.command_class import Command
+from ensembler.cli.ensemble_options import EnsembleOptions, by_role
+from ensembler.cli.option_groups import ensemble_options, files, plan_options
 from ensembler.errors import InputError, PlacementError
 
 if TYPE_CHECKING:
     from ensembler.planning.placement import Proposal
-    from ensembler.planning.serving import ServingPlan
+    from ensembler.planning.vllm_plan import ServingPlan
     from ensembler.preflight import CheckedEnsemble
 
 
-@click.command()
+@click.command(cls=Command)
 @ensemble_options()
 @plan_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
+@files("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
 def plan(given: EnsembleOptions, budget: tuple[str, ...], context: int | None, batch_size: int, as_json: bool) -> None:
     """Propose where the members of ENSEMBLE go, and what to quantise if they do not fit.
 
@@ -83,8 +85,8 @@ def _serve_command(given: EnsembleOptions, serving: ServingPlan) -> str:
 
 def _serving(checked: CheckedEnsemble, budgets: Mapping[str, int], proposal: Proposal) -> ServingPlan | str:
     """Return the plan for vLLM's server, or the sentence that says why there is none."""
-    from ensembler.planning.serving import plan_serving
-    from ensembler.serving.checks import check_servable, common_dtype
+    from ensembler.planning.vllm_plan import plan_serving
+    from ensembler.serving.choice import check_servable, common_dtype
 
     try:
         check_servable(checked)

@@ -1,53 +1,65 @@
-"""Completions on standard output: JSON lines as they come, plain or marked texts in the order of their prompts."""
+"""Completions on standard output, and what `generate --stats` measured on standard error."""
 
 from __future__ import annotations
 
 import json
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
 import click
 
-from ensembler.cli.tables import print_explained
-from ensembler.decoding.explain import Choice, explain
-from ensembler.decoding.texts import Completion
+from ensembler.cli.command_class import log
+from ensembler.cli.tables import console, plain_table, print_explained
+from ensembler.decoding.decode_stats import DecodingStats
+from ensembler.decoding.drafting import AUTO, NONE
+from ensembler.decoding.texts import Choice, Completion, GridCompletion, explain
 from ensembler.modeling import EnsembleForCausalLM
 
 
 class Printer:
-    """Prints completions; plain texts wait for the end (of an interrupted run too), so that they come in order."""
+    """Prints completions in the order of `numbers`, each as soon as those before it are printed.
+
+    `fields`: by number what the input row holds, which its result carries back. An interruption prints the rest too.
+    """
 
     def __init__(
         self,
         tokenizer: Any,
+        numbers: Sequence[int],
+        fields: Mapping[int, Mapping[str, Any]],
         *,
         as_json: bool,
-        quiet: bool,
-        many: bool,
+        is_shown: bool,
     ) -> None:
         self._model: EnsembleForCausalLM | None = None
         self._tokenizer = tokenizer
+        self._numbers = deque(numbers)
+        self._fields = fields
         self._as_json = as_json
-        self._quiet = quiet and not as_json
-        self._many = many
-        self._waiting: dict[int, tuple[Completion, list[list[Choice]]]] = {}
+        self._is_shown = is_shown
+        self._has_many = len(numbers) > 1
+        self._waiting: dict[int, Callable[[], None]] = {}
 
     def explain_with(self, model: EnsembleForCausalLM) -> None:
         """Mark the tokens of texts that are not the anchor's own choice."""
         self._model = model
 
-    def add(self, completion: Completion) -> dict[str, Any]:
-        """Take a completion and return its row."""
+    def add(self, completion: Completion | GridCompletion) -> dict[str, Any]:
+        """Take a completion, print what can be, and return its row."""
         choices = []
         row = completion.to_row()
         if self._model is not None:
-            choices = [explain(self._model, completion.prompt_ids, sample.ids) for sample in completion.samples]
+            choices = [explain(self._model, completion.prompt_ids, one.ids) for one in completion.all_samples]
             moved = [_moved(sample, self._tokenizer) for sample in choices]
             row["moved"] = moved[0] if len(moved) == 1 else moved
-        if self._as_json:
-            click.echo(json.dumps(row, ensure_ascii=False))
-        elif not self._quiet:
-            self._waiting[completion.number] = (completion, choices)
+        row = with_fields(row, self._fields.get(completion.number, {}))
+        if self._is_shown:
+            self._waiting[completion.number] = partial(self._print, completion, choices, row)
+            while self._numbers and self._numbers[0] in self._waiting:
+                self._waiting.pop(self._numbers.popleft())()
         return row
 
     def __enter__(self) -> Self:
@@ -57,16 +69,29 @@ class Printer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number in sorted(self._waiting):
-            self._print(number, *self._waiting[number])
+            self._waiting[number]()
 
-    def _print(self, number: int, completion: Completion, choices: list[list[Choice]]) -> None:
-        for index, sample in enumerate(completion.samples):
-            if self._many or len(completion.samples) > 1:
-                click.echo(f"--- prompt {number}, text {index}")
-            if choices:
-                print_explained(choices[index], self._tokenizer)
-            else:
-                click.echo(sample.text)
+    def _print(
+        self, completion: Completion | GridCompletion, choices: list[list[Choice]], row: Mapping[str, Any]
+    ) -> None:
+        if self._as_json:
+            click.echo(json.dumps(row, ensure_ascii=False))
+            return
+        points = completion.samples if isinstance(completion, GridCompletion) else {None: completion.samples}
+        for point, samples in points.items():
+            for index, sample in enumerate(samples):
+                if self._has_many or len(completion.all_samples) > 1:
+                    at = "" if point is None else f", {point.rule} at alpha {point.alpha:g}"
+                    click.echo(f"--- prompt {completion.number}{at}, text {index}")
+                if choices:
+                    print_explained(choices[index], self._tokenizer)
+                else:
+                    click.echo(sample.text)
+
+
+def with_fields(row: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of results behind the `fields` of its input; a field that is called as a result gives way."""
+    return {"number": row["number"], **{key: value for key, value in fields.items() if key not in row}, **row}
 
 
 def _moved(choices: list[Choice], tokenizer: Any) -> list[dict[str, Any]]:
@@ -83,3 +108,56 @@ def _moved(choices: list[Choice], tokenizer: Any) -> list[dict[str, Any]]:
         for position, choice in enumerate(choices)
         if choice.moved
     ]
+
+
+def say_why_plain(draft: str, stats: DecodingStats) -> None:
+    """Say, a line for each reason, why a draft that was asked for did not come about, or was given up."""
+    if draft in (AUTO, NONE):
+        return
+    for reason, num_batches in stats.by_transformers.items():
+        log.info("decoded plainly: %s%s", reason, _times(num_batches))
+    if stats.plain_reason is not None:
+        what = "drafting was given up" if stats.num_rounds else "nothing was drafted"
+        log.info("%s: %s", what, stats.plain_reason)
+
+
+def print_stats(stats: DecodingStats, *, as_json: bool) -> None:
+    """Print seconds by phase and member, and what came of drafting."""
+    row = stats.to_row()
+    if as_json:
+        click.echo(json.dumps({"stats": row}), err=True)
+        return
+    lines = [*_seconds("phase", row["phases"], stats.seconds), *_seconds("member", row["members"], stats.seconds)]
+    console(stderr=True).print(plain_table(("", "", "seconds", "share"), lines))
+    for line in _counts(row):
+        click.echo(line, err=True)
+
+
+def _seconds(kind: str, parts: Mapping[str, float], total: float) -> Iterator[tuple[str, str, str, str]]:
+    for name, seconds in parts.items():
+        yield kind, name, f"{seconds:.3f}", f"{seconds / total:.1%}" if total else ""
+        kind = ""
+
+
+def _counts(row: Mapping[str, Any]) -> Iterator[str]:
+    yield f"tokens/s: {_number(row['tokens_per_second'])}, plain steps: {row['num_plain_steps']}"
+    if row["draft"] is not None:
+        yield (
+            f"draft: {row['draft']}, rounds: {row['num_rounds']}, "
+            f"tokens per round: {_number(row['tokens_per_round'])}, acceptance: {_number(row['acceptance'])}"
+        )
+    reasons: dict[str, int] = row["by_transformers"]
+    for reason, num_batches in reasons.items():
+        yield f"by transformers' own loop: {reason}{_times(num_batches)}"
+    if row["plain_reason"] is not None:
+        yield f"plain: {row['plain_reason']}"
+    for name, reason in row["eager"].items():
+        yield f"without CUDA graphs: {name}, {reason}"
+
+
+def _times(num_batches: int) -> str:
+    return f" ({num_batches} batches)" if num_batches > 1 else ""
+
+
+def _number(value: object) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -11,15 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ensembler.cli.options import EnsembleOptions, ensemble_options
-from ensembler.cli.tables import print_scores, progress
+from ensembler.cli.command_class import Command, log, section
+from ensembler.cli.ensemble_options import EnsembleOptions
+from ensembler.cli.option_groups import PATH, ensemble_options, files, overwrite_option, strict_option
 from ensembler.errors import ConfigError
 from ensembler.planning.budgets import show_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence, Set
 
-    from ensembler.decoding.results import ResultsFile
+    from ensembler.decoding.output_file import ResultsFile
     from ensembler.engine.grid import GridPoint
     from ensembler.evaluation.backends import Advance
     from ensembler.evaluation.requests import ScoringRequest
@@ -28,106 +30,108 @@ if TYPE_CHECKING:
     from ensembler.modeling import EnsembleForCausalLM
 
 
-@click.command()
-@ensemble_options(grid=True)
-@click.option(
+_scoring, _speed = section("Scores"), section("Speed")
+
+
+@click.command(cls=Command)
+@ensemble_options(several=True)
+@files(
     "--data",
     required=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
+    metavar="FILE",
     help='JSON lines: {"text": "..."}, or {"prompt": "...", "continuation": "..."}, or with "choices": ["...", ...].',
 )
-@click.option("--skip-bad", is_flag=True, help="Go on over lines of --data that cannot be scored.")
-@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Sequences scored together.")
-@click.option("--offline-members", is_flag=True, help="Load one member at a time; its logits wait beside --output.")
-@click.option("--per-token", is_flag=True, help="Add the tokens and the log-prob of each to the JSON lines.")
-@click.option(
+@files("--output", type=PATH, metavar="FILE", help="Write JSON lines in input order; goes on where it stopped.")
+@overwrite_option
+@strict_option
+@files("--json", "as_json", is_flag=True, help="Print a JSON line for each of --data, in input order.")
+@_scoring("--per-token", is_flag=True, help="Add the tokens and the log-prob of each to the JSON lines.")
+@_scoring(
     "--top-k-logits",
     type=click.IntRange(1),
     metavar="N",
     help="Write the N most probable tokens at each position, at one alpha, to the folder --output: for distillation.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON line per line of --data.")
-@click.option("--output", type=click.Path(path_type=Path), help="Write the JSON lines to a file, in input order.")
-@click.option("--resume", is_flag=True, help="Go on with an --output that was interrupted.")
-@click.option("--overwrite", is_flag=True, help="Replace the --output if it exists.")
+@_speed("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Sequences scored together.")
+@_speed("--offline-members", is_flag=True, help="Load one member at a time; its logits wait beside --output.")
 def score(
     given: EnsembleOptions,
+    rules: tuple[str, ...],
     alphas: tuple[float, ...],
     data: Path,
-    skip_bad: bool,
-    batch_size: int,
-    offline_members: bool,
+    output: Path | None,
+    overwrite: bool,
+    strict: bool,
+    as_json: bool,
     per_token: bool,
     top_k_logits: int | None,
-    as_json: bool,
-    output: Path | None,
-    resume: bool,
-    overwrite: bool,
+    batch_size: int,
+    offline_members: bool,
 ) -> None:
-    """Tell how probable given texts are under ENSEMBLE: log-probs and perplexity, for one alpha or several.
+    """Tell how probable given texts are under ENSEMBLE: log-probs and perplexity, at one point or several.
 
     \b
-    ensembler score math --data questions.jsonl --alpha 0 --alpha 0.5 --alpha 1
-    ensembler score math --data questions.jsonl --output scores.jsonl --offline-members
+    ensembler score math --data questions.jsonl --alpha 0,0.5,1
+    ensembler score math --data questions.jsonl --rule base-change,eft --output scores.jsonl --offline-members
     ensembler score math --data texts.jsonl --alpha 0.8 --top-k-logits 50 --output teacher
     """
-    options = {"resume": resume, "overwrite": overwrite, "offline-members": offline_members, "per-token": per_token}
+    options = {"overwrite": overwrite, "offline-members": offline_members, "per-token": per_token}
     options |= {"top-k-logits": top_k_logits is not None, "json": as_json}
-    _check_options([option for option, is_given in options.items() if is_given], output, len(alphas))
-    from ensembler.decoding.results import ResultsFile, check_output
+    num_points = max(len(rules), 1) * max(len(alphas), 1)
+    _check_options([option for option, is_given in options.items() if is_given], output, num_points)
+    from ensembler.decoding.output_file import ResultsFile, check_output
     from ensembler.engine.grid import make_grid
     from ensembler.evaluation.backends import TransformersBackend
-    from ensembler.evaluation.batches import can_share_contexts, make_batches
-    from ensembler.evaluation.logits_folder import LogitsFolder
-    from ensembler.evaluation.offline import OfflineScorer
+    from ensembler.evaluation.offline import LogitsFolder, OfflineScorer
+    from ensembler.evaluation.request_batches import can_share_contexts, make_batches
     from ensembler.evaluation.requests import read_requests
-    from ensembler.evaluation.scoring import fingerprint
+    from ensembler.evaluation.scoring import run_settings
     from ensembler.evaluation.top_k import TopKWriter
     from ensembler.modeling import EnsembleForCausalLM
     from ensembler.preflight import check_ensemble
 
-    skip = (lambda message: click.echo(f"skipped: {message}", err=True)) if skip_bad else None
+    skip = None if strict else (lambda message: log.warning("skipped: %s", message))
     if output is not None and top_k_logits is None:
-        check_output(output, resume=resume, overwrite=overwrite)
+        check_output(output)
         if output.resolve() == data.resolve():
             raise ConfigError(f"--output is the file of the data, {data}; choose another name")
     checked = check_ensemble(given.load_config())
     rule = checked.config.get_rule()
-    alphas = alphas or (checked.config.alpha,)
-    points = make_grid([rule.name], alphas)
+    points = make_grid(rules or (rule.name,), alphas or (checked.config.alpha,))
     tokenizer = checked.require_tokenizer()
     requests = read_requests(data, tokenizer, context=checked.shortest_context, skip=skip)
     _warn_of_spaces(requests)
     settings = {"batch_size": batch_size, "per_token": per_token, "top_k": top_k_logits}
-    run = fingerprint(checked.config, requests, points, settings)
+    settings = run_settings(checked.config, requests, points, settings)
     if top_k_logits is not None and output is not None:
-        folder = LogitsFolder(output, run, resume=resume, overwrite=overwrite)
+        folder = LogitsFolder(output, settings, overwrite=overwrite)
         writer = TopKWriter(requests, top_k_logits, checked.contract.widths[rule.anchor], folder)
-        click.echo(f"{output} will take {show_size(writer.check_space())}", err=True)
+        log.info("%s will take %s", output, show_size(writer.check_space()))
         _write_top_k(EnsembleForCausalLM.from_checked(checked), writer, points[0], batch_size)
         return
     batches = make_batches(requests, batch_size, share_contexts=can_share_contexts(checked.model_configs.values()))
-    results = None if output is None else ResultsFile(output, run, resume=resume, overwrite=overwrite)
+    results = None if output is None else ResultsFile(output, settings, overwrite=overwrite)
     done = frozenset[int]() if results is None else results.done
     batches = [batch for batch in batches if any(one.number not in done for one in batch.requests)]
     num_steps = sum(len(batch.requests) for batch in batches)
     scorer: TransformersBackend | OfflineScorer
     if offline_members:
-        folder = LogitsFolder(Path(f"{output}.members"), run, resume=resume, overwrite=overwrite)
+        folder = LogitsFolder(Path(f"{output}.members"), settings, overwrite=overwrite)
         scorer = OfflineScorer(checked, folder)
         num_steps *= scorer.num_rounds
         num_bytes = scorer.check_space(batches)
-        click.echo(f"{folder.path} will take {show_size(num_bytes)} until the scores are complete", err=True)
+        log.info("%s will take %s until the scores are complete", folder.path, show_size(num_bytes))
     else:
         scorer = TransformersBackend(EnsembleForCausalLM.from_checked(checked))
     start = partial(scorer.score, batches, points)
     with results or nullcontext():
-        _score(start, num_steps, done, alphas, results, tokenizer if per_token else None, as_json=as_json)
+        _score(start, num_steps, done, points, results, requests, tokenizer if per_token else None, as_json=as_json)
 
 
-def _check_options(given: list[str], output: Path | None, num_alphas: int) -> None:
+def _check_options(given: list[str], output: Path | None, num_points: int) -> None:
     """Raise ConfigError for options that do not go together."""
-    for option in ("resume", "overwrite", "offline-members", "top-k-logits"):
+    for option in ("overwrite", "offline-members", "top-k-logits"):
         if option in given and output is None:
             what = "folder" if option == "top-k-logits" else "file"
             raise ConfigError(f"--{option} was given without --output; name the {what}")
@@ -137,9 +141,9 @@ def _check_options(given: list[str], output: Path | None, num_alphas: int) -> No
         for option in ("offline-members", "per-token", "json"):
             if option in given:
                 raise ConfigError(f"--top-k-logits was given with --{option}, which it does not know; leave one out")
-        if num_alphas > 1:
+        if num_points > 1:
             raise ConfigError(
-                f"--top-k-logits was given with {num_alphas} alphas; a teacher has one: give --alpha once"
+                f"--top-k-logits was given with {num_points} points; a teacher is one: give one --rule and one --alpha"
             )
 
 
@@ -147,10 +151,12 @@ def _warn_of_spaces(requests: Sequence[ScoringRequest]) -> None:
     """Warn of prompts that end in white space: a continuation that begins with a space has two then."""
     moved = [one.source for one in requests if one.has_moved_space]
     if moved:
-        click.echo(
-            f"white space at the end of {len(moved):,} of {len(requests):,} prompts was moved to the continuations, as "
-            f"in lm-eval (the first: {moved[0]}); end a prompt with a word, and begin its continuation with the space",
-            err=True,
+        log.warning(
+            "white space at the end of %d of %d prompts was moved to the continuations, as in lm-eval (the first: %s); "
+            "end a prompt with a word, and begin its continuation with the space",
+            len(moved),
+            len(requests),
+            moved[0],
         )
 
 
@@ -158,37 +164,46 @@ def _score(
     start: Callable[[Advance], Iterator[list[ScoredRequest]]],
     num_steps: int,
     done: Set[int],
-    alphas: Sequence[float],
+    points: Sequence[GridPoint],
     results: ResultsFile | None,
+    requests: Sequence[ScoringRequest],
     tokenizer: Any | None,
     *,
     as_json: bool,
 ) -> None:
-    """Hand on each row at once; a table, which has no other place to go, is printed at the end in input order."""
-    waiting: list[ScoredRequest] = []
+    """Write each row at once and print JSON in input order; a table is printed at the end."""
+    from ensembler.cli.printing import with_fields
+    from ensembler.cli.tables import print_scores, progress
+
+    rows: dict[int, dict[str, Any]] = {}
+    waiting = deque(one.number for one in requests if one.number not in done)
+    for_table: list[ScoredRequest] = []
     began, num_lines, num_tokens = time.perf_counter(), 0, 0
-    with progress(num_steps, shown=True, label="scoring") as advance:
+    with progress(num_steps, label="scoring") as advance:
         for scored in (one for batch in start(advance) for one in batch if one.request.number not in done):
-            row = scored.to_row(alphas, tokenizer)
+            row = with_fields(scored.to_row(points, tokenizer), scored.request.fields)
             if results is not None:
                 results.append(row)
             if as_json:
-                click.echo(json.dumps(row, ensure_ascii=False))
+                rows[row["number"]] = row
+                while waiting and waiting[0] in rows:
+                    click.echo(json.dumps(rows.pop(waiting.popleft()), ensure_ascii=False))
             elif results is None:
-                waiting.append(scored)
+                for_table.append(scored)
             num_lines += 1
             num_tokens += sum(score.num_tokens for score in scored.scores)
-    if waiting:
-        print_scores(sorted(waiting, key=lambda scored: scored.request.number), alphas)
-    seconds = time.perf_counter() - began
-    click.echo(f"lines: {num_lines}, tokens: {num_tokens}, seconds: {seconds:.1f}", err=True)
+    if for_table:
+        print_scores(sorted(for_table, key=lambda scored: scored.request.number), points)
+    log.info("lines: %d, tokens: %d, seconds: %.1f", num_lines, num_tokens, time.perf_counter() - began)
 
 
 def _write_top_k(model: EnsembleForCausalLM, writer: TopKWriter, point: GridPoint, batch_size: int) -> None:
     """Write what is missing in the folder."""
     missing = [sequence for shard in writer.missing.values() for sequence in shard]
+    from ensembler.cli.tables import progress
+
     began = time.perf_counter()
-    with progress(len(missing), shown=True, label="sequences") as advance:
+    with progress(len(missing), label="sequences") as advance:
         writer.write(model, point, batch_size=batch_size, advance=advance)
     num_tokens, seconds = sum(len(one.continuations[0]) for one in missing), time.perf_counter() - began
-    click.echo(f"sequences: {len(missing)}, tokens: {num_tokens}, seconds: {seconds:.1f}", err=True)
+    log.info("sequences: %d, tokens: %d, seconds: %.1f", len(missing), num_tokens, seconds)

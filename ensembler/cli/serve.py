@@ -8,12 +8,19 @@ from pathlib import Path
 
 import click
 
-from ensembler.cli.options import DEMO
+from ensembler.cli.command_class import Command, section
+from ensembler.cli.ensemble_options import DEMO
+from ensembler.cli.option_groups import AlphaType
 
 
-@click.command(context_settings={"ignore_unknown_options": True})
+@click.command(cls=Command, context_settings={"ignore_unknown_options": True})
 @click.argument("ensemble", metavar="FOLDER")
-@click.option("--alpha", type=float, help="Strength of the log-ratio, for all requests.  [default: folder's]")
+@section("Rule")(
+    "--alpha",
+    type=AlphaType(several=False),
+    metavar="A",
+    help="Strength of the log-ratio, for all requests.  [default: folder's]",
+)
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM FLAGS]")
 def serve(ensemble: str, alpha: float | None, flags: tuple[str, ...]) -> None:
     """Serve the ensemble in FOLDER (or demo) over HTTP, with vLLM's engine and OpenAI-compatible server.
@@ -28,8 +35,8 @@ def serve(ensemble: str, alpha: float | None, flags: tuple[str, ...]) -> None:
     from ensembler import folder as folders
     from ensembler.demo import demo_folder
     from ensembler.preflight import check_ensemble
-    from ensembler.serving.checks import check_servable, require_vllm
-    from ensembler.serving.command import serve_command
+    from ensembler.serving.choice import check_servable, require_vllm
+    from ensembler.serving.vllm_serve import serve_command
 
     require_vllm()
     folder = demo_folder() if ensemble == DEMO else folders.find(Path(ensemble))

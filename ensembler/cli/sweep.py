@@ -8,76 +8,75 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ensembler.cli.backend_options import backend_options
-from ensembler.cli.image_sweep import plan_images
-from ensembler.cli.options import DEMO, EnsembleOptions, ensemble_options
+from ensembler.cli.command_class import Command, log, section
+from ensembler.cli.ensemble_options import DEMO, EnsembleOptions
+from ensembler.cli.evaluation_options import TaskOptions, backend_options, task_options, tasks_section
+from ensembler.cli.figures_output import begin, finish, read_batch_size
+from ensembler.cli.image_options import plan_images
+from ensembler.cli.option_groups import PATH, ensemble_options, files, overwrite_option, strict_option
 from ensembler.cli.ranks import naming_rank, use_own_gpu
-from ensembler.cli.results import begin, finish, read_batch_size
-from ensembler.cli.task_options import TaskOptions, task_options
 from ensembler.errors import ConfigError
 from ensembler.launch import num_ranks, this_rank
-from ensembler.rules import RULE_NAMES
 
 if TYPE_CHECKING:
+    from ensembler.evaluation.ensemble_plan import Plan, PlanOptions
     from ensembler.evaluation.figures import TaskFigures
     from ensembler.evaluation.methods import Run
-    from ensembler.evaluation.plan import Plan, PlanOptions
     from ensembler.evaluation.store import Store
     from ensembler.serving.choice import BackendChoice
 
-NAME = "sweep"
+NAME, ALPHAS = "sweep", "0:1.5:0.1"
 
 
-@click.command()
-@ensemble_options(point=False)
-@click.option("--rules", metavar="RULE,...", help=f"Of {', '.join(RULE_NAMES)}.  [default: the ensemble's]")
-@click.option(
-    "--alphas", default="0:1.5:0.1", show_default=True, metavar="GRID", help="FIRST:LAST:STEP, both ends in; or A,B,..."
-)
+_choice, _statistics, _speed = section("Choice of alpha"), section("Statistics"), section("Speed")
+
+
+@click.command(cls=Command)
+@ensemble_options(several=True, default_alpha=ALPHAS)
 @task_options
-@click.option(
+@tasks_section(
     "--images",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="DIR",
     help="For image classifiers, in place of --task: [SPLIT/]class/xxx.png, or a folder of `datasets`.",
 )
-@click.option("--strict", is_flag=True, help="With --images: stop at an image that cannot be read.")
-@click.option(
+@_choice(
     "--validation", metavar="N|SPLIT", help="Choose alpha on N examples, or on another split; the rest reports it."
 )
-@click.option(
+@_choice(
     "--select",
     type=click.Choice(["metric", "perplexity"]),
     default="metric",
     show_default=True,
     help="Choose alpha by the validation metric, or without labels by the likelihood of the reported prompts.",
 )
-@click.option("--one-standard-error", is_flag=True, help="Choose the alpha nearest 0 within one of the best.")
-@click.option("--cluster", metavar="FIELD", help="Count documents with one value of this field together (a passage).")
-@click.option("--margin", type=float, metavar="M", help="Test if methods are alike to within M in the table's unit.")
-@click.option("--batch-size", default="8", show_default=True, metavar="N|auto", help="Documents asked together.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of samples, draws and bootstrap.")
-@click.option(
-    "--log", "trackers", multiple=True, type=click.Choice(["wandb", "tensorboard"]), help="Also log the curve there."
-)
-@click.option(
+@_choice("--one-standard-error", is_flag=True, help="Choose the alpha nearest 0 within one of the best.")
+@_statistics("--cluster", metavar="FIELD", help="Count documents with one value of this field together (a passage).")
+@_statistics("--margin", type=float, metavar="M", help="Test if methods are alike to within M in the table's unit.")
+@_speed("--batch-size", default="8", show_default=True, metavar="N|auto", help="Documents asked together.")
+@_statistics("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of samples, draws and bootstrap.")
+@files(
     "--output",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("sweep"),
     show_default=True,
     metavar="DIR",
-    help="The folder of the results.",
+    help="The folder of the results; goes on where it stopped.",
 )
-@click.option("--write-alpha", is_flag=True, help="Put the alpha of the one task and rule into the folder ENSEMBLE.")
-@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@overwrite_option
+@strict_option
+@files("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@files(
+    "--log", "trackers", multiple=True, type=click.Choice(["wandb", "tensorboard"]), help="Also log the curve there."
+)
+@_choice("--write-alpha", is_flag=True, help="Put the alpha of the one task and rule into the folder ENSEMBLE.")
 @backend_options
 def sweep(
     given: EnsembleOptions,
-    rules: str | None,
-    alphas: str,
+    rules: tuple[str, ...],
+    alphas: tuple[float, ...],
     tasks: TaskOptions,
     images: Path | None,
-    strict: bool,
     validation: str | None,
     select: str,
     one_standard_error: bool,
@@ -85,10 +84,12 @@ def sweep(
     margin: float | None,
     batch_size: str,
     seed: int,
-    trackers: tuple[str, ...],
     output: Path,
-    write_alpha: bool,
+    overwrite: bool,
+    strict: bool,
     as_json: bool,
+    trackers: tuple[str, ...],
+    write_alpha: bool,
     backend: BackendChoice,
 ) -> None:
     """Choose alpha for ENSEMBLE on validation examples, and report it on others.
@@ -99,20 +100,18 @@ def sweep(
     alpha is a pass of its own.
 
     \b
-    ensembler sweep demo --validation validation --rules base-change,eft
+    ensembler sweep demo --validation validation --rule base-change,eft
     ensembler sweep my-ensemble --task winogrande --validation 200 --output winogrande --write-alpha
     ensembler sweep my-ensemble --data qa.jsonl --prompt "{question}" --answer "{answer}" --validation 100
     accelerate launch --num_processes 4 -m ensembler sweep my-ensemble --task gsm8k --validation train --device cuda
     ensembler sweep my-classifiers --images flowers --validation validation
     """
-    names = tuple(name.strip() for name in rules.split(",")) if rules is not None else ()
+    from ensembler.evaluation.ensemble_plan import PlanOptions
     from ensembler.evaluation.methods import sweep_run
-    from ensembler.evaluation.plan import PlanOptions
-    from ensembler.evaluation.store import Store
-    from ensembler.evaluation.tracking import check_trackers
+    from ensembler.evaluation.results_export import check_trackers
+    from ensembler.evaluation.store import Store, discard
     from ensembler.rules import parse_alphas
 
-    grid = parse_alphas(alphas)
     options = PlanOptions(
         validation=validation,
         select=select,
@@ -124,15 +123,16 @@ def sweep(
         seed=seed,
     )
     check_trackers(trackers)
-    config = replace(given, rule=names[0] if names else None).load_config()
-    run = sweep_run(NAME, config, names or (config.get_rule().name,), grid, chooses=options.chooses)
-    if strict and images is None:
-        raise ConfigError("--strict was given without --images; leave it out, or name a folder of images")
+    config = replace(given, alpha=None).load_config()
+    grid = alphas or parse_alphas(ALPHAS)
+    run = sweep_run(NAME, config, rules or (config.get_rule().name,), grid, chooses=options.chooses)
     if images is not None:
         plan = plan_images(run, images, tasks, options, backend, strict=strict)
     else:
-        plan = _plan_texts(run, tasks, options, backend, is_demo=given.ensemble == DEMO)
+        plan = _plan_texts(run, replace(tasks, strict=strict), options, backend, is_demo=given.ensemble == DEMO)
     folder = _check_write(given, plan) if write_alpha else None
+    if overwrite:
+        discard(output)
     store = Store(output, plan.settings)
     if this_rank() == 0:
         _say_choice(run, options)
@@ -142,7 +142,7 @@ def sweep(
 
 def _plan_texts(run: Run, tasks: TaskOptions, options: PlanOptions, backend: BackendChoice, *, is_demo: bool) -> Plan:
     from ensembler.demo import demo_task
-    from ensembler.evaluation.plan import Plan
+    from ensembler.evaluation.ensemble_plan import Plan
     from ensembler.evaluation.text_answers import TextAnswerer
     from ensembler.preflight import check_ensemble
 
@@ -171,7 +171,7 @@ def _check_write(given: EnsembleOptions, plan: Plan) -> Path:
 
 
 def _write_alpha(folder: Path, task: TaskFigures) -> None:
-    from ensembler.evaluation.recommendation import recommended
+    from ensembler.evaluation.verdict import recommended
     from ensembler.folder import set_point
 
     (rule,) = task.rules
@@ -180,14 +180,14 @@ def _write_alpha(folder: Path, task: TaskFigures) -> None:
     assert chosen.alpha is not None
     set_point(folder, rule, chosen.alpha)
     other = "" if pick is None or pick == chosen else f"; the recommendation is another: {pick.title}"
-    click.echo(f"{folder}: rule {rule} at alpha {chosen.alpha:g} is written into config.json{other}", err=True)
+    log.info("%s: rule %s at alpha %g is written into config.json%s", folder, rule, chosen.alpha, other)
 
 
 def _run(plan: Plan, store: Store, trackers: tuple[str, ...], folder: Path | None, *, as_json: bool) -> None:
     """Run what is missing, write and print the figures, and put the chosen α into `folder`."""
     from ensembler.cli.tables import progress
+    from ensembler.evaluation.methods import sweep_study
     from ensembler.evaluation.runner import Runner
-    from ensembler.evaluation.study import sweep_study
 
     begin(store)
     runner = Runner(store, this_rank(), num_ranks())
@@ -196,7 +196,7 @@ def _run(plan: Plan, store: Store, trackers: tuple[str, ...], folder: Path | Non
     if this_rank() == 0:
         _say_begin(plan, len(plan.names & store.done(NAME)))
     use_own_gpu()
-    with progress(len(plan.names), shown=this_rank() == 0, label="examples", lines=True) as advance:
+    with progress(len(plan.names), label="examples") as advance:
         runner.run(plan, advance)
     figures = finish(NAME, "", [sweep_study(plan)], runner, plan.settings, trackers=trackers, as_json=as_json)
     if figures is not None and folder is not None:
@@ -206,12 +206,11 @@ def _run(plan: Plan, store: Store, trackers: tuple[str, ...], folder: Path | Non
 def _say_choice(run: Run, options: PlanOptions) -> None:
     """Warn about likely mistakes before a long run."""
     if len(run.alphas) == 1:
-        click.echo(f"one alpha, {run.alphas[0]:g}: there is nothing to choose", err=True)
+        log.info("one alpha, %g: there is nothing to choose", run.alphas[0])
     elif not options.chooses:
-        click.echo(
+        log.info(
             "no alpha will be chosen: --validation N (or a split), or --select perplexity, chooses one; the same "
-            "command with it goes on from these rows",
-            err=True,
+            "command with it goes on from these rows"
         )
 
 
@@ -219,6 +218,6 @@ def _say_begin(plan: Plan, num_done: int) -> None:
     num, num_points, num_compared = len(plan.names), len(plan.grid), len(plan.grid) - len(plan.points)
     compared = f" ({num_compared} of them to compare with)" if num_compared else ""
     done = "" if not num_done else ", all are done" if num_done == num else f", {num_done:,} are done"
-    click.echo(f"{num:,} examples at {num_points} points{compared}{done}", err=True)
+    log.info("%s examples at %d points%s%s", f"{num:,}", num_points, compared, done)
     if num_ranks() > 1:
-        click.echo(f"{num_ranks()} processes share the batches", err=True)
+        log.info("%d processes share the batches", num_ranks())

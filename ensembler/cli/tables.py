@@ -14,17 +14,21 @@ from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progres
 from rich.table import Table
 from rich.text import Text
 
+from ensembler.cli.command_class import is_quiet, log
+from ensembler.launch import this_rank
 from ensembler.planning.budgets import show_digits, show_size
 
 if TYPE_CHECKING:
-    from ensembler.decoding.explain import Candidate, Choice
+    from ensembler.decoding.texts import Candidate, Choice
+    from ensembler.engine.grid import GridPoint
     from ensembler.evaluation.scoring import ScoredRequest
     from ensembler.inspection import EnsembleSummary
     from ensembler.patch.extract import Extracted
-    from ensembler.patch.report import PatchReport
+    from ensembler.patch.geometry import PatchReport
     from ensembler.planning.placement import Proposal
-    from ensembler.planning.serving import ServingPlan
+    from ensembler.planning.vllm_plan import ServingPlan
 
+_SECONDS_BETWEEN_LINES = 30
 _PLAIN_WIDTH = 160  # of a file or a pipe, which have no width of their own
 
 
@@ -173,15 +177,30 @@ def print_next_tokens(
     out.print(f"\n{line}", markup=False)
 
 
-def print_scores(scored: Sequence[ScoredRequest], alphas: Sequence[float]) -> None:
-    """Print a line for each continuation and α, then the means over lines.
+def print_scores(scored: Sequence[ScoredRequest], points: Sequence[GridPoint]) -> None:
+    """Print a line for each continuation and point, then the means over lines.
 
     Of lines with choices, the means are those of the choices with one number. The mean per token is over all tokens,
     and the perplexity is that of all tokens.
     """
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for name in ("number", "choice", "alpha", "log_prob", "per token", "perplexity", "num_tokens", "greedy"):
+    rules = len({point.rule for point in points}) > 1
+    for name in (
+        "number",
+        "choice",
+        *(["rule"] if rules else []),
+        "alpha",
+        "log_prob",
+        "per token",
+        "perplexity",
+        "num_tokens",
+        "greedy",
+    ):
         table.add_column(name, justify="right")
+
+    def at(point: GridPoint) -> list[str]:
+        return [*([point.rule] if rules else []), f"{point.alpha:g}"]
+
     together: dict[tuple[str, int], list[tuple[float, int, bool]]] = {}
     for one in scored:
         for number, score in enumerate(one.scores):
@@ -189,13 +208,13 @@ def print_scores(scored: Sequence[ScoredRequest], alphas: Sequence[float]) -> No
             for index, (log_prob, is_greedy) in enumerate(zip(score.log_probs, score.is_greedy, strict=True)):
                 together.setdefault((choice, index), []).append((log_prob, score.num_tokens, is_greedy))
                 cells = (*_score_cells(log_prob, score.num_tokens), str(score.num_tokens), "yes" if is_greedy else "no")
-                table.add_row(str(one.request.number), choice, f"{alphas[index]:g}", show_digits(log_prob), *cells)
+                table.add_row(str(one.request.number), choice, *at(points[index]), show_digits(log_prob), *cells)
     for (choice, index), found in together.items():
         if len(found) > 1:
             log_probs, counts, greedy = zip(*found, strict=True)
             mean, tokens, share = (show_digits(sum(one) / len(found)) for one in (log_probs, counts, greedy))
             cells = (*_score_cells(sum(log_probs), sum(counts)), tokens, share)
-            table.add_row("mean", choice, f"{alphas[index]:g}", mean, *cells)
+            table.add_row("mean", choice, *at(points[index]), mean, *cells)
     console().print(table)
 
 
@@ -206,47 +225,54 @@ def _score_cells(log_prob: float, num_tokens: int) -> tuple[str, str]:
 
 
 @contextmanager
-def progress(
-    total: int, *, shown: bool, label: str = "decoding", lines: bool = False
-) -> Iterator[Callable[[int], None]]:
-    """Yield a function that advances a progress bar on standard error (on a terminal, where `shown`).
+def progress(total: int, *, label: str, num_done: int = 0) -> Iterator[Callable[[int], None]]:
+    """Yield a function that advances a progress bar on standard error, from `num_done` of `total`.
 
-    With `lines`, a line is written for every tenth where standard error is a file or a pipe.
+    Where that is a file or a pipe, a line is written every 30 seconds. The first of several processes alone says it.
     """
-    if lines and shown and not sys.stderr.isatty():
-        yield _lines(total, label)
+    is_shown = this_rank() == 0 and not is_quiet()
+    if is_shown and not sys.stderr.isatty():
+        yield _advance_by_lines(total, label, num_done, "{:,}".format)
         return
     with Progress(
         *Progress.get_default_columns(),
         MofNCompleteColumn(),
         console=Console(stderr=True),
         transient=True,
-        disable=not shown or not sys.stderr.isatty(),
+        redirect_stdout=sys.stdout.isatty(),  # results in a file or a pipe are no part of the display
+        disable=not is_shown,
     ) as bar:
-        task = bar.add_task(label, total=total)
+        task = bar.add_task(label, total=total, completed=num_done)
         yield lambda steps: bar.advance(task, steps)
 
 
-def _lines(total: int, label: str) -> Callable[[int], None]:
-    begun, done, said = time.monotonic(), 0, 0
+def _advance_by_lines(total: int, label: str, num_done: int, show: Callable[[int], str]) -> Callable[[int], None]:
+    begun = said = time.monotonic()
+    first, done = num_done, num_done
 
     def advance(steps: int) -> None:
         nonlocal done, said
         done += steps
-        if done * 10 // total > said:
-            said = done * 10 // total
-            seconds = time.monotonic() - begun
-            left = seconds / done * (total - done)
-            print(f"{label}: {done:,} of {total:,}, {left:,.0f} s left", file=sys.stderr, flush=True)
+        now = time.monotonic()
+        if now - said < _SECONDS_BETWEEN_LINES:
+            return
+        said = now
+        per_second = (done - first) / (now - begun)
+        left = "?" if per_second == 0 else show_digits((total - done) / per_second / 60)
+        rate = show(round(per_second)) if per_second >= 100 else show_digits(per_second)
+        log.info("%s: %s/%s, %s per second, %s minutes left", label, show(done), show(total), rate, left)
 
     return advance
 
 
 @contextmanager
 def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that advances a progress bar of bytes on standard error, where that is a terminal."""
+    """Yield a function that advances a progress bar of bytes on standard error, or lines as `progress` does."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    shown = sys.stderr.isatty()
+    if not sys.stderr.isatty() and not is_quiet():
+        yield _advance_by_lines(total, what, 0, show_size)
+        return
+    shown = not is_quiet()
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown) as bar:
         task = bar.add_task(what, total=total)
         yield lambda num_bytes: bar.advance(task, num_bytes)
@@ -259,7 +285,7 @@ def show_token(tokenizer: Any, token: int) -> str:
 
 def print_explained(choices: Sequence[Choice], tokenizer: Any) -> None:
     """Print a text with brackets round the tokens that are not the anchor's choice, and then a line for each."""
-    from ensembler.decoding.explain import token_texts
+    from ensembler.decoding.texts import token_texts
 
     out = console()
     text = Text()

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from ensembler.decoding.choosing import NOT_BY_ROW, NoiseProcessor
-from ensembler.decoding.outputs import GridOutput
+from ensembler.decoding.samples import GridOutput
 from ensembler.engine.grid import Grid
 from ensembler.engine.row_cache import RowCache
 from ensembler.modeling import EnsembleForCausalLM

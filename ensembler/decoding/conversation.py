@@ -10,12 +10,11 @@ from typing import Any
 from torch import Tensor
 from transformers import TextStreamer
 
-from ensembler.decoding.batches import end_ids
-from ensembler.decoding.explain import Choice, explain
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
+from ensembler.decoding.prompt_batches import end_ids
 from ensembler.decoding.prompts import EncodedPrompt, chat_ids, check_length, check_text
 from ensembler.decoding.samples import make_sample
-from ensembler.decoding.texts import complete_prompts, decoder_of
+from ensembler.decoding.texts import Choice, complete_prompts, decoder_of, explain
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import ConfigError, OutputError, PromptError

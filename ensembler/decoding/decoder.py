@@ -19,19 +19,43 @@ from transformers.generation.streamers import BaseStreamer
 
 from ensembler.decoding.by_transformers import decode_by_transformers, why_transformers
 from ensembler.decoding.choosing import Asked, Chooser, NoiseProcessor, Processors, Recorder
-from ensembler.decoding.drafting import AUTO, find_drafter
-from ensembler.decoding.ends import Ends
-from ensembler.decoding.loop import DecodeLoop
-from ensembler.decoding.outputs import GridOutput, Stream
-from ensembler.decoding.pacing import Pace
-from ensembler.decoding.reading import grid_of, reader
+from ensembler.decoding.decode_stats import DecodingStats, Meter
+from ensembler.decoding.drafting import AUTO, Pace, find_drafter
+from ensembler.decoding.loop import DecodeLoop, Read
 from ensembler.decoding.rows import Row, Text
-from ensembler.decoding.stats import DecodingStats, Meter
-from ensembler.engine.grid import Grid, GridPoint
+from ensembler.decoding.samples import Ends, GridOutput, Stream
+from ensembler.engine.forward import Forward, Step
+from ensembler.engine.grid import Grid, GridPoint, make_combination
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import ConfigError
 from ensembler.generation import check_arguments, check_given_cache
 from ensembler.modeling import EnsembleForCausalLM
+
+
+def reader(model: EnsembleForCausalLM, grid: Grid) -> tuple[Read, Grid]:
+    """Return what reads with the members of `model`, and the grid that combines what it returns.
+
+    Of several processes each has some of the members: at one point the ranks' weighted sums are enough.
+    """
+    if model.world is None or len(grid) > 1:
+        return model.member_set.logits, grid.on(model.device)
+    ((rule, alphas),) = grid.runs
+    combination = make_combination(rule, model.contract, model.config.outside, tuple(model.contract.widths))
+
+    def read(step: Step, cache: Any, forwards: Sequence[Forward] | None) -> dict[str, Tensor]:
+        return {rule.anchor: model.member_set.combined(step, cache, combination, alphas[0])}
+
+    return read, grid.of_scores(rule.anchor).on(model.device)
+
+
+def grid_of(model: EnsembleForCausalLM, points: Sequence[GridPoint] | None, num_rows: int) -> Grid:
+    """Return the grid of `points`, or of the model's own α: one, or one for each of `num_rows` rows."""
+    if points is not None:
+        return Grid.of(points, model.rule, model.contract, model.config.outside)
+    alpha = model.alpha_of_rows(num_rows)
+    alphas = alpha.tolist() if isinstance(alpha, Tensor) else [alpha]
+    return Grid.of_alphas(model.rule, tuple(model.contract.widths), model.combination, alphas)
+
 
 _logger = logging.getLogger(__name__)
 

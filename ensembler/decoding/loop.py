@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from ensembler.decoding.choosing import NAN, Asked, Chooser
-from ensembler.decoding.drafting import Drafter, look_up
-from ensembler.decoding.ends import Ends
-from ensembler.decoding.pacing import Round
+from ensembler.decoding.decode_stats import Meter, timed
+from ensembler.decoding.drafting import Drafter, Round, look_up
 from ensembler.decoding.rows import Row, Text, arrange, settle
-from ensembler.decoding.stats import Meter, timed
+from ensembler.decoding.samples import Ends
 from ensembler.engine.forward import Forward, Step, check_nan
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import LogitsError

@@ -14,17 +14,13 @@ from typing import Any
 
 import torch
 
-from ensembler.decoding.batches import end_ids, room_for
 from ensembler.decoding.choosing import Processors
-from ensembler.decoding.decoder import Decoder
-from ensembler.decoding.ends import Ends
-from ensembler.decoding.options import DecodingOptions
-from ensembler.decoding.outputs import Stream
-from ensembler.decoding.prefixes import Headers
+from ensembler.decoding.decoder import Decoder, grid_of
+from ensembler.decoding.decoding_options import DecodingOptions
+from ensembler.decoding.prompt_batches import Headers, end_ids, room_for
 from ensembler.decoding.prompts import EncodedPrompt
-from ensembler.decoding.reading import grid_of
 from ensembler.decoding.rows import Row, Text
-from ensembler.decoding.samples import StopInNewText
+from ensembler.decoding.samples import Ends, StopInNewText, Stream
 from ensembler.engine.row_cache import RowCache
 from ensembler.modeling import EnsembleForCausalLM
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,11 +17,12 @@ Line = TypeVar("Line")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt: its number in the input (from 0), its text, and where it came from (for messages)."""
+    """One prompt: its number in the input (from 0), its text, where it came from (for messages), all its `fields`."""
 
     number: int
     text: str
     source: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def _prompt(value: Any, number: int, source: str) -> Prompt:
     text = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(text, str):
         raise PromptError(f'{source} has no text under \'prompt\'; expected {{"prompt": "..."}}')
-    return Prompt(number, text, source)
+    return Prompt(number, text, source, value if isinstance(value, dict) else {"prompt": text})
 
 
 def read_lines(

@@ -1,14 +1,88 @@
-"""A decoded row as a text: where it ends, and why."""
+"""A decoded row as a text: where it ends and why; the texts of a grid, and tokens as they come."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation import StopStringCriteria
+from transformers.generation.streamers import BaseStreamer
+
+from ensembler.decoding.rows import Row, Text
+
+
+@dataclass(frozen=True)
+class GridOutput:
+    """The output of `generate` for a grid.
+
+    `sequences` (points, prompts · samples, positions) int64: prompts and texts as `generate` returns them for each
+    point, padded behind their ends; `lengths` (points, prompts · samples) int64 count their positions up to there.
+    `rows_per_step`: how many different texts each forward of the members served.
+    """
+
+    sequences: Tensor
+    lengths: Tensor
+    rows_per_step: tuple[int, ...]
+
+
+class Stream:
+    """Hands tokens to a streamer, position by position, as soon as every running text has them."""
+
+    def __init__(self, streamer: BaseStreamer | None, texts: Sequence[Text], pad: int = 0) -> None:
+        self._streamer = streamer
+        self._texts = texts
+        self._pad = pad
+        self._num = 0
+
+    def go_on(self, rows: Sequence[Row]) -> None:
+        """Hand on what is new on `rows`; of texts that have ended, padding."""
+        if self._streamer is None:
+            return
+        running = {text: row.new_ids for row in rows for text in row.texts}
+        texts = [running.get(text, text.ids) for text in self._texts]
+        ready = min((len(ids) for ids in running.values()), default=max(map(len, texts)))
+        for position in range(self._num, ready):
+            tokens = [ids[position] if position < len(ids) else self._pad for ids in texts]
+            self._streamer.put(torch.tensor(tokens))
+        self._num = max(ready, self._num)
+        if not running:
+            self._streamer.end()
+
+
+class Ends:
+    """`ids` end a text; `criteria` are asked too: called with texts (rows, positions) int64, they say which end.
+
+    `whole`: criteria see the prompt before the new tokens, with its padding; else the new tokens alone.
+    """
+
+    def __init__(
+        self,
+        ids: Collection[int],
+        criteria: Sequence[Callable[..., Tensor]] = (),
+        *,
+        whole: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._ids = frozenset(ids)
+        self._criteria = StoppingCriteriaList(criteria)
+        self._whole = whole
+        self._device = device
+
+    def ended(self, grown: Sequence[tuple[Row, Sequence[int]]]) -> list[bool]:
+        """Return whether each row ends with the last of the tokens that it has gained."""
+        found = [tokens[-1] in self._ids or len(tokens) >= row.room for row, tokens in grown]
+        if self._criteria:
+            texts = [[*(row.columns if self._whole else ()), *row.new_ids, *tokens] for row, tokens in grown]
+            for length in {len(text) for text in texts}:
+                which = [index for index, text in enumerate(texts) if len(text) == length]
+                ids = torch.tensor([texts[index] for index in which], device=self._device)
+                for index, is_end in zip(which, self._criteria(ids, None).tolist(), strict=True):
+                    found[index] = found[index] or is_end
+        return found
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
@@ -11,42 +9,45 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ensembler.decoding.batches import TextLimits, end_ids, ends_only, make_batches, pad_id, pad_left, room_for
 from ensembler.decoding.decoder import Decoder
-from ensembler.decoding.options import DecodingOptions
-from ensembler.decoding.outputs import GridOutput
+from ensembler.decoding.decoding_options import DecodingOptions
+from ensembler.decoding.prompt_batches import TextLimits, end_ids, ends_only, make_batches, pad_id, pad_left, room_for
 from ensembler.decoding.prompt_queue import Decoded, PromptQueue
 from ensembler.decoding.prompts import EncodedPrompt
-from ensembler.decoding.samples import Sample, make_sample, stopping_criteria
+from ensembler.decoding.samples import GridOutput, Sample, make_sample, stopping_criteria
+from ensembler.engine.forward import Step
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import ConfigError
+from ensembler.files import digest
 from ensembler.modeling import EnsembleForCausalLM
 
 _SEED_STEP = 1_000_003  # batches get seeds far apart, so that neighbours of a user's seed do not share any
 _WITHOUT_EFFECT = ("prefill_chunk", "draft", "draft_tokens")  # on the texts
 
 
-def fingerprint(
+def run_settings(
     model: TextLimits,
     prompts: Sequence[EncodedPrompt],
     options: DecodingOptions,
     *,
+    points: Sequence[GridPoint] = (),
     backend: Mapping[str, Any] | None = None,
-) -> str:
-    """Return a short hash of all that the texts of a run depend on, but for the weights themselves.
+) -> dict[str, Any]:
+    """Return all that the texts of a run depend on, but for the weights themselves.
 
     `backend`: what else is to be said of what decodes them.
     """
-    settings = {
-        "prompts": [[prompt.number, prompt.ids] for prompt in prompts],
+    return {
+        "prompts": digest([[prompt.number, prompt.ids] for prompt in prompts]),
         "ensemble": {key: value for key, value in model.config.to_dict().items() if key != "transformers_version"},
-        "ends": sorted(end_ids(model)),
-        "options": {name: value for name, value in asdict(options).items() if name not in _WITHOUT_EFFECT},
+        "end tokens": sorted(end_ids(model)),
+        "points": [f"{point.rule} at {point.alpha:g}" for point in points],
+        **{name: value for name, value in asdict(options).items() if name not in _WITHOUT_EFFECT},
         "backend": dict(backend or {}),
     }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -58,23 +59,39 @@ class Completion:
     samples: list[Sample]
     seconds: float
 
+    @property
+    def all_samples(self) -> list[Sample]:
+        """Return the samples, as `GridCompletion` does those of all points."""
+        return self.samples
+
     def to_row(self) -> dict[str, Any]:
-        """One line of the output file: a text, or a list of samples where several were asked for."""
-        texts = [
-            {"text": sample.text, "num_tokens": sample.num_tokens, "finish_reason": sample.finish_reason}
-            for sample in self.samples
-        ]
-        body = texts[0] if len(texts) == 1 else {"samples": texts}
-        return {"number": self.number, **body, "seconds": round(self.seconds, 3)}
+        """Return one line of the output file: a text, or a list of samples where several were asked for."""
+        return {"number": self.number, **_texts(self.samples), "seconds": round(self.seconds, 3)}
 
 
 @dataclass(frozen=True)
 class GridCompletion:
-    """All samples of one prompt at every point of the grid."""
+    """All samples of one prompt at every point of the grid, and the seconds that they took together."""
 
     number: int
     prompt_ids: list[int]
     samples: dict[GridPoint, list[Sample]]
+    seconds: float
+
+    @property
+    def all_samples(self) -> list[Sample]:
+        """Return the samples of all points."""
+        return [sample for of_point in self.samples.values() for sample in of_point]
+
+    def to_row(self) -> dict[str, Any]:
+        """Return one line of the output file: under `points` a rule, an alpha and the text or samples of each."""
+        points = [{"rule": point.rule, "alpha": point.alpha, **_texts(found)} for point, found in self.samples.items()]
+        return {"number": self.number, "points": points, "seconds": round(self.seconds, 3)}
+
+
+def _texts(samples: Sequence[Sample]) -> dict[str, Any]:
+    rows = [{"text": one.text, "num_tokens": one.num_tokens, "finish_reason": one.finish_reason} for one in samples]
+    return rows[0] if len(rows) == 1 else {"samples": rows}
 
 
 def complete_prompts(
@@ -128,7 +145,9 @@ def complete_grid(
     wanted = [prompt for prompt in prompts if prompt.number not in done]
     for one in _decode(model, tokenizer, wanted, options, decoder, batch_size):
         samples = _samples(one, tokenizer, end_ids(model), options.stop)
-        yield GridCompletion(one.prompt.number, one.prompt.ids, dict(zip(points, samples, strict=True)))
+        yield GridCompletion(
+            one.prompt.number, one.prompt.ids, dict(zip(points, samples, strict=True)), one.seconds
+        )
 
 
 def decoder_of(options: DecodingOptions, **others: Any) -> Decoder:
@@ -201,3 +220,79 @@ def _generate(
     for row, prompt in enumerate(batch):
         new = [[ids[length:] for ids in of_point[row * num : (row + 1) * num].tolist()] for of_point in sequences]
         yield Decoded(prompt, new, seconds)
+
+
+ENSEMBLE = "ensemble"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A next token and its probability."""
+
+    token: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One token of a text, and what the ensemble and its anchor alone find most probable there.
+
+    `token` is what was chosen: the ensemble's most probable token when decoding is greedy, a drawn one when it samples.
+    `probability` is the ensemble's for it, `anchor_probability` the anchor's.
+    """
+
+    token: int
+    probability: float
+    ensemble_token: int
+    anchor_token: int
+    anchor_probability: float
+
+    @property
+    def moved(self) -> bool:
+        """Return whether the ensemble's most probable token is not its anchor's."""
+        return self.ensemble_token != self.anchor_token
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return what each token adds to the text: a token alone often decodes without the space in front of it."""
+    texts, before = [], ""
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end])
+        texts.append(text[len(before) :] if text.startswith(before) else tokenizer.decode([ids[end - 1]]))
+        before = text
+    return texts
+
+
+@torch.inference_mode()
+def next_tokens(model: EnsembleForCausalLM, ids: Sequence[int], top_k: int = 5) -> dict[str, list[Candidate]]:
+    """Return the `top_k` most probable next tokens of the ensemble and of every member, by role, after `ids`."""
+    logits = model.member_set.logits(Step(torch.tensor([list(ids)], device=model.device), logits_to_keep=1))
+    scores = {ENSEMBLE: model.combine(logits), **logits}
+    top_k = min(top_k, *(values.shape[-1] for values in scores.values()))
+    return {role: _top(values[0, -1], top_k) for role, values in scores.items()}
+
+
+def _top(logits: Tensor, top_k: int) -> list[Candidate]:
+    values, tokens = logits.float().softmax(-1).topk(top_k)
+    return [Candidate(token, value) for token, value in zip(tokens.tolist(), values.tolist(), strict=True)]
+
+
+@torch.inference_mode()
+def explain(model: EnsembleForCausalLM, prompt_ids: Sequence[int], new_ids: Sequence[int]) -> list[Choice]:
+    """Return one Choice for each token of `new_ids`, from one forward over the finished text.
+
+    Probabilities are before sampling options: temperature and cut-offs change what is drawn, not what is shown here.
+    """
+    ids = torch.tensor([[*prompt_ids, *new_ids]], device=model.device)
+    logits = model.member_set.logits(Step(ids[:, :-1], logits_to_keep=len(new_ids)))
+    ensemble = model.combine(logits)[0].softmax(-1)
+    anchor = logits[model.rule.anchor][0].float().softmax(-1).to(ensemble.device)
+    tokens = ids[0, len(prompt_ids) :].to(ensemble.device)
+    columns = (
+        tokens.tolist(),
+        ensemble.gather(-1, tokens[:, None])[:, 0].tolist(),
+        ensemble.argmax(-1).tolist(),
+        anchor.argmax(-1).tolist(),
+        anchor.gather(-1, tokens[:, None])[:, 0].tolist(),
+    )
+    return [Choice(*values) for values in zip(*columns, strict=True)]

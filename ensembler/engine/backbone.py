@@ -17,9 +17,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ensembler.adapters import CheckedAdapter, adapter_weights, base_name
+from ensembler.adapters import CheckedAdapter, base_name
 from ensembler.errors import OutputError, RunError
-from ensembler.merging import deltas_added
+from ensembler.patch.addition import deltas_added, read_tensor
+from ensembler.patch.formats import ADAPTER_WEIGHTS
 
 
 class Routing:
@@ -110,19 +111,16 @@ class Backbone:
 def _attach_plain(model: PreTrainedModel, adapters: Mapping[str, CheckedAdapter]) -> Routing:
     """Replace the linear layers of `model` by AdaptedLinear and fill them; the rest of the model is as it was."""
     routing = Routing()
-    targets = {name for adapter in adapters.values() for name in adapter.scaling or ()}
-    for name, module in list(model.named_modules()):
-        if name in targets:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, AdaptedLinear(module, routing))
     for role, adapter in adapters.items():
-        with safe_open(adapter_weights(role, adapter.path), framework="pt") as tensors:
-            for name, scaling in (adapter.scaling or {}).items():
-                layer = model.get_submodule(name)
-                like = _like(layer.base, model.dtype)
-                pair = (tensors.get_tensor(f"base_model.model.{name}.lora_{part}.weight") for part in "AB")
-                down, up = (tensor.to(**like) for tensor in pair)
-                layer.add(role, down, up, scaling)
+        for name, factors in ({} if adapter.patch is None else adapter.patch.low_rank).items():
+            parent, _, child = name.removesuffix(".weight").rpartition(".")
+            layer = getattr(model.get_submodule(parent), child)
+            if not isinstance(layer, AdaptedLinear):
+                layer = AdaptedLinear(layer, routing)
+                setattr(model.get_submodule(parent), child, layer)
+            like = _like(layer.base, model.dtype)
+            down, up = (read_tensor(factor).to(**like) for factor in (factors.a, factors.b))
+            layer.add(role, down, up, factors.scale)
     return routing
 
 
@@ -143,16 +141,16 @@ class PeftSwitch:
             known = _base_tensors(model)
             own = _own_tensors(model, role, adapter)
             before = {name: known[name].detach().clone() for name in own}
-            settings: Any = PeftConfig.from_pretrained(adapter.path)
+            settings: Any = PeftConfig.from_pretrained(adapter.folder)
             if hasattr(settings, "bias"):
                 settings.bias = "none"  # PEFT has no place for biases of two adapters; here is one
             if patched is None:
                 patched = PeftModel.from_pretrained(
-                    model, adapter.path, adapter_name=role, config=settings, autocast_adapter_dtype=False
+                    model, adapter.folder, adapter_name=role, config=settings, autocast_adapter_dtype=False
                 )
             else:
                 patched.add_adapter(role, settings, autocast_adapter_dtype=False)
-                patched.load_adapter(adapter.path, adapter_name=role, autocast_adapter_dtype=False)
+                patched.load_adapter(adapter.folder, adapter_name=role, autocast_adapter_dtype=False)
             known = _base_tensors(model)
             for name, tensor in before.items():
                 known[name].data.copy_(tensor)
@@ -184,7 +182,7 @@ class PeftSwitch:
 
 def _is_batchable(model: PreTrainedModel, role: str, adapter: CheckedAdapter) -> bool:
     """Return whether the adapter is plain LoRA, and its file holds no tensor that the base has otherwise."""
-    if adapter.scaling is None or adapter.deltas:
+    if not adapter.is_plain_lora or adapter.deltas:
         return False
     known = _base_tensors(model)
     return all(
@@ -196,7 +194,7 @@ def _is_batchable(model: PreTrainedModel, role: str, adapter: CheckedAdapter) ->
 def _own_tensors(model: PreTrainedModel, role: str, adapter: CheckedAdapter) -> dict[str, Tensor]:
     """The tensors that stand in for the model's own by their names there: of the adapter's file, and full deltas."""
     known = _base_tensors(model)
-    with safe_open(adapter_weights(role, adapter.path), framework="pt") as tensors:
+    with safe_open(adapter.folder / ADAPTER_WEIGHTS, framework="pt") as tensors:
         names = {base_name(key): key for key in tensors.keys()}  # noqa: SIM118 - it is no mapping
         own = {name: tensors.get_tensor(key) for name, key in names.items() if name in known}
     away = next((name for name in own if known[name].is_meta), None)

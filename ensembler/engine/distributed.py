@@ -27,8 +27,8 @@ from ensembler.engine.grid import combine_members
 from ensembler.engine.member_set import MemberSet
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import ConfigError, EnsemblerError, RankError, RunError
+from ensembler.files import one_line
 from ensembler.launch import RANK_TIMEOUT, local_rank, num_ranks, this_rank
-from ensembler.sources import one_line
 from ensembler.vocab import VocabularyContract
 
 Result = TypeVar("Result")
@@ -221,7 +221,7 @@ class World:
         names = " and ".join(self._name(rank) for rank in silent)
         return RankError(
             f"lost {names} at step {self._step}: {reason}; see what it wrote before, and start the run again (an "
-            "--output goes on with --resume)",
+            "--output goes on by the same command)",
             reporter=min(answered),
         )
 

@@ -19,12 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ensembler.engine.backbone import Backbone
-from ensembler.engine.compiled import compile_steps, why_not_compiled
-from ensembler.engine.cuda_graphs import CudaRecorder, StepGraphs, why_not_captured
+from ensembler.engine.cuda_graphs import CudaRecorder, StepGraphs, compile_steps, why_not_captured, why_not_compiled
 from ensembler.engine.ensemble_cache import EnsembleCache
-from ensembler.engine.forward import Forward, Step, check_nan, plain_model, plan_forwards
+from ensembler.engine.forward import Forward, Step, check_nan, grouped, plain_model, plan_forwards
 from ensembler.engine.grid import combine_members
-from ensembler.engine.grouped_attention import grouped
 from ensembler.engine.row_cache import Masks, RowCache, Slots, bucket, why_not_by_row
 from ensembler.errors import InputError
 from ensembler.vocab import VocabularyContract

@@ -29,11 +29,11 @@ from ensembler.config import IMAGES, EnsembleConfig, MemberConfig
 from ensembler.engine.backbone import Backbone
 from ensembler.engine.devices import check_device_names, check_devices, device_map_for, max_memory_for, out_of_memory
 from ensembler.errors import MemberError, RunError
-from ensembler.merging import add_deltas, merge_adapter
+from ensembler.files import find_file, is_local, naming, not_found, one_line
+from ensembler.patch.addition import add_deltas, merge_adapter
 from ensembler.quantization import Quantization
-from ensembler.sources import find_file, is_local, not_found, one_line
+from ensembler.safetensors_files import check_folder
 from ensembler.vocab import MemberVocabulary, read_vocabulary
-from ensembler.weights import check_folder
 
 if TYPE_CHECKING:
     from ensembler.engine.distributed import World
@@ -102,7 +102,8 @@ def check_member(role: str, config: MemberConfig, *, trust_remote_code: bool = F
     try:
         model_config = AutoConfig.from_pretrained(config.model, **options)
     except (OSError, ValueError, KeyError) as error:
-        raise not_found(role, config.model, error) from error
+        with naming(role):
+            raise not_found(config.model, error) from error
     if getattr(model_config, "is_encoder_decoder", False):
         raise MemberError(f"{role}: {config.model} is an encoder-decoder model; expected a causal language model")
     _check_kind(role, config, model_config, trust_remote_code=trust_remote_code)
@@ -247,7 +248,7 @@ def load_members(
 
 def _num_bytes(group: Sequence[MemberFiles]) -> int:
     """The bytes that a group takes when it is loaded; 0 where its files do not say."""
-    from ensembler.planning.measuring import measure_group  # which measures what is found here
+    from ensembler.planning.member_sizes import measure_group  # which measures what is found here
 
     config = group[0].config
     try:
@@ -324,10 +325,11 @@ def _bitsandbytes(quantization: Quantization, dtype: str, model_config: Any) -> 
 def _load_tokenizer(role: str, config: MemberConfig, options: Mapping[str, Any]) -> Any | None:
     """The tokenizer beside the adapter, where fine-tuning left one there, or beside the model; None without any."""
     source = config.model
-    if config.adapter is not None and find_file(role, config.adapter, "tokenizer.json"):
-        source = config.adapter
-    if not any(find_file(role, source, name, revision=config.revision) for name in TOKENIZER_FILES):
-        return None  # transformers would make one up
+    with naming(role):
+        if config.adapter is not None and find_file(config.adapter, "tokenizer.json"):
+            source = config.adapter
+        if not any(find_file(source, name, revision=config.revision) for name in TOKENIZER_FILES):
+            return None  # transformers would make one up
     try:
         return AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # tokenizers raises bare Exceptions for files that it cannot read

@@ -1,27 +1,32 @@
-"""Run an ensemble in an evaluation: by this package's own model, or by vLLM's engine around the same members."""
+"""Run an ensemble in an evaluation: by this package's own model, or by vLLM's engine around the same members.
+
+`score` scores rows in memory, as `ensembler score` does those of a file.
+"""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import Sample
 from ensembler.decoding.texts import GridCompletion, complete_grid
-from ensembler.engine.grid import Grid, GridPoint
-from ensembler.evaluation.batches import Batch, run_passes
-from ensembler.evaluation.requests import ScoringRequest
+from ensembler.engine.grid import Grid, GridPoint, make_grid
+from ensembler.errors import MemberError
+from ensembler.evaluation.request_batches import Batch, can_share_contexts, make_batches, run_passes
+from ensembler.evaluation.requests import ScoringRequest, make_request
 from ensembler.evaluation.scoring import Score, ScoredRequest, score_batch
 from ensembler.modeling import EnsembleForCausalLM
 from ensembler.preflight import CheckedEnsemble
 from ensembler.serving.choice import VLLM, BackendChoice
-from ensembler.serving.engine import Engine
-from ensembler.serving.texts import complete_in_engine
+from ensembler.serving.vllm_engine import Engine, complete_in_engine
 
 _MOST_TOKENS = 2048  # in a step of vLLM, which computes the logits of all tokens of a prompt that is scored
 
@@ -91,13 +96,14 @@ class VllmBackend:
         self, prompts: Sequence[EncodedPrompt], points: Sequence[GridPoint], options: DecodingOptions
     ) -> Iterator[GridCompletion]:
         """Yield the texts of the prompts, as the other backend does."""
+        begun = time.monotonic()
         samples: dict[int, dict[GridPoint, list[Sample]]] = {prompt.number: {} for prompt in prompts}
         for point in points:
             self.engine.set_point(point)
             for one in complete_in_engine(self.engine, self.tokenizer, prompts, options):
                 samples[one.number][point] = one.samples
         for prompt in prompts:
-            yield GridCompletion(prompt.number, prompt.ids, samples[prompt.number])
+            yield GridCompletion(prompt.number, prompt.ids, samples[prompt.number], time.monotonic() - begun)
 
     def _score(self, requests: Sequence[ScoringRequest], point: GridPoint) -> list[TokenScore]:
         """Return the scores of all tokens of all continuations at a point, in their order."""
@@ -111,19 +117,14 @@ class VllmBackend:
             for continuation in continuations
         ]
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
-        scored: dict[int, list[TokenScore]] = {}
+        scored: list[list[TokenScore]] = [[] for _ in pieces]
         for number, output in self.engine.run([[*one, *other] for one, other in pieces], [params] * len(pieces)):
             context, continuation = pieces[number]
-            behind = output.prompt_logprobs[len(context) :]
-            scored[number] = [_token_score(*pair) for pair in zip(continuation, behind, strict=True)]
-        return [one for number in range(len(pieces)) for one in scored[number]]
-
-
-def _token_score(token: int, entries: Mapping[int, Any]) -> TokenScore:
-    """Return the score of a token from vLLM's entries by token id."""
-    best = max(entries, key=lambda one: float(entries[one].logprob))
-    logprob = float(entries[token].logprob)
-    return logprob, token == best and logprob > -math.inf
+            for token, entries in zip(continuation, output.prompt_logprobs[len(context) :], strict=True):
+                best = max(entries, key=lambda one: float(entries[one].logprob))
+                logprob = float(entries[token].logprob)
+                scored[number].append((logprob, token == best and logprob > -math.inf))
+        return [one for of_piece in scored for one in of_piece]
 
 
 def _score(tokens: Iterable[Sequence[TokenScore]]) -> Score:
@@ -149,3 +150,36 @@ def open_backend(choice: BackendChoice, checked: CheckedEnsemble) -> Iterator[Ba
             yield VllmBackend(engine, tokenizer)
     else:
         yield TransformersBackend(EnsembleForCausalLM.from_checked(checked), tokenizer)
+
+
+def score(
+    model: EnsembleForCausalLM | str | Path,
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    alpha: float | Iterable[float] | None = None,
+    batch_size: int = 8,
+    per_token: bool = False,
+) -> list[dict[str, Any]]:
+    """Return for each of `rows` what `ensembler score` writes for a line: log-probs (nats) at every α, perplexities ...
+
+    `model`: an ensemble, or its folder or hub id. A row has a `text`, a `prompt` and a `continuation`, or a `prompt`
+    and `choices`. `alpha`: a number or several, which share the forwards; by default the ensemble's. `per_token` adds
+    the tokens and their log-probs. Raises PromptError for a row that cannot be scored.
+    """
+    if not isinstance(model, EnsembleForCausalLM):
+        model = EnsembleForCausalLM.from_pretrained(model)
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise MemberError("the ensemble has no tokenizer, which texts need; set model.tokenizer to the anchor's")
+    given = model.alpha if alpha is None else alpha
+    alphas = [model.rule.check_alpha(each) for each in (given if isinstance(given, Iterable) else [given])]
+    requests = [
+        make_request(row, number, f"rows[{number}]", tokenizer, context=model.shortest_context)
+        for number, row in enumerate(rows)
+    ]
+    shares = can_share_contexts(member.config for member in model.members.values())
+    batches = make_batches(requests, batch_size, share_contexts=shares)
+    points = make_grid([model.rule.name], alphas)
+    found = TransformersBackend(model).score(batches, points)
+    scored = sorted((one for batch in found for one in batch), key=lambda one: one.request.number)
+    return [one.to_row(points, tokenizer if per_token else None) for one in scored]

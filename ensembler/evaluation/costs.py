@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ensembler.evaluation.backends import Advance
+from ensembler.evaluation.documents import TEST
+from ensembler.evaluation.ensemble_plan import Plan
 from ensembler.evaluation.measure import Load, machine
-from ensembler.evaluation.methods import Method
-from ensembler.evaluation.parts import TEST
-from ensembler.evaluation.plan import Plan
+from ensembler.evaluation.methods import Method, Study, finished_runs
 from ensembler.evaluation.recipe import Speed
 from ensembler.evaluation.store import Store
-from ensembler.evaluation.study import Study, finished_runs
 from ensembler.evaluation.summary import COST, chosen_alpha, cost_name
 from ensembler.evaluation.text_answers import TextAnswerer
 
@@ -70,7 +69,7 @@ def _load(timed: Timed) -> Load:
     plan, method, speed = timed.plan, timed.method, timed.speed
     answerer = plan.answerer
     assert isinstance(answerer, TextAnswerer)
-    documents = plan.tasks[0].parts[TEST][: max(speed.num_examples, speed.num_prompts)]
+    documents = plan.tasks[0].subsets[TEST][: max(speed.num_examples, speed.num_prompts)]
     scored = [one for one in documents if one.requests[0].request_type != "generate_until"][: speed.num_examples]
     room = answerer.model.max_length - speed.new_tokens
     prompts = [answerer.model.tok_encode(one.prompt)[-room:] for one in documents[: speed.num_prompts]]
@@ -84,7 +83,7 @@ def _load(timed: Timed) -> Load:
         alpha=timed.alpha,
         alone=method.alone is not None,
         prompts=prompts,
-        requests=[request.tokens for one in scored for request in answerer.encode(one)],
+        requests=[request.tokens for one in scored for request in answerer.encode_requests(one)],
         num_examples=len(scored),
         new_tokens=speed.new_tokens,
         batch_size=plan.options.batch_size,

@@ -1,4 +1,4 @@
-"""Tell the smallest difference that a comparison would find, and whether two methods are alike."""
+"""The smallest difference that a comparison would find, and tests of whether two methods are alike."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ensembler.errors import ConfigError
 from ensembler.evaluation.resampling import (
     NUM_RESAMPLES,
     Aggregate,
+    Groups,
     Numbers,
     Rows,
     num_units,
@@ -22,9 +23,11 @@ from ensembler.evaluation.statistics import (
     Comparison,
     Interval,
     check_paired,
+    crossed_interval,
     is_binary,
     mean_interval,
-    row_numbers,
+    paired_numbers,
+    seeds_matter,
     wilson,
 )
 from ensembler.extras import require
@@ -92,44 +95,47 @@ def equivalence(
 
     Raises ConfigError as `compare`, and for a margin that is not above 0, or not below 1 for rows of 0 and 1.
     """
-    check_paired(a, b)
-    groups = number_clusters(clusters, len(a))
     if not margin > 0:
         raise ConfigError(f"an equivalence margin of {margin}; expected a number above 0")
     if aggregate is not None:
+        check_paired(a, b)
+        groups = number_clusters(clusters, len(a))
         of_a, of_b = resampled_aggregates(aggregate, [a, b], seed, num_resamples, groups)[1]
         found = of_a - of_b
         if not np.isfinite(found).all() or found.min() == found.max():
             return math.nan
         return (max(int((found >= margin).sum()), int((found <= -margin).sum())) + 1) / (len(found) + 1)
-    x, y = row_numbers(a), row_numbers(b)
-    both = np.concatenate([x, y])
-    if is_binary(both) and margin >= 1:
+    x, y = paired_numbers(a, b)
+    groups = number_clusters(clusters, x.shape[1])
+    if seeds_matter(x - y):
+        p_value = _equivalence_by_t(crossed_interval(x - y, groups), margin)
+    else:
+        x, y = x.mean(axis=0), y.mean(axis=0)
+        p_value = _equivalence_of_means(x, y, margin, groups)
+    values, num = np.append(x, y), num_units(x.shape[-1], groups)
+    if values.min() < 0 or values.max() > 1:
+        return p_value
+    return float(np.nanmax([p_value, max(0.0, 1 - margin) ** num]))
+
+
+def _equivalence_of_means(x: Numbers, y: Numbers, margin: float, groups: Groups | None) -> float:
+    are_binary = is_binary(x) and is_binary(y)
+    if are_binary and margin >= 1:
         raise ConfigError(
             f"an equivalence margin of {margin} for rows of 0 and 1; expected a share: 0.01 is one percent"
         )
-    interval = mean_interval(x - y, groups)
-    if groups is None and is_binary(both):
-        only_a, only_b = int((x > y).sum()), int((x < y).sum())
-        p_value = max(_tango(only_a, only_b, len(x), margin), _tango(only_b, only_a, len(x), margin))
-    else:
-        p_value = equivalence_by_t(interval, margin)
-    return at_least_by_chance(p_value, both, margin, num_units(len(x), groups))
+    if groups is not None or not are_binary:
+        return _equivalence_by_t(mean_interval(x - y, groups), margin)
+    only_a, only_b = int((x > y).sum()), int((x < y).sum())
+    return max(_tango(only_a, only_b, len(x), margin), _tango(only_b, only_a, len(x), margin))
 
 
-def equivalence_by_t(difference: Interval, margin: float) -> float:
-    """Return p of the same tests from an interval by t; without a standard error NaN within the margin, 1 beyond."""
+def _equivalence_by_t(difference: Interval, margin: float) -> float:
+    """Return NaN within the margin, and 1 beyond, where there is no standard error."""
     if not difference.standard_error > 0:
         return math.nan if abs(difference.estimate) < margin else 1.0
     reach = margin - abs(difference.estimate)
     return float(stats.t.sf(reach / difference.standard_error, difference.degrees_of_freedom))
-
-
-def at_least_by_chance(p_value: float, values: Numbers, margin: float, num: int) -> float:
-    """Return p, for `values` between 0 and 1 at least (1 − margin)^num of `num` rows or clusters, see `equivalence`."""
-    if values.min() < 0 or values.max() > 1:
-        return p_value
-    return float(np.nanmax([p_value, max(0.0, 1 - margin) ** num]))
 
 
 def _tango(only_a: int, only_b: int, num_rows: int, margin: float) -> float:

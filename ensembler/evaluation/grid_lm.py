@@ -18,16 +18,15 @@ import torch
 
 from ensembler import folder
 from ensembler.config import EnsembleConfig
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import Sample
 from ensembler.demo import demo_folder
 from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError, PromptError
 from ensembler.evaluation.backends import Backend, TransformersBackend
-from ensembler.evaluation.batches import can_share_contexts, make_batches
+from ensembler.evaluation.request_batches import can_share_contexts, make_batches
 from ensembler.evaluation.requests import group_by_context
-from ensembler.evaluation.scoring import Score
 from ensembler.extras import require
 from ensembler.modeling import EnsembleForCausalLM
 from ensembler.preflight import CheckedEnsemble, check_ensemble
@@ -39,6 +38,7 @@ registry: Any = require("lm_eval.api.registry", "eval")
 
 _OF_CHATS = ("enable_thinking", "think_end_token", "chat_template_args")
 _OF_HFLM = ("max_batch_size", "add_bos_token", "prefix_token_id", *_OF_CHATS)
+_OWN = ("pretrained", "alpha", "rule", "device", "dtype", "max_length", "batch_size", "seed")
 _SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
 _MAX_LENGTH = HFLM._DEFAULT_MAX_LENGTH
 
@@ -57,10 +57,6 @@ class EncodedRequest(NamedTuple):
     def length(self) -> int:
         """The number of tokens that are read at most, generated ones among them: all but the last."""
         return sum(map(len, self.tokens)) + self.num_new - 1
-
-
-Prompt = tuple[int, int, EncodedRequest]
-"""A generation: its position among the requests, the number of its document, and its prompt."""
 
 
 class _Unloaded(SimpleNamespace):
@@ -111,9 +107,8 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
         self.seed = seed
         if not isinstance(pretrained, str):
             self.checked = pretrained
-            beside = [name for name, value in self._given.items() if value is not None]
-            if beside:
-                raise ConfigError(f"{beside[0]} was given beside a checked ensemble; set it before the check")
+            for name in (name for name, value in self._given.items() if value is not None):
+                raise ConfigError(f"{name} was given beside a checked ensemble; set it before the check")
         stand_in = pretrained if isinstance(pretrained, str) else self._stand_in("cpu")
         device = device or "cuda:0"  # where there is none, HFLM takes the CPU
         super().__init__(stand_in, backend="causal", device=device, batch_size=batch_size, **of_hflm)
@@ -184,7 +179,9 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
         with self._progress(len(grouped), "loglikelihood", disable_tqdm) as bar:
             for one in chain.from_iterable(self.members.score(batches, self.points, advance=bar.update)):
                 for continuation, score in zip(one.request.continuations, one.scores, strict=True):
-                    found[one.request.context, continuation] = self._answer(score)
+                    over_points = np.array(score.log_probs), np.array(score.is_greedy)
+                    at_point = score.log_probs[0], score.is_greedy[0]
+                    found[one.request.context, continuation] = at_point if self._answers_one_point else over_points
         for (texts, *_), pair in zip(requests, pairs, strict=True):
             if texts is not None:  # not a window of a long text
                 self.cache_hook.add_partial("loglikelihood", texts, found[pair])
@@ -241,11 +238,6 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
     def _size(self, num_tokens: int, num_rows: int = 1) -> int:
         return self.largest_batch(num_tokens, num_rows) if self.batch_size == "auto" else int(self.batch_size)
 
-    def _answer(self, score: Score) -> tuple[Any, Any]:
-        if self._answers_one_point:
-            return score.log_probs[0], score.is_greedy[0]
-        return np.array(score.log_probs), np.array(score.is_greedy)
-
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         """Return the text after each request's context at each point, cut before its first stop string.
 
@@ -267,10 +259,13 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
                     bar.update(len(texts))
         return answers
 
-    def _grouped(self, requests: list[Any]) -> dict[tuple[Any, ...], list[Prompt]]:
-        """Return the prompts, the longest first, by their options, the number of repeats, and their task."""
+    def _grouped(self, requests: list[Any]) -> dict[tuple[Any, ...], list[tuple[int, int, EncodedRequest]]]:
+        """Return the prompts, the longest first, by their options, the number of repeats, and their task.
+
+        With each prompt come its position among the requests and the number of its document.
+        """
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        groups: dict[tuple[Any, ...], list[Prompt]] = {}
+        groups: dict[tuple[Any, ...], list[tuple[int, int, EncodedRequest]]] = {}
         for _, repeated in groupby(enumerate(requests), key=lambda one: id(one[1])):
             (position, request), *others = repeated
             settings = utils.normalize_gen_kwargs(request.args[1], self.max_gen_toks)
@@ -283,7 +278,7 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
         return groups
 
     def _generate(
-        self, prompts: list[Prompt], options: DecodingOptions, count: int, size: int
+        self, prompts: list[tuple[int, int, EncodedRequest]], options: DecodingOptions, count: int, size: int
     ) -> Iterator[tuple[int, list[Any]]]:
         """Yield the `count` texts of each prompt by its position; `size` prompts are decoded together."""
         for start in range(0, len(prompts), size):
@@ -298,10 +293,8 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
     def _prompt(self, request: Any, max_new_tokens: int) -> EncodedRequest:
         room = self.max_length - max_new_tokens
         if room <= 0:
-            raise PromptError(
-                f"{max_new_tokens:,} new tokens are asked for and the context ends at {self.max_length:,}: lower the "
-                "task's max_gen_toks"
-            )
+            context = f"the context ends at {self.max_length:,}"
+            raise PromptError(f"{max_new_tokens:,} new tokens are asked for and {context}: lower its max_gen_toks")
         ids = self.tok_batch_encode([request.args[0]])[0][0].tolist() if request.args[0] else []
         if not ids:
             raise PromptError("the prompt is empty; give it some text")
@@ -320,23 +313,20 @@ def _refuse_unknown(given: dict[str, Any]) -> None:
     if "alphas" in given:
         raise ConfigError(
             "alphas were given to lm-eval's command line, where one folder is one alpha; give alpha=NUMBER, or run the "
-            f"grid in one pass: ensembler sweep FOLDER --alphas {given['alphas']} --task TASK"
+            f"grid in one pass: ensembler sweep FOLDER --alpha {given['alphas']} --task TASK"
         )
     unknown = [name for name in given if name not in _OF_HFLM]
     if unknown:
-        raise ConfigError(
-            f"unknown model argument {unknown[0]!r}; expected pretrained, alpha, rule, device, dtype, max_length, "
-            f"batch_size, seed, {', '.join(_OF_HFLM)}"
-        )
+        known = ", ".join((*_OWN, *_OF_HFLM))
+        raise ConfigError(f"unknown model argument {unknown[0]!r}; expected {known}")
 
 
 def _options(settings: dict[str, Any], stop: Sequence[str], count: int, seed: int) -> DecodingOptions:
     do_sample, temperature = settings.pop("do_sample"), float(settings.pop("temperature", 0.0))
     max_new_tokens = int(settings.pop("max_gen_toks"))
-    others = [name for name in settings if name not in _SAMPLING]
-    if others:
+    for name in (name for name in settings if name not in _SAMPLING):
         raise ConfigError(
-            f"the task generates with {others[0]}={settings[others[0]]!r}, which an ensemble does not know; "
+            f"the task generates with {name}={settings[name]!r}, which an ensemble does not know; "
             f"expected settings are {', '.join(_SAMPLING)}, do_sample, temperature and max_gen_toks"
         )
     if not do_sample:

@@ -1,7 +1,7 @@
 """Measure the costs of one method in a process of its own: `python -m ensembler.evaluation.measure`.
 
-Reads a JSON `Load` from standard input, prints a JSON `Cost` on standard output. One process loads one method, as its
-user would: nothing of another method is in its memory.
+Reads a JSON `Load` from standard input and prints the costs as JSON. One process loads one method, as its user would:
+nothing of another method is in its memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,13 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from ensembler.config import EnsembleConfig
-from ensembler.decoding.batches import pad_id
+from ensembler.decoding.prompt_batches import pad_id
 from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.backends import TransformersBackend
-from ensembler.evaluation.batches import can_share_contexts, make_batches
+from ensembler.evaluation.request_batches import can_share_contexts, make_batches
 from ensembler.evaluation.requests import ScoringRequest, group_by_context
 from ensembler.modeling import EnsembleForCausalLM
-from ensembler.planning.measuring import loaded_bytes
+from ensembler.planning.member_sizes import loaded_bytes
 from ensembler.preflight import check_ensemble
 
 
@@ -51,23 +51,6 @@ class Load:
     batch_size: int
 
 
-@dataclass(frozen=True)
-class Cost:
-    """The measured costs. Medians over the prompts; sizes in bytes; peaks less what the process had before loading.
-
-    `examples_per_second` is None where nothing is scored, `peak_device_bytes` without a GPU, `peak_host_bytes` where
-    the system does not tell it (other than Linux).
-    """
-
-    setup_seconds: float
-    weight_bytes: int
-    first_token_seconds: float
-    tokens_per_second: float
-    examples_per_second: float | None
-    peak_host_bytes: int | None
-    peak_device_bytes: int | None
-
-
 class _Clock(BaseStreamer):  # type: ignore[misc,unused-ignore]
     """Notes when the prompt is handed over and when each token arrives."""
 
@@ -83,8 +66,12 @@ class _Clock(BaseStreamer):  # type: ignore[misc,unused-ignore]
         """Do nothing."""
 
 
-def measure(load: Load) -> Cost:
-    """Load a method, warm it up, and measure it. Raises EnsemblerError."""
+def measure(load: Load) -> dict[str, float | None]:
+    """Load a method, warm it up, and return its costs by their names in `figures.COSTS`. Raises EnsemblerError.
+
+    Medians over the prompts; sizes in bytes; peaks less what the process had before loading. `examples_per_second` is
+    None where nothing is scored, `peak_device_bytes` without a GPU, `peak_host_bytes` on other systems than Linux.
+    """
     config = EnsembleConfig(**{**load.config, "alpha": load.alpha})
     checked = check_ensemble(config)
     before = psutil.Process().memory_info().rss
@@ -99,15 +86,16 @@ def measure(load: Load) -> Cost:
     _decode(decoder, pad, load.prompts[0], 4)
     _score(model, checked.model_configs, requests[: load.batch_size], load)
     times = [_decode(decoder, pad, prompt, load.new_tokens) for prompt in load.prompts]
-    return Cost(
-        setup_seconds=setup,
-        weight_bytes=loaded_bytes([model]),
-        first_token_seconds=statistics.median(first for first, _ in times),
-        tokens_per_second=statistics.median(rate for _, rate in times),
-        examples_per_second=_score(model, checked.model_configs, requests, load),
-        peak_host_bytes=_host_peak(before),
-        peak_device_bytes=_device_peak(),
-    )
+    devices = range(torch.cuda.device_count())
+    return {
+        "setup_seconds": setup,
+        "weight_bytes": loaded_bytes([model]),
+        "first_token_seconds": statistics.median(first for first, _ in times),
+        "tokens_per_second": statistics.median(rate for _, rate in times),
+        "examples_per_second": _score(model, checked.model_configs, requests, load),
+        "peak_host_bytes": _host_peak(before),
+        "peak_device_bytes": sum(map(torch.cuda.max_memory_allocated, devices)) if devices else None,
+    }
 
 
 def _read_weights(model: EnsembleForCausalLM) -> None:
@@ -158,17 +146,11 @@ def _host_peak(before: int) -> int | None:
     return next(int(line[1]) * 1024 for line in lines if line[0] == "VmHWM:") - before
 
 
-def _device_peak() -> int | None:
-    if not torch.cuda.is_available():
-        return None
-    return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
-
-
 def main() -> None:
     """Print the cost, or {"error": ...}."""
     load = Load(**json.load(sys.stdin))
     try:
-        found: dict[str, Any] = asdict(measure(load))
+        found: dict[str, Any] = measure(load)
     except Exception as error:  # a model may raise anything; it is the row of this measurement
         found = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     print(json.dumps(found))

@@ -1,21 +1,27 @@
-"""Methods that are compared, and the runs that answer for them: of a sweep, or of an experiment."""
+"""Methods that are compared, the runs that answer for them, and studies: runs compared on the same documents."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
 
 from ensembler.config import EnsembleConfig, MemberConfig
 from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError
 from ensembler.evaluation.figures import NAMES
 from ensembler.evaluation.recipe import Experiment
+from ensembler.evaluation.results_file import Results
 from ensembler.rules import RULES, Rule
 
+if TYPE_CHECKING:
+    from ensembler.evaluation.ensemble_plan import Plan
+
 _TRIO = ("source_ft", "source_pt", "target_pt")
-_LEVELS = {"source_ft": GridPoint("base-change", 0.0), "target_pt": GridPoint("eft", 0.0)}
 _ALONE = GridPoint("linear", 0.0)
+_LEVELS = {"source_ft": GridPoint("base-change", 0.0), "target_pt": GridPoint("eft", 0.0)}
 # Which methods are compared besides each with the first (source FT, where there is one): the question of the benchmark.
 _PAIRS = (
     ("base-change", "eft"),
@@ -87,14 +93,14 @@ def sweep_run(
     """
     given = alphas[0] if len(alphas) == 1 else None
     members = [
-        Method(role, _level_label(role), point.rule, point.alpha, alone=role)
+        Method(role, NAMES.get(role, role), point.rule, point.alpha, alone=role)
         for role, point in levels(config.get_rule()).items()
     ]
-    of_rules = []
+    methods = members
     for rule in rules:
-        of_rules += [Method(rule, rule, rule, given)] if chooses or given is not None else []
-        of_rules += [Method(f"{rule} at 1", f"{rule} α = 1", rule, 1.0)]
-    return Run(name, config, tuple(rules), tuple(alphas), (*members, *of_rules))
+        methods += [Method(rule, rule, rule, given)] if chooses or given is not None else []
+        methods += [Method(f"{rule} at 1", f"{rule} α = 1", rule, 1.0)]
+    return Run(name, config, tuple(rules), tuple(alphas), tuple(methods))
 
 
 def sweep_pairs(run: Run, methods: Sequence[str]) -> list[tuple[str, str]]:
@@ -105,11 +111,6 @@ def sweep_pairs(run: Run, methods: Sequence[str]) -> list[tuple[str, str]]:
         first, *others = (method.key for method in run.methods if method.rule == rule and method.has_alpha)
         pairs += [(first, other) for other in (*members, *others) if {first, other} <= set(methods)]
     return pairs
-
-
-def _level_label(role: str) -> str:
-    name, _, kind = role.rpartition("_")
-    return f"{name} {kind.upper()}" if name in ("source", "target") else role
 
 
 def levels(rule: Rule) -> dict[str, GridPoint]:
@@ -187,23 +188,20 @@ def _together(experiment: Experiment, name: str, tuned: list[str], levels: Mappi
     members = {role: experiment.models[role] for role in _TRIO}
     if patched:
         members["target_pt"] = _patched(experiment)
-    methods = [_tuned(experiment, method) for method in tuned]
+    only = experiment.alphas[0] if len(experiment.alphas) == 1 else None
+    methods = [
+        Method(key, NAMES[key], "eft" if key == "eft" else "base-change", experiment.alpha.get(key, only))
+        for key in tuned
+    ]
     known = [
         Method(key, NAMES[key], _LEVELS[role].rule, _LEVELS[role].alpha, alone=role)
         for role, key in levels.items()
         if key in experiment.methods
     ]
-    alphas = [*(experiment.alphas if any(method.alpha is None for method in methods) else ())]
+    alphas = list(experiment.alphas) if any(method.alpha is None for method in methods) else []
     alphas += [method.alpha for method in methods if method.alpha is not None]
     config = EnsembleConfig(rule="base-change", members=members)
     return Run(name, config, tuple(method.rule for method in methods), tuple(dict.fromkeys(alphas)), (*known, *methods))
-
-
-def _tuned(experiment: Experiment, key: str) -> Method:
-    alpha = experiment.alpha.get(key)
-    if alpha is None and len(experiment.alphas) == 1:
-        alpha = experiment.alphas[0]
-    return Method(key, NAMES[key], "eft" if key == "eft" else "base-change", alpha)
 
 
 def _alone(experiment: Experiment, key: str) -> Run:
@@ -225,3 +223,49 @@ def _patched(experiment: Experiment) -> MemberConfig:
     if "/" not in patch and not os.path.exists(patch):
         raise ConfigError(f"the patch is {patch!r}, which is no folder beside the recipe or here; give its path")
     return replace(target, adapter=patch)
+
+
+@dataclass(frozen=True)
+class Study:
+    """The plans of methods that are compared: a `sweep_study`, or an `experiment_study` with its `experiment`.
+
+    `alphas`: the grid that α is chosen from, without the α given for a method. `method_keys`: in the order shown.
+    `pairs`: a function that returns which of the methods with all answers, given by their keys, are compared.
+    """
+
+    name: str
+    plans: tuple[Plan, ...]
+    alphas: tuple[float, ...]
+    method_keys: tuple[str, ...]
+    pairs: Callable[[Sequence[str]], list[tuple[str, str]]]
+    experiment: Experiment | None = None
+
+    def plans_of(self, key: str, finished: Mapping[str, bool]) -> list[Plan] | None:
+        """Return the plans that answer for a method, one for each seed of training; None where one is missing.
+
+        `finished` says by name which are; in place of one that is not, another may answer.
+        """
+        having = [plan for plan in self.plans if plan.run.has(key)]
+        found = []
+        for name in (plan.name for plan in having if plan.run.instead_of is None):
+            done = [plan for plan in having if name in (plan.name, plan.run.instead_of) and finished[plan.name]]
+            if not done:
+                return None
+            found.append(done[0])
+        return found
+
+
+def sweep_study(plan: Plan) -> Study:
+    """Return the study of a sweep."""
+    run = plan.run
+    return Study("", (plan,), run.alphas, tuple(method.key for method in run.methods), partial(sweep_pairs, run))
+
+
+def experiment_study(experiment: Experiment, plans: Sequence[Plan]) -> Study:
+    """Return the study of an experiment of a recipe."""
+    return Study(experiment.name, tuple(plans), experiment.alphas, experiment.methods, compared_pairs, experiment)
+
+
+def finished_runs(studies: Sequence[Study], results: Results) -> dict[str, bool]:
+    """Return by name whether all documents of a run are measured."""
+    return {plan.name: plan.is_finished(results) for study in studies for plan in study.plans}

@@ -7,22 +7,99 @@ larger than the machine is scored in the memory of its largest member.
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
 
+from ensembler.decoding.output_file import RunSettings
 from ensembler.engine.devices import check_devices
 from ensembler.engine.forward import check_nan
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.engine.member_set import MemberSet
 from ensembler.engine.members import MemberFiles, group_members, load_members
-from ensembler.errors import ConfigError
+from ensembler.errors import ConfigError, OutputError, RunError
 from ensembler.evaluation.backends import Advance, ignore
-from ensembler.evaluation.batches import Batch, Logits, Pass, run_passes
-from ensembler.evaluation.logits_folder import LogitsFolder
+from ensembler.evaluation.request_batches import Batch, Logits, Pass, run_passes
 from ensembler.evaluation.scoring import ScoredRequest, score_batch
-from ensembler.planning.measuring import member_dtype
+from ensembler.files import write_whole
+from ensembler.planning.member_sizes import member_dtype
 from ensembler.preflight import CheckedEnsemble
+
+_MARK = "run.json"  # this file holds the settings of the run, and says that the folder is ours to remove
+
+
+class LogitsFolder:
+    """The folder at `path` of the run with `settings` (JSON); made by `open`, removed by `remove`.
+
+    A folder of the same settings is gone on with; with `overwrite` one of others is removed first. Raises OutputError,
+    which names the difference.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.path = path
+        self._settings = RunSettings(settings)
+        self._replaces = path.exists() and overwrite
+        if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
+            raise OutputError(f"{path.parent} is not a folder that may be written to; choose another --output")
+        if not path.exists():
+            return
+        if not path.is_dir() or (not (path / _MARK).is_file() and any(path.iterdir())):
+            raise OutputError(f"{path} holds something else than logits of a run; move it, or choose another --output")
+        if overwrite or not any(path.iterdir()):
+            return
+        if difference := self._settings.difference(path / _MARK):
+            raise OutputError(
+                f"{path} was begun with other settings: {difference}; choose another --output, or add --overwrite to "
+                "begin again"
+            )
+
+    def check_space(self, sizes: Mapping[str, int]) -> int:
+        """Return the bytes of all files, `sizes` by name; raise OutputError where the missing ones have no room."""
+        num_bytes = sum(size for name, size in sizes.items() if not self.has(name))
+        free = shutil.disk_usage(self.path.parent).free
+        if free < num_bytes:
+            raise OutputError(
+                f"{self.path} will take {num_bytes:,} bytes and its disk has {free:,} free; make room, or choose "
+                "an --output on another disk"
+            )
+        return sum(sizes.values())
+
+    def open(self) -> None:
+        """Make the folder, or take it up where it is."""
+        if self._replaces:
+            self.remove()
+        self.path.mkdir(exist_ok=True)
+        self._settings.write(self.path / _MARK)
+
+    def has(self, name: str) -> bool:
+        """Return whether a file is there and may be used."""
+        return not self._replaces and (self.path / name).is_file()
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of a file by their keys, in the dtype in which they were written."""
+        return load_file(self.path / name)
+
+    def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors by their keys; raise RunError as `write_bytes` does."""
+        self.write_bytes(name, save({key: values.contiguous().cpu() for key, values in tensors.items()}))
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a file in one rename; raise RunError where the disk does not take it."""
+        try:
+            write_whole(self.path / name, content)
+        except OutputError as error:
+            raise RunError(f"{error}, or make room or mend the disk, and go on with the same command") from error
+
+    def remove(self) -> None:
+        """Remove the folder and what is in it."""
+        shutil.rmtree(self.path)
+        self._replaces = False
 
 
 class OfflineScorer:

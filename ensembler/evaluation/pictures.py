@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import math
+import re
 from collections.abc import Sequence
 from itertools import cycle
 from typing import Any
 
-from ensembler.evaluation.figures import COSTS, MethodFigure, TaskFigures
-from ensembler.evaluation.tables import metric_name
+from ensembler.evaluation.figures import COSTS, MethodFigure, TaskFigures, metric_name
 from ensembler.extras import require
 
 FILES = {
@@ -23,6 +23,8 @@ _WIDTH, _LONGEST = 4.2, 60_000  # inches: letters are nearly as large as a telep
 _INK, _GREY = "#1a1d21", "#848b94"
 _COLOURS = ("#1f77c4", "#d9650d", "#1d9a6c", "#a259c4", "#c9408a", "#a8860b", "#2aa3b8", "#6f6fe0")
 _INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "grid.color")
+# Of an SVG's tags: digits that are not seen, ids that all pictures of a page have alike, fonts other than the page's.
+_BULK = re.compile(r'(\.\d\d)\d+|\n| id="[\w.]+_\d+"| font-family: [^;]*;')
 _STYLE = {
     "svg.fonttype": "none",  # letters stay letters, in the page's own font
     "text.parse_math": False,  # a task may be named after a sum of dollars
@@ -52,7 +54,8 @@ def draw_svg(name: str, task: TaskFigures) -> str:
     """Return a picture of one task as an SVG element in the colours of the text around it."""
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     text = _draw(name, [task], "svg", transparent=True, metadata=nothing).decode()
-    return text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    return re.sub("<[^>]+>", lambda tag: _BULK.sub(r"\1", tag[0]), text)
 
 
 def _shown(name: str, task: TaskFigures) -> list[MethodFigure]:

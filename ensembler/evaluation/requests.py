@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ class ScoringRequest:
 
     `number`: of the line in the input (from 0); `source` names it in messages. `window`: the one continuation is a text
     of any length behind a begin token, read in windows of so many tokens at most. `has_moved_space`: white space at the
-    prompt's end was moved to the continuations. Raises PromptError.
+    prompt's end was moved to the continuations. `fields`: all of the line. Raises PromptError.
     """
 
     number: int
@@ -34,6 +34,7 @@ class ScoringRequest:
     has_choices: bool = False
     window: int | None = None
     has_moved_space: bool = False
+    fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if not self.context:
@@ -84,7 +85,8 @@ def make_request(
 ) -> ScoringRequest:
     """Return the request of one line of such a file, `number` from 0; raise PromptError, which names `source`."""
     prompt, texts, has_choices = _texts(value, source)
-    return encode_request(tokenizer, prompt, texts, source, number, has_choices=has_choices, context=context)
+    found = encode_request(tokenizer, prompt, texts, source, number, has_choices=has_choices, context=context)
+    return replace(found, fields=value)
 
 
 def _texts(value: Any, source: str) -> tuple[str | None, list[str], bool]:
@@ -136,10 +138,8 @@ def encode_request(
     has_moved = prompt is not None and prompt != prompt.rstrip()
     request = ScoringRequest(number, tuple(first), tuple(map(tuple, found)), source, has_choices, window, has_moved)
     if length is not None and request.num_positions > length:
-        raise PromptError(
-            f"{source} has {request.num_positions:,} tokens to read; the context of {role} ends at {length:,}: "
-            "shorten the prompt"
-        )
+        limit = f"the context of {role} ends at {length:,}"
+        raise PromptError(f"{source} has {request.num_positions:,} tokens to read; {limit}: shorten the prompt")
     return request
 
 

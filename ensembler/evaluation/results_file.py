@@ -14,10 +14,9 @@ A sweep is one run, named "sweep"; a benchmark has several. JSON is as in `metri
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 import sqlite3
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from ensembler.errors import EnsemblerError, OutputError
-from ensembler.evaluation.metric_values import from_json, to_json
+from ensembler.evaluation.documents import from_json, to_json
 from ensembler.launch import RANK_TIMEOUT
 
 if TYPE_CHECKING:
@@ -158,17 +157,17 @@ class Results:
 
 
 def open_results(path: Path) -> Results:
-    """Open the results of a sweep or a benchmark for reading: its folder, the file, or the file compressed by gzip.
+    """Open the results of a sweep or a benchmark for reading: its folder, the file, or the file compressed by xz.
 
     The folder may be read-only. Raises OutputError.
     """
-    file = next((each for each in (path, path / FILE, path / f"{FILE}.gz") if each.is_file()), None)
+    file = next((each for each in (path, path / FILE, path / f"{FILE}.xz") if each.is_file()), None)
     if file is None:
         raise OutputError(f"{path} holds no {FILE}; give a folder that `ensembler sweep` or `ensembler bench` wrote")
     with telling(file, "read", OutputError):
-        if file.suffix == ".gz":
+        if file.suffix == ".xz":
             connection = sqlite3.connect(":memory:")
-            connection.deserialize(gzip.decompress(file.read_bytes()))
+            connection.deserialize(lzma.decompress(file.read_bytes()))
         else:
             connection = connect(file, "rw")  # not "ro", which could not take back what a killed process half wrote
         connection.execute("PRAGMA query_only = ON")
@@ -216,7 +215,7 @@ def telling(file: Path, done: str, kind: type[EnsemblerError]) -> Iterator[None]
     """Turn an error of SQLite into one sentence that names the file and the remedy."""
     try:
         yield
-    except (sqlite3.Error, OSError, EOFError, zlib.error, ValueError) as error:
+    except (sqlite3.Error, OSError, EOFError, lzma.LZMAError, ValueError) as error:
         if isinstance(error, EnsemblerError | sqlite3.ProgrammingError):
             raise
         remedy = _REMEDIES.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, _REPLACE)

@@ -13,10 +13,10 @@ import torch
 from ensembler.errors import MissingExtraError, OutputError, StoreError
 from ensembler.evaluation.backends import Advance
 from ensembler.evaluation.documents import Answer, Document
-from ensembler.evaluation.plan import AUTO, Plan
+from ensembler.evaluation.ensemble_plan import AUTO, Plan
+from ensembler.evaluation.methods import Study
 from ensembler.evaluation.results_file import Measured
 from ensembler.evaluation.store import Store
-from ensembler.evaluation.study import Study
 
 ERROR, BEGUN, BATCH_SIZE = "error", "begun", "batch size"  # kinds of notes
 _MOST_LOSSES = 2  # without a new row in between

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +16,9 @@ from ensembler.config import EnsembleConfig
 from ensembler.engine.forward import check_nan
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.errors import RunError
-from ensembler.evaluation.batches import Batch, Logits, Pass
+from ensembler.evaluation.request_batches import Batch, Logits, Pass
 from ensembler.evaluation.requests import ScoringRequest
+from ensembler.files import digest
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ class ScoredRequest:
     request: ScoringRequest
     scores: tuple[Score, ...]
 
-    def to_row(self, alphas: Sequence[float], tokenizer: Any | None = None) -> dict[str, Any]:
-        """Return one line of the output file: lists over `alphas`, for the continuation or for each of the choices.
+    def to_row(self, points: Sequence[GridPoint], tokenizer: Any | None = None) -> dict[str, Any]:
+        """Return one line of the output file: lists over `points`, for the continuation or for each of the choices.
 
         A number that is not finite is null, since JSON has no infinity. With a `tokenizer`, the single tokens and
         their log-probs are added.
@@ -76,23 +75,23 @@ class ScoredRequest:
                 body["token_log_probs"] = [_rounded(each) for each in score.token_log_probs]
             bodies.append(body)
         whole = {"choices": bodies} if self.request.has_choices else bodies[0]
-        return {"number": self.request.number, "alpha": list(alphas), **whole}
+        rules, alphas = [point.rule for point in points], [point.alpha for point in points]
+        return {"number": self.request.number, "rule": rules, "alpha": alphas, **whole}
 
 
-def fingerprint(
+def run_settings(
     config: EnsembleConfig,
     requests: Sequence[ScoringRequest],
     points: Sequence[GridPoint],
     options: Mapping[str, object],
-) -> str:
-    """Return a short hash of all that the results of a run with `options` depend on, but for the weights themselves."""
-    settings = {
-        "requests": [[one.number, one.context, one.continuations, one.window] for one in requests],
+) -> dict[str, Any]:
+    """Return all that the results of a run with `options` depend on, but for the weights themselves."""
+    return {
+        "rows": digest([[one.number, one.context, one.continuations, one.window] for one in requests]),
         "ensemble": {key: value for key, value in config.to_dict().items() if key != "transformers_version"},
-        "grid": [[point.rule, point.alpha] for point in points],
+        "points": [f"{point.rule} at {point.alpha:g}" for point in points],
         **options,
     }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @torch.inference_mode()

@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensembler.errors import OutputError, StoreError
+from ensembler.errors import ConfigError, OutputError, StoreError
 from ensembler.evaluation.results_file import (
     APPLICATION,
     FILE,
@@ -30,6 +30,7 @@ from ensembler.evaluation.results_file import (
     telling,
     utf8,
 )
+from ensembler.launch import num_ranks
 
 if TYPE_CHECKING:
     from ensembler.engine.grid import GridPoint
@@ -48,6 +49,7 @@ _OPTIONS = {  # settings that are keys of a recipe, and options of a sweep
     "fewshot_as_multiturn": "fewshot_as_multiturn",
     "system_instruction": "system_instruction",
 }
+_SWEEP_OPTIONS = {"alphas": "alpha", "rules": "rule"}  # that are called otherwise than the key of a recipe
 _HASHED = {  # settings that cannot be read, by what they are of
     "members": {
         "config": "config.json",
@@ -168,9 +170,9 @@ class Store(Results):
         """Raise OutputError where `begin` would fail; write nothing."""
         if self.folder.exists() and not self.folder.is_dir():
             raise OutputError(f"{self.folder} is no folder; give --output the name of a new one")
-        packed = self.folder / f"{FILE}.gz"
+        packed = self.folder / f"{FILE}.xz"
         if packed.exists() and not self.file.exists():
-            raise OutputError(f"{packed} holds compressed results; unpack it (gunzip), or give --output another folder")
+            raise OutputError(f"{packed} holds compressed results; unpack it (unxz), or give --output another folder")
         others = [each for each in self.folder.glob("*") if not each.name.startswith(FILE)]
         if others and not self.file.exists():  # which another process may have made by now
             raise OutputError(f"{self.folder} holds something else than results; give --output another folder")
@@ -195,7 +197,7 @@ class Store(Results):
             more = f" (and {len(different) - 3} more)" if len(different) > 3 else ""
             raise OutputError(
                 f"{self.folder} holds the results of another run: {'; '.join(different[:3])}{more}. Run the same "
-                "command to go on with it, or give --output another folder"
+                "command to go on with it, give --output another folder, or add --overwrite to begin again"
             )
         return not different
 
@@ -210,8 +212,22 @@ class Store(Results):
         connection.execute(f"PRAGMA user_version = {FORMAT}")
 
 
+def discard(folder: Path) -> None:
+    """Remove the results in a folder, so that they begin again. Raises OutputError where they are something else."""
+    if num_ranks() > 1:
+        raise ConfigError(
+            f"--overwrite was given to {num_ranks()} processes; remove {folder}, and start them without it"
+        )
+    file = folder / FILE
+    if not file.exists():
+        return
+    with telling(file, "read", OutputError), closing(connect(file, "rw")) as connection:
+        is_begun(file, connection)
+    file.unlink()
+
+
 def _differences(there: Any, here: Any, *keys: str) -> Iterator[str]:
-    """Yield the differences in words: '--alphas is [0.0, 1.0] there and [0.5] here'.
+    """Yield the differences in words: '--alpha is [0.0, 1.0] there and [0.5] here'.
 
     Of a task, or a member, hashes are told only where nothing that can be read differs.
     """
@@ -236,7 +252,7 @@ def _difference(there: Any, here: Any, keys: Sequence[str]) -> str:
     if key in _HASHED.get(group, {}):
         return f"{run}the {_HASHED[group][key]} of {owner} changed"
     if key in _OPTIONS:
-        name = _OPTIONS[key] if run else f"--{_OPTIONS[key].replace('_', '-')}"
+        name = _OPTIONS[key] if run else f"--{_SWEEP_OPTIONS.get(key, _OPTIONS[key]).replace('_', '-')}"
     elif owner == "versions":
         name = f"the version of {key}"
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,8 @@ from typing import Any
 
 from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.decisions import detectable_effect
-from ensembler.evaluation.documents import Document
+from ensembler.evaluation.documents import REPEATED, TEST, VALIDATION, PlannedTask
+from ensembler.evaluation.ensemble_plan import Plan
 from ensembler.evaluation.figures import (
     BY_PERPLEXITY,
     BY_VALIDATION,
@@ -24,16 +24,13 @@ from ensembler.evaluation.figures import (
     Spread,
     TaskFigures,
 )
-from ensembler.evaluation.methods import Method
-from ensembler.evaluation.parts import REPEATED, TEST, VALIDATION, PlannedTask
-from ensembler.evaluation.plan import Plan
+from ensembler.evaluation.methods import Method, Study, finished_runs
 from ensembler.evaluation.results_file import Results
 from ensembler.evaluation.statistics import LEVEL, Selection, holm
-from ensembler.evaluation.study import Study, finished_runs
 from ensembler.evaluation.values import Statistics, TaskValues, Values, choose
+from ensembler.files import digest
 
 COST = "cost"  # the kind of notes of measurements
-_MACHINE = ("device", "threads", "torch")  # in such a note: on what it was measured
 
 
 @dataclass(frozen=True)
@@ -134,9 +131,10 @@ def _task(study: Study, index: int, source: _Source) -> TaskFigures:
     estimates = [one.test.estimate for one in figures.values() if one.test is not None]
     if margin is not None and margin >= scale and all(abs(estimate) <= 1 for estimate in estimates):
         unit = "points" if task.metric.is_percent else f"the unit of {task.metric.key}"
-        said = f"the margin of {margin:g} is in {unit}, and all figures lie between -{scale} and {scale}"
-        not_measured.append(f"which methods are alike: {said}; give a margin below {scale}")
+        fault = f"the margin of {margin:g} is in {unit}, and all figures lie between -{scale} and {scale}"
+        not_measured.append(f"which methods are alike: {fault}; give a margin below {scale}")
         margin = None
+    requests = [(one.name, [getattr(each, "args", each) for each in one.requests]) for one in task.subsets[TEST]]
     choosing = [one.tasks[index] for one in study.plans if one.run.chooses]
     return TaskFigures(
         experiment=study.name,
@@ -145,9 +143,9 @@ def _task(study: Study, index: int, source: _Source) -> TaskFigures:
         metric=task.metric.key,
         higher_is_better=task.metric.higher_is_better,
         is_percent=task.metric.is_percent,
-        num_validation=len(choosing[0].parts[VALIDATION]) if choosing else 0,
-        num_test=len(task.parts[TEST]),
-        tests=_hash(task.parts[TEST]),
+        num_validation=len(choosing[0].subsets[VALIDATION]) if choosing else 0,
+        num_test=len(task.subsets[TEST]),
+        tests=digest(repr(requests), 16),
         methods=tuple(figures.values()),
         differences=tuple(_differences(study, answered, numbers, None if margin is None else margin / scale)),
         curve=tuple(_curve(study, index, source, numbers)),
@@ -222,7 +220,7 @@ def _curve(study: Study, index: int, source: _Source, numbers: Statistics) -> li
         has_grid = study.experiment is None or plan.run.chooses
         if source.finished[plan.name] and plan.run.seed in (None, 0) and has_grid:
             found = TaskValues(plan, index, source.read)
-            chooses = bool(plan.tasks[index].parts[VALIDATION])
+            chooses = bool(plan.tasks[index].subsets[VALIDATION])
             of_rules = (method for method in reversed(plan.run.methods) if method.has_alpha)
             methods = {method.rule: method.key for method in of_rules}  # of two in a sweep not the one at α = 1
             return [
@@ -266,13 +264,13 @@ def cost_name(study: Study, key: str) -> str:
 def _cost(study: Study, one: _Answered, index: int, results: Results) -> tuple[dict[str, Spread], str | None]:
     """Costs over the rounds by name, and why a measurement failed, if one did: at its α, on the machine of the last."""
     known = results.notes(COST)
-    last = [known[-1][1].get(key) for key in _MACHINE] if known else []
+    last = _machine(known[-1][1]) if known else None
     notes = [
         content
         for name, content in known
         if name == cost_name(study, one.method.key)
         and content["alpha"] == one.point.alpha
-        and [content.get(key) for key in _MACHINE] == last
+        and _machine(content) == last
     ]
     whole = {content["round"]: content for content in notes if "error" not in content}
     lost = [content["error"] for content in notes if "error" in content and content["round"] not in whole]
@@ -285,32 +283,32 @@ def _cost(study: Study, one: _Answered, index: int, results: Results) -> tuple[d
     return found, lost[-1] if lost else None
 
 
+def _machine(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a note tells of the machine."""
+    return {key: value for key, value in content.items() if key not in (*COSTS, "round", "alpha", "error")}
+
+
 def _notes(own: Sequence[str], task: PlannedTask, study: Study, index: int) -> list[str]:
-    said = list(own)
-    num_drawn = len(task.parts[VALIDATION])
+    notes = list(own)
+    num_drawn = len(task.subsets[VALIDATION])
     if num_drawn and not any(plan.run.chooses for plan in study.plans):
-        said.append(f"{num_drawn:,} drawn for validation are not reported; all alphas were given")
-    if repeated := len(task.parts[REPEATED]):
-        said.append(f"{repeated:,} left out of validation since test has them too")
+        notes.append(f"{num_drawn:,} drawn for validation are not reported; all alphas were given")
+    if repeated := len(task.subsets[REPEATED]):
+        notes.append(f"{repeated:,} left out of validation since test has them too")
     if num_cut := max(plan.tasks[index].num_cut for plan in study.plans):
-        said.append(f"{num_cut:,} requests cut on the left to fit into the shortest context")
+        notes.append(f"{num_cut:,} requests cut on the left to fit into the shortest context")
     if study.experiment is not None and study.experiment.seeds:
         of_first = "the curve and the documents that alpha changed are of the first"
         num = len(study.experiment.seeds)
-        said.append(f"{num} seeds of training; the alpha of a method is the same for all, and {of_first}")
-    return said
+        notes.append(f"{num} seeds of training; the alpha of a method is the same for all, and {of_first}")
+    return notes
 
 
 def _not_measured(figures: Mapping[str, MethodFigure], study: Study) -> list[str]:
-    said = [f"{one.label}: {one.error}" for one in figures.values() if one.test is None]
+    lines = [f"{one.label}: {one.error}" for one in figures.values() if one.test is None]
     for one in figures.values():
         if one.test is not None and one.error is not None:
-            said.append(f"{one.label} could not be measured in every round: {one.error}")
+            lines.append(f"{one.label} could not be measured in every round: {one.error}")
     if study.experiment is not None and study.experiment.speed is None:
-        said.append("speed and memory")
-    return said
-
-
-def _hash(documents: Sequence[Document]) -> str:
-    asked = repr([(one.name, [getattr(each, "args", each) for each in one.requests]) for one in documents])
-    return hashlib.sha256(asked.encode()).hexdigest()[:16]
+        lines.append("speed and memory")
+    return lines

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -9,13 +11,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ensembler.decoding.prompts import check_utf8, read_lines
+from ensembler.decoding.prompts import Report, check_utf8, read_lines
 from ensembler.errors import ConfigError, PromptError
-from ensembler.evaluation.prompt_settings import PromptSettings
-from ensembler.evaluation.quiet import quiet
+from ensembler.evaluation.lm_eval_settings import PromptSettings, silence_lm_eval
 from ensembler.evaluation.tasks import TextTask
-from ensembler.evaluation.templates import as_text, field_names, fill, look_up
 from ensembler.extras import require
+
+_FIELD = re.compile(r"\{\{([^\W\d][\w-]*)\}\}|\{([^\W\d][\w-]*)\}")
+
+
+def field_names(template: str) -> list[str]:
+    """Return the fields of a template. ``{name}`` is one; other braces, and ``{{name}}``, are text."""
+    return [match[2] for match in _FIELD.finditer(template) if match[2]]
+
+
+def fill(template: str, row: Mapping[str, Any], source: str) -> str:
+    """Return `template` with the fields of `row`; ``{{name}}`` becomes ``{name}``.
+
+    A text is taken as it is, anything else as JSON. Raises PromptError, which names `source` and the field, where a
+    field is missing or null.
+    """
+    return _FIELD.sub(
+        lambda match: _as_text(_look_up(match[2], row, source)) if match[2] else f"{{{match[1]}}}", template
+    )
+
+
+def _look_up(name: str, row: Mapping[str, Any], source: str) -> Any:
+    if row.get(name) is None:
+        found = f"null under {name!r}" if name in row else f"no field {name!r}"
+        known = ", ".join(row) or "none"
+        raise PromptError(
+            f"{source} has {found}; its fields are {known} (write {{{{{name}}}}} for the braces themselves)"
+        )
+    return row[name]
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
 
 METRICS = ("acc", "exact_match", "flexible_number", "perplexity")
 _MADE = ("_prompt", "_choices", "_target", "_answer")  # fields of a document that are made of the row's
@@ -43,17 +76,17 @@ class TaskFile:
             if not field_names(template):
                 raise ConfigError(f"{option} {template!r} names no field of the rows; give one such as '{{question}}'")
 
-    def read(self, path: Path) -> list[dict[str, Any]]:
+    def read(self, path: Path, skip: Report | None = None) -> list[dict[str, Any]]:
         """Return the documents of a JSON Lines file: prompt, target and choices beside the row's own fields as texts.
 
-        Raises PromptError.
+        A row that cannot be used raises PromptError; with `skip`, it is called with the message instead.
         """
         with suppress(OSError), path.open("rb") as file:
             if file.read(1024).removeprefix(BOM_UTF8).lstrip()[:1] == b"[":
                 raise PromptError(
                     f"{path} is a JSON array; expected one JSON object per line, which `jq -c '.[]' {path}` makes of it"
                 )
-        return read_lines(path, self._document, holds="rows; expected one JSON object per line", skip=_refuse)
+        return read_lines(path, self._document, holds="rows; expected one JSON object per line", skip=skip)
 
     def _document(self, row: Any, number: int, source: str) -> dict[str, Any]:
         if not isinstance(row, dict):
@@ -63,7 +96,7 @@ class TaskFile:
             check_utf8(text, source)
         if taken := next((name for name in _MADE if name in row), None):
             raise PromptError(f"{source} has a field {taken!r}, a name kept for what is made of a row; rename it")
-        own = {name: as_text(value) for name, value in row.items() if value is not None}
+        own = {name: _as_text(value) for name, value in row.items() if value is not None}
         document = {**own, "_prompt": prompt}
         if self.choices is None:
             return {**document, "_target": self._target(answer, source), "_answer": answer}
@@ -95,6 +128,7 @@ def make_task_from_file(
     name: str | None = None,
     settings: PromptSettings | None = None,
     max_new_tokens: int = 256,
+    skip: Report | None = None,
 ) -> TextTask:
     """Return the rows of a JSON Lines file as a task with one split, test.
 
@@ -111,12 +145,12 @@ def make_task_from_file(
       bits_per_byte
 
     Generated texts have at most `max_new_tokens`. Few-shot examples are other rows of the file. Raises ConfigError, or
-    PromptError with line and field.
+    PromptError with line and field; with `skip`, that is called with the message and the row is left out.
     """
     settings = settings or PromptSettings()
     file = TaskFile(prompt, answer, choices, metric or ("exact_match" if choices is None else "acc"))
     data = Path(data)
-    documents = file.read(data)
+    documents = file.read(data, skip)
     if settings.num_fewshot is not None and settings.num_fewshot >= len(documents):
         raise ConfigError(
             f"{settings.num_fewshot} few-shot examples beside each question need more than the {len(documents)} rows"
@@ -135,7 +169,7 @@ def make_task_from_file(
         "metadata": {"version": 1},
         **_settings(file.metric, answers, delimiter, max_new_tokens),
     }
-    with quiet():
+    with silence_lm_eval():
         task = require("lm_eval.api.task", "eval").ConfigurableTask(config=config)
     return TextTask(task, settings)
 
@@ -176,10 +210,10 @@ def _perplexities(document: Mapping[str, Any], results: Sequence[tuple[float, bo
 def _choices(template: str, row: Mapping[str, Any], source: str) -> list[str]:
     names = field_names(template)
     if names and template.strip() == f"{{{names[0]}}}":
-        values = look_up(names[0], row, source)
+        values = _look_up(names[0], row, source)
         if not isinstance(values, list):
             raise PromptError(f"{source}: {template.strip()} is no list of choices; give one, or --choices 'a,b'")
-        choices = [as_text(value) for value in values]
+        choices = [_as_text(value) for value in values]
     else:
         choices = [fill(part.strip(), row, source) for part in template.split(",")]
     for index, choice in enumerate(choices):
@@ -198,11 +232,5 @@ def _index(answer: str, choices: Sequence[str], source: str) -> int:
         return texts.index(answer.strip())
     if answer.strip().isdecimal() and int(answer) < len(choices):
         return int(answer)
-    raise PromptError(
-        f"{source}: the answer {answer!r} is neither one of the choices {list(choices)} nor an index from 0 to "
-        f"{len(choices) - 1}"
-    )
-
-
-def _refuse(message: str) -> None:
-    raise PromptError(message)
+    expected = f"expected one of {list(choices)}, or an index from 0 to {len(choices) - 1}"
+    raise PromptError(f"{source}: the answer {answer!r} is none of the choices; {expected}")

@@ -9,8 +9,7 @@ from traceback import walk_tb
 from typing import Any
 
 from ensembler.errors import ConfigError, EnsemblerError
-from ensembler.evaluation.prompt_settings import PromptSettings
-from ensembler.evaluation.quiet import quiet
+from ensembler.evaluation.lm_eval_settings import PromptSettings, silence_lm_eval
 from ensembler.evaluation.tasks import TextTask
 from ensembler.extras import require
 
@@ -34,17 +33,15 @@ def load_tasks(
         raise ConfigError("no task was given; give a name that lm-eval knows or the path of a YAML file")
     if include_path is not None and not include_path.is_dir():
         raise ConfigError(f"{include_path} is no folder; --include-path takes a folder of YAML tasks")
-    finder = _Finder(include_path, confirm_run_unsafe_code)
-    tasks: dict[str, TextTask] = {}
-    for name in names:
-        for task in finder.load(name):
-            if task.task_name in tasks:
-                raise ConfigError(f"task {task.task_name} is given twice; leave one out")
-            tasks[task.task_name] = TextTask(task, settings or PromptSettings())
-    return list(tasks.values())
+    loader = _Loader(include_path, confirm_run_unsafe_code)
+    tasks = [TextTask(task, settings or PromptSettings()) for name in names for task in loader.load(name)]
+    for index, task in enumerate(tasks):
+        if task.name in [other.name for other in tasks[:index]]:
+            raise ConfigError(f"task {task.name} is given twice; leave one out")
+    return tasks
 
 
-class _Finder:
+class _Loader:
     """Loads by name. lm-eval's own index, of 14,000 tasks, takes many seconds: made when a name needs it."""
 
     def __init__(self, include_path: Path | None, confirm_run_unsafe_code: bool) -> None:
@@ -63,11 +60,15 @@ class _Finder:
             entry = self._manager(with_defaults).task_index.get(name)
             if entry is not None:
                 return self._from_entry(entry, with_defaults)
-        raise ConfigError(_unknown(name, self._manager(True).all_tasks))
+        near = difflib.get_close_matches(name, self._manager(True).all_tasks, n=3)
+        hint = (
+            f"did you mean {' or '.join(near)}?" if near else "give one that lm-eval knows, or the path of a YAML file"
+        )
+        raise ConfigError(f"task {name!r} is not known; {hint}")
 
     def _manager(self, with_defaults: bool) -> Any:
         if with_defaults not in self._managers:
-            with quiet():
+            with silence_lm_eval():
                 self._managers[with_defaults] = require("lm_eval.tasks", "eval").TaskManager(
                     include_path=None if self._include_path is None else str(self._include_path),
                     include_defaults=with_defaults,
@@ -96,7 +97,7 @@ class _Finder:
     def _load(self, spec: Any, name: str, with_defaults: bool) -> list[Any]:
         """Build by lm-eval; all that can fail there is told in one line."""
         try:
-            with quiet():
+            with silence_lm_eval():
                 tasks = list(self._manager(with_defaults).load([spec])["tasks"].values())
         except EnsemblerError:
             raise
@@ -133,14 +134,6 @@ def _unsafe(name: str) -> str:
     )
 
 
-def _unknown(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    hint = (
-        f"; did you mean {' or '.join(near)}?" if near else "; give one that lm-eval knows, or the path of a YAML file"
-    )
-    return f"task {name!r} is not known{hint}"
-
-
 def _read(path: Path, name: str, *, resolve: bool) -> dict[str, Any]:
     """The settings of a YAML file, those that it includes among them; functions as functions, or as their paths."""
     try:
@@ -163,15 +156,12 @@ def _find_files(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     data = settings.get("dataset_kwargs")
     if not isinstance(data, dict) or "data_files" not in data:
         return settings
-    files = data["data_files"]
+    return {**settings, "dataset_kwargs": {**data, "data_files": _find(data["data_files"], folder)}}
+
+
+def _find(files: Any, folder: Path) -> Any:
     if isinstance(files, dict):
-        found: Any = {split: _find(file, folder) for split, file in files.items()}
-    else:
-        found = _find(files, folder)
-    return {**settings, "dataset_kwargs": {**data, "data_files": found}}
-
-
-def _find(file: Any, folder: Path) -> Any:
-    if isinstance(file, list):
-        return [_find(one, folder) for one in file]
-    return str((folder / file).resolve()) if (folder / file).exists() else file
+        return {split: _find(each, folder) for split, each in files.items()}
+    if isinstance(files, list):
+        return [_find(each, folder) for each in files]
+    return str((folder / files).resolve()) if (folder / files).exists() else files

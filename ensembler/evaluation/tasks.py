@@ -2,23 +2,51 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ensembler.errors import ConfigError, RunError
-from ensembler.evaluation.documents import Answer, Document, Metric
-from ensembler.evaluation.metric_values import from_json, to_json
-from ensembler.evaluation.prompt_settings import PromptSettings
-from ensembler.evaluation.quiet import one_process, quiet, unprinted
-from ensembler.evaluation.task_checks import check_fields, check_gold, check_metrics
+from ensembler.evaluation.documents import Answer, Document, Metric, from_json, to_json
+from ensembler.evaluation.lm_eval_settings import PromptSettings, silence_lm_eval, silence_output
 from ensembler.extras import require
+from ensembler.files import digest
+
+_LOCAL = ("json", "csv", "parquet", "text", "arrow")
+_TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
+_FIELD = re.compile(r"\{\{\s*(\w+)\s*\}\}")
+
+
+def _check_fields(task: Any, doc: Any, source: str) -> None:
+    """Raise ConfigError where a row of a local file has nothing under a field that a template prints.
+
+    A field missing from a row is null to `datasets`, and "None" in a template of lm-eval's.
+    """
+    if task.config.dataset_path not in _LOCAL or not isinstance(doc, Mapping):
+        return
+    templates = {name: text for name in _TEMPLATES if isinstance(text := getattr(task.config, name), str)}
+    for name, template in templates.items():
+        for field_name in [template] if template in doc else _FIELD.findall(template):
+            if field_name in doc and doc[field_name] is None:
+                raise ConfigError(f"{source} has no field {field_name!r}, which the task's {name} uses; mend the row")
+
+
+def _check_gold(task: Any, documents: list[Document]) -> None:
+    """Raise ConfigError where no document names a right answer among its choices: lm-eval counts all as wrong."""
+    if not any(document.choices for document in documents) or any(document.gold for document in documents):
+        return
+    first = documents[0]
+    raise ConfigError(
+        f"{first.name}: the right answer {task.doc_to_target(first.requests[0].doc)!r} is neither one of the choices "
+        f"{list(first.choices)} nor an index of them; the same goes for all other documents"
+    )
+
 
 _SPLITS = {"test": "test_docs", "validation": "validation_docs", "train": "training_docs"}
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of functions, another in every process
@@ -45,7 +73,7 @@ class TextTask:
         """Return the task with prompts in the chat template of lm-eval's `model`, where the settings want one."""
         if not self.settings.apply_chat_template:
             return self
-        with quiet():
+        with silence_lm_eval():
             try:
                 template = model.chat_template(self.settings.apply_chat_template)
             except ValueError as error:  # none of this name
@@ -103,7 +131,7 @@ class TextTask:
             data["data_files"] = _names(data["data_files"])
         content = _ADDRESS.sub("", json.dumps(config))
         found = {"version": self.version, "fewshot": self.num_fewshot, **self.settings.describe()}
-        return {**found, "config": hashlib.sha256(content.encode()).hexdigest()[:16]}
+        return {**found, "config": digest(content, 16)}
 
     def documents(self, split: str | None = None) -> list[Document]:
         """Return the documents of a split with their requests, prompts made by lm-eval.
@@ -115,13 +143,12 @@ class TextTask:
         if split not in self.splits:
             raise ConfigError(f"task {self.name} has no split {split!r}; it has {', '.join(self.splits)}")
         if split not in self._known:
-            with quiet():
+            with silence_lm_eval():
                 documents = list(self._documents(split))
             if not documents:
                 raise ConfigError(f"the {split} split of task {self.name} is empty; give another one")
-            check_gold(self.task, documents)
-            if self._metrics_can_be_tried:
-                check_metrics(self.metrics, documents[0], self.measure)
+            _check_gold(self.task, documents)
+            self._check_metrics(documents[0])
             self._known[split] = documents
         return self._known[split]
 
@@ -129,7 +156,7 @@ class TextTask:
         """Return what a document asks without few-shot examples: equal ones are of equal documents."""
         if not self.num_fewshot:
             return repr([instance.args for instance in document.requests])
-        with quiet():
+        with silence_lm_eval():
             bare = self._instances(document.requests[0].doc, document.split, document.index, num_fewshot=0)
         return repr([instance.args for instance in bare])
 
@@ -145,7 +172,7 @@ class TextTask:
         values: dict[str, Any] = {}
         predictions: dict[str, str] = {}
         try:
-            with unprinted():
+            with silence_output():
                 for pipeline in self.task._filters:
                     pipeline.apply(instances)
                     results = [instance.filtered_resps[pipeline.name] for instance in instances]
@@ -161,7 +188,7 @@ class TextTask:
         """Return the figure of all documents from their `values` (as in rows), by lm-eval's own aggregation."""
         if not values:
             raise ValueError(f"{key} of no documents")
-        with unprinted():
+        with silence_output():
             try:
                 return float(self._aggregation(key)(from_json(list(values))))
             except OverflowError:  # lm-eval's perplexities of what is all but impossible
@@ -175,7 +202,8 @@ class TextTask:
         estimate = require("lm_eval.api.metrics", "eval").stderr_for_metric(self._aggregation(key), num_resamples)
         if estimate is None or len(values) < 2:
             return None
-        with unprinted(), one_process():
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")  # to lm-eval: forking a process that runs models may hang
+        with silence_output():
             return float(estimate(from_json(list(values))))
 
     def _documents(self, split: str) -> Iterator[Document]:
@@ -185,9 +213,10 @@ class TextTask:
         limit = math.ceil(len(docs) * limit) if limit < 1 else int(limit)
         for index in range(min(limit, len(docs))):
             doc = docs[index]
-            check_fields(self.task, doc, f"{self.name}/{split}/{index}")
+            _check_fields(self.task, doc, f"{self.name}/{split}/{index}")
             instances = self._instances(doc, split, index)
-            choices = _choices(self.task, doc)
+            has_choices = self.task.OUTPUT_TYPE == "multiple_choice" and self.task.config.doc_to_choice is not None
+            choices = tuple(map(str, self.task.doc_to_choice(doc))) if has_choices else ()
             content = json.loads(json.dumps(doc, default=require("lm_eval.utils", "eval").handle_non_serializable))
             prompt, gold = str(instances[0].args[0]), _gold(self.task, doc, choices)
             yield Document(self.name, split, index, content, prompt, tuple(instances), choices, gold)
@@ -220,14 +249,30 @@ class TextTask:
                 self.task.sampler = sampler
         return sorted(made, key=lambda instance: instance.idx) if isinstance(made, list) else [made]
 
-    @property
-    def _metrics_can_be_tried(self) -> bool:
-        """Return whether nothing but lm-eval's own metrics is run by it: no function of the task's, no model's code."""
-        ours = isinstance(self.task, require("lm_eval.api.task", "eval").ConfigurableTask)
-        return ours and self.task.config.process_results is None and not self.task.config.unsafe_code
+    def _check_metrics(self, document: Document) -> None:
+        """Raise ConfigError unless the metrics come of the task's output, as one document shows.
+
+        Functions of the task's own, and code that a model wrote, are not run for it.
+        """
+        config, configurable = self.task.config, require("lm_eval.api.task", "eval").ConfigurableTask
+        if not isinstance(self.task, configurable) or config.process_results is not None or config.unsafe_code:
+            return
+        examples = {"loglikelihood_rolling": -1.0, "loglikelihood": [-1.0, False]}
+        answers = [examples.get(one.request_type, ["1"] * (one.repeats or 1)) for one in document.requests]
+        try:
+            values, _ = self.measure(document, answers)
+        except RunError:
+            return  # of an answer that no model gave; a true one is told when it is measured
+        for metric in self.metrics:
+            value = values.get(metric.key)
+            if metric.key not in values or (metric.is_mean and not isinstance(value, int | float | dict)):
+                raise ConfigError(
+                    f"metric {metric.name} of task {document.task} does not fit its output; lm-eval makes "
+                    f"{value!r} of it for one document: choose another metric or output_type"
+                )
 
     def _docs(self, split: str) -> Any:
-        with quiet():
+        with silence_lm_eval():
             docs = getattr(self.task, _SPLITS[split])()
         return docs if hasattr(docs, "__getitem__") else list(docs)
 
@@ -267,27 +312,16 @@ def _responses(instance: Any, answer: Any) -> list[Any]:
     return [tuple(answer) if isinstance(answer, list | tuple) else answer] * repeats
 
 
-def _choices(task: Any, doc: Any) -> tuple[str, ...]:
-    """The texts to choose from, none where the task is no multiple choice."""
-    if task.OUTPUT_TYPE != "multiple_choice" or task.config.doc_to_choice is None:
-        return ()
-    return tuple(map(str, task.doc_to_choice(doc)))
-
-
 def _gold(task: Any, doc: Any, choices: Sequence[str]) -> str | None:
     """The right answer as text (several joined by " | "), or None: some tasks have none, or one that is no text."""
     try:
         target = task.doc_to_text(doc) if getattr(task, "multiple_input", 0) else task.doc_to_target(doc)
         targets = target if isinstance(target, list) else [target]
-        return " | ".join(_text(one, choices) for one in targets) or None
+        if choices:
+            targets = [choices[one] if isinstance(one, int) else choices[choices.index(one)] for one in targets]
+        return " | ".join(map(str, targets)) or None
     except Exception:  # any task may refuse; the text is for people to read
         return None
-
-
-def _text(target: Any, choices: Sequence[str]) -> str:
-    if not choices:
-        return str(target)
-    return choices[range(len(choices))[target] if isinstance(target, int) else list(choices).index(target)]
 
 
 def _prediction(document: Document, results: Sequence[Any]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,10 +11,11 @@ from typing import Any
 from ensembler.engine.grid import GridPoint
 from ensembler.errors import PromptError
 from ensembler.evaluation.backends import open_backend
-from ensembler.evaluation.documents import Answer, Document, Reading
+from ensembler.evaluation.documents import Answer, Document, EncodedDocument
 from ensembler.evaluation.grid_lm import EncodedRequest, GridLM
+from ensembler.evaluation.lm_eval_settings import silence_lm_eval
 from ensembler.evaluation.provenance import describe_ensemble, versions
-from ensembler.evaluation.quiet import quiet
+from ensembler.files import digest
 from ensembler.preflight import CheckedEnsemble
 from ensembler.serving.choice import VLLM, BackendChoice
 
@@ -38,13 +38,9 @@ class TextAnswerer:
     @cached_property
     def model(self) -> GridLM:
         """The model of lm-eval that asks; it has no members before `open`."""
-        with quiet():
-            return GridLM(
-                self.checked,
-                points=(),
-                max_length=self.backend.max_length(self.checked),
-                seed=self.seed,
-            )
+        with silence_lm_eval():
+            length = self.backend.max_length(self.checked)
+            return GridLM(self.checked, points=(), max_length=length, seed=self.seed)
 
     def describe(self) -> dict[str, Any]:
         """Return the ensemble, the backend and versions, as JSON."""
@@ -54,17 +50,17 @@ class TextAnswerer:
             "backend": self.backend.describe(self.checked),
         }
 
-    def read(self, document: Document) -> Reading:
+    def encode(self, document: Document) -> EncodedDocument:
         """Return how the members read a document. Raises PromptError, which names it, for what they cannot be asked."""
-        requests = self.encode(document)
-        return Reading(
+        requests = self.encode_requests(document)
+        return EncodedDocument(
             max((one.length for one in requests), default=0),
-            hashlib.sha256(repr([one.tokens for one in requests]).encode()).hexdigest()[:16],
+            digest(repr([one.tokens for one in requests]), 16),
             sum(len(one.tokens[-1]) for one in requests),
             sum(one.is_cut for one in requests),
         )
 
-    def encode(self, document: Document) -> list[EncodedRequest]:
+    def encode_requests(self, document: Document) -> list[EncodedRequest]:
         """Return a document's requests as the members read them. Raises PromptError, which names it."""
         try:
             with self.model.noting() as requests:
@@ -109,8 +105,8 @@ class TextAnswerer:
             return int(self.model.max_batch_size)
         repeats = [one.repeats or 1 for one in document.requests if one.request_type == "generate_until"]
         num_rows = len(points) * max(repeats) if repeats else 1
-        with quiet():
-            return self.model.largest_batch(max(self.read(document).length, 1), num_rows)
+        with silence_lm_eval():
+            return self.model.largest_batch(max(self.encode(document).length, 1), num_rows)
 
     def answer(
         self, batches: Iterable[Sequence[Document]], points: Sequence[GridPoint]

@@ -1,6 +1,6 @@
 """Write the most probable tokens of an ensemble at every position of given texts, to distil it into one model.
 
-A folder of safetensors shards and an index.json; docs/distillation.md says what they hold.
+A folder of safetensors shards and an index.json; docs/scoring.md says what they hold.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.errors import ConfigError, PromptError
 from ensembler.evaluation.backends import Advance, ignore
-from ensembler.evaluation.batches import Batch, Logits, Pass, make_batches, run_passes
-from ensembler.evaluation.logits_folder import LogitsFolder
+from ensembler.evaluation.offline import LogitsFolder
+from ensembler.evaluation.request_batches import Batch, Logits, Pass, make_batches, run_passes
 from ensembler.evaluation.requests import ScoringRequest
 from ensembler.evaluation.scoring import no_log_prob
 from ensembler.modeling import EnsembleForCausalLM

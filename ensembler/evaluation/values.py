@@ -13,10 +13,9 @@ import numpy as np
 
 from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.decisions import equivalence
-from ensembler.evaluation.parts import PROMPTS, TEST, VALIDATION, PlannedTask
-from ensembler.evaluation.plan import LOG_PROB, Plan, PlanOptions
+from ensembler.evaluation.documents import PROMPTS, TEST, VALIDATION, PlannedTask
+from ensembler.evaluation.ensemble_plan import LOG_PROB, Plan, PlanOptions
 from ensembler.evaluation.resampling import NUM_RESAMPLES
-from ensembler.evaluation.seeds import compare_seeded, equivalence_seeded, seeded_interval
 from ensembler.evaluation.statistics import Comparison, Interval, Selection, choose_alpha, compare, metric_interval
 
 _RESAMPLES = 1000  # of a bootstrap of the task's aggregation, which may take many milliseconds a call
@@ -29,7 +28,7 @@ Values = dict[str, Any]
 class TaskValues:
     """The values of one task in one plan's results.
 
-    `index` is the task's place among those of the plan; `read` is `Results.values`.
+    `index` is the task's position among those of the plan; `read` is `Results.values`.
     """
 
     def __init__(self, plan: Plan, index: int, read: Callable[[str, str], dict[str, list[Any]]]) -> None:
@@ -37,17 +36,17 @@ class TaskValues:
         self._plan, self._read = plan, read
         self._columns = {point: column for column, point in enumerate(plan.grid)}
 
-    def values(self, point: GridPoint, part: str, key: str | None = None) -> Values:
-        """Return what a metric (the task's own, if no other is named) found for each document of a part."""
+    def values(self, point: GridPoint, subset: str, key: str | None = None) -> Values:
+        """Return what a metric (the task's own, if no other is named) found for each document of a subset."""
         known = self._read(self._plan.name, self.task.metric.key if key is None else key)
         column = self._columns[point]
-        values = {one.name: known[one.name][column] for one in self.task.parts[part] if one.name in known}
+        values = {one.name: known[one.name][column] for one in self.task.subsets[subset] if one.name in known}
         return {name: value for name, value in values.items() if value is not None}
 
-    def estimate(self, point: GridPoint, part: str, key: str | None = None) -> float:
-        """Return a metric of all documents of a part, by the task's own aggregation; NaN of none."""
+    def estimate(self, point: GridPoint, subset: str, key: str | None = None) -> float:
+        """Return a metric of all documents of a subset, by the task's own aggregation; NaN of none."""
         key = self.task.metric.key if key is None else key
-        values = self.values(point, part, key)
+        values = self.values(point, subset, key)
         return self.task.task.aggregate(key, [*values.values()]) if values else math.nan
 
     def others(self, point: GridPoint) -> dict[str, float]:
@@ -55,9 +54,9 @@ class TaskValues:
         keys = [metric.key for metric in self.task.task.metrics if metric.key != self.task.metric.key]
         return {key: self.estimate(point, TEST, key) for key in keys}
 
-    def standard_error(self, point: GridPoint, part: str) -> float | None:
+    def standard_error(self, point: GridPoint, subset: str) -> float | None:
         """Return lm-eval's standard error; None where it has none."""
-        return self.task.task.standard_error(self.task.metric.key, [*self.values(point, part).values()])
+        return self.task.task.standard_error(self.task.metric.key, [*self.values(point, subset).values()])
 
     def prompt_perplexity(self, point: GridPoint) -> float:
         """Return the perplexity of the prompts that choose α without labels."""
@@ -89,7 +88,7 @@ class Statistics:
         if missing:
             return _unbounded(self._estimate(rows), len(rows[0]), missing)
         if self.task.metric.is_mean:
-            return seeded_interval(rows, clusters=clusters)
+            return metric_interval(rows, clusters=clusters)
         return metric_interval(_columns(rows), **self._bootstrap(clusters), num_resamples=_RESAMPLES)
 
     def quick_interval(self, values: Values) -> Interval:
@@ -106,7 +105,7 @@ class Statistics:
             return Comparison(difference, math.nan, missing)
         if self.task.metric.is_mean:
             num = max(NUM_RESAMPLES, self._enough)
-            return compare_seeded(x, y, clusters=clusters, seed=self.seed, num_resamples=num)
+            return compare(x, y, clusters=clusters, seed=self.seed, num_resamples=num)
         test = partial(compare, _columns(x), _columns(y), **self._bootstrap(clusters))
         return self._drawn(test, lambda found: found.p_value)
 
@@ -116,7 +115,7 @@ class Statistics:
         if missing:
             return math.nan
         if self.task.metric.is_mean:
-            return equivalence_seeded(x, y, margin, clusters=clusters)
+            return equivalence(x, y, margin, clusters=clusters)
         return self._drawn(partial(equivalence, _columns(x), _columns(y), margin, **self._bootstrap(clusters)), float)
 
     @property
@@ -143,7 +142,7 @@ class Statistics:
 
         A method that no training changes has the same values for all seeds.
         """
-        names = [document.name for document in self.task.parts[TEST]]
+        names = [document.name for document in self.task.subsets[TEST]]
         shared = [all(name in of_seed for seeds in methods for of_seed in seeds) for name in names]
         clusters = None if self.clusters is None else list(compress(self.clusters, shared))
         num = max(map(len, methods))

@@ -11,7 +11,8 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,16 @@ from torch import Tensor
 
 from ensembler import __version__
 from ensembler.errors import ConfigError, PatchError
-from ensembler.patch.apply import new_folder
-from ensembler.patch.changes import DTYPES, read_tensor
+from ensembler.patch.addition import DTYPES, read_tensor
+from ensembler.patch.apply import make_header, new_folder
 from ensembler.patch.formats import ADAPTER_WEIGHTS, DELTAS, PEFT_PREFIX, RECORD
-from ensembler.patch.headers import FLOATS, StoredTensor, fingerprint, listed, model_tensors
-from ensembler.patch.places import model_name
-from ensembler.patch.plan import HEADS, has_turned_layers, is_tied, is_turned
-from ensembler.patch.truncation import truncate
-from ensembler.patch.writer import SafetensorsWriter
+from ensembler.safetensors_files import FLOATS, HEADS, StoredModel, StoredTensor, listed, read_model
 
+# Measured on two cores: up to here the exact decomposition takes a second or less.
+_EXACT_SIZE = 1024
+_OVERSAMPLING = 16
+_NUM_ITERATIONS = 4
+_HEADER_BYTES = 160  # of one tensor beside its name: dtype, shape and offsets, with room to spare
 # Last names of embeddings: embed_tokens, embed_in, word_embeddings, tok_embeddings, wte, wpe ...
 _EMBEDDING = re.compile(r"emb|^w[tp]e$")
 _ENDINGS = {
@@ -39,8 +41,45 @@ _ENDINGS = {
 }
 
 
+def truncate(matrix: Tensor, *, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, float]:
+    """Return left (rows, r), right (r, columns) whose product is nearest to `matrix`, and the share of energy it keeps.
+
+    r is `rank`, or the smallest that keeps the share `energy` of ‖matrix‖_F². The singular values are halved between
+    the factors (√σ each). Large matrices are decomposed at random, with a fixed seed (Halko,
+    Martinsson and Tropp, SIAM Review 53(2), 2011, algorithm 5.1): within 1 % of the smallest error even where the
+    singular values do not decay, and then with a few more of them than `energy` needs.
+    """
+    total = matrix.double().square().sum().item()
+    wanted = float(energy or 1.0) * total
+    size = min(matrix.shape)
+    tried = size if size <= _EXACT_SIZE else 32 if rank is None else min(rank, size)
+    while True:
+        left, values, right = _decompose(matrix, tried)
+        kept = values.double().square().cumsum(0)
+        if rank is not None or kept[-1].item() >= wanted or len(values) == size:
+            break
+        tried *= 2
+    if rank is None:
+        rank = 1 + int((kept < wanted * (1 - 1e-7)).sum().item())
+    rank = min(rank, len(values))
+    root = values[:rank].sqrt()
+    return left[:, :rank] * root, root[:, None] * right[:rank], min(kept[rank - 1].item() / total, 1.0)
+
+
+def _decompose(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return left, singular values, right: `rank` and a few more of them, or all where that is no dearer."""
+    num_values = rank + _OVERSAMPLING
+    if num_values > min(matrix.shape) // 4:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left, values, right
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        left, values, right = torch.svd_lowrank(matrix, q=num_values, niter=_NUM_ITERATIONS)
+    return left, values, right.T
+
+
 @dataclass(frozen=True)
-class Kept:
+class KeptDelta:
     """The kept part of one tensor's delta: `rank` of the factors (None: in full), `norm` ‖Δ‖_F of the whole delta."""
 
     name: str
@@ -54,7 +93,7 @@ class Extracted:
     """An extraction: tensors that differ, the number that do not, the share of all energy that is kept."""
 
     out: Path
-    kept: tuple[Kept, ...]
+    kept: tuple[KeptDelta, ...]
     num_equal: int
 
     @property
@@ -64,7 +103,7 @@ class Extracted:
         return sum(kept.energy * kept.norm**2 for kept in self.kept) / total
 
     def to_dict(self) -> dict[str, Any]:
-        """For the patch's record and for --json."""
+        """Return the content of the patch's record and of --json."""
         return {"energy": self.energy, "num_equal": self.num_equal, "kept": [asdict(kept) for kept in self.kept]}
 
 
@@ -77,106 +116,107 @@ def extract_patch(
     energy: float | None = None,
     full: bool = False,
     dtype: str = "float32",
+    overwrite: bool = False,
     advance: Callable[[int], None] | None = None,
 ) -> Extracted:
     """Write Δ = finetuned - base to the new folder `out`; give one of `rank`, `energy` (0 to 1] and `full`.
 
-    `dtype` is that of the factors and deltas. Raises PatchError for models whose tensors or shapes differ, ConfigError,
-    MemberError, OutputError before anything is written; RunError when the disk is full.
+    `dtype` is that of the factors and deltas; `overwrite` replaces an earlier result. Raises PatchError for models
+    whose tensors or shapes differ, ConfigError, MemberError, OutputError before anything is written; RunError when the
+    disk is full.
     """
-    limit = _Limit(rank, energy, full)
-    factor_dtype = DTYPES[FLOATS[dtype]]
-    old, new = model_tensors(base), model_tensors(finetuned)
-    _check(base, old, finetuned, new)
-    kinds = {} if full else _kinds(base, old)
+    _check_limit(rank, energy, full)
+    old, new = read_model(base), read_model(finetuned)
+    _check_versions(old, new)
+    torch_dtype = DTYPES[FLOATS[dtype]]
+    kinds = {} if full else _low_rank_kinds(old)
     factor_names = [f"{name}{ending}" for name, kind in kinds.items() for ending in _ENDINGS[kind]]
-    kept = []
-    with new_folder(
-        out, sum(tensor.num_elements * factor_dtype.itemsize for tensor in new.values()) if full else 0
-    ) as made:
+    num_bytes = sum(tensor.num_elements for tensor in new.tensors.values()) * torch_dtype.itemsize if full else 0
+    kept: list[KeptDelta] = []
+    with new_folder(out, num_bytes, overwrite=overwrite) as made:
         with (
-            SafetensorsWriter(made / ADAPTER_WEIGHTS, factor_names) as factors,
-            SafetensorsWriter(made / DELTAS, old) as deltas,
+            _safetensors_writer(made / ADAPTER_WEIGHTS, factor_names) as add_factor,
+            _safetensors_writer(made / DELTAS, old.tensors) as add_delta,
         ):
-            for name, stored in new.items():
-                delta = _delta(old[name], stored)
+            for name, stored in new.tensors.items():
+                delta = _difference(old.tensors[name], stored)
                 if delta is not None and name in kinds:
-                    kept.append(_keep_factors(factors, name, kinds[name], delta, limit, factor_dtype))
+                    kind = kinds[name]
+                    left, right, share = truncate(delta if kind == "linear" else delta.T, rank=rank, energy=energy)
+                    for ending, factor in zip(_ENDINGS[kind], (right, left), strict=True):
+                        add_factor(f"{PEFT_PREFIX}{name.removesuffix('.weight')}{ending}", factor.to(torch_dtype))
+                    kept.append(KeptDelta(name, left.shape[1], share, delta.double().norm().item()))
                 elif delta is not None:
-                    deltas.add(name, delta.reshape(stored.shape).to(factor_dtype))
-                    kept.append(Kept(name, None, 1.0, delta.double().norm().item()))
+                    add_delta(name, delta.reshape(stored.shape).to(torch_dtype))
+                    kept.append(KeptDelta(name, None, 1.0, delta.double().norm().item()))
                 if advance is not None:
                     advance(stored.num_bytes)
         if not kept:
             raise PatchError(f"{finetuned} and {base} have the same weights; there is nothing to extract")
-        extracted = Extracted(out, tuple(kept), len(new) - len(kept))
-        if any(entry.rank is not None for entry in kept):
-            _write_adapter_config(made, extracted, base, transposed="transposed" in kinds.values())
-        _write_record(made, extracted, base, old, finetuned, new)
+        extracted = Extracted(out, tuple(kept), len(new.tensors) - len(kept))
+        _write_settings(made, extracted, old, new, transposed="transposed" in kinds.values())
     return extracted
 
 
-@dataclass(frozen=True)
-class _Limit:
-    """The part of a matrix that is kept: exactly one of the three."""
-
-    rank: int | None
-    energy: float | None
-    full: bool
-
-    def __post_init__(self) -> None:
-        if (self.rank is not None) + (self.energy is not None) + self.full != 1:
-            raise ConfigError("one of rank, energy and full says how much is kept; give exactly one")
-        if self.rank is not None and self.rank < 1:
-            raise ConfigError(f"the rank is {self.rank}; expected 1 or more")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise ConfigError(f"the energy is {self.energy:g}; expected a share above 0 and up to 1, such as 0.95")
+def _check_limit(rank: int | None, energy: float | None, full: bool) -> None:
+    if (rank is not None) + (energy is not None) + full != 1:
+        raise ConfigError("one of rank, energy and full says how much is kept; give exactly one")
+    if rank is not None and rank < 1:
+        raise ConfigError(f"the rank is {rank}; expected 1 or more")
+    if energy is not None and not 0 < energy <= 1:
+        raise ConfigError(f"the energy is {energy:g}; expected a share above 0 and up to 1, such as 0.95")
 
 
-def _check(base: Path, old: Mapping[str, StoredTensor], finetuned: Path, new: Mapping[str, StoredTensor]) -> None:
-    for first, second, folder in ((old, new, finetuned), (new, old, base)):
-        absent = sorted(first.keys() - second.keys())
+def _check_versions(old: StoredModel, new: StoredModel) -> None:
+    """Raise PatchError unless both have the same tensors in the same shapes."""
+    for first, second in ((old, new), (new, old)):
+        absent = sorted(first.tensors.keys() - second.tensors.keys())
         if absent:
             raise PatchError(
-                f"{folder} has no {listed(absent)}, which the other model has; give two versions of one architecture"
+                f"{second.folder} has no {listed(absent)}, which the other model has; give two versions of one "
+                "architecture"
             )
-    for name, tensor in new.items():
-        if tensor.shape != old[name].shape:
+    for name, tensor in new.tensors.items():
+        before = old.tensors[name]
+        if tensor.shape != before.shape:
             raise PatchError(
-                f"{name} has shape {tensor.shape} in {finetuned} and {old[name].shape} in {base}; there is no "
+                f"{name} has shape {tensor.shape} in {new.folder} and {before.shape} in {old.folder}; there is no "
                 "difference to take, give two versions of one architecture and one vocabulary"
             )
-        both = {tensor.dtype, old[name].dtype}
-        if not both <= set(FLOATS.values()) and len(both) > 1:
+        if tensor.dtype != before.dtype and not {tensor.dtype, before.dtype} <= set(FLOATS.values()):
             raise PatchError(
-                f"{name} is {tensor.dtype} in {finetuned} and {old[name].dtype} in {base}; expected floats"
+                f"{name} is {tensor.dtype} in {new.folder} and {before.dtype} in {old.folder}; expected floats"
             )
 
 
-def _kinds(base: Path, tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
-    """The tensors that a LoRA can hold: 'linear', 'transposed' or 'embedding', told by shape, name and family."""
-    turned = has_turned_layers(base)
-    tied = is_tied(base, tensors)
+def _low_rank_kinds(base: StoredModel) -> dict[str, str]:
+    """Return the tensors that a LoRA can hold: 'linear', 'transposed' or 'embedding', by shape, name and family."""
+    is_tied = base.has_tied_head
     kinds = {}
-    for name, tensor in tensors.items():
+    for name, tensor in base.tensors.items():
         module, _, last = name.rpartition(".")
-        if len(tensor.shape) != 2 or last != "weight" or (name in HEADS and (tied or name != "lm_head.weight")):
+        if len(tensor.shape) != 2 or last != "weight" or (name in HEADS and (is_tied or name != "lm_head.weight")):
             continue  # a head of another name has been renamed on its way to disk, and PEFT would not find it
-        embedding = _EMBEDDING.search(module.rpartition(".")[2])
-        if turned:
-            if is_turned(name):
+        is_embedding = _EMBEDDING.search(module.rpartition(".")[2]) is not None
+        if base.has_transposed_layers:
+            if base.is_transposed(name):
                 kinds[name] = "transposed"
-        elif not embedding:
+        elif not is_embedding:
             kinds[name] = "linear"
-        elif not tied:
+        elif not is_tied:
             kinds[name] = "embedding"
     return kinds
 
 
-def _delta(old: StoredTensor, new: StoredTensor) -> Tensor | None:
-    """The difference in fp32 as a matrix, or None where the two are equal."""
+def _difference(old: StoredTensor, new: StoredTensor) -> Tensor | None:
+    """Return new - old in fp32 as a matrix, or None where the two are equal."""
     if old.dtype not in FLOATS.values():
-        if _raw(old) != _raw(new):
+        contents = []
+        for stored in (old, new):
+            with stored.file.open("rb") as file:
+                file.seek(stored.start)
+                contents.append(file.read(stored.num_bytes))
+        if contents[0] != contents[1]:
             raise PatchError(f"{new.name} is {new.dtype} and differs; only floats have a difference that can be added")
         return None
     delta = read_tensor(new).float() - read_tensor(old).float()
@@ -185,32 +225,60 @@ def _delta(old: StoredTensor, new: StoredTensor) -> Tensor | None:
     return delta if delta.any() else None
 
 
-def _raw(stored: StoredTensor) -> bytes:
-    with stored.file.open("rb") as file:
-        file.seek(stored.start)
-        return file.read(stored.num_bytes)
+@contextmanager
+def _safetensors_writer(path: Path, names: Iterable[str]) -> Iterator[Callable[[str, Tensor], None]]:
+    """Yield a function that appends a float tensor to a file, which has room for a header of all `names`.
+
+    The header is written last; a file that got no tensors is removed.
+    """
+    header_bytes = 64 + sum(len(json.dumps(name)) + _HEADER_BYTES for name in names)
+    header_bytes += -header_bytes % 8
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    entries: dict[str, Any] = {}
+    with path.open("wb") as file:
+        file.seek(header_bytes)
+
+        def add(name: str, tensor: Tensor) -> None:
+            flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))  # of stride 1
+            start = file.tell() - header_bytes
+            values: Any = flat.view(torch.uint8).numpy()
+            file.write(values)
+            offsets = [start, start + tensor.nbytes]
+            entries[name] = {"dtype": words[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+
+        yield add
+        file.seek(0)
+        file.write(make_header({"__metadata__": {"format": "pt"}, **entries}, length=header_bytes))
+    if not entries:
+        path.unlink()
 
 
-def _keep_factors(
-    writer: SafetensorsWriter, name: str, kind: str, delta: Tensor, limit: _Limit, dtype: torch.dtype
-) -> Kept:
-    oriented = delta if kind == "linear" else delta.T
-    left, right, energy = truncate(oriented, rank=limit.rank, energy=limit.energy)
-    for ending, factor in zip(_ENDINGS[kind], (right, left), strict=True):
-        writer.add(f"{PEFT_PREFIX}{name.removesuffix('.weight')}{ending}", factor.to(dtype))
-    return Kept(name, left.shape[1], energy, delta.double().norm().item())
+def _write_settings(made: Path, extracted: Extracted, old: StoredModel, new: StoredModel, *, transposed: bool) -> None:
+    """Write the record, whose fingerprints know both models under any name, and what PEFT needs to load the factors.
 
-
-def _write_adapter_config(made: Path, extracted: Extracted, base: Path, *, transposed: bool) -> None:
-    """As PEFT writes it: the commonest rank, patterns for the others, α = r everywhere, so that the scale is 1."""
+    PEFT gets the commonest rank, patterns for the others, and α = r everywhere, so that the scale is 1.
+    """
+    # A hub id as it is, a folder by its path from the patch, so that both can be moved together.
+    base = old.name if "/" in old.name else os.path.relpath(old.folder.resolve(), extracted.out.resolve())
+    record = {
+        "made_by": f"ensembler patch extract {__version__}",
+        "base": base,
+        "base_fingerprint": old.fingerprint(),
+        "finetuned": new.name,
+        "finetuned_fingerprint": new.fingerprint(),
+        **extracted.to_dict(),
+    }
+    (made / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    ranks = {kept.name.removesuffix(".weight"): kept.rank for kept in extracted.kept if kept.rank is not None}
+    if not ranks:
+        return
     from peft import LoraConfig
 
-    ranks = {kept.name.removesuffix(".weight"): kept.rank for kept in extracted.kept if kept.rank is not None}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {re.escape(module): other for module, other in ranks.items() if other != rank}
     LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=_recorded_name(base, extracted.out),
+        base_model_name_or_path=base,
         r=rank,
         lora_alpha=rank,
         rank_pattern=others,
@@ -219,29 +287,3 @@ def _write_adapter_config(made: Path, extracted: Extracted, base: Path, *, trans
         fan_in_fan_out=transposed,
         inference_mode=True,
     ).save_pretrained(made)
-
-
-def _write_record(
-    made: Path,
-    extracted: Extracted,
-    base: Path,
-    old: Mapping[str, StoredTensor],
-    finetuned: Path,
-    new: Mapping[str, StoredTensor],
-) -> None:
-    """Say what the patch was made of; the fingerprints know both models again under any name."""
-    record = {
-        "made_by": f"ensembler patch extract {__version__}",
-        "base": _recorded_name(base, extracted.out),
-        "base_fingerprint": fingerprint(old.values()),
-        "finetuned": model_name(finetuned),
-        "finetuned_fingerprint": fingerprint(new.values()),
-        **extracted.to_dict(),
-    }
-    (made / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def _recorded_name(base: Path, out: Path) -> str:
-    """A hub id as it is, a folder by its path from the patch, so that both can be moved together."""
-    name = model_name(base)
-    return name if "/" in name else os.path.relpath(base.resolve(), out.resolve())

@@ -1,19 +1,121 @@
-"""Choose the backend that runs an ensemble, transformers or vLLM, and check that it can. Loads neither."""
+"""Choose the backend that runs an ensemble, transformers or vLLM, and check that it can, before an engine starts."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
-from ensembler.errors import ConfigError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from ensembler.config import MemberConfig
+from ensembler.errors import ConfigError, MemberError, MissingExtraError, UnsupportedPatchError
+from ensembler.extras import install_command
+from ensembler.files import find_folder, naming
+from ensembler.patch.formats import PATCH_FILES, read_patch
+from ensembler.patch.patch_plan import PatchPlan, plan_patches
+from ensembler.planning.vllm_plan import can_part, heads_of
 from ensembler.preflight import CheckedEnsemble
-from ensembler.serving.checks import check_servable, common_dtype, require_vllm
 
 TRANSFORMERS, VLLM = BACKENDS = ("transformers", "vllm")
-_OURS = ("model", "load_format", "worker_extension_cls", "hf_overrides")
-_OTHER = ("quantization", "pipeline_parallel_size", "speculative_config", "skip_tokenizer_init", "runner", "convert")
-_MEANING = ("logprobs_mode", "max_logprobs")
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+_REFUSED_ARGUMENTS = {
+    "is given to vLLM's engine by ensembler itself": ("model", "load_format", "worker_extension_cls", "hf_overrides"),
+    "is nothing that vLLM can do with one member of several": (
+        *("quantization", "pipeline_parallel_size", "speculative_config", "skip_tokenizer_init", "runner", "convert"),
+    ),
+    "would change what the numbers mean": ("logprobs_mode", "max_logprobs"),
+}
+
+
+def require_vllm() -> None:
+    """Raise MissingExtraError with the pip line where vLLM is not installed."""
+    if find_spec("vllm") is None:
+        raise MissingExtraError("vllm", install_command("vllm"))
+
+
+def check_servable(checked: CheckedEnsemble, *, num_ranks: int = 1) -> None:
+    """Raise ConfigError or MemberError with what vLLM cannot run as members of one model, on so many parallel ranks."""
+    for role, member in checked.config.members.items():
+        if member.quantization is not None:
+            raise ConfigError(
+                f"{role} is quantised when loaded ({member.quantization}); vLLM's members are loaded as they are: "
+                "serve a folder without it (float32, bfloat16 or float16)"
+            )
+        if member.device_map is not None or member.device not in ("cpu", "cuda", "cuda:0"):
+            raise ConfigError(
+                f"{role} is put on devices of its own ({member.device_map or member.device}); vLLM spreads all members "
+                "alike: leave it out, and give --tensor-parallel-size for several GPUs"
+            )
+    for role, config in checked.model_configs.items():
+        _check_architecture(role, config, num_ranks)
+
+
+def _check_architecture(role: str, config: Any, num_ranks: int) -> None:
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is not None:
+        raise MemberError(
+            f"{role} has quantised weights ({quantized.get('quant_method')}), which vLLM cannot load as one member of "
+            "several; give the model before that"
+        )
+    text = config.get_text_config(decoder=True)
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    family = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    reason = None
+    if text is not config:
+        reason = "is a model of more than texts, which vLLM cannot run as one of several"
+    elif getattr(family, "_is_stateful", False) or not kinds <= _ATTENTION:
+        reason = "keeps a state beside keys and values, which vLLM cannot do for one of several"
+    elif getattr(text, "kv_lora_rank", None):
+        reason = "has latent attention, which vLLM sets up for a whole model, not for one of several"
+    if reason is not None:
+        raise MemberError(f"{role} ({config.model_type}) {reason}; the transformers backend runs it")
+    heads = heads_of(config)
+    if not can_part(heads, num_ranks):
+        raise MemberError(
+            f"{role} has {heads[0]} attention heads and {heads[1]} key-value heads, which {num_ranks} tensor-parallel "
+            "ranks cannot share; give another --tensor-parallel-size"
+        )
+
+
+def plan_member(role: str, member: MemberConfig) -> PatchPlan:
+    """Find a member's files, and check from headers alone that its adapter fits them; raise MemberError where not."""
+    with naming(role):
+        try:
+            adapters = [] if member.adapter is None else [find_folder(member.adapter, allow_patterns=PATCH_FILES)]
+            patches = [read_patch(folder) for folder in adapters]
+        except UnsupportedPatchError as error:
+            raise MemberError(
+                f"{error}; vLLM loads what is a sum with the weights: merge it with PEFT first, and give that model"
+            ) from error
+        return plan_patches(patches, find_folder(member.model))
+
+
+def own_dtypes(checked: CheckedEnsemble) -> list[str]:
+    """Return each member's dtype, the anchor's first."""
+    return [
+        str(config.dtype or "float32").removeprefix("torch.")
+        if checked.config.members[role].dtype == "auto"
+        else str(checked.config.members[role].dtype)
+        for role, config in checked.model_configs.items()
+    ]
+
+
+def common_dtype(checked: CheckedEnsemble, given: str | None = None) -> str:
+    """Return the dtype that all members are to run in: the one `given` to vLLM, or that of the members.
+
+    vLLM by itself would take half precision for float32. Raises ConfigError where members differ.
+    """
+    if given not in (None, "auto"):
+        return str(given)
+    found = list(dict.fromkeys(own_dtypes(checked)))
+    if len(found) > 1:
+        raise ConfigError(
+            f"the members are of {' and '.join(found)}; vLLM runs all in one dtype: give it (--dtype to the server, "
+            "--engine-arg dtype=bfloat16 elsewhere)"
+        )
+    return found[0]
 
 
 @dataclass(frozen=True)
@@ -28,11 +130,7 @@ class BackendChoice:
             raise ConfigError(f"unknown backend {self.name!r}; expected {' or '.join(BACKENDS)}")
         if self.arguments and self.name != VLLM:
             raise ConfigError(f"arguments of vLLM's engine were given to the backend {self.name}; choose vllm")
-        for names, reason in (
-            (_OURS, "is given to vLLM's engine by ensembler itself"),
-            (_OTHER, "is nothing that vLLM can do with one member of several"),
-            (_MEANING, "would change what the numbers mean"),
-        ):
+        for reason, names in _REFUSED_ARGUMENTS.items():
             for name in names:
                 if name in self.arguments:
                     raise ConfigError(f"{name} {reason}; leave it out")

@@ -15,10 +15,10 @@ from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigC
 from ensembler import folder as folders
 from ensembler.config import EnsembleConfig
 from ensembler.preflight import CheckedEnsemble, check_ensemble
-from ensembler.serving.checks import check_servable, own_dtypes
+from ensembler.serving.choice import check_servable, own_dtypes
 
 _checked: dict[str, CheckedEnsemble] = {}  # not in a configuration: vLLM copies and sends those many times
-_under_way: set[Path] = set()  # a folder's tokenizer asks for its configuration, while that is being checked
+_being_checked: set[Path] = set()  # a folder's tokenizer asks for its configuration meanwhile
 
 
 class ServedConfig(EnsembleConfig):  # type: ignore[misc,unused-ignore]
@@ -37,13 +37,12 @@ class ServedConfig(EnsembleConfig):  # type: ignore[misc,unused-ignore]
         config = made[0] if isinstance(made, tuple) else made
         folder = folders.find(config.name_or_path)
         folders.located(config, folder)
-        if folder in _under_way:
-            return made
-        _under_way.add(folder)
-        try:
-            config.dtype = own_dtypes(config.checked)[0]  # of vLLM's "auto"; the engine and the server give theirs
-        finally:
-            _under_way.remove(folder)
+        if folder not in _being_checked:
+            _being_checked.add(folder)
+            try:
+                config.dtype = own_dtypes(config.checked)[0]  # of vLLM's "auto"; the engine and the server give theirs
+            finally:
+                _being_checked.remove(folder)
         return made
 
     @property
@@ -58,35 +57,30 @@ class ServedConfig(EnsembleConfig):  # type: ignore[misc,unused-ignore]
 
 
 class ServedSizes(ModelArchConfigConvertorBase):  # type: ignore[misc,unused-ignore]
-    """The sizes of all members together."""
-
-    def _configs(self) -> list[Any]:
-        return [config.get_text_config(decoder=True) for config in self.hf_config.checked.model_configs.values()]
+    """The sizes of all members together; heads are the anchor's, since members check their own where they are built."""
 
     def _sizes(self, name: str) -> list[int]:
-        base = ModelArchConfigConvertorBase
-        return [getattr(base(config, config), name)() for config in self._configs()]
+        """Return a size of each member, the anchor's first."""
+        configs = [config.get_text_config(decoder=True) for config in self.hf_config.checked.model_configs.values()]
+        return [getattr(ModelArchConfigConvertorBase(config, config), name)() for config in configs]
 
     def get_hidden_size(self) -> int:
-        """Hidden states lie side by side."""
+        """Return the width of all hidden states side by side."""
         return sum(self._sizes("get_hidden_size"))
 
     def get_num_hidden_layers(self) -> int:
-        """Of all members: each layer has its own keys and values."""
+        """Return the layers of all members: each has its own keys and values."""
         return sum(self._sizes("get_num_hidden_layers"))
 
+    def get_num_experts(self) -> int:
+        """Return the most of any member: vLLM sets up its expert layers where there are some."""
+        return max(self._sizes("get_num_experts"))
+
     def get_total_num_attention_heads(self) -> int:
-        """Of the anchor; members check their own where they are built."""
         return self._sizes("get_total_num_attention_heads")[0]
 
     def get_total_num_kv_heads(self) -> int:
-        """Of the anchor."""
         return self._sizes("get_total_num_kv_heads")[0]
 
-    def get_num_experts(self) -> int:
-        """The most of any member: vLLM sets up its expert layers where there are some."""
-        return max(self._sizes("get_num_experts"))
-
     def get_head_size(self) -> int:
-        """Of the anchor."""
         return self._sizes("get_head_size")[0]

@@ -7,7 +7,6 @@ asks for, by the rule and with the operations of `ensembler_kernels`.
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,8 +19,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from ensembler.engine.forward import make_reader
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.errors import InputError
-from ensembler.patch.plan import Plan
-from ensembler.serving.tensors import plan_member
+from ensembler.serving.choice import plan_member
 from ensembler.serving.vllm_members import build_member
 
 
@@ -40,7 +38,7 @@ class EnsembleForCausalLM(nn.Module):
         self._vocab_size: int = config.vocab_size
         self.set_point(GridPoint(self.rule.name, float(config.alpha)))
         self.readers = {role: make_reader(role, checked.contract) for role in self.rule.roles}
-        self.plans: dict[str, Plan] = {role: plan_member(role, files.config) for role, files in checked.files.items()}
+        self.plans = {role: plan_member(role, files.config) for role, files in checked.files.items()}
         self.members = nn.ModuleDict(
             {
                 role: build_member(vllm_config, role, checked.model_configs[role], maybe_prefix(prefix, role))
@@ -51,9 +49,10 @@ class EnsembleForCausalLM(nn.Module):
         for role, reader in self.readers.items():
             if reader.substitute is not None:
                 self.register_buffer(f"{role}_ids", torch.zeros(most, dtype=torch.int32), persistent=False)
-        sizes = [_width(checked.model_configs[role].get_text_config(decoder=True)) for role in self.rule.roles]
-        ends = list(accumulate(sizes))
-        self._parts = [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+        texts = [checked.model_configs[role].get_text_config(decoder=True) for role in self.rule.roles]
+        # Of the hidden states that a member hands to its head: OPT's smallest projects them first.
+        self._widths = [int(getattr(text, "word_embed_proj_dim", text.hidden_size)) for text in texts]
+        self._dtype = vllm_config.model_config.dtype
 
     def set_point(self, point: GridPoint) -> None:
         """Combine by another rule or α from the next step on. Raises ConfigError for one that does not fit the members.
@@ -63,7 +62,7 @@ class EnsembleForCausalLM(nn.Module):
         self._grid = Grid.of([point], self.rule, self._contract, self._outside)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """Refused: each member embeds tokens by itself. vLLM takes no class without this method for a model."""
+        """Raise InputError: members embed tokens themselves. vLLM takes no class without this method for a model."""
         raise InputError("an ensemble has no embeddings of its own; give it token ids")
 
     def forward(
@@ -76,17 +75,14 @@ class EnsembleForCausalLM(nn.Module):
         """Return the members' hidden states (tokens, Σ hidden sizes) side by side for `input_ids` (tokens,)."""
         if input_ids is None or inputs_embeds is not None:
             raise InputError("an ensemble takes token ids, no embeddings")
-        hidden: Tensor | None = None
-        for role, part in zip(self.members, self._parts, strict=True):
-            own = self.members[role](input_ids=self._read(role, input_ids), positions=positions)
-            # At once: the memory of a CUDA graph's last output is the next member's to use.
-            hidden = own.new_empty(own.shape[0], self._parts[-1].stop) if hidden is None else hidden
-            hidden[:, part] = own
-        assert hidden is not None
+        hidden = torch.empty(len(input_ids), sum(self._widths), dtype=self._dtype, device=input_ids.device)
+        for role, columns in zip(self.members, torch.split(hidden, self._widths, 1), strict=True):
+            # Copied at once: the memory of a CUDA graph's last output is the next member's to use.
+            columns.copy_(self.members[role](input_ids=self._read(role, input_ids), positions=positions))
         return hidden
 
     def _read(self, role: str, input_ids: Tensor) -> Tensor:
-        """Ids as the member knows them, where a CUDA graph found them when it was captured."""
+        """Return ids as the member knows them, where a CUDA graph found them when it was captured."""
         reader = self.readers[role]
         if reader.substitute is None:
             return input_ids
@@ -96,10 +92,8 @@ class EnsembleForCausalLM(nn.Module):
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return combined logits (n, V) fp32 of hidden states (n, Σ hidden sizes); None on ranks that gather none."""
         members: dict[str, Any] = dict(self.members.items())
-        logits = {
-            role: member.compute_logits(hidden_states[:, part].contiguous())
-            for (role, member), part in zip(members.items(), self._parts, strict=True)
-        }
+        own_states = zip(members.items(), torch.split(hidden_states, self._widths, 1), strict=True)
+        logits = {role: member.compute_logits(states.contiguous()) for (role, member), states in own_states}
         if any(one is None for one in logits.values()):
             return None
         self._grid = self._grid.on(hidden_states.device)
@@ -109,6 +103,9 @@ class EnsembleForCausalLM(nn.Module):
         return pad(combined, (0, missing), value=-torch.inf) if missing > 0 else combined
 
 
-def _width(text_config: Any) -> int:
-    """Of the hidden states that a member hands to its head: OPT's smallest projects them first."""
-    return int(getattr(text_config, "word_embed_proj_dim", text_config.hidden_size))
+class PointSetter:
+    """Mixed into each worker's class by vLLM (`worker_extension_cls`)."""
+
+    def set_point(self: Any, rule: str, alpha: float) -> None:
+        """Combine by this rule and α from the next step on; raises ConfigError."""
+        self.get_model().set_point(GridPoint(rule, alpha))

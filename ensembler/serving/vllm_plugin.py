@@ -6,7 +6,7 @@ vLLM calls `register` in each of its processes, through the entry point `vllm.ge
 from __future__ import annotations
 
 from ensembler.config import EnsembleConfig
-from ensembler.serving.command import LOAD_FORMAT
+from ensembler.serving.vllm_serve import LOAD_FORMAT
 
 
 def register() -> None:
@@ -17,7 +17,7 @@ def register() -> None:
     from vllm.transformers_utils.model_arch_config_convertor import MODEL_ARCH_CONFIG_CONVERTORS
 
     from ensembler.serving.vllm_config import ServedConfig, ServedSizes
-    from ensembler.serving.vllm_loader import EnsembleLoader
+    from ensembler.serving.vllm_members import EnsembleLoader
 
     if LOAD_FORMAT in _LOAD_FORMAT_TO_MODEL_LOADER:
         return

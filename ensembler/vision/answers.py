@@ -1,11 +1,9 @@
-"""Image classifiers that answer images at all points of a grid: one pass, the next images being read meanwhile."""
+"""Answers of image classifiers: the classes of single images, and documents at all points of a grid from one pass."""
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,22 +13,78 @@ import torch
 from torch import Tensor
 
 from ensembler.engine.grid import Grid, GridPoint
-from ensembler.evaluation.documents import Answer, Document, Reading
+from ensembler.errors import ImageError
+from ensembler.evaluation.documents import Answer, Document, EncodedDocument
 from ensembler.evaluation.provenance import describe_ensemble, versions
 from ensembler.extras import require
-from ensembler.vision.images import open_image
-from ensembler.vision.loader import ahead
-from ensembler.vision.modeling import EnsembleForImageClassification
-from ensembler.vision.preflight import ZERO_SHOT, CheckedImages
-from ensembler.vision.tasks import TOP
+from ensembler.files import digest, file_digest
+from ensembler.vision.image_modeling import EnsembleForImageClassification
+from ensembler.vision.image_preflight import ZERO_SHOT, CheckedImages
+from ensembler.vision.image_tasks import TOP
+from ensembler.vision.images import ImageSource, ahead, open_image
 from ensembler.vision.zero_shot import DEFAULT_TEMPLATES, tokenizer_hash
+
+
+def classify(
+    model: EnsembleForImageClassification,
+    sources: Sequence[ImageSource],
+    *,
+    top_k: int = 5,
+    batch_size: int = 16,
+    strict: bool = False,
+) -> Iterator[dict[str, Any]]:
+    """Yield what the ensemble sees in one image after another, as JSON; the next ones are read while it runs.
+
+    `image`: its name; `classes`: the most probable ones, each with `label` and `probability`; `anchor`: the anchor's
+    first. An image that cannot be read has an `error` in place of these; `strict` raises ImageError for the first one.
+    """
+
+    def prepare(batch: Sequence[ImageSource]) -> tuple[Sequence[ImageSource], dict[str, str], dict[str, Tensor]]:
+        errors: dict[str, str] = {}
+        return batch, errors, model.prepare(_readable(batch, errors, strict=strict))
+
+    batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
+    for batch, errors, prepared in ahead(batches, prepare):
+        seen = iter(_see(model, prepared, top_k) if prepared else ())
+        for source in batch:
+            said = {"error": errors[source.name]} if source.name in errors else next(seen)
+            yield {"image": source.name, **said}
+
+
+def _readable(batch: Sequence[ImageSource], errors: dict[str, str], *, strict: bool) -> Iterator[Any]:
+    """The images of a batch, each decoded when it is asked for; why others cannot be read goes into `errors`."""
+    for source in batch:
+        try:
+            yield open_image(source)
+        except ImageError as error:
+            if strict:
+                raise
+            errors[source.name] = str(error)
+
+
+@torch.inference_mode()
+def _see(model: EnsembleForImageClassification, prepared: dict[str, Tensor], top_k: int) -> list[dict[str, Any]]:
+    """The most probable classes of each image, and the anchor's first."""
+    logits = model.member_logits(prepared)
+    found = _top(model, model.combine(logits), top_k)
+    anchors = _top(model, logits[model.rule.anchor].float(), 1)
+    return [{"classes": classes, "anchor": first} for classes, (first,) in zip(found, anchors, strict=True)]
+
+
+def _top(model: EnsembleForImageClassification, logits: Tensor, top_k: int) -> list[list[dict[str, Any]]]:
+    values, classes = logits.softmax(-1).topk(min(top_k, logits.shape[-1]))
+    return [
+        [{"label": model.classes[index], "probability": value} for index, value in zip(*row, strict=True)]
+        for row in zip(classes.tolist(), values.tolist(), strict=True)
+    ]
+
 
 _THUMBNAIL = 96  # pixels
 _HASH = 16  # hexadecimal digits
 
 
 class ImageAnswerer:
-    """The members of a checked ensemble, which answer the documents of an `ImageTask`. Implements `Answerer`."""
+    """The members of a checked ensemble, which answer the documents of an `ImageTask`."""
 
     _model: EnsembleForImageClassification  # within `open`
 
@@ -42,9 +96,9 @@ class ImageAnswerer:
         ensemble = describe_images(self.checked)
         return {"versions": versions("pillow"), "ensemble": ensemble, "backend": {"name": "transformers"}}
 
-    def read(self, document: Document) -> Reading:
+    def encode(self, document: Document) -> EncodedDocument:
         """Return the hash of the image's file; of tokens there are none."""
-        return Reading(0, document.requests[0].digest)
+        return EncodedDocument(0, document.requests[0].digest)
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -114,14 +168,10 @@ def describe_images(checked: CheckedImages) -> dict[str, Any]:
     prompts = [checked.config.templates or list(DEFAULT_TEMPLATES), checked.config.class_texts]
     for role, member in checked.members.items():
         found = described["members"][role]
-        found |= {"kind": member.kind, "processor": _hash(member.processor.to_dict())}
+        found |= {"kind": member.kind, "processor": digest(member.processor.to_dict(), _HASH)}
         if member.config.head is not None:
             path = Path(member.config.head)
-            found |= {"head": path.name, "head_sha256": hashlib.sha256(path.read_bytes()).hexdigest()[:_HASH]}
+            found |= {"head": path.name, "head_sha256": file_digest(path)[:_HASH]}
         if member.kind == ZERO_SHOT:
-            found |= {"prompts": _hash(prompts), "tokenizer": tokenizer_hash(member)[:_HASH]}
-    return {**described, "classes": _hash(checked.classes)}
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:_HASH]
+            found |= {"prompts": digest(prompts, _HASH), "tokenizer": tokenizer_hash(member)[:_HASH]}
+    return {**described, "classes": digest(checked.classes, _HASH)}

@@ -20,11 +20,10 @@ from transformers.utils import logging
 from ensembler.engine.devices import check_devices, out_of_memory
 from ensembler.errors import MemberError, RunError
 from ensembler.extras import require
-from ensembler.sources import one_line
+from ensembler.files import naming, one_line
 from ensembler.vision.heads import load_head
-from ensembler.vision.preflight import CLASSIFIER, ZERO_SHOT, CheckedImages, ImageMember
+from ensembler.vision.image_preflight import CLASSIFIER, ZERO_SHOT, CheckedImages, ImageMember
 from ensembler.vision.zero_shot import zero_shot_head
-from ensembler.weights import naming
 
 _logger = logging.get_logger(__name__)
 # In a config, but no part of what is computed: what classes are called, and what tools noted.
@@ -151,7 +150,7 @@ def load_towers(checked: CheckedImages) -> list[Tower]:
             key = role if member.kind == CLASSIFIER else repr(replace(member.config, head=None))
             model = models.get(key)
             if model is None:
-                model = models[key] = _load(member)
+                model = models[key] = load_model(member)
             tower = next((tower for tower in towers if tower.takes(model, member.processor)), None)
             if tower is None:
                 tower = Tower(model, member.processor, is_classifier=member.kind == CLASSIFIER)
@@ -163,7 +162,8 @@ def load_towers(checked: CheckedImages) -> list[Tower]:
     return towers
 
 
-def _load(member: ImageMember) -> PreTrainedModel:
+def load_model(member: ImageMember) -> PreTrainedModel:
+    """Load a member's model, without a head of its own file. Raises MemberError, or RunError where memory is short."""
     config = member.config
     try:
         model, report = _class_of(member).from_pretrained(

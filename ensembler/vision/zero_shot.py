@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,9 +21,9 @@ from transformers.utils import logging
 from ensembler.engine.members import TOKENIZER_FILES
 from ensembler.errors import MemberError, OutputError
 from ensembler.evaluation.provenance import config_hash
-from ensembler.sources import is_local, one_line
+from ensembler.files import digest, file_digest, is_local, one_line
 from ensembler.vision.heads import Head, load_head, save_head
-from ensembler.vision.preflight import CheckedImages, ImageMember
+from ensembler.vision.image_preflight import CheckedImages, ImageMember
 
 _logger = logging.get_logger(__name__)
 
@@ -66,11 +65,8 @@ def tokenizer_hash(member: ImageMember) -> str:
     """Return what tells a member's tokenizer from others: the hash of a folder's files, or the commit on the hub."""
     if not is_local(member.config.model):
         return str(getattr(member.model_config, "_commit_hash", None))
-    digest = hashlib.sha256()
-    for path in (Path(member.config.model) / name for name in _TOKENIZER):
-        if path.is_file():
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+    files = (Path(member.config.model) / name for name in _TOKENIZER)
+    return digest({path.name: file_digest(path) for path in files if path.is_file()}, 64)
 
 
 def _key(member: ImageMember, model: PreTrainedModel, words: Sequence[str], templates: Sequence[str]) -> str:
@@ -81,7 +77,7 @@ def _key(member: ImageMember, model: PreTrainedModel, words: Sequence[str], temp
             weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     of_member = [weights.hexdigest(), config_hash(member.model_config), tokenizer_hash(member)]
-    return hashlib.sha256(json.dumps([_FORMAT, *of_member, words, templates]).encode()).hexdigest()[:32]
+    return digest([_FORMAT, *of_member, words, templates], 32)
 
 
 @torch.no_grad()

@@ -164,20 +164,20 @@ def rows(path: Path) -> list[dict[str, object]]:
 
 
 def test_generate_output_is_in_input_order_and_resumes(run: Run, ensemble: Path, prompts: Path, tmp_path: Path) -> None:
-    arguments = ("generate", ensemble, "--prompts", prompts, "--max-new-tokens", 6, "--batch-size", 2)
+    arguments = ("generate", ensemble, "--data", prompts, "--max-new-tokens", 6, "--batch-size", 2)
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     assert run(*arguments, "--output", whole).code == 0
     assert [row["number"] for row in rows(whole)] == [0, 1, 2, 3]
     assert rows(whole)[1]["text"] == greedy(ensemble, "hello there", 6)
     cut.write_text("".join(whole.read_text().splitlines(keepends=True)[1:3]))
-    assert run(*arguments, "--output", cut, "--resume").code == 0
+    assert run(*arguments, "--output", cut).code == 0
     assert rows(cut) == rows(whole)
-    again = run(*arguments, "--output", cut, "--resume")
+    again = run(*arguments, "--output", cut)
     assert (again.code, again.err.splitlines()[-1]) == (0, "nothing to do: all 4 prompts have their rows already")
     assert rows(cut) == rows(whole)
-    changed = run(*arguments, "--output", cut, "--resume", "--alpha", 2)
+    changed = run(*arguments, "--output", cut, "--alpha", 2)
     assert changed.code == 2
-    assert "with another ensemble, other prompts or other options" in changed.error
+    assert "was begun with other settings: ensemble alpha was 0.5, now 2.0; choose another --output" in changed.error
     assert rows(cut) == rows(whole)
 
 
@@ -185,7 +185,7 @@ def test_generate_takes_several_prompts_and_guards_their_file(run: Run, ensemble
     result = run("generate", ensemble, "--prompt", "a", "--prompt", "hello", "--max-new-tokens", 3)
     assert result.out.splitlines()[1::2] == [greedy(ensemble, "a", 3), greedy(ensemble, "hello", 3)]
     before = prompts.read_text()
-    guarded = run("generate", ensemble, "--prompts", prompts, "--output", prompts, "--overwrite")
+    guarded = run("generate", ensemble, "--data", prompts, "--output", prompts, "--overwrite")
     assert "is the file of the prompts" in guarded.error
     assert prompts.read_text() == before
 
@@ -199,18 +199,18 @@ def test_no_command_prints_the_help(run: Run) -> None:
 def test_generate_refuses_an_existing_output(run: Run, ensemble: Path, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     out.write_text("precious\n")
-    result = run("generate", ensemble, "--prompts", prompts, "--output", out)
+    result = run("generate", ensemble, "--data", prompts, "--output", out)
     assert result.code == 2
-    assert "add --resume to go on with it or --overwrite" in result.error
+    assert "is no row of a run; choose another --output, or add --overwrite" in result.error
     assert out.read_text() == "precious\n"
 
 
 def test_skip_bad_goes_on(run: Run, ensemble: Path, tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text('"a"\n{broken\n""\n"b"\n\n')
-    assert f"{path}:2" in run("generate", ensemble, "--prompts", path).error
-    result = run("generate", ensemble, "--prompts", path, "--skip-bad", "--json", "--max-new-tokens", 2)
-    assert [json.loads(line)["number"] for line in sorted(result.out.splitlines())] == [0, 3]
+    assert f"{path}:2" in run("generate", ensemble, "--data", path).error
+    result = run("generate", ensemble, "--data", path, "--skip-bad", "--json", "--max-new-tokens", 2)
+    assert [json.loads(line)["number"] for line in result.out.splitlines()] == [0, 3]
     assert result.err.count("skipped: ") == 2
 
 
@@ -220,21 +220,28 @@ MISTAKES = {
     "unknown rule": (["generate", "MEMBERS", "--rule", "mean", "--prompt", "a"], "unknown rule 'mean'"),
     "unknown role": (["inspect", "MEMBERS", "--member", "judge=x"], "unknown role 'judge'"),
     "missing role": (["inspect", "--source-ft", "x", "--source-pt", "y"], "needs a member 'target_pt'"),
-    "alpha nan": (["inspect", "ENSEMBLE", "--alpha", "nan"], "alpha is nan"),
+    "alpha nan": (["inspect", "ENSEMBLE", "--alpha", "nan"], "alpha is 'nan'; expected a number"),
     "alpha below 0": (["inspect", "ENSEMBLE", "--alpha", "-1"], "not negative"),
     "dtype": (["inspect", "ENSEMBLE", "--dtype", "int3"], "unknown dtype 'int3'"),
     "device": (["generate", "ENSEMBLE", "--prompt", "a", "--device", "cuda:7"], "device 'cuda:7' is not there"),
     "empty prompt": (["generate", "ENSEMBLE", "--prompt", " "], "is an empty prompt"),
     "long prompt": (["generate", "ENSEMBLE", "--prompt", "a" * 200], "the context of source_ft ends at 128"),
     "option": (["generate", "ENSEMBLE", "--alhpa", "1"], "No such option"),
-    "two prompts": (["generate", "ENSEMBLE", "--prompt", "a", "--prompts", "b"], "give one of them"),
-    "no such file": (["generate", "ENSEMBLE", "--prompts", "b.jsonl"], "b.jsonl cannot be read"),
+    "two prompts": (["generate", "ENSEMBLE", "--prompt", "a", "--data", "b"], "give one of them"),
+    "no such file": (["generate", "ENSEMBLE", "--data", "b.jsonl"], "b.jsonl cannot be read"),
     "system": (["generate", "ENSEMBLE", "--prompt", "a", "--system", "s"], "add --chat"),
-    "resume": (["generate", "ENSEMBLE", "--prompt", "a", "--resume"], "without --output"),
-    "resume and overwrite": (
-        ["generate", "ENSEMBLE", "--prompt", "a", "--output", "o.jsonl", "--resume", "--overwrite"],
-        "keep the rows that are there, or replace them",
+    "overwrite": (["generate", "ENSEMBLE", "--prompt", "a", "--overwrite"], "without --output"),
+    "twice": (["generate", "ENSEMBLE", "--alpha", "1", "--alpha", "2"], "--alpha was given 2 times; give it once"),
+    "both of two": (["generate", "ENSEMBLE", "--strict", "--skip-bad"], "was given 2 times"),
+    "a grid for one": (["chat", "ENSEMBLE", "--alpha", "0,1"], "--alpha 0,1 is a grid of 2; chat takes one number"),
+    "two rules for one": (["inspect", "ENSEMBLE", "--rule", "eft,base-change"], "names 2 rules; inspect takes one"),
+    "one rule twice": (["score", "ENSEMBLE", "--data", "x", "--rule", "eft,eft"], "names a rule twice"),
+    "explain a grid": (["generate", "ENSEMBLE", "--alpha", "0,1", "--explain"], "it takes one --rule and one --alpha"),
+    "beams of a grid": (
+        ["generate", "ENSEMBLE", "--prompt", "a", "--alpha", "0,1", "--num-beams", "2"],
+        "a grid is decoded without beams",
     ),
+    "loud and quiet": (["inspect", "ENSEMBLE", "-q", "-v"], "--quiet and --verbose were both given"),
     "top-p": (["generate", "ENSEMBLE", "--prompt", "a", "--top-p", "0.5"], "top_p needs sampling"),
     "stream": (["generate", "ENSEMBLE", "--prompt", "a", "--stream", "--json"], "--stream prints one text"),
     "existing": (["create", "ENSEMBLE", "MEMBERS"], "exists already and is not empty"),
@@ -272,7 +279,7 @@ MISTAKES = {
     ),
     "adapter alone": (["inspect", "--source-ft-adapter", "x"], "--source-ft-adapter makes source_ft from --source-pt"),
     "adapter and ft": (["inspect", "MEMBERS", "--source-ft-adapter", "x"], "and no --source-ft"),
-    "adapter nowhere": (["inspect", "REST", "--source-ft-adapter", "/nowhere"], "/nowhere/adapter_config.json is not"),
+    "adapter nowhere": (["inspect", "REST", "--source-ft-adapter", "/nowhere"], "there is no folder /nowhere"),
     "adapter of another base": (["inspect", "REST", "--source-ft-adapter", "ADAPTER"], "made for another base"),
     "adapter and folder": (["inspect", "ENSEMBLE", "--source-ft-adapter", "x"], "--source-ft-adapter"),
     "member twice": (["inspect", "--rule", "eft", "--member", "source_ft=x", "--member", "source_ft=y"], "given twice"),
@@ -360,7 +367,7 @@ def test_nan_names_the_member_and_exits_with_1(run: Run, folders: dict[str, Path
 def test_ctrl_c_keeps_finished_rows_and_exits_130(ensemble: Path, tmp_path: Path) -> None:
     prompts, out = tmp_path / "many.jsonl", tmp_path / "out.jsonl"
     prompts.write_text('"abc"\n' * 3000)
-    command = [sys.executable, "-m", "ensembler", "generate", ensemble, "--prompts", prompts, "--batch-size", "1"]
+    command = [sys.executable, "-m", "ensembler", "generate", ensemble, "--data", prompts, "--batch-size", "1"]
     process = subprocess.Popen([*map(str, command), "--output", str(out)], stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (out.exists() and out.stat().st_size) and time.monotonic() < deadline:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from helpers.commands import Run
 
-from ensembler.decoding.stats import PHASES
+from ensembler.decoding.decode_stats import PHASES
 
 PROMPT = "Ben has 9 pens. Ida gives Ben 7 pens. Question: How many pens does Ben have now? Answer:"
 
@@ -112,7 +112,7 @@ def test_rows_of_a_file(run: Run, tmp_path: Path) -> None:
     sampling = ("--temperature", 0.9, "--seed", 5)
     for draft, size in (("none", 1), ("source_ft", 4), ("ngram", 3)):
         out = tmp_path / f"{draft}.jsonl"
-        options = ("--prompts", tmp_path / "p.jsonl", "--output", out, "--draft", draft, "--batch-size", size)
+        options = ("--data", tmp_path / "p.jsonl", "--output", out, "--draft", draft, "--batch-size", size)
         assert run("generate", "demo", *options, *sampling).code == 0
         rows = [json.loads(line) for line in out.read_text("utf-8").splitlines()]
         texts[draft] = {row["number"]: row["text"] for row in rows}

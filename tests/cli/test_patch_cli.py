@@ -24,7 +24,7 @@ def run(run: Run) -> Run:
 
 def test_apply_adds_and_says_what_it_wrote(run: Run, tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
-    result = run("apply", lora, "--to", model, "--out", tmp_path / "out", "--scale", 0.5)
+    result = run("apply", lora, "--to", model, "--output", tmp_path / "out", "--scale", 0.5)
     assert (result.code, result.out) == (0, "")
     assert result.err.startswith(f"{tmp_path / 'out'}: 14 of 21 tensors changed, ")
     truth = exact(model, lora, 0.5)
@@ -36,7 +36,7 @@ def test_apply_adds_several_in_one_dtype(run: Run, tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     first, second, third = (save_lora(tmp_path / f"lora{seed}", seed=seed) for seed in (1, 2, 3))
     also = ("--also", second, "--also", third, "--scale2", -1, "--scale2", 2)
-    result = run("apply", first, *also, "--to", model, "--out", tmp_path / "out", "--dtype", "bfloat16")
+    result = run("apply", first, *also, "--to", model, "--output", tmp_path / "out", "--dtype", "bfloat16")
     assert result.code == 0, result.err
     parts = [exact(model, lora, scale) for lora, scale in ((first, 1), (second, -1), (third, 2))]
     for name, weight in weights(tmp_path / "out").items():
@@ -79,16 +79,16 @@ def test_another_base_is_noted_and_force_is_quiet(run: Run, tmp_path: Path) -> N
 
 def test_extract_there_and_back(run: Run, tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
-    run("apply", lora, "--to", model, "--out", tmp_path / "tuned")
+    run("apply", lora, "--to", model, "--output", tmp_path / "tuned")
     models = ("--base", model, "--finetuned", tmp_path / "tuned")
-    result = run("extract", *models, "--out", tmp_path / "patch", "--rank", 4)
+    result = run("extract", *models, "--output", tmp_path / "patch", "--rank", 4)
     assert result.code == 0, result.err
     assert "model.layers.0.self_attn.q_proj.weight" in result.out
     assert "14 tensors as low rank, 0 in full beside them, 7 equal; 100.00% of all energy kept" in result.out
-    run("apply", tmp_path / "patch", "--to", model, "--out", tmp_path / "again")
+    run("apply", tmp_path / "patch", "--to", model, "--output", tmp_path / "again")
     for name, weight in weights(tmp_path / "again").items():
         assert (weight - weights(tmp_path / "tuned")[name]).abs().max() <= 1e-5
-    result = run("extract", *models, "--out", tmp_path / "default", "--json")
+    result = run("extract", *models, "--output", tmp_path / "default", "--json")
     content = json.loads(result.out)
     assert 0.95 <= content["energy"] < 1
     assert {row["rank"] for row in content["kept"]} <= {1, 2, 3, 4}
@@ -112,16 +112,22 @@ def test_inspect_prints_a_table_json_and_a_picture(run: Run, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("apply", "LORA", "--to", "MODEL"), "--out is missing"),
-        (("apply", "LORA", "--to", "MODEL", "--out", "OUT", "--dtype", "int8"), "unknown dtype 'int8'"),
-        (("apply", "LORA", "--to", "MODEL", "--out", "OUT", "--also", "LORA", "--scale2", 1, "--scale2", 2), "2 times"),
-        (("apply", "LORA", "--to", "MODEL", "--out", "LORA"), "exists already"),
-        (("apply", "LORA", "--to", "nowhere/at/all", "--out", "OUT"), "there is no folder"),
-        (("apply", "LORA", "--to", "org/unknown", "--out", "OUT"), "neither a folder here nor to be had from the hub"),
-        (("apply", "LORA", "--to", "MODEL", "--out", "OUT", "--scale", "nan"), "expected a finite number"),
-        (("apply", "LORA", "--out", "OUT"), "Missing option '--to'"),
-        (("extract", "--base", "MODEL", "--finetuned", "MODEL", "--out", "OUT"), "nothing to extract"),
-        (("extract", "--base", "MODEL", "--finetuned", "MODEL", "--out", "OUT", "--full", "--rank", 2), "exactly one"),
+        (("apply", "LORA", "--to", "MODEL"), "--output is missing"),
+        (("apply", "LORA", "--to", "MODEL", "--output", "OUT", "--dtype", "int8"), "unknown dtype 'int8'"),
+        (
+            ("apply", "LORA", "--to", "MODEL", "--output", "OUT", "--also", "LORA", "--scale2", 1, "--scale2", 2),
+            "2 times",
+        ),
+        (("apply", "LORA", "--to", "MODEL", "--output", "LORA"), "exists already"),
+        (("apply", "LORA", "--to", "nowhere/at/all", "--output", "OUT"), "there is no folder"),
+        (("apply", "LORA", "--to", "org/unknown", "--output", "OUT"), "neither a folder here nor"),
+        (("apply", "LORA", "--to", "MODEL", "--output", "OUT", "--scale", "nan"), "expected a finite number"),
+        (("apply", "LORA", "--output", "OUT"), "Missing option '--to'"),
+        (("extract", "--base", "MODEL", "--finetuned", "MODEL", "--output", "OUT"), "nothing to extract"),
+        (
+            ("extract", "--base", "MODEL", "--finetuned", "MODEL", "--output", "OUT", "--full", "--rank", 2),
+            "exactly one",
+        ),
         (("inspect", "LORA", "--base", "MODEL"), "--to"),
         (("inspect", "MODEL"), "holds no patch"),
     ],
@@ -139,11 +145,11 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
     code = (
         "import os, signal, sys; import ensembler.patch.apply as a; from ensembler.cli.main import main\n"
-        "write = a._write\n"
+        "blocks = a._blocks\n"
         "def interrupted(*args):\n"
         "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    write(*args)\n"
-        "a._write = interrupted\n"
+        "    return blocks(*args)\n"
+        "a._blocks = interrupted\n"
         f"main(['patch', 'apply', {str(lora)!r}, '--to', {str(model)!r}, '--out', {str(tmp_path / 'out')!r}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

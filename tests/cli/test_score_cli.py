@@ -37,7 +37,7 @@ def data(tmp_path: Path) -> Path:
 def command(folders: dict[str, Path], data: Path) -> list[object]:
     options = {"source_ft": "--source-ft", "source_pt": "--source-pt", "target_pt": "--target-pt"}
     members = [part for role, option in options.items() for part in (option, folders[role])]
-    return ["score", *members, "--data", data, "--batch-size", 2, "--alpha", 0, "--alpha", 0.6]
+    return ["score", *members, "--data", data, "--batch-size", 2, "--alpha", "0,0.6"]
 
 
 def rows(text: str) -> list[dict[str, Any]]:
@@ -131,7 +131,7 @@ def test_perplexity_and_tokens(run: Run, command: list[object], data: Path, tmp_
     assert "no room for tokens" in run(*command, "--per-token").error
     out = tmp_path / "out.jsonl"
     assert run(*command, "--output", out).code == 0
-    assert "--overwrite" in run(*command, "--output", out, "--resume", "--per-token").error
+    assert "--overwrite" in run(*command, "--output", out, "--per-token").error
 
 
 def test_texts_are_scored_whole_and_beyond_the_context(run: Run, command: list[object], data: Path) -> None:
@@ -173,15 +173,15 @@ def test_a_run_that_was_cut_goes_on(
     assert run(*command, "--output", whole).code == 0
     for offline in ([], ["--offline-members"]):
         cut.write_text("".join(whole.read_text().splitlines(keepends=True)[1:3]))
-        resumed = run(*command, "--output", cut, "--resume", *offline)
+        resumed = run(*command, "--output", cut, *offline)
         assert (resumed.code, resumed.err.splitlines()[-1].split(",")[0]) == (0, "lines: 2")
         assert cut.read_text() == whole.read_text()
         with monkeypatch.context() as patch:
             patch.setattr(Forward, "_run", lambda *inputs: pytest.fail("what is finished runs again"))
-            assert run(*command, "--output", cut, "--resume", *offline).err.splitlines()[-1].startswith("lines: 0, ")
-    changed = run(*command, "--alpha", 1.5, "--output", cut, "--resume")
+            assert run(*command, "--output", cut, *offline).err.splitlines()[-1].startswith("lines: 0, ")
+    changed = run(*command[:-1], "0,0.6,1.5", "--output", cut)
     assert changed.code == 2
-    assert "with another ensemble" in changed.error
+    assert 'points was ["base-change at 0", "base-change at 0.6"], now ["base-change at 0", ' in changed.error
 
 
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt(), 130), (RuntimeError("a fault"), 1)])
@@ -209,8 +209,9 @@ def test_an_interrupted_member_goes_on(
     )  # after ^C, click ends the line
     left = tmp_path / "out.jsonl.members"
     assert left.is_dir()
-    assert "add --resume" in run(*command, "--output", out, "--offline-members").error
-    resumed = run(*command, "--output", out, "--offline-members", "--resume")
+    other = run(*command, "--output", out, "--offline-members", "--batch-size", 3)
+    assert "batch_size was 2, now 3; choose another --output" in other.error
+    resumed = run(*command, "--output", out, "--offline-members")
     assert resumed.code == 0, resumed.err
     assert out.read_text() == whole.read_text()
     assert not left.exists()
@@ -219,9 +220,9 @@ def test_an_interrupted_member_goes_on(
 def test_overwrite_begins_anew(run: Run, command: list[object], tmp_path: Path) -> None:
     out, left = tmp_path / "out.jsonl", tmp_path / "out.jsonl.members"
     left.mkdir()
-    (left / "run").write_text("another")
+    (left / "run.json").write_text('{"batch_size": 7}')
     refused = run(*command, "--output", out, "--offline-members")
-    assert "left of an interrupted run" in refused.error
+    assert "out.jsonl.members was begun with other settings: batch_size was 7, now 2" in refused.error
     assert not out.exists()
     assert run(*command, "--output", out, "--offline-members", "--overwrite").code == 0
     assert len(out.read_text().splitlines()) == 4
@@ -250,7 +251,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing_half_written(
     assert "cannot be written: No space left on device; choose another place, or make room" in error
     assert not list(left.glob(".*"))
     assert len(list(left.glob("*.safetensors"))) == 3
-    assert run(*command, "--output", out, "--offline-members", "--resume").code == 0
+    assert run(*command, "--output", out, "--offline-members").code == 0
     assert len(out.read_text().splitlines()) == 4
 
 
@@ -310,10 +311,10 @@ def test_a_bad_line_is_named_or_skipped(run: Run, command: list[object], data: P
 
 
 MISTAKES = {
-    "resume": (["--resume"], "--resume was given without --output"),
+    "overwrite": (["--overwrite"], "--overwrite was given without --output"),
     "offline": (["--offline-members"], "--offline-members was given without --output"),
-    "alpha": (["--alpha", "nan"], "alpha is nan"),
-    "negative alpha": (["--alpha", "-1"], "not negative"),
+    "alpha": (["--cutoff", "x"], "--cutoff"),
+    "alpha twice": (["--alpha", "1"], "--alpha was given 2 times; give it once"),
     "batch size": (["--batch-size", "0"], "--batch-size"),
     "no file": (["--data", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
     "the data": (["--output", "DATA", "--overwrite"], "is the file of the data"),

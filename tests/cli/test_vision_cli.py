@@ -29,7 +29,7 @@ from ensembler import EnsembleForImageClassification
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ensembler.vision.zero_shot.cache_folder", lambda: tmp_path / "heads")
+    monkeypatch.setattr("ensembler.vision.heads.cache_folder", lambda: tmp_path / "heads")
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ RULES = ("base-change", "eft")
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ensembler.vision.zero_shot.cache_folder", lambda: tmp_path / "heads")
+    monkeypatch.setattr("ensembler.vision.heads.cache_folder", lambda: tmp_path / "heads")
 
 
 @pytest.fixture
@@ -58,9 +58,9 @@ def test_rows_say_what_the_ensemble_answers_at_each_point(
         tmp_path / "ensemble",
         "--images",
         pictures,
-        "--rules",
+        "--rule",
         "base-change,eft",
-        "--alphas",
+        "--alpha",
         "0,0.5,1.2",
     ]
     done = run(*command, "--validation", "validation", "--batch-size", 5, "--output", tmp_path / "out", "--json")
@@ -112,7 +112,7 @@ def test_an_interrupted_sweep_goes_on_to_the_same_rows(
 ) -> None:
     flags = [part for role, path in members.items() for part in (f"--{role.replace('_', '-')}", path)]
     assert run("create", tmp_path / "ensemble", "--task", "image-classification", *flags).code == 0
-    command = ["sweep", tmp_path / "ensemble", "--images", pictures, "--alphas", "0,1", "--batch-size", 4]
+    command = ["sweep", tmp_path / "ensemble", "--images", pictures, "--alpha", "0,1", "--batch-size", 4]
     assert run(*command, "--output", tmp_path / "whole").code == 0
     assert run(*command, "--output", tmp_path / "part").code == 0
     with closing(sqlite3.connect(tmp_path / "part" / FILE)) as connection, connection:
@@ -139,7 +139,7 @@ def test_processes_share_the_images(members: dict[str, str], pictures: Path, tmp
     images = ["--task", "image-classification", "--classes", tmp_path / "classes.txt"]
     (tmp_path / "classes.txt").write_text("\n".join(CLASSES))
     assert run("create", tmp_path / "ensemble", *images, *flags).code == 0
-    command = ["sweep", tmp_path / "ensemble", "--images", pictures, "--alphas", "0,1", "--batch-size", 4]
+    command = ["sweep", tmp_path / "ensemble", "--images", pictures, "--alpha", "0,1", "--batch-size", 4]
     assert run(*command, "--output", tmp_path / "one").code == 0
     process = start(*command, "--output", tmp_path / "two", ranks=2, HF_HOME=str(tmp_path / "hf"))
     _, errors = process.communicate(timeout=300)
@@ -154,7 +154,7 @@ def test_broken_images_are_left_out_with_a_count_or_end_it(
         (pictures / "test" / name).write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     flags = [part for role, path in members.items() for part in (f"--{role.replace('_', '-')}", path)]
     assert run("create", tmp_path / "ensemble", "--task", "image-classification", *flags).code == 0
-    command = ["sweep", tmp_path / "ensemble", "--images", pictures, "--alphas", "0,1", "--output", tmp_path / "out"]
+    command = ["sweep", tmp_path / "ensemble", "--images", pictures, "--alpha", "0,1", "--output", tmp_path / "out"]
     strict = run(*command, "--strict")
     assert strict.code == 2
     assert strict.error.startswith("Error: cat/001.png is ")
@@ -197,7 +197,7 @@ def test_a_limited_sweep_is_of_its_seed_s_images(
     assert run("create", tmp_path / "ensemble", "--task", "image-classification", *flags).code == 0
     (pictures / "test" / "notes.txt").write_text("no image")
     (pictures / "test" / "cat" / "gone.jpg").symlink_to(pictures / "gone.jpg")
-    command = ["sweep", tmp_path / "ensemble", "--images", pictures, "--alphas", "0,1", "--validation", "val"]
+    command = ["sweep", tmp_path / "ensemble", "--images", pictures, "--alpha", "0,1", "--validation", "val"]
     done = run(*command, "--output", tmp_path / "all")
     assert done.code == 0, done.err
     assert done.err.splitlines()[:3] == [

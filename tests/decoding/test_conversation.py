@@ -16,10 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from ensembler import EnsembleForCausalLM, MemberConfig
 from ensembler.decoding.conversation import Conversation
-from ensembler.decoding.explain import explain
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt, chat_ids
-from ensembler.decoding.texts import complete_prompts
+from ensembler.decoding.texts import complete_prompts, explain
 from ensembler.engine.row_cache import common_length
 from ensembler.errors import ConfigError, OutputError, PromptError, RunError
 

@@ -11,9 +11,8 @@ from helpers.drafting_cases import ROLES, fixed, make_trio, plain_ids
 from helpers.tiny import make_model, random_ids
 
 from ensembler import EnsembleForCausalLM
-from ensembler.decoding.decoder import Decoder
+from ensembler.decoding.decoder import Decoder, grid_of
 from ensembler.decoding.drafting import Drafter, find_drafter, look_up
-from ensembler.decoding.reading import grid_of
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.errors import ConfigError
 

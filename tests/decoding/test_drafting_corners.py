@@ -23,10 +23,10 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, SynthIDTextWatermarkingConfig
 
 from ensembler import EnsembleForCausalLM
+from ensembler.decoding.decode_stats import DecodingStats, Meter
 from ensembler.decoding.decoder import Decoder
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
-from ensembler.decoding.stats import DecodingStats, Meter
 from ensembler.decoding.texts import complete_prompts
 from ensembler.errors import InputError
 
@@ -183,7 +183,7 @@ def test_reading_a_shared_header_is_part_of_what_is_timed(tokenizer: Any, monkey
         return original(step, *others)
 
     model.member_set.logits = read  # type: ignore[method-assign]
-    monkeypatch.setattr("ensembler.decoding.stats._now", lambda: float(clock))
+    monkeypatch.setattr("ensembler.decoding.decode_stats._now", lambda: float(clock))
     list(complete_prompts(model, tokenizer, prompts, DecodingOptions(max_new_tokens=2), batch_size=2, decoder=decoder))
     assert decoder.stats.seconds == clock  # a second a position
     assert 48 < clock < 2 * 48  # the header was read once

@@ -13,7 +13,7 @@ from transformers.generation import StopStringCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from ensembler.decoding.decoder import Decoder
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 
 WAYS = pytest.mark.parametrize("way", [{}, {"temperature": 0.8, "seed": 4}], ids=["greedy", "sampled"])

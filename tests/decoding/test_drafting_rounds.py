@@ -19,7 +19,7 @@ from transformers.generation.logits_process import PrefixConstrainedLogitsProces
 
 from ensembler import EnsembleForCausalLM
 from ensembler.decoding.decoder import Decoder
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.engine.distributed import World
 from ensembler.errors import ConfigError, LogitsError
 

@@ -30,7 +30,7 @@ from transformers.generation.logits_process import (
 
 from ensembler import EnsembleForCausalLM
 from ensembler.decoding.decoder import Decoder
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.texts import complete_prompts, decoder_of
 
 VOCAB = 6

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 
-from ensembler.decoding.pacing import Pace, Round, expected_tokens
-from ensembler.decoding.stats import DecodingStats
+from ensembler.decoding.decode_stats import DecodingStats
+from ensembler.decoding.drafting import Pace, Round, expected_tokens
 
 Cost = Callable[[int], float]
 

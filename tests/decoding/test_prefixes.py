@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ensembler import EnsembleForCausalLM, MemberConfig
 from ensembler.decoding.decoder import Decoder
-from ensembler.decoding.options import DecodingOptions
-from ensembler.decoding.prefixes import MIN_SHARED, Headers, common_length, plan_headers
+from ensembler.decoding.decoding_options import DecodingOptions
+from ensembler.decoding.prompt_batches import MIN_SHARED, Headers, common_length, plan_headers
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.rows import Row, Text
 from ensembler.decoding.texts import complete_prompts

@@ -12,11 +12,11 @@ from helpers.tiny import make_model, make_tokenizer, random_ids
 from transformers import GenerationConfig
 
 from ensembler import EnsembleForCausalLM
+from ensembler.decoding.decode_stats import DecodingStats, Meter
 from ensembler.decoding.decoder import Decoder
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import Sample
-from ensembler.decoding.stats import DecodingStats, Meter
 from ensembler.decoding.texts import complete_prompts
 from ensembler.engine.forward import Step
 

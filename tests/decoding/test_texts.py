@@ -12,14 +12,14 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ensembler import EnsembleForCausalLM
-from ensembler.decoding.batches import batches_by_length
-from ensembler.decoding.explain import ENSEMBLE, explain, next_tokens
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
+from ensembler.decoding.output_file import ResultsFile
+from ensembler.decoding.prompt_batches import batches_by_length
 from ensembler.decoding.prompts import EncodedPrompt, Prompt, encode_prompts, read_prompts
-from ensembler.decoding.results import ResultsFile
-from ensembler.decoding.texts import complete_prompts, fingerprint
+from ensembler.decoding.texts import ENSEMBLE, complete_prompts, explain, next_tokens, run_settings
 from ensembler.demo import demo_folder
 from ensembler.errors import ConfigError, OutputError, PromptError
+from ensembler.files import digest
 
 TEXTS = ["abc", "a", "hello there", "x y z", "abcabc", "q"]
 
@@ -211,17 +211,17 @@ def test_chat_uses_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_rows_arrive_at_once_and_end_in_input_order(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    with ResultsFile(path, "a1") as results:
+    with ResultsFile(path, {"seed": 1}) as results:
         results.append({"number": 2, "text": "c"})
         results.append({"number": 0, "text": "ä"})
         assert [json.loads(line)["number"] for line in path.read_text("utf-8").splitlines()] == [2, 0]
     assert [json.loads(line)["number"] for line in path.read_text("utf-8").splitlines()] == [0, 2]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["out.jsonl"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.run.json"]
 
 
 def interrupted(path: Path, row: dict[str, object]) -> None:
-    """Write one row of run a1, then Ctrl-C."""
-    with contextlib.suppress(KeyboardInterrupt), ResultsFile(path, "a1") as results:
+    """Write one row, then Ctrl-C."""
+    with contextlib.suppress(KeyboardInterrupt), ResultsFile(path, {"seed": 1}) as results:
         results.append(row)
         raise KeyboardInterrupt
 
@@ -231,7 +231,7 @@ def test_an_interruption_keeps_rows_and_a_torn_line_is_made_again(tmp_path: Path
     interrupted(path, {"number": 3, "text": "d"})
     with path.open("a") as file:
         file.write('{"number": 1, "te')
-    with ResultsFile(path, "a1", resume=True) as results:
+    with ResultsFile(path, {"seed": 1}) as results:
         assert results.done == {3}
         results.append({"number": 1, "text": "b"})
     assert [json.loads(line)["number"] for line in path.read_text("utf-8").splitlines()] == [1, 3]
@@ -241,13 +241,24 @@ def test_other_settings_and_existing_files_are_refused_and_left_alone(tmp_path: 
     path = tmp_path / "out.jsonl"
     interrupted(path, {"number": 0, "text": "a"})
     before = path.read_bytes()
-    with pytest.raises(OutputError, match=r"other options \(run a1, now b2\)"):
-        ResultsFile(path, "b2", resume=True)
-    with pytest.raises(OutputError, match="exists already"):
-        ResultsFile(path, "a1")
+    with pytest.raises(
+        OutputError, match=r'begun with other settings: seed was 1, now 2, stop was null, now \["a"\]; '
+    ):
+        ResultsFile(path, {"seed": 2, "stop": ["a"]})
+    with pytest.raises(OutputError, match="the prompts are others"):
+        ResultsFile(path, {"seed": 1, "prompts": "a1b2"})
     with pytest.raises(OutputError, match="is not a folder"):
-        ResultsFile(tmp_path / "none" / "out.jsonl", "a1")
+        ResultsFile(tmp_path / "none" / "out.jsonl", {})
     assert path.read_bytes() == before
+    path.with_name("out.jsonl.run.json").unlink()
+    with pytest.raises(OutputError, match=r"which ones is not known, as out\.jsonl\.run\.json is missing"):
+        ResultsFile(path, {"seed": 2})
+    with ResultsFile(path, {"seed": 2}, overwrite=True) as results:
+        assert results.done == set()
+    assert path.read_bytes() == b""
+    with ResultsFile(path, {"seed": 3}) as results:  # no row is there that could be lost
+        results.append({"number": 0})
+    assert json.loads(path.with_name("out.jsonl.run.json").read_text()) == {"seed": 3}
 
 
 @pytest.mark.parametrize("content", ["my notes", "my notes\n", '{"number": 0}\n', '{"a": 1}\nx\n'])
@@ -255,7 +266,7 @@ def test_a_file_of_something_else_is_not_resumed(tmp_path: Path, content: str) -
     path = tmp_path / "notes.txt"
     path.write_text(content)
     with pytest.raises(OutputError, match="no row of a run"):
-        ResultsFile(path, "a1", resume=True)
+        ResultsFile(path, {"seed": 1})
     assert path.read_text() == content
 
 
@@ -264,7 +275,7 @@ def test_a_line_torn_inside_a_character_is_made_again(tmp_path: Path) -> None:
     interrupted(path, {"number": 0, "text": "line\u2028separator"})
     with path.open("ab") as file:
         file.write('{"number": 1, "text": "ä'.encode()[:-1])
-    with ResultsFile(path, "a1", resume=True) as results:
+    with ResultsFile(path, {"seed": 1}) as results:
         assert results.done == {0}
         results.append({"number": 1, "text": "ä"})
     texts = [json.loads(line)["text"] for line in path.read_bytes().split(b"\n")[:-1]]
@@ -275,18 +286,18 @@ def test_a_run_is_told_apart_by_all_that_its_texts_depend_on(
     fresh: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     prompts, options = encode(tokenizer, TEXTS), DecodingOptions(temperature=0.7)
-    runs = [fingerprint(fresh, prompts, options)]
+    runs = [run_settings(fresh, prompts, options)]
     for same in ({}, {"draft": "none"}, {"draft_tokens": 3}, {"prefill_chunk": 9}):
-        assert fingerprint(fresh, prompts, DecodingOptions(temperature=0.7, **same)) == runs[0]
-    runs.append(fingerprint(fresh, prompts[:-1], options))
-    runs.append(fingerprint(fresh, prompts, options, backend={"name": "vllm"}))
+        assert run_settings(fresh, prompts, DecodingOptions(temperature=0.7, **same)) == runs[0]
+    runs.append(run_settings(fresh, prompts[:-1], options))
+    runs.append(run_settings(fresh, prompts, options, backend={"name": "vllm"}))
     for other in ({"temperature": 0.8}, {"seed": 1}, {"stop": ("x",)}, {"max_new_tokens": 9}):
-        runs.append(fingerprint(fresh, prompts, DecodingOptions(**{"temperature": 0.7, **other})))
+        runs.append(run_settings(fresh, prompts, DecodingOptions(**{"temperature": 0.7, **other})))
     fresh.alpha = 0.1
-    runs.append(fingerprint(fresh, prompts, options))
+    runs.append(run_settings(fresh, prompts, options))
     fresh.generation_config.eos_token_id = [2, 7]
-    runs.append(fingerprint(fresh, prompts, options))
-    assert len(set(runs)) == len(runs)
+    runs.append(run_settings(fresh, prompts, options))
+    assert len(set(map(digest, runs))) == len(runs)
 
 
 # -- explanations -----------------------------------------------------------------------------------------------------

@@ -1,55 +1,81 @@
-"""Figures in the docs of serving and of images are those of the committed rows, and what `plan` prints."""
+"""Figures in the README are those of the committed rows."""
 
 from __future__ import annotations
 
-import json
+import lzma
+import re
+import sqlite3
+from functools import cache
 from pathlib import Path
-from typing import Any
 
-import pytest
-from helpers.server_cases import HEADS, trio
-
-from ensembler.cli.tables import print_serving
-from ensembler.planning.serving import propose_serving
+from helpers.scripts import load_script, run_script
 
 ROOT = Path(__file__).parents[2]
-SERVING, VISION = ((ROOT / "docs" / name).read_text("utf-8") for name in ("serving.md", "vision.md"))
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-def last_row(name: str) -> dict[str, Any]:
-    row: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / name).read_text("utf-8").splitlines()[-1])
-    return row
+RIGHT = """
+    SELECT alpha, 100.0 * avg(coalesce(metric_values ->> 'exact_match', metric_values ->> 'acc'))
+    FROM measurements
+    JOIN points ON points.id = point
+    JOIN documents ON documents.id = document
+    WHERE points.run = ? AND rule = ? AND part = ?
+    GROUP BY alpha ORDER BY alpha
+"""
 
 
-def test_throughput_in_vllm() -> None:
-    row = last_row("vllm_throughput.jsonl")
-    for way, columns in (("vllm", (1, 8, 32, "unequal")), ("target", (1, 8, 32)), ("transformers", (1, 32, "unequal"))):
-        rates = [row["tokens_per_second"][f"{way} {column}"] for column in columns]
-        shown = [f"{rate + 1e-9:.1f}" for rate in rates]  # halves upwards, as people round
-        (line,) = (each for each in SERVING.splitlines() if f"| {shown[0]} |" in each)
-        assert [cell for cell in line.replace("|", " ").split() if cell.replace(".", "").isdigit()] == shown
-    text = " ".join(SERVING.split())
-    for name, digits in (
-        ("vllm 32 over transformers 1", 1),
-        ("vllm 32 over transformers 32", 2),
-        ("vllm over transformers, unequal", 2),
-        ("vllm 1 over transformers 1", 2),
-        ("ensemble over target, 1", 2),
-        ("ensemble over target, 32", 2),
+@cache
+def open_rows(benchmark: str) -> sqlite3.Connection:
+    database = sqlite3.connect(":memory:")
+    database.deserialize(lzma.decompress((RESULTS / "bench" / benchmark / "results.sqlite.xz").read_bytes()))
+    return database
+
+
+def accuracy(benchmark: str, run: str, rule: str, alpha: float | None = 0.0) -> str:
+    """Return the percent of right test documents; without `alpha` at the one that is best on validation."""
+    rows = open_rows(benchmark)
+    if alpha is None:
+        validation = [row for row in rows.execute(RIGHT, (run, rule, "validation")) if row[0] > 0]
+        alpha = max(validation, key=lambda row: row[1])[0]
+    return f"{dict(rows.execute(RIGHT, (run, rule, 'test')))[alpha]:.1f}"
+
+
+def test_the_table_of_the_readme() -> None:
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    for start, benchmark, run, fits in (
+        ("| demo family, new base larger |", "demo", "larger", False),
+        ("| demo family, new base updated |", "demo", "updated", True),
+        ("| SmolLM2-135M, SST-2, new base updated |", "smollm2", "sst2", True),
     ):
-        ratio, (low, high) = row["ratios"][name]
-        between = " times" if name.startswith("vllm") else ""
-        assert f"{ratio:.{digits}f}{between} ({low:.{digits}f} to {high:.{digits}f})" in text, name
+        expected = [
+            accuracy(benchmark, f"{run}.ensemble", "base-change"),
+            accuracy(benchmark, f"{run}.ensemble", "base-change", None),
+            accuracy(benchmark, f"{run}.ensemble", "eft", None),
+            accuracy(benchmark, f"{run}.patched", "eft") if fits else "does not fit",
+            accuracy(benchmark, f"{run}.direct", "linear"),
+        ]
+        (line,) = (line for line in lines if line.startswith(start))
+        assert [cell.strip(" *") for cell in line.split("|")[2:-1]] == expected
+    tables = run_script("benchmarks/demo_family.py", "--table")
+    (right,) = re.findall(r"\| target PT \|  \| \d+ of 1000 \| ([1-9][\d.]+) \(", tables)  # the last number counts
+    assert f"right on {right} % if any wording counts" in " ".join(lines)
 
 
-def test_16_alphas_over_one() -> None:
-    row = last_row("grid_images.jsonl")
-    low, high = row["time_spread"]
-    assert f"{row['time_ratio']:.2f} times ({low:.2f} to {high:.2f}" in " ".join(VISION.split())
-
-
-def test_the_plan_of_a_trio(capsys: pytest.CaptureFixture[str]) -> None:
-    found = propose_serving(trio(), HEADS, [80 * 2**30] * 2, context=4096)
-    print_serving(found, f"ensembler serve my-ensemble -- {' '.join(found.flags())}")
-    for line in capsys.readouterr().out.splitlines():
-        assert line.rstrip() in SERVING
+def test_the_picture_of_the_readme(tmp_path: Path) -> None:
+    figure = load_script("docs/make_figure.py")
+    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    curves = figure.read_curves()
+    base_change, eft = curves["base-change"]["test"], curves["eft"]["test"]
+    best, best_eft = figure.chosen(curves["base-change"]), figure.chosen(curves["eft"])
+    assert (
+        f"Base-change rises from {base_change[0].percent:.1f} % at α = 0 to {best.percent:.1f} % at {best.alpha:g} and "
+        f"falls to {base_change[-1].percent:.1f} % at 1.5; EFT rises from {eft[0].percent:.0f} to "
+        f"{best_eft.percent:.1f} % at {best_eft.alpha:g}."
+    ) in text
+    for mode in ("light", "dark"):
+        committed = (figure.IMAGES / f"curve-{mode}.svg").read_text("utf-8")
+        drawn = figure.draw(mode, tmp_path).read_text("utf-8")
+        # What is drawn: other versions of matplotlib differ in the rest of the file.
+        assert re.findall(r' d="M ([^"]*)"', drawn) == re.findall(r' d="M ([^"]*)"', committed), (
+            "run: docs/make_figure.py"
+        )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+from click.testing import CliRunner
 from helpers.commands import SaveMember
 from helpers.scripts import run_script
 from helpers.tiny import member_logits, random_ids
 
 from ensembler import EnsembleForCausalLM
+from ensembler.cli.main import cli
+from ensembler.demo import demo_folder
 
 
 def test_a_trio_from_one_model(save_member: SaveMember, tmp_path: Path) -> None:
@@ -41,6 +45,21 @@ def test_a_logits_processor_makes_an_ensemble_of_another_models_generate() -> No
     lines = run_script("examples/logits_processor.py").splitlines()
     texts = dict(line.split(": ", 1) for line in lines)
     assert texts["anchor with the processor"] == texts["ensemble"] != texts["anchor"]
+
+
+def test_a_student_learns_from_the_probabilities_of_the_demo(tmp_path: Path) -> None:
+    rows = [json.loads(row) for row in (demo_folder() / "data" / "validation.jsonl").open(encoding="utf-8")][:100]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"prompt": r["prompt"], "continuation": r["completion"]}) + "\n" for r in rows))
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    command = ["score", "demo", "--data", texts, "--alpha", "0.8", "--top-k-logits", "8", "--output", teacher]
+    assert CliRunner().invoke(cli, [*map(str, command), "--batch-size", "50"]).exit_code == 0
+    printed = run_script("examples/distill.py", teacher, demo_folder() / "target_pt", student, "--epochs", 2)
+    losses = [float(number) for number in re.findall(r"\d\.\d\d", printed)]
+    assert len(losses) == 4  # the first and the last of each epoch
+    assert losses[0] > 3  # the format of the answers is new to the student
+    assert losses[-1] < losses[0] / 4, losses
+    assert (student / "model.safetensors").is_file()
 
 
 def test_the_benchmarks_write_their_rows(save_member: SaveMember, tmp_path: Path) -> None:

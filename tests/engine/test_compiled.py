@@ -16,10 +16,10 @@ from torch._inductor import config
 
 from ensembler import EnsembleForCausalLM, MemberConfig
 from ensembler.decoding.decoder import Decoder
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.texts import complete_prompts
-from ensembler.engine.compiled import check_compiler
+from ensembler.engine.cuda_graphs import check_compiler
 from ensembler.engine.grid import make_grid
 from ensembler.engine.row_cache import SMALLEST
 from ensembler.errors import ConfigError, RunError

@@ -14,7 +14,7 @@ from helpers.tiny import make_model, make_tokenizer, random_ids
 
 from ensembler import EnsembleForCausalLM, MemberConfig
 from ensembler.decoding.decoder import Decoder
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.texts import complete_grid, complete_prompts
 from ensembler.engine import cuda_graphs, member_set

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ensembler import EnsembleForCausalLM, MemberConfig
 from ensembler.config import EnsembleConfig
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.texts import complete_grid, complete_prompts
 from ensembler.engine.distributed import RankedMembers, World

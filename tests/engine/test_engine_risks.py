@@ -16,7 +16,7 @@ from transformers.generation.logits_process import LogitsProcessor
 
 from ensembler import EnsembleForCausalLM
 from ensembler.decoding.decoder import Decoder
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.texts import complete_prompts
 from ensembler.engine.backbone import AdaptedLinear, Routing

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ensembler import EnsembleForCausalLM
 from ensembler.decoding.decoder import Decoder
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt, text_ids
 from ensembler.demo import demo_folder
 from ensembler.engine.distributed import World

@@ -22,7 +22,7 @@ from ensembler.config import EnsembleConfig
 from ensembler.engine.members import MemberFiles, check_member, group_members, load_group
 from ensembler.errors import ConfigError, EnsemblerError, MemberError
 from ensembler.preflight import check_ensemble
-from ensembler.weights import safetensors_header
+from ensembler.safetensors_files import stored_tensors
 
 IDS = random_ids(2, 7)
 WEIGHTS = "model.safetensors"
@@ -198,9 +198,9 @@ def test_the_home_folder(save_member: SaveMember, tmp_path: Path, monkeypatch: p
 
 
 def test_header_of_a_whole_file(save_member: SaveMember) -> None:
-    header = safetensors_header(save_member("m") / WEIGHTS)
-    assert header["model.embed_tokens.weight"]["shape"] == [64, 16]
-    assert "__metadata__" not in header
+    tensors = stored_tensors(save_member("m") / WEIGHTS)
+    assert tensors["model.embed_tokens.weight"].shape == (64, 16)
+    assert "__metadata__" not in tensors
 
 
 def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
@@ -291,11 +291,11 @@ def test_an_adapter_with_transposed_sizes_is_refused_before_loading(save_member:
 
 
 ADAPTER_DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no folder": (shutil.rmtree, "is not there"),
-    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "is not there"),
+    "no folder": (shutil.rmtree, "there is no folder"),
+    "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), "no adapter_model.safetensors"),
     "pickle": (lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"), "pickle"),
     "truncated": (lambda f: truncate(f / "adapter_model.safetensors", 0.6), "its header says"),
-    "no config": (lambda f: (f / "adapter_config.json").unlink(), "is not there"),
+    "no config": (lambda f: (f / "adapter_config.json").unlink(), "holds no patch"),
     "config no json": (lambda f: write(f, "adapter_config.json", "{"), "cannot be read"),
     "config a list": (lambda f: write(f, "adapter_config.json", "[]"), "adapter_config"),
     "unknown type": (lambda f: write(f, "adapter_config.json", '{"peft_type": "NOTHING"}'), "NOTHING|adapter"),

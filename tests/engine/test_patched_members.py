@@ -21,7 +21,7 @@ from ensembler.engine.members import check_member, load_group
 from ensembler.errors import MemberError
 from ensembler.patch.apply import apply_patches
 from ensembler.patch.extract import extract_patch
-from ensembler.patch.plan import Part
+from ensembler.patch.formats import read_patch
 
 IDS = torch.tensor([[5, 9, 11, 20, 7, 6]])
 NORM = "model.norm.weight"
@@ -69,7 +69,7 @@ def test_a_patched_member_has_the_weights_that_apply_writes(
     target: Path, patch: Path, tmp_path: Path, dtype: str
 ) -> None:
     AutoModelForCausalLM.from_pretrained(target, dtype=dtype).save_pretrained(target)
-    apply_patches([Part(patch)], target, tmp_path / "applied")
+    apply_patches([read_patch(patch)], target, tmp_path / "applied")
     model = load(MemberConfig(str(target), adapter=str(patch)))
     written = weights(tmp_path / "applied")
     before = weights(target)
@@ -89,7 +89,7 @@ def test_families(tmp_path: Path, family: str, kind: str) -> None:
         save_adapter(base, tmp_path / "patch")
     else:
         extract_patch(base, shifted(base, tmp_path / "tuned"), tmp_path / "patch", **KINDS[kind])
-    apply_patches([Part(tmp_path / "patch")], target, tmp_path / "applied")
+    apply_patches([read_patch(tmp_path / "patch")], target, tmp_path / "applied")
     expected = last_logits(alone(tmp_path / "applied"), IDS)
     found = last_logits(load(MemberConfig(str(target), adapter=str(tmp_path / "patch"))), IDS)
     assert torch.equal(found, expected)
@@ -99,7 +99,7 @@ def test_families(tmp_path: Path, family: str, kind: str) -> None:
 def test_a_patch_with_deltas_shares_the_backbone(base: Path, tmp_path: Path) -> None:
     """source_ft is source_pt and what extract made of a full fine-tune: LoRA factors, and norms as full deltas."""
     extract_patch(base, shifted(base, tmp_path / "tuned"), tmp_path / "patch", rank=4)
-    apply_patches([Part(tmp_path / "patch")], base, tmp_path / "applied")
+    apply_patches([read_patch(tmp_path / "patch")], base, tmp_path / "applied")
     members = {"reference": str(base), "aligned": MemberConfig(str(base), adapter=str(tmp_path / "patch"))}
     model = EnsembleForCausalLM.from_members(rule="realign", alpha=0.7, members=members)
     assert roles_of_forwards(model) == [("reference",), ("aligned",)]
@@ -244,7 +244,7 @@ def test_a_patch_of_another_base_is_said(base: Path, target: Path, patch: Path, 
 
 def test_the_command_line(base: Path, target: Path, tmp_path: Path, run: Run) -> None:
     save_adapter(base, tmp_path / "lora")
-    apply_patches([Part(tmp_path / "lora")], target, tmp_path / "applied")
+    apply_patches([read_patch(tmp_path / "lora")], target, tmp_path / "applied")
     common = ["generate", "--rule", "eft", "--source-ft", str(base), "--source-pt", str(base), "--alpha", "0"]
     common += ["--prompt", "a b c", "--max-new-tokens", "8"]
     applied = run(*common, "--target-pt", str(tmp_path / "applied"))

@@ -21,11 +21,9 @@ from transformers.quantizers import AutoHfQuantizer
 
 from ensembler import EnsembleConfig, EnsembleForCausalLM, MemberConfig
 from ensembler.errors import ConfigError, PlacementError
-from ensembler.planning.measuring import measure, measure_model
-from ensembler.planning.placement import HEADROOM, Proposal, plan, propose
-from ensembler.planning.search import METHODS
+from ensembler.planning.member_sizes import Pieces, measure, measure_model, spread
+from ensembler.planning.placement import HEADROOM, METHODS, Proposal, plan, propose
 from ensembler.planning.sizes import Block, GroupSizes, LayerCache, ModelSizes, logits_bytes
-from ensembler.planning.spread import Pieces, spread
 from ensembler.preflight import check_ensemble
 from ensembler.quantization import Quantization
 

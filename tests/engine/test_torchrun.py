@@ -39,7 +39,7 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     from ensembler.cli.main import main
 
     prompts = write_prompts(tmp_path / "prompts.jsonl", 6)
-    options = ["generate", "demo", "--prompts", prompts, "--batch-size", 4, "--temperature", 0.8, "--seed", 5]
+    options = ["generate", "demo", "--data", prompts, "--batch-size", 4, "--temperature", 0.8, "--seed", 5]
     run = torchrun(3, *options, "--output", tmp_path / "three.jsonl")
     errors = run.communicate(timeout=120)[1]
     assert run.returncode == 0, errors
@@ -64,7 +64,7 @@ def ranks_of(launcher: int) -> dict[int, int]:
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_killed_rank_ends_the_run_with_one_error(tmp_path: Path, victim: int) -> None:
     prompts, output = write_prompts(tmp_path / "prompts.jsonl", 4000), tmp_path / "out.jsonl"
-    run = torchrun(3, "generate", "demo", "--prompts", prompts, "--batch-size", 2, "--output", output)
+    run = torchrun(3, "generate", "demo", "--data", prompts, "--batch-size", 2, "--output", output)
     end = time.monotonic() + 100
     while not (output.exists() and output.stat().st_size > 1000) and run.poll() is None and time.monotonic() < end:
         time.sleep(0.05)

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ensembler import EnsembleForCausalLM
 from ensembler.errors import MemberError
-from ensembler.evaluation.bench import Bench
+from ensembler.evaluation.benchmark import Bench
+from ensembler.evaluation.documents import TEST, VALIDATION
+from ensembler.evaluation.ensemble_plan import Plan
 from ensembler.evaluation.methods import plan_runs
-from ensembler.evaluation.parts import TEST, VALIDATION
-from ensembler.evaluation.plan import Plan
-from ensembler.evaluation.recipe_file import read_recipe
+from ensembler.evaluation.recipe import read_recipe
 from ensembler.evaluation.results_file import open_results
 from ensembler.evaluation.runner import BEGUN, ERROR, Runner
 from ensembler.evaluation.statistics import holm
@@ -160,9 +160,9 @@ def test_documents_drawn_for_validation_are_reported_by_no_method(
     ran = run_bench(path, tmp_path / "out")
     (task,) = ran.tasks
     assert (task.num_validation, task.num_test) == (2, 3)
-    reported = [{document.name for document in plan.tasks[0].parts[TEST]} for plan in plans_of(ran.bench)]
+    reported = [{document.name for document in plan.tasks[0].subsets[TEST]} for plan in plans_of(ran.bench)]
     assert all(names == reported[0] for names in reported)
-    assert {len(plan.tasks[0].parts[VALIDATION]) for plan in plans_of(ran.bench)} == {2}
+    assert {len(plan.tasks[0].subsets[VALIDATION]) for plan in plans_of(ran.bench)} == {2}
 
 
 def test_a_given_alpha_needs_no_validation(models: dict[str, Any], folder: Path, tmp_path: Path) -> None:

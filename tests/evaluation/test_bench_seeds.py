@@ -17,8 +17,8 @@ from helpers.task_cases import write_rows, write_tasks
 from ensembler import EnsembleForCausalLM
 from ensembler.evaluation.costs import plan_measurements
 from ensembler.evaluation.methods import plan_runs
-from ensembler.evaluation.recipe_file import read_recipe
-from ensembler.evaluation.seeds import compare_seeded, seeded_interval
+from ensembler.evaluation.recipe import read_recipe
+from ensembler.evaluation.statistics import compare, metric_interval
 from ensembler.evaluation.store import Store
 
 SEEDS = 3
@@ -114,14 +114,14 @@ def test_figures_are_means_over_the_seeds(ran: tuple[Ran, Path]) -> None:
     for method in task.methods:
         table = of[method.method]
         assert method.test is not None
-        assert method.test == seeded_interval(table)
+        assert method.test == metric_interval(table)
         assert method.test.estimate == pytest.approx(table.mean())
         assert method.seeds == pytest.approx(() if len(table) == 1 else tuple(table.mean(axis=1)))
         other = values(bench, out, "acc_norm")[method.method]
         assert method.others["acc_norm"] == pytest.approx(other.mean())
         assert (method.standard_error is None) == (len(table) > 1)
     for each in task.differences:
-        assert each.comparison == compare_seeded(of[each.method], of[each.against])
+        assert each.comparison == compare(of[each.method], of[each.against])
     tests = {(each.method, each.against): each.comparison.test for each in task.differences}
     assert tests["patch", "source_ft"] == "seeds × documents t"
     assert tests["patch", "target_pt"] == "seeds × documents t"
@@ -152,10 +152,10 @@ def test_documents_in_clusters(content: dict[str, Any], ran: tuple[Ran, Path], t
     (task,) = bench.tasks
     assert task.num_clusters == 12
     for method in task.methods:
-        assert method.test == seeded_interval(of[method.method], clusters=groups)
+        assert method.test == metric_interval(of[method.method], clusters=groups)
         assert method.alpha == plain.method(method.method).alpha
     for each in task.differences:
-        assert each.comparison == compare_seeded(of[each.method], of[each.against], clusters=groups)
+        assert each.comparison == compare(of[each.method], of[each.against], clusters=groups)
         assert each.p_equivalent is not None
 
 

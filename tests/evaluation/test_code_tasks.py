@@ -18,7 +18,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 from ensembler.errors import ConfigError
-from ensembler.evaluation.parts import choose_metric
+from ensembler.evaluation.documents import choose_metric
 from ensembler.evaluation.task_loading import load_tasks
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tasks" / "humaneval_pass10.yaml"

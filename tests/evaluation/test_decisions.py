@@ -15,7 +15,6 @@ from statsmodels.stats.weightstats import ttost_paired  # noqa: E402
 
 from ensembler.errors import ConfigError  # noqa: E402
 from ensembler.evaluation.decisions import detectable_by, detectable_effect, equivalence  # noqa: E402
-from ensembler.evaluation.seeds import compare_seeded  # noqa: E402
 from ensembler.evaluation.statistics import compare, mcnemar  # noqa: E402
 
 
@@ -105,7 +104,7 @@ def test_few_clusters(num_clusters: int, level: float) -> None:
 def test_seeds_and_no_standard_error() -> None:
     generator = np.random.default_rng(4)
     a, b = generator.normal(size=(2, 3, 50)) + generator.normal(size=(2, 3, 1))
-    seeded = compare_seeded(a, b)
+    seeded = compare(a, b)
     assert detectable_effect(seeded) > 3 * seeded.difference.standard_error  # two to four degrees of freedom
     assert math.isnan(detectable_effect(compare([0.5, 0.25], [0.5, 0.25])))
     assert math.isnan(detectable_effect(compare([0.5], [0.25])))

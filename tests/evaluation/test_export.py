@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 import sqlite3
 import sys
 from contextlib import closing
@@ -95,7 +95,7 @@ def test_the_rest_is_printed(results: Path) -> None:
 
 def test_compressed_results_are_printed(results: Path) -> None:
     rows = printed(results)
-    (results / f"{FILE}.gz").write_bytes(gzip.compress((results / FILE).read_bytes()))
+    (results / f"{FILE}.xz").write_bytes(lzma.compress((results / FILE).read_bytes()))
     (results / FILE).unlink()
     assert printed(results) == rows
 

@@ -25,7 +25,7 @@ from ensembler.errors import ConfigError
 from ensembler.evaluation.backends import TransformersBackend
 from ensembler.evaluation.documents import Answer, Document
 from ensembler.evaluation.grid_lm import GridLM
-from ensembler.evaluation.prompt_settings import PromptSettings
+from ensembler.evaluation.lm_eval_settings import PromptSettings
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.evaluation.tasks import TextTask
 from ensembler.evaluation.text_answers import TextAnswerer
@@ -130,7 +130,7 @@ def test_texts_too_long_are_cut_as_by_lm_eval(name: str, folder: Path, tmp_path:
     short = save(tmp_path / "short", source_pt={"family": "llama", "max_position_embeddings": 48})
     task = load_task(folder, name, num_fewshot=None if name == "text" else 4)
     answerer = TextAnswerer(short.checked)
-    cut = [answerer.read(document).num_cut for document in task.documents()]
+    cut = [answerer.encode(document).num_cut for document in task.documents()]
     assert (sum(cut) > 0) == (name != "text")  # which is read in windows
     check(short, task, max_length=48)
 
@@ -302,7 +302,7 @@ def test_answers_go_into_the_cache_of_lm_eval_one_by_one(kind: str, trio: Ensemb
 
 def test_the_longest_document_of_each_task_is_measured(trio: Ensemble, folder: Path) -> None:
     plan = plan_of(trio.checked, [load_task(folder, "choice"), load_task(folder, "generate")])
-    lengths = {document.name: plan.answerer.read(document).length for document, _ in plan.documents()}
+    lengths = {document.name: plan.answerer.encode(document).length for document, _ in plan.documents()}
     assert [one.task for one in plan.longest] == ["tiny_choice", "tiny_generate"]
     for one in plan.longest:
         assert lengths[one.name] == max(n for name, n in lengths.items() if name.startswith(f"{one.task}/"))

@@ -23,11 +23,10 @@ from ensembler.demo import demo_folder
 from ensembler.engine.forward import Forward
 from ensembler.engine.grid import GridPoint, make_grid
 from ensembler.errors import ConfigError, MissingExtraError
-from ensembler.evaluation import batches as batches_module
+from ensembler.evaluation import request_batches as batches_module
 from ensembler.evaluation.backends import TransformersBackend
-from ensembler.evaluation.batches import Batch, can_share_contexts, make_batches
-from ensembler.evaluation.logits_folder import LogitsFolder
-from ensembler.evaluation.offline import OfflineScorer
+from ensembler.evaluation.offline import LogitsFolder, OfflineScorer
+from ensembler.evaluation.request_batches import Batch, can_share_contexts, make_batches
 from ensembler.evaluation.requests import ScoringRequest, encode_request
 from ensembler.evaluation.scoring import ScoredRequest
 from ensembler.preflight import check_ensemble

@@ -101,7 +101,7 @@ def test_a_folder_is_a_model_of_lm_eval(trio: Ensemble, folder: Path, tmp_path: 
         (
             "alphas=0:1:0.1",
             ConfigError,
-            r"^alphas were given .*; give alpha=NUMBER, .*: ensembler sweep FOLDER --alphas 0:1:0.1 --task TASK$",
+            r"^alphas were given .*; give alpha=NUMBER, .*: ensembler sweep FOLDER --alpha 0:1:0.1 --task TASK$",
         ),
         ("alfa=1", ConfigError, "^unknown model argument 'alfa'; expected pretrained, alpha, rule, device, dtype"),
         ("alpha=high", ConfigError, "alpha is 'high'; expected a finite number"),
@@ -125,7 +125,7 @@ def test_a_bad_argument_is_one_line_of_the_command(folder: Path, run: Run) -> No
     )
     assert result.code == 2
     assert [line for line in result.err.splitlines() if line.startswith("Error: ")] == [result.err.splitlines()[-1]]
-    assert "ensembler sweep FOLDER --alphas 0:1:0.1" in result.err
+    assert "ensembler sweep FOLDER --alpha 0:1:0.1" in result.err
 
 
 def test_lm_eval_finds_the_model_by_its_entry_point() -> None:
@@ -157,7 +157,7 @@ def test_the_command_in_one_process_and_in_two(folder: Path, tmp_path: Path, run
     model = EnsembleForCausalLM.from_pretrained(demo_folder(), alpha=0.7)
     expected = by_lm_eval(HFLM(pretrained=model, tokenizer=str(demo_folder()), device="cpu"), folder, DEMO, limit=5)
     swept = run(
-        *("sweep", "demo", "--alphas", "0.7", "--limit", "5", "--output", tmp_path / "swept", "--json"),
+        *("sweep", "demo", "--alpha", "0.7", "--limit", "5", "--output", tmp_path / "swept", "--json"),
         *(part for name in DEMO for part in ("--task", name)),
         *("--include-path", folder, "--batch-size", "auto"),
     )

@@ -13,13 +13,12 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from helpers.adapter_cases import save_adapter, save_base
-from helpers.recipe_cases import read, refusal
+from helpers.recipe_cases import refusal
 from helpers.task_cases import write_rows
 
-from ensembler.evaluation.bench import Bench
-from ensembler.evaluation.parts import TEST, VALIDATION
-from ensembler.evaluation.recipe import Experiment
-from ensembler.vision.bench import ImageExperiment
+from ensembler.evaluation.benchmark import Bench
+from ensembler.evaluation.documents import TEST, VALIDATION
+from ensembler.evaluation.recipe import Experiment, read_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
@@ -84,7 +83,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def names(path: Path) -> Iterator[tuple[str, str]]:
     """The kind and the name of each model and adapter of a recipe."""
-    for experiment in read(path).experiments:
+    for experiment in read_recipe(path).experiments:
         for role, member in experiment.models.items():
             yield "adapter" if role == "patch" else "model", member.model
             if member.adapter is not None:
@@ -96,7 +95,7 @@ def plan_on(path: Path, stand_ins: dict[str, Path]) -> Bench:
     for kind, name in set(names(path)):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).symlink_to(stand_ins[kind])
-    return Bench(read(path), confirm_run_unsafe_code=True)
+    return Bench(read_recipe(path), confirm_run_unsafe_code=True)
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
@@ -109,9 +108,9 @@ def test_a_paper_s_recipe_is_planned_whole(path: Path, examples: Path, stand_ins
             (task,) = plan.tasks
             name = task.task.name
             assert set(experiment.published) == {name}
-            num = len(task.parts[VALIDATION])
+            num = len(task.subsets[VALIDATION])
             assert num == (0 if experiments[0].validation is None else {"portllm_gsm8k": 119}.get(name, 20))
-            assert len(task.parts[TEST]) == {"portllm_gsm8k": 123, "base_change_humaneval": 23}.get(name, 3) - num
+            assert len(task.subsets[TEST]) == {"portllm_gsm8k": 123, "base_change_humaneval": 23}.get(name, 3) - num
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
@@ -122,14 +121,12 @@ def test_without_its_models_a_recipe_says_which_one_is_missing(path: Path) -> No
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_has_what_people_look_for(path: Path) -> None:
-    recipe = read(path)
+    recipe = read_recipe(path)
     assert recipe.name == path.stem
     assert recipe.description
     assert len({experiment.name for experiment in recipe.experiments}) == len(recipe.experiments)
     for experiment in recipe.experiments:
-        assert isinstance(experiment, ImageExperiment) or all(
-            (path.parent / task).is_file() for task in experiment.tasks
-        )
+        assert experiment.images or all((path.parent / task).is_file() for task in experiment.tasks)
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
@@ -159,7 +156,7 @@ def wordings(name: str) -> set[str]:
 def figures(name: str) -> dict[str, tuple[Experiment, dict[str, Any]]]:
     """The published figures of a recipe by experiment: accuracy, where there are several."""
     found = {}
-    for experiment in read(EXAMPLES / "recipes" / f"{name}.yaml").experiments:
+    for experiment in read_recipe(EXAMPLES / "recipes" / f"{name}.yaml").experiments:
         ((_, by_method),) = experiment.published.items()
         of_accuracy = {method: each if isinstance(each, float) else each["acc"] for method, each in by_method.items()}
         found[experiment.name] = (experiment, of_accuracy)
@@ -240,6 +237,6 @@ def test_base_change_s_arrows_are_those_of_its_table() -> None:
 
 
 def test_table_6_is_twelve_times() -> None:
-    (experiment,) = read(EXAMPLES / "recipes" / "portllm_table6.yaml").experiments
+    (experiment,) = read_recipe(EXAMPLES / "recipes" / "portllm_table6.yaml").experiments
     memory = {method: costs["peak_device_bytes"] for method, costs in experiment.published_costs.items()}
     assert round(memory["direct"] / memory["patch"], 1) == 12.2

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,14 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from click.testing import CliRunner
-from helpers.recipe_cases import Change, good, plan, read, refusal, save_roles, spoilt, write_recipe
+from helpers.recipe_cases import Change, good, plan, refusal, save_roles, spoilt, write_recipe
 
 from ensembler.cli.bench import bench
 from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError, VocabularyError
-from ensembler.evaluation.documents import Metric
-from ensembler.evaluation.parts import TEST, VALIDATION
-from ensembler.evaluation.recipe import METHODS, Speed, check_tasks
-from ensembler.evaluation.recipe_file import read_recipe
+from ensembler.evaluation.documents import TEST, VALIDATION
+from ensembler.evaluation.figures import METHODS
+from ensembler.evaluation.recipe import Speed, read_recipe
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 
@@ -59,7 +57,7 @@ def test_a_recipe_of_all_methods_is_planned_without_weights(roles: Path, tmp_pat
     found = {method.key: planned for planned in needed for method in planned.run.methods}
     assert found.keys() == METHODS.keys()
     (task,) = found["base-change"].tasks
-    assert (task.task.name, len(task.parts[TEST]), len(task.parts[VALIDATION])) == ("tiny_pairs", 4, 2)
+    assert (task.task.name, len(task.subsets[TEST]), len(task.subsets[VALIDATION])) == ("tiny_pairs", 4, 2)
     assert {GridPoint("eft", 0.5), GridPoint("base-change", 1.0)} <= set(found["eft"].grid)
     assert found["patch"].checked.config.members["target_pt"].adapter == str(roles / "patch")
 
@@ -384,7 +382,7 @@ READING = {
 def test_what_a_recipe_cannot_say(fault: str, roles: Path, tmp_path: Path) -> None:
     change, said = READING[fault]
     path = write_recipe(tmp_path / "bad.yaml", spoilt(good(roles), change))
-    message = refusal(path, read)
+    message = refusal(path, read_recipe)
     assert message.startswith(f"{path}: ")
     assert re.search(said, message), message
 
@@ -407,7 +405,7 @@ def test_what_a_recipe_cannot_say(fault: str, roles: Path, tmp_path: Path) -> No
 def test_a_file_that_is_no_recipe(text: str, said: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    assert said in refusal(path, read)
+    assert said in refusal(path, read_recipe)
 
 
 def test_no_file_a_folder_and_bytes(tmp_path: Path) -> None:
@@ -531,17 +529,10 @@ def test_a_key_is_a_text_and_numbers_may_have_exponents(tmp_path: Path) -> None:
     assert experiment.published == {"on": {"source_ft": 1.0}, "3": {"source_ft": 0.5}}
     assert experiment.published_costs == {"source_ft": {"weight_bytes": 1e9}}
     path.write_text("models: {source_ft: a}\ntasks: [t]\non: 1\n")
-    assert "r.yaml: unknown key 'on'; expected one of description" in refusal(path, read)
-
-
-@dataclass(frozen=True)
-class FakeTask:
-    name: str
-    metrics: tuple[Metric, ...]
+    assert "r.yaml: unknown key 'on'; expected one of description" in refusal(path, read_recipe)
 
 
 def test_published_figures_are_of_tasks_and_metrics_that_are_there(tmp_path: Path) -> None:
-    task: Any = FakeTask("pairs", (Metric("acc", "acc", "none", True, True), Metric("f1", "f1", "none", True, False)))
     content: dict[str, Any] = {"models": {"source_ft": "a", "source_pt": "b", "target_pt": "c"}, "tasks": ["pairs"]}
     content["validation"] = 5
     for figures, said in (
@@ -552,7 +543,7 @@ def test_published_figures_are_of_tasks_and_metrics_that_are_there(tmp_path: Pat
     ):
         (experiment,) = read_recipe(write_recipe(tmp_path / "r.yaml", {**content, **figures})).experiments
         with nullcontext() if said is None else pytest.raises(ConfigError, match=re.escape(said)):
-            check_tasks(experiment, [task])
+            experiment.check_published({"pairs": ["acc", "f1"]})
 
 
 def test_pydantic_is_not_loaded_with_the_package() -> None:

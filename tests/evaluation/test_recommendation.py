@@ -13,8 +13,8 @@ pytest.importorskip("scipy")
 from helpers.report_cases import NUM, benchmark, changed, clustered, failed, figures, not_finite, right, speed, sweep
 
 from ensembler.evaluation.figures import BY_VALIDATION, CurvePoint, Difference, MethodFigure, Spread, TaskFigures
-from ensembler.evaluation.recommendation import recommendation, recommended
 from ensembler.evaluation.statistics import Comparison, Interval, Selection, compare
+from ensembler.evaluation.verdict import recommendation, recommended
 
 ALPHAS = {"base-change": 0.7, "eft": 0.7}
 

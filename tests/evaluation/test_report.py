@@ -22,15 +22,20 @@ from helpers.browser import CHROMIUM, Browser
 from helpers.report_cases import answered, benchmark, changed, clustered, failed, figures, not_finite, right, sweep
 from lxml import html
 
-from ensembler.cli.figures_tables import print_figures, print_pairs
+from ensembler.cli.figures_output import print_figures, print_pairs
 from ensembler.errors import OutputError
-from ensembler.evaluation.changed import changed_by
-from ensembler.evaluation.figures import MethodFigure, TaskFigures
-from ensembler.evaluation.recommendation import recommendation
-from ensembler.evaluation.report import compare_folders, write_report
+from ensembler.evaluation.figures import (
+    MethodFigure,
+    TaskFigures,
+    cost_table,
+    difference_table,
+    heading,
+    method_table,
+    show_number,
+)
+from ensembler.evaluation.report import changed_by, compare_folders, write_report
 from ensembler.evaluation.results_file import FILE
-from ensembler.evaluation.tables import cost_table, difference_table, heading, method_table, show_number
-from ensembler.evaluation.verdict import verdict
+from ensembler.evaluation.verdict import recommendation, verdict
 
 PICTURE = "data:image/gif;base64,R0lGODlhAQABAAAAACH5BAEKAAEALAAAAAABAAEAAAICTAEAOw=="
 CASES: dict[str, Callable[[], list[TaskFigures]]] = {

@@ -33,7 +33,7 @@ def folder(folders: dict[str, Path], tmp_path: Path) -> Path:
 def test_rows_are_those_of_the_command(folder: Path, run: Run, tmp_path: Path, per_token: bool) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    flags = ["--alpha", 0, "--alpha", 0.6, "--batch-size", 2, *(["--per-token"] if per_token else [])]
+    flags = ["--alpha", "0,0.6", "--batch-size", 2, *(["--per-token"] if per_token else [])]
     result = run("score", folder, "--data", data, "--json", *flags)
     assert result.code == 0, result.err
     written = sorted(map(json.loads, result.out.splitlines()), key=lambda row: row["number"])

@@ -22,11 +22,11 @@ from ensembler.engine.grid import make_grid
 from ensembler.errors import ConfigError, LogitsError, OutputError, PromptError, RunError
 from ensembler.evaluation import offline as offline_module
 from ensembler.evaluation.backends import TransformersBackend
-from ensembler.evaluation.batches import make_batches
-from ensembler.evaluation.logits_folder import LogitsFolder
-from ensembler.evaluation.offline import OfflineScorer
+from ensembler.evaluation.offline import LogitsFolder, OfflineScorer
+from ensembler.evaluation.request_batches import make_batches
 from ensembler.evaluation.requests import ScoringRequest, encode_request, group_by_context, read_requests
-from ensembler.evaluation.scoring import Score, ScoredRequest, fingerprint
+from ensembler.evaluation.scoring import Score, ScoredRequest, run_settings
+from ensembler.files import digest
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 
 REQUESTS = random_requests()
@@ -89,7 +89,7 @@ def test_scores_are_those_of_the_reference_in_any_batch(case: Case, tmp_path: Pa
 def test_one_at_a_time_is_exactly_together(
     case: Case, tmp_path: Path, batch_size: int, share_contexts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ensembler.evaluation.batches._FORWARD", 0)
+    monkeypatch.setattr("ensembler.evaluation.request_batches._FORWARD", 0)
     config = case.config(tmp_path)
     folder = LogitsFolder(tmp_path / "out.members", "a1")
     found = offline(check_ensemble(config.replaced()), folder, batch_size, share_contexts=share_contexts)
@@ -99,7 +99,9 @@ def test_one_at_a_time_is_exactly_together(
 
 
 def test_contexts_that_are_shared_change_no_score(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ensembler.evaluation.batches._FORWARD", -(10**6))  # wherever there is more than one tail
+    monkeypatch.setattr(
+        "ensembler.evaluation.request_batches._FORWARD", -(10**6)
+    )  # wherever there is more than one tail
     model = EnsembleForCausalLM.from_config(case.config(tmp_path))
     low = any(member.dtype != torch.float32 for member in model.members.values())
     for batch_size in (1, 3, 8):
@@ -366,16 +368,16 @@ def test_a_run_is_told_apart_by_all_that_its_scores_depend_on(tmp_path: Path) ->
     config = check_ensemble(CASES["base-change"].config(tmp_path)).config
     grid = make_grid(["base-change"], ALPHAS)
     runs = [
-        fingerprint(config, REQUESTS, grid, {"batch_size": 2}),
-        fingerprint(config, REQUESTS[:-1], grid, {"batch_size": 2}),
-        fingerprint(config, REQUESTS, grid[:-1], {"batch_size": 2}),
-        fingerprint(config, REQUESTS, make_grid(["eft"], ALPHAS), {"batch_size": 2}),
-        fingerprint(config, REQUESTS, grid, {"batch_size": 3}),
-        fingerprint(config, REQUESTS, grid, {"batch_size": 2, "per_token": True}),
-        fingerprint(config.replaced(rule="eft"), REQUESTS, grid, {"batch_size": 2}),
+        run_settings(config, REQUESTS, grid, {"batch_size": 2}),
+        run_settings(config, REQUESTS[:-1], grid, {"batch_size": 2}),
+        run_settings(config, REQUESTS, grid[:-1], {"batch_size": 2}),
+        run_settings(config, REQUESTS, make_grid(["eft"], ALPHAS), {"batch_size": 2}),
+        run_settings(config, REQUESTS, grid, {"batch_size": 3}),
+        run_settings(config, REQUESTS, grid, {"batch_size": 2, "per_token": True}),
+        run_settings(config.replaced(rule="eft"), REQUESTS, grid, {"batch_size": 2}),
     ]
-    assert fingerprint(config, REQUESTS, grid, {"batch_size": 2}) == runs[0]
-    assert len(set(runs)) == len(runs)
+    assert run_settings(config, REQUESTS, grid, {"batch_size": 2}) == runs[0]
+    assert len(set(map(digest, runs))) == len(runs)
 
 
 # -- texts ------------------------------------------------------------------------------------------------------------

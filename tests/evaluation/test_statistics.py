@@ -59,7 +59,7 @@ def test_wilson(right: int, rows: int, low: float, high: float) -> None:
 
 
 def test_mean() -> None:
-    values = [4.1, 3.9, 5.2, 4.4, 6.0, 4.8]
+    values = np.array([4.1, 3.9, 5.2, 4.4, 6.0, 4.8])
     found = mean_interval(values)
     expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
@@ -251,7 +251,7 @@ def test_bad_rows(call: object, message: str) -> None:
 
 
 def test_one_row_and_undefined_resamples_have_no_edges() -> None:
-    assert mean_interval([0.5]).low == -math.inf
+    assert mean_interval(np.array([0.5])).low == -math.inf
     found = compare([(1, 1), (0, 1)], [(1, 0), (0, 0)], lambda rows: math.nan if len(set(rows)) == 1 else f1(rows))
     assert math.isnan(found.p_value)
     assert math.isnan(found.difference.high)

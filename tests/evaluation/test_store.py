@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 import random
 import shutil
 import signal
@@ -257,7 +257,7 @@ def test_other_settings_are_named_and_nothing_changes(tmp_path: Path) -> None:
     before = (tmp_path / FILE).read_bytes()
     with pytest.raises(
         OutputError,
-        match=r"the results of another run: --alphas is \[0\.0, 0\.5, 1\.0\] there and \[0\.5\] here; --limit is 3 "
+        match=r"the results of another run: --alpha is \[0\.0, 0\.5, 1\.0\] there and \[0\.5\] here; --limit is 3 "
         r"there and 4 here\. Run the same command to go on with it, or give --output another folder",
     ):
         Store(tmp_path, {**SETTINGS, "alphas": [0.5], "tasks": {"t": {"limit": 4}}})
@@ -386,16 +386,16 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
 def test_a_compressed_file_is_read(tmp_path: Path) -> None:
     fill(tmp_path / "out")
     (tmp_path / "kept").mkdir()
-    kept = tmp_path / "kept" / f"{FILE}.gz"
-    kept.write_bytes(gzip.compress((tmp_path / "out" / FILE).read_bytes(), mtime=0))
+    kept = tmp_path / "kept" / f"{FILE}.xz"
+    kept.write_bytes(lzma.compress((tmp_path / "out" / FILE).read_bytes()))
     for place in (kept, kept.parent):
         check_whole(place, {f"t/test/{index}" for index in range(NUM)})
-    for damaged in (kept.read_bytes()[:5000], b"no gzip"):
+    for damaged in (kept.read_bytes()[:-20], b"no xz"):
         kept.write_bytes(damaged)
-        with pytest.raises(OutputError, match=r"results\.sqlite\.gz cannot be read: .*; put an undamaged copy in"):
+        with pytest.raises(OutputError, match=r"results\.sqlite\.xz cannot be read: .*; put an undamaged copy in"):
             open_results(kept)
     (kept.parent / "report.html").touch()
-    with pytest.raises(OutputError, match=r"sqlite\.gz holds compressed results; unpack it .*or give --output"):
+    with pytest.raises(OutputError, match=r"sqlite\.xz holds compressed results; unpack it .*or give --output"):
         Store(kept.parent, SETTINGS)
     assert {path.name for path in kept.parent.iterdir()} == {kept.name, "report.html"}
     shutil.copy(tmp_path / "out" / FILE, kept.parent)

@@ -30,16 +30,15 @@ from scipy.stats import binomtest
 
 from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError
-from ensembler.evaluation.changed import changed_in
 from ensembler.evaluation.decisions import detectable_effect, equivalence
-from ensembler.evaluation.figures import TaskFigures
+from ensembler.evaluation.documents import PROMPTS, REPEATED, TEST, VALIDATION, split_documents
+from ensembler.evaluation.ensemble_plan import LOG_PROB, Plan, PlanOptions
+from ensembler.evaluation.figures import TaskFigures, difference_table
+from ensembler.evaluation.lm_eval_settings import PromptSettings
 from ensembler.evaluation.methods import levels
-from ensembler.evaluation.parts import PROMPTS, REPEATED, TEST, VALIDATION, split_documents
-from ensembler.evaluation.plan import LOG_PROB, Plan, PlanOptions
-from ensembler.evaluation.prompt_settings import PromptSettings
+from ensembler.evaluation.report import changed_in
 from ensembler.evaluation.statistics import LEVEL, compare, holm, metric_interval
 from ensembler.evaluation.summary import summarise
-from ensembler.evaluation.tables import difference_table
 from ensembler.evaluation.task_files import make_task_from_file
 from ensembler.evaluation.tasks import TextTask
 from ensembler.evaluation.verdict import verdict
@@ -80,7 +79,7 @@ def figures_by(plan: Plan, folder: Path, values: Mapping[str, Sequence[float]]) 
     """The figures of one task from values by document."""
 
     def value(part: str, index: int, point: GridPoint) -> float:
-        return values[plan.tasks[0].parts[part][index].name][plan.grid.index(point)]
+        return values[plan.tasks[0].subsets[part][index].name][plan.grid.index(point)]
 
     return figures_of(plan, rigged(plan, folder, value))
 
@@ -91,7 +90,7 @@ def by_method(plan: Plan, figures: TaskFigures, values: Mapping[str, Sequence[fl
         one.method: levels(plan.rule).get(one.method) or GridPoint(one.rule, one.alpha or 0.0)
         for one in figures.methods
     }
-    names = [document.name for document in plan.tasks[0].parts[TEST]]
+    names = [document.name for document in plan.tasks[0].subsets[TEST]]
     return {key: [values[name][plan.grid.index(point)] for name in names] for key, point in points.items()}
 
 
@@ -192,7 +191,7 @@ def test_levels_are_the_anchors_of_rules_for_the_same_members() -> None:
 def test_labels_are_not_needed_for_the_choice_by_prompts(ensemble: Ensemble, tmp_path: Path) -> None:
     """Labels turned round give the same choice; the perplexity is that of the prompts' own tokens."""
     plan, rows = swept(ensemble, make_task(tmp_path, 12), tmp_path / "out", select="perplexity")
-    parts = plan.tasks[0].parts
+    parts = plan.tasks[0].subsets
     assert (len(parts[PROMPTS]), parts[VALIDATION]) == (12, ())
 
     turned_round = {
@@ -264,7 +263,7 @@ def test_documents_that_alpha_changed_are_those_of_the_results(ensemble: Ensembl
     results = rigged(plan, tmp_path / "out", lambda part, i, point: float(point.alpha > 0 and i % 2))
     (found,) = changed_in([study_of(plan)], results, figures_of(plan, results))
     assert found["counts"].startswith("α changed 20 of 40 answers; by acc, 20 documents are better and 0 worse. 10 of")
-    odd = {document.name: document.prompt for document in plan.tasks[0].parts[TEST][1::2]}
+    odd = {document.name: document.prompt for document in plan.tasks[0].subsets[TEST][1::2]}
     assert {one["name"]: one["prompt"] for one in found["examples"]}.items() <= odd.items()
 
 
@@ -330,7 +329,7 @@ def test_documents_without_the_metric_are_counted(ensemble: Ensemble, tmp_path: 
     """Two methods are compared on the documents that both have; the tables say how many are left out."""
     plan = planned(ensemble, make_task(tmp_path))
     values = draw(plan)
-    lost = [document.name for document in plan.tasks[0].parts[TEST][:3]]
+    lost = [document.name for document in plan.tasks[0].subsets[TEST][:3]]
     holes = {
         name: [None if name in lost and place == 2 else value for place, value in enumerate(of)]
         for name, of in values.items()
@@ -372,7 +371,7 @@ def test_documents_of_one_cluster_count_together(passages: TextTask, ensemble: E
     assert (plain.cluster, plain.num_clusters) == (None, None)
     assert (clustered.cluster, clustered.num_clusters) == ("passage", 12)
     of = by_method(plan, clustered, values)
-    labels = [document.content["passage"] for document in plan.tasks[0].parts[TEST]]
+    labels = [document.content["passage"] for document in plan.tasks[0].subsets[TEST]]
     for one, other in zip(plain.methods, clustered.methods, strict=True):
         assert other.test == metric_interval(of[other.method], clusters=labels)
         assert other.test.estimate == one.test.estimate

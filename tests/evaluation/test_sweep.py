@@ -19,8 +19,8 @@ from helpers.task_cases import recorded, run_lm_eval, write_tasks
 from ensembler import EnsembleForCausalLM
 from ensembler.demo import demo_folder, demo_task
 from ensembler.engine.grid import GridPoint
-from ensembler.evaluation.plan import Plan
-from ensembler.evaluation.prompt_settings import PromptSettings
+from ensembler.evaluation.ensemble_plan import Plan
+from ensembler.evaluation.lm_eval_settings import PromptSettings
 from ensembler.evaluation.results_file import FILE, Measured
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.evaluation.tasks import TextTask

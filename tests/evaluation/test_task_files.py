@@ -19,10 +19,9 @@ from helpers.task_cases import figures, figures_of, recorded, run_lm_eval, write
 
 from ensembler.errors import ConfigError, PromptError
 from ensembler.evaluation.documents import Document
-from ensembler.evaluation.prompt_settings import PromptSettings
-from ensembler.evaluation.task_files import make_task_from_file
+from ensembler.evaluation.lm_eval_settings import PromptSettings
+from ensembler.evaluation.task_files import field_names, fill, make_task_from_file
 from ensembler.evaluation.tasks import TextTask
-from ensembler.evaluation.templates import field_names, fill
 
 ROWS: list[dict[str, Any]] = [
     {"question": "a {b} c", "options": ["x", "y z"], "label": "1", "answer": "12"},
@@ -225,7 +224,7 @@ def test_templates() -> None:
         ('{"question": "q", "answer": "1"}\n', {"choices": "a,,b"}, "d.jsonl:1: choice 1 is empty"),
         ('{"question": "q", "answer": "1"}\n', {"choices": "a"}, r"d.jsonl:1 has the choices \['a'\]; give two"),
         ('{"question": "q", "answer": "1"}\n', {"choices": "a,a"}, "give two or more that differ"),
-        ('{"question": "q", "answer": "2"}\n', {"choices": "a,b"}, "'2' is neither one of the choices .* from 0 to 1"),
+        ('{"question": "q", "answer": "2"}\n', {"choices": "a,b"}, "'2' is none of the choices; .* from 0 to 1"),
         ('{"question": "q", "answer": -1}\n', {"choices": "a,b"}, "'-1' is neither"),
         ('{"question": "q", "answer": "²"}\n', {"choices": "a,b"}, "'²' is neither"),
         ('{"question": "q", "answer": 1.0}\n', {"choices": "a,b"}, "'1.0' is neither"),

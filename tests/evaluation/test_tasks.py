@@ -30,10 +30,8 @@ from helpers.task_cases import (
 )
 
 from ensembler.errors import ConfigError, RunError
-from ensembler.evaluation.documents import Answer, Document, Metric
-from ensembler.evaluation.metric_values import from_json, to_json
-from ensembler.evaluation.parts import choose_metric
-from ensembler.evaluation.prompt_settings import PromptSettings
+from ensembler.evaluation.documents import Answer, Document, Metric, choose_metric, from_json, to_json
+from ensembler.evaluation.lm_eval_settings import PromptSettings
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.evaluation.tasks import TextTask
 

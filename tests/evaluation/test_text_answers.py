@@ -20,7 +20,7 @@ from helpers.sweep_cases import Ensemble, save_ensemble
 from lm_eval.models.huggingface import HFLM
 
 from ensembler import EnsembleConfig, EnsembleForCausalLM, MemberConfig
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError, PromptError, RunError
 from ensembler.evaluation.backends import TransformersBackend
@@ -87,12 +87,12 @@ def test_tokens_are_those_of_hflm(make: Any, tmp_path: Path, monkeypatch: pytest
     for kind, arguments in (("loglikelihood", pairs), ("loglikelihood_rolling", rolling)):
         asked = document(kind, *arguments)
         getattr(hflm, kind)(list(asked.requests), disable_tqdm=True)
-        tokens = [one.tokens for one in answerer.encode(asked)]
+        tokens = [one.tokens for one in answerer.encode_requests(asked)]
         found = [([*context, *continuation], list(continuation)) for context, continuation in tokens]
         assert found == seen
         seen.clear()
     for text in filter(None, TEXTS):
-        (prompt,) = answerer.encode(document("generate_until", (text, {"max_gen_toks": 4})))
+        (prompt,) = answerer.encode_requests(document("generate_until", (text, {"max_gen_toks": 4})))
         assert list(map(list, prompt.tokens)) == hflm.tok_batch_encode([text], left_truncate_len=6)[0].tolist()
 
 
@@ -111,7 +111,7 @@ def test_tokens_are_those_of_hflm(make: Any, tmp_path: Path, monkeypatch: pytest
 def test_what_cannot_be_asked(kind: str, arguments: list[Any], message: str, tmp_path: Path) -> None:
     """It is said before members are loaded, with the document's name."""
     with pytest.raises(PromptError, match=f"^t/test/3: {message}"):
-        answerer_of(make_tokenizer(), tmp_path, 12).read(document(kind, *arguments))
+        answerer_of(make_tokenizer(), tmp_path, 12).encode(document(kind, *arguments))
 
 
 @pytest.mark.parametrize(
@@ -161,9 +161,9 @@ def test_requests_of_several_kinds(trio: Ensemble) -> None:
 def test_a_reading_counts_what_the_members_take(trio: Ensemble) -> None:
     answerer = TextAnswerer(trio.checked)
     answerer.model._max_length = 8
-    choice = answerer.read(document("loglikelihood", ("abc", " d"), ("abc", " defg")))
+    choice = answerer.encode(document("loglikelihood", ("abc", " d"), ("abc", " defg")))
     assert (choice.length, choice.num_scored, choice.num_cut) == (7, 7, 0)
-    text = answerer.read(document("generate_until", ("abcdefg", {"max_gen_toks": 4})))
+    text = answerer.encode(document("generate_until", ("abcdefg", {"max_gen_toks": 4})))
     assert (text.length, text.num_scored, text.num_cut) == (7, 4, 1)  # the last token is read by nobody
 
 

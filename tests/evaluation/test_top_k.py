@@ -20,9 +20,9 @@ from torch import Tensor
 from ensembler import EnsembleForCausalLM
 from ensembler.engine.forward import Forward
 from ensembler.engine.grid import GridPoint
-from ensembler.errors import ConfigError, LogitsError, OutputError, PromptError, RunError
+from ensembler.errors import ConfigError, LogitsError, PromptError, RunError
 from ensembler.evaluation import top_k as module
-from ensembler.evaluation.logits_folder import LogitsFolder
+from ensembler.evaluation.offline import LogitsFolder
 from ensembler.evaluation.requests import ScoringRequest
 from ensembler.evaluation.top_k import TopKWriter
 
@@ -201,15 +201,13 @@ def test_interrupted_and_gone_on_with_equals_undisturbed(
             write(base_change, path)
         finished = set(path.glob("*.safetensors"))
         assert not (path / "index.json").exists()
-        with pytest.raises(OutputError, match="add --resume to go on"):
-            write(base_change, path)
         before = {file: file.stat().st_mtime_ns for file in finished}
-        write(base_change, path, resume=True)
+        write(base_change, path)
         assert contents(path) == contents(tmp_path / "whole")
         assert {file: file.stat().st_mtime_ns for file in finished} == before
     assert finished
     count = stop = 0
-    write(base_change, path, resume=True)
+    write(base_change, path)
     assert count == 0
     write(base_change, path, overwrite=True)
     assert count == num_forwards
@@ -235,7 +233,7 @@ def test_nan_names_the_member_and_an_impossible_position_its_lines(tmp_path: Pat
 
 
 def test_what_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    folder = LogitsFolder(tmp_path / "teacher", "a1")
+    folder = LogitsFolder(tmp_path / "teacher", {"a": 1})
     with pytest.raises(ConfigError, match="--top-k-logits is 65; the vocabulary has 64 tokens"):
         TopKWriter(requests(), 65, VOCAB, folder)
     choices = ScoringRequest(0, (5,), ((7,), (8,)), "data.jsonl:1", has_choices=True)
@@ -275,17 +273,16 @@ def test_the_command_writes_what_score_tells(run: Run, command: list[object], tm
     assert Path(index["tokenizer"]).name == "m_source_ft"
 
     again = ["--top-k-logits", 7, "--output", out]
-    assert "add --resume to go on with it or --overwrite" in run(*command, *again).error
     before = contents(out)
-    assert run(*command, *again, "--resume").code == 0
+    assert run(*command, *again).code == 0
     assert contents(out) == before
     for other in (
         ["--top-k-logits", 6],
         ["--top-k-logits", 7, "--batch-size", 2],
         ["--top-k-logits", 7, "--rule", "eft"],
     ):
-        refused = run(*command, *other, "--output", out, "--resume")
-        assert "was begun with another ensemble, other data or other options" in refused.error
+        refused = run(*command, *other, "--output", out)
+        assert "was begun with other settings: " in refused.error
         assert refused.code == 2
     assert contents(out) == before
     assert run(*command, "--top-k-logits", 6, "--output", out, "--overwrite").code == 0
@@ -294,7 +291,7 @@ def test_the_command_writes_what_score_tells(run: Run, command: list[object], tm
 
 MISTAKES = {
     "no output": (["--top-k-logits", "5"], "--top-k-logits was given without --output; name the folder"),
-    "two alphas": (["--top-k-logits", "5", "--output", "OUT", "--alpha", "1"], "given with 2 alphas"),
+    "two alphas": (["--top-k-logits", "5", "--output", "OUT", "--rule", "eft,base-change"], "with 2 points"),
     "offline": (["--top-k-logits", "5", "--output", "OUT", "--offline-members"], "with --offline-members"),
     "per token": (["--top-k-logits", "5", "--output", "OUT", "--per-token"], "with --per-token"),
     "json": (["--top-k-logits", "5", "--output", "OUT", "--json"], "with --json"),

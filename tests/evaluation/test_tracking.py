@@ -74,7 +74,7 @@ def test_the_curve_is_logged_where_it_is_asked_for(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     flags = [*save_ensemble(tmp_path / "members").flags, *data_flags(write_questions(tmp_path / "q.jsonl", 30))]
-    command = ["sweep", *flags, "--alphas", "0,0.5,1", "--validation", 10]
+    command = ["sweep", *flags, "--alpha", "0,0.5,1", "--validation", 10]
     assert run(*command, "--log", "wandb", "--log", "tensorboard").code == 0
     summary = json.loads(Path("sweep/summary.json").read_text())
     (task,) = summary["tasks"]
@@ -115,7 +115,7 @@ def test_the_curve_is_logged_where_it_is_asked_for(
 def test_a_library_that_is_missing_is_told_before_anything_is_run(
     name: str, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ensembler.evaluation.tracking.find_spec", lambda name: None)
+    monkeypatch.setattr("ensembler.evaluation.results_export.find_spec", lambda name: None)
     done = run("sweep", "demo", "--log", name, "--output", tmp_path / "out")
     assert done.code == 2
     assert done.error == (

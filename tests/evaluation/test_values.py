@@ -12,8 +12,7 @@ import pytest
 pytest.importorskip("scipy")
 pytest.importorskip("statsmodels")
 
-from ensembler.evaluation.documents import Document, Metric
-from ensembler.evaluation.parts import TEST, PlannedTask
+from ensembler.evaluation.documents import TEST, Document, Metric, PlannedTask
 from ensembler.evaluation.statistics import compare, holm, metric_interval
 from ensembler.evaluation.values import Statistics
 

@@ -11,9 +11,8 @@ pytest.importorskip("scipy")
 
 from helpers.report_cases import benchmark, changed, clustered, failed, figures, not_finite, right, speed, sweep
 
-from ensembler.evaluation.figures import BY_PERPLEXITY, CurvePoint, MethodFigure, Spread
+from ensembler.evaluation.figures import BY_PERPLEXITY, CurvePoint, MethodFigure, Spread, difference_table, method_table
 from ensembler.evaluation.statistics import Selection, compare
-from ensembler.evaluation.tables import difference_table, method_table
 from ensembler.evaluation.verdict import verdict
 
 

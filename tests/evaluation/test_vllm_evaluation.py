@@ -15,7 +15,7 @@ from helpers.vllm_cases import WIDE
 
 from ensembler.cli.main import cli
 from ensembler.demo import demo_folder, demo_task
-from ensembler.evaluation.prompt_settings import PromptSettings
+from ensembler.evaluation.lm_eval_settings import PromptSettings
 from ensembler.evaluation.results_file import open_results
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.serving.choice import BackendChoice
@@ -62,7 +62,7 @@ def test_rows_of_every_kind_of_task_are_those_of_transformers(tmp_path: Path) ->
 
 def test_the_commands(tmp_path: Path) -> None:
     flags = ["--backend", "vllm", "--engine-arg", "enforce_eager=true"]
-    asked = ["sweep", "demo", "--alphas", "0.8", "--limit", "30", "--batch-size", "64", "--output"]
+    asked = ["sweep", "demo", "--alpha", "0.8", "--limit", "30", "--batch-size", "64", "--output"]
     for name, more in (("plain", []), ("vllm", flags)):
         done = CliRunner().invoke(cli, [*asked, str(tmp_path / name), *more])
         assert done.exit_code == 0, done.exception
@@ -107,7 +107,7 @@ def test_lm_evals_own_vllm_model_runs_the_folder(tmp_path: Path, monkeypatch: py
     finally:
         model.model.llm_engine.engine_core.shutdown()
     done = CliRunner().invoke(
-        cli, ["sweep", "demo", "--alphas", "0.8", "--limit", "30", "--output", str(tmp_path / "rows")]
+        cli, ["sweep", "demo", "--alpha", "0.8", "--limit", "30", "--output", str(tmp_path / "rows")]
     )
     assert done.exit_code == 0, done.exception
     ours = column(read_rows(tmp_path / "rows"), "test", "base-change", 0.8, "exact_match")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ensembler import EnsembleForCausalLM
 from ensembler.decoding.decoder import Decoder
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import Sample
 from ensembler.decoding.texts import complete_prompts

@@ -10,11 +10,11 @@ import pytest
 from helpers.tiny import make_model, random_ids
 
 from ensembler import EnsembleForCausalLM
+from ensembler.decoding.decode_stats import DecodingStats
 from ensembler.decoding.decoder import Decoder
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import Sample
-from ensembler.decoding.stats import DecodingStats
 from ensembler.decoding.texts import complete_grid, complete_prompts, decoder_of
 from ensembler.engine.forward import Step
 from ensembler.engine.grid import GridPoint

@@ -14,10 +14,9 @@ from helpers.task_cases import write_tasks
 from helpers.tiny import make_model, make_tokenizer
 
 from ensembler.errors import EnsemblerError
-from ensembler.evaluation.bench import Bench
-from ensembler.evaluation.recipe import Recipe
-from ensembler.evaluation.recipe_file import read_recipe
-from ensembler.vision.bench import ImageExperiment, ImageModels
+from ensembler.evaluation.benchmark import Bench
+from ensembler.evaluation.recipe import read_recipe
+from ensembler.vision.image_benchmark import ImageModels
 
 Content = dict[str, Any]
 Change = Callable[[Content], object]
@@ -63,14 +62,9 @@ def write_recipe(path: Path, content: Content) -> Path:
     return path
 
 
-def read(path: Path) -> Recipe:
-    """A recipe on texts or on images, as the command reads it."""
-    return read_recipe(path, {"images": ImageExperiment})
-
-
 def plan(path: Path) -> Bench:
     """What `bench --dry-run` does before it prints."""
-    return Bench(read(path), models={ImageExperiment: ImageModels()})
+    return Bench(read_recipe(path), image_models=ImageModels())
 
 
 def refusal(path: Path, read: Callable[[Path], object] = plan) -> str:

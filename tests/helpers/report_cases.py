@@ -10,15 +10,7 @@ from typing import Any
 
 from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.documents import Document
-from ensembler.evaluation.figures import (
-    BY_VALIDATION,
-    NAMES,
-    CurvePoint,
-    Difference,
-    MethodFigure,
-    Spread,
-    TaskFigures,
-)
+from ensembler.evaluation.figures import BY_VALIDATION, NAMES, CurvePoint, Difference, MethodFigure, Spread, TaskFigures
 from ensembler.evaluation.results_file import Measured
 from ensembler.evaluation.statistics import Interval, Selection, compare, metric_interval
 

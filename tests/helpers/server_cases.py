@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from helpers.published import published
 
-from ensembler.planning.measuring import measure_model
+from ensembler.planning.member_sizes import measure_model
 from ensembler.planning.sizes import GroupSizes
 
 HEADS = {"source_ft": (32, 32), "source_pt": (32, 32), "target_pt": (40, 8)}

@@ -18,14 +18,13 @@ from helpers.task_cases import write_rows
 
 from ensembler import EnsembleConfig, EnsembleForCausalLM
 from ensembler.engine.grid import GridPoint
+from ensembler.evaluation.ensemble_plan import Plan, PlanOptions
 from ensembler.evaluation.figures import TaskFigures
-from ensembler.evaluation.methods import sweep_run
-from ensembler.evaluation.plan import Plan, PlanOptions
-from ensembler.evaluation.prompt_settings import PromptSettings
+from ensembler.evaluation.lm_eval_settings import PromptSettings
+from ensembler.evaluation.methods import Study, sweep_run, sweep_study
 from ensembler.evaluation.results_file import FILE, Measured, Results
 from ensembler.evaluation.runner import Runner
 from ensembler.evaluation.store import Store
-from ensembler.evaluation.study import Study, sweep_study
 from ensembler.evaluation.summary import summarise
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.evaluation.tasks import TextTask
@@ -121,7 +120,7 @@ def rigged(plan: Plan, folder: Path, value: Callable[[str, int, GridPoint], Any]
     """Results that no model made: `value(part, index, point)` is the metric of the document of this index in a part."""
     rows = {}
     for task in plan.tasks:
-        for part, documents in task.parts.items():
+        for part, documents in task.subsets.items():
             for index, document in enumerate(documents):
                 values = [value(part, index, point) for point in plan.grid]
                 rows[document.name] = [

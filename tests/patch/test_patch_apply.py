@@ -19,14 +19,15 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ensembler.errors import OutputError, PatchError, RunError
+from ensembler.patch.addition import WeightUpdate, load_update, patched, read_tensor
 from ensembler.patch.apply import apply_patches
-from ensembler.patch.changes import Change, load_change, patched, read_tensor
-from ensembler.patch.plan import Part, make_plan
+from ensembler.patch.formats import read_patch
+from ensembler.patch.patch_plan import plan_patches
 
 
 def apply(tmp_path: Path, model: Path, *patches: Path, scale: float = 1.0, **options: Any) -> Path:
     out = tmp_path / "out"
-    apply_patches([Part(patch, scale) for patch in patches], model, out, **options)
+    apply_patches([read_patch(patch, scale=scale) for patch in patches], model, out, **options)
     return out
 
 
@@ -85,12 +86,12 @@ def test_any_rows_of_a_weight_are_the_rounded_sum(
     weight = torch.randn(rows, columns, generator=generator).to(dtype)
     left, right = torch.randn(rows, rank, generator=generator), torch.randn(rank, columns, generator=generator)
     truth = weight.double() + scale * left.double() @ right.double()
-    change = Change(left * scale, right, (), None)
-    found = patched(weight.clone(), change, dtype=dtype)
+    update = WeightUpdate(left * scale, right)
+    found = patched(weight.clone(), update, dtype=dtype)
     tolerance = torch.finfo(dtype).eps / 2 * truth.abs() + 1e-5
     assert ((found.double() - truth).abs() <= tolerance).all()
     start = seed % rows
-    assert (patched(weight[start:].clone(), change, dtype=dtype, start=start) - found[start:]).abs().max() <= 1e-5
+    assert (patched(weight[start:].clone(), update, dtype=dtype, start=start) - found[start:]).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -139,7 +140,7 @@ def test_transposed_weights_of_gpt2(tmp_path: Path) -> None:
 def test_strengths_and_several_patches_add_up(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     first, second = save_lora(tmp_path / "a", seed=1), save_lora(tmp_path / "b", seed=2, r=2)
-    apply_patches([Part(first, 0.5), Part(second, -2.0)], model, tmp_path / "out")
+    apply_patches([read_patch(first, scale=0.5), read_patch(second, scale=-2.0)], model, tmp_path / "out")
     base, found = weights(model), weights(tmp_path / "out")
     a, b = exact(model, first, 0.5), exact(model, second, -2.0)
     for name, weight in found.items():
@@ -150,7 +151,7 @@ def test_scale_zero_and_the_opposite_patch(tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
     for name, weight in weights(apply(tmp_path, model, lora, scale=0.0)).items():
         assert same_bits(weight, weights(model)[name])
-    apply_patches([Part(lora), Part(lora, -1.0)], model, tmp_path / "both")
+    apply_patches([read_patch(lora), read_patch(lora, scale=-1.0)], model, tmp_path / "both")
     for name, weight in weights(tmp_path / "both").items():
         assert (weight - weights(model)[name]).abs().max() <= 1e-6
 
@@ -212,11 +213,11 @@ def test_other_files_come_along_and_other_weights_do_not(tmp_path: Path) -> None
 def test_one_function_gives_a_loader_what_apply_writes(tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model", dtype=torch.bfloat16), save_lora(tmp_path / "lora")
     found = weights(apply(tmp_path, model, lora))
-    plan = make_plan([Part(lora)], model)
+    plan = plan_patches([read_patch(lora)], model)
     assert len(plan.names) == 14
     for name in plan.names:
-        weight = read_tensor(plan.tensors[name])
-        assert same_bits(patched(weight, load_change(plan.parts, name), dtype=torch.bfloat16), found[name])
+        weight = read_tensor(plan.model.tensors[name])
+        assert same_bits(patched(weight, load_update(plan.patches, name), dtype=torch.bfloat16), found[name])
 
 
 def test_large_tensors_go_in_many_blocks(tmp_path: Path) -> None:
@@ -233,7 +234,7 @@ def test_several_threads_write_what_one_writes(tmp_path: Path) -> None:
     one = weights(apply(tmp_path, model, lora))
     torch.set_num_threads(4)
     try:
-        apply_patches([Part(lora)], model, tmp_path / "four")
+        apply_patches([read_patch(lora)], model, tmp_path / "four")
         assert torch.get_num_threads() == 4
     finally:
         torch.set_num_threads(1)
@@ -257,18 +258,18 @@ def test_a_pickle_is_read_only_where_it_is_allowed(tmp_path: Path) -> None:
     torch.save(weights(lora), lora / "adapter_model.bin")
     (lora / "adapter_model.safetensors").unlink()
     with pytest.raises(PatchError, match="--allow-pickle"):
-        make_plan([Part(lora)], model)
-    apply_patches([Part(lora)], model, tmp_path / "again", allow_pickle=True)
+        plan_patches([read_patch(lora)], model)
+    apply_patches([read_patch(lora, allow_pickle=True)], model, tmp_path / "again")
     for name, weight in weights(tmp_path / "again").items():
         assert same_bits(weight, expected[name])
 
 
 def test_a_patch_for_another_base_is_said_with_both_names(tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
-    assert make_plan([Part(lora)], model).warnings == ()  # it names no base
+    assert plan_patches([read_patch(lora)], model).warnings == ()  # it names no base
     edit_json(lora / "adapter_config.json", base_model_name_or_path="org/old-model")
-    (line,) = make_plan([Part(lora)], model).warnings
+    (line,) = plan_patches([read_patch(lora)], model).warnings
     assert "org/old-model" in line
     assert str(model) in line
     edit_json(lora / "adapter_config.json", base_model_name_or_path="org/model")
-    assert make_plan([Part(lora)], model).warnings == ()
+    assert plan_patches([read_patch(lora)], model).warnings == ()

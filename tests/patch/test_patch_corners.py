@@ -19,11 +19,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from ensembler.errors import MemberError, OutputError, PatchError, RunError
 from ensembler.patch import apply as applying
+from ensembler.patch.addition import fill
 from ensembler.patch.apply import apply_patches
-from ensembler.patch.changes import fill
 from ensembler.patch.extract import extract_patch
-from ensembler.patch.inspect import inspect_patch
-from ensembler.patch.plan import Part, make_plan
+from ensembler.patch.formats import read_patch
+from ensembler.patch.geometry import inspect_patch
+from ensembler.patch.patch_plan import plan_patches
 
 Q = "model.layers.0.self_attn.q_proj.weight"
 
@@ -35,11 +36,11 @@ def test_a_lora_on_layers_that_lie_both_ways(targets: list[str], tmp_path: Path)
     model = save_model(tmp_path / "model", "gpt2", 1, **size)
     lora = save_lora(tmp_path / "lora", "gpt2", 1, size=size, target_modules=targets)
     assert json.loads((lora / "adapter_config.json").read_text())["fan_in_fan_out"] is False
-    apply_patches([Part(lora)], model, tmp_path / "out")
+    apply_patches([read_patch(lora)], model, tmp_path / "out")
     merged = peft_merged(model, lora)
     for name, weight in weights(tmp_path / "out").items():
         assert (weight - merged[name]).abs().max() <= 1e-6, name
-    inspected = inspect_patch(lora, model=model)
+    inspected = inspect_patch(read_patch(lora), model=model)
     assert {row.shape for row in inspected.modules} == {tuple(merged[row.name].shape) for row in inspected.modules}
 
 
@@ -48,7 +49,7 @@ def test_a_lora_on_layers_that_lie_both_ways(targets: list[str], tmp_path: Path)
 def test_sums_out_of_range_are_said_and_leave_nothing(scale: float, dtype: str | None, tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
     with pytest.raises(RunError, match=f"too large for {dtype or 'float32'}"):
-        apply_patches([Part(lora, scale)], model, tmp_path / "out", dtype=dtype)
+        apply_patches([read_patch(lora, scale=scale)], model, tmp_path / "out", dtype=dtype)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "model"]
 
 
@@ -56,7 +57,7 @@ def test_what_a_model_holds_where_it_is_not_patched_is_only_cast(tmp_path: Path)
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora", target_modules=["q_proj"])
     mask = torch.tensor([-math.inf, 0.0, math.nan] + [0.0] * 13)
     edit_tensors(model / "model.safetensors", lambda state: {**state, "model.norm.weight": mask})
-    apply_patches([Part(lora)], model, tmp_path / "out", dtype="bfloat16")
+    apply_patches([read_patch(lora)], model, tmp_path / "out", dtype="bfloat16")
     assert torch.equal(weights(tmp_path / "out")["model.norm.weight"].isfinite(), mask.isfinite())
 
 
@@ -64,7 +65,7 @@ def test_a_model_that_may_only_be_read(tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model", shards=True), save_lora(tmp_path / "lora")
     for path in [*model.iterdir(), model]:
         path.chmod(0o555)
-    apply_patches([Part(lora)], model, tmp_path / "out", dtype="bfloat16")
+    apply_patches([read_patch(lora)], model, tmp_path / "out", dtype="bfloat16")
     for path in [*(tmp_path / "out").iterdir(), tmp_path / "out"]:
         assert path.stat().st_mode & 0o200, path
 
@@ -74,7 +75,7 @@ def test_an_adapter_in_the_folder_of_the_model_stays_behind(tmp_path: Path) -> N
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
     for file in lora.glob("adapter*"):
         shutil.copy(file, model)
-    apply_patches([Part(model)], model, tmp_path / "out")
+    apply_patches([read_patch(model)], model, tmp_path / "out")
     assert not list((tmp_path / "out").glob("adapter*"))
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert torch.equal(loaded[Q], weights(tmp_path / "out")[Q])
@@ -87,7 +88,7 @@ def test_a_file_that_cannot_be_carried_shows_before_the_weights(
     (model / "notes.txt").symlink_to(tmp_path / "nowhere")
     monkeypatch.setattr(applying, "_write_weights", lambda *args: pytest.fail("weights were written"))
     with pytest.raises(RunError, match="not all files could be copied"):
-        apply_patches([Part(lora)], model, tmp_path / "out")
+        apply_patches([read_patch(lora)], model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -96,7 +97,7 @@ def test_a_disk_is_no_place_for_a_rename(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "disk").mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda path: True)
     with pytest.raises(OutputError, match="name a new folder in it"):
-        apply_patches([Part(lora)], model, tmp_path / "disk")
+        apply_patches([read_patch(lora)], model, tmp_path / "disk")
 
 
 def test_a_read_that_gives_less_is_read_on(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_a_read_that_gives_less_is_read_on(tmp_path: Path) -> None:
         def readinto(self, buffer: Any) -> int | None:
             return super().readinto(memoryview(buffer)[:7])
 
-    stored = make_plan([Part(save_lora(tmp_path / "lora"))], save_model(tmp_path / "model")).tensors[Q]
+    stored = plan_patches([read_patch(save_lora(tmp_path / "lora"))], save_model(tmp_path / "model")).model.tensors[Q]
     data = stored.file.read_bytes()
     buffer = bytearray(100)
     with Short(stored.file) as file:
@@ -122,12 +123,12 @@ def test_models_that_call_their_tensors_otherwise(tmp_path: Path) -> None:
     make_model("llama").model.save_pretrained(tmp_path / "headless")
     make_model("gpt2").transformer.save_pretrained(tmp_path / "bare")
     with pytest.raises(PatchError, match=r"headless calls model\.layers\.0\.\S+ layers\.0\.\S+; load it with"):
-        make_plan([Part(lora)], tmp_path / "headless")
+        plan_patches([read_patch(lora)], tmp_path / "headless")
     with pytest.raises(PatchError, match=r"bare calls transformer\.h\.0\.\S+ h\.0\.\S+; load it with"):
-        make_plan([Part(gpt2)], tmp_path / "bare")
+        plan_patches([read_patch(gpt2)], tmp_path / "bare")
     neox, head = save_model(tmp_path / "neox", "gpt_neox"), save_lora(tmp_path / "head", target_modules=["lm_head"])
     with pytest.raises(PatchError, match=r"have: lm_head\.weight; it was made for another architecture"):
-        make_plan([Part(head)], neox)
+        plan_patches([read_patch(head)], neox)
 
 
 def test_a_quantised_model_without_the_tensors_is_called_quantised(tmp_path: Path) -> None:
@@ -137,7 +138,7 @@ def test_a_quantised_model_without_the_tensors_is_called_quantised(tmp_path: Pat
     )
     edit_json(model / "config.json", quantization_config={"quant_method": "gptq"})
     with pytest.raises(PatchError, match="model is quantised; give the model before that"):
-        make_plan([Part(lora)], model)
+        plan_patches([read_patch(lora)], model)
 
 
 def test_adapters_in_folders_below_are_named(tmp_path: Path) -> None:
@@ -146,8 +147,8 @@ def test_adapters_in_folders_below_are_named(tmp_path: Path) -> None:
     adapters.add_adapter("second", LoraConfig(target_modules=["q_proj"]))
     adapters.save_pretrained(tmp_path / "lora")
     with pytest.raises(PatchError, match="its folders first, second hold one"):
-        make_plan([Part(tmp_path / "lora")], model)
-    assert len(make_plan([Part(tmp_path / "lora" / "second")], model).names) == 2
+        plan_patches([read_patch(tmp_path / "lora")], model)
+    assert len(plan_patches([read_patch(tmp_path / "lora" / "second")], model).names) == 2
 
 
 @pytest.mark.parametrize("place", ["below", ".."])
@@ -160,14 +161,14 @@ def test_shards_lie_beside_their_index(place: str, tmp_path: Path) -> None:
     names = json.loads(index.read_text())["weight_map"].items()
     edit_json(index, weight_map={name: f"{place}/{file}" for name, file in names})
     with pytest.raises(MemberError, match="which is not beside it"):
-        make_plan([Part(lora)], model)
+        plan_patches([read_patch(lora)], model)
 
 
 def test_the_card_names_a_base_on_the_hub_and_its_licence(tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
     edit_json(lora / "adapter_config.json", base_model_name_or_path="org/older")
     (model / "README.md").write_text("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\nold")
-    apply_patches([Part(lora)], model, tmp_path / "out")
+    apply_patches([read_patch(lora)], model, tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "license_name: own" in card
     assert "license_link: LICENSE" in card
@@ -180,7 +181,7 @@ def test_extract_at_rank_one_and_of_a_single_number(tmp_path: Path) -> None:
         edit_tensors(folder / "model.safetensors", lambda state, v=value: {**state, "one": torch.tensor(v)})
     extracted = extract_patch(base, tuned, tmp_path / "patch", rank=1)
     assert {kept.rank for kept in extracted.kept} == {1, None}
-    apply_patches([Part(tmp_path / "patch")], base, tmp_path / "again")
+    apply_patches([read_patch(tmp_path / "patch")], base, tmp_path / "again")
     old, new, again = weights(base), weights(tuned), weights(tmp_path / "again")
     assert again["one"].item() == 2.25
     for kept in extracted.kept:
@@ -219,7 +220,7 @@ def test_a_mixture_of_experts_at_one_rank_is_one_for_peft_too(family: str, tmp_p
         AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **size)).save_pretrained(tmp_path / name)
     edit_tensors(tmp_path / "tuned" / "model.safetensors", lambda s: _only_matrices(s, weights(tmp_path / "base")))
     extract_patch(tmp_path / "base", tmp_path / "tuned", tmp_path / "patch", rank=2)
-    apply_patches([Part(tmp_path / "patch")], tmp_path / "base", tmp_path / "out")
+    apply_patches([read_patch(tmp_path / "patch")], tmp_path / "base", tmp_path / "out")
     base, out = (AutoModelForCausalLM.from_pretrained(tmp_path / name).eval() for name in ("base", "out"))
     with torch.no_grad():
         expected, before = out(random_ids(2, 8)).logits, base(random_ids(2, 8)).logits
@@ -237,12 +238,12 @@ def test_large_full_deltas_against_themselves_and_damaged(tmp_path: Path) -> Non
     base, tuned = save_model(tmp_path / "base", seed=1, **size), save_model(tmp_path / "tuned", seed=2, **size)
     patch = tmp_path / "patch"
     extract_patch(base, tuned, patch, full=True)
-    overall = inspect_patch(patch, other=patch, model=base, base=base).overall()
+    overall = inspect_patch(read_patch(patch), other=read_patch(patch), model=base, base=base).overall()
     assert (overall["residual_sigma_max"], overall["update_frobenius"], overall["cosine"]) == (0, 0, None)
     damaged = {**weights(base), Q: weights(base)[Q] * math.nan}
     save_file(damaged, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(PatchError, match=r"q_proj\.weight holds NaN"):
-        inspect_patch(patch, model=base)
+        inspect_patch(read_patch(patch), model=base)
     edit_tensors(patch / "deltas.safetensors", lambda state: {**state, Q: state[Q] / 0})
     with pytest.raises(PatchError, match=r"q_proj\.weight holds NaN"):
-        inspect_patch(patch)
+        inspect_patch(read_patch(patch))

@@ -22,7 +22,8 @@ from safetensors.torch import save_file
 from ensembler.errors import InputError, OutputError, RunError
 from ensembler.patch.apply import apply_patches
 from ensembler.patch.extract import extract_patch
-from ensembler.patch.plan import Part, make_plan
+from ensembler.patch.formats import read_patch
+from ensembler.patch.patch_plan import plan_patches
 
 Damage = Callable[[Path, Path], Any]
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -166,7 +167,7 @@ def test_bad_input_is_told_before_anything_is_written(case: str, tmp_path: Path)
     damage(model, lora)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     with pytest.raises(InputError, match=message) as caught:
-        apply_patches([Part(lora, 0.5)], model, tmp_path / "out")
+        apply_patches([read_patch(lora, scale=0.5)], model, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
@@ -178,7 +179,7 @@ def test_tied_embeddings_are_refused_by_name(target: str, whole: bool, tmp_path:
     targets = ["q_proj"] if whole else ["q_proj", target]
     lora = save_lora(tmp_path / "lora", target_modules=targets, modules_to_save=[target] if whole else None)
     with pytest.raises(InputError, match=rf"changes .*{target}\.weight, and .* ties"):
-        make_plan([Part(lora)], model)
+        plan_patches([read_patch(lora)], model)
 
 
 def test_two_patches_that_replace_one_tensor(tmp_path: Path) -> None:
@@ -186,14 +187,14 @@ def test_two_patches_that_replace_one_tensor(tmp_path: Path) -> None:
     first = save_lora(tmp_path / "a", target_modules=["q_proj"], modules_to_save=["lm_head"])
     second = save_lora(tmp_path / "b", target_modules=["lm_head"])
     with pytest.raises(InputError, match=r"replaces lm_head\.weight, which another patch changes"):
-        make_plan([Part(first), Part(second)], model)
+        plan_patches([read_patch(first), read_patch(second)], model)
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf")])
 def test_strengths_are_finite(scale: float, tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
     with pytest.raises(InputError, match="finite"):
-        make_plan([Part(lora, scale)], model)
+        plan_patches([read_patch(lora, scale=scale)], model)
 
 
 def test_nan_in_a_full_delta_leaves_nothing(tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_nan_in_a_full_delta_leaves_nothing(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     edit_tensors(tmp_path / "patch" / "deltas.safetensors", lambda t: {**t, name: t[name] / 0})
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
-        apply_patches([Part(tmp_path / "patch")], base, tmp_path / "out")
+        apply_patches([read_patch(tmp_path / "patch")], base, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "patch", "tuned"]
 
 
@@ -211,7 +212,7 @@ def test_a_full_disk_is_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyP
     free = shutil._ntuple_diskusage(100_000, 90_000, 10_000)  # type: ignore[attr-defined]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     with pytest.raises(OutputError, match=r"10,000 bytes free, and \d\d,\d{3} are needed"):
-        apply_patches([Part(lora)], model, tmp_path / "out")
+        apply_patches([read_patch(lora)], model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -219,7 +220,7 @@ def test_a_disk_that_fills_up_gives_one_line_and_leaves_nothing(tmp_path: Path) 
     """A limit on the size of files stands for the disk: the write fails half-way in the same manner."""
     size = {"hidden_size": 256, "vocab_size": 2048}
     model, lora = save_model(tmp_path / "model", **size), save_lora(tmp_path / "lora", size=size)
-    command = [sys.executable, "-m", "ensembler", "patch", "apply", lora, "--to", model, "--out", tmp_path / "out"]
+    command = [sys.executable, "-m", "ensembler", "patch", "apply", lora, "--to", model, "--output", tmp_path / "out"]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -244,12 +245,12 @@ def test_a_disk_that_is_full_in_truth(tmp_path: Path, monkeypatch: pytest.Monkey
         pytest.skip("mounting is not allowed here")
     try:
         with pytest.raises(OutputError, match="bytes free"):
-            apply_patches([Part(lora)], model, disk / "out")
+            apply_patches([read_patch(lora)], model, disk / "out")
         assert list(disk.iterdir()) == []
         plenty = shutil._ntuple_diskusage(10**12, 0, 10**12)  # type: ignore[attr-defined]
         monkeypatch.setattr(shutil, "disk_usage", lambda path: plenty)  # another program takes the rest meanwhile
         with pytest.raises(RunError, match="No space left on device; nothing was left"):
-            apply_patches([Part(lora)], model, disk / "out")
+            apply_patches([read_patch(lora)], model, disk / "out")
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", disk], check=True)

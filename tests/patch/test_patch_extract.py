@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from ensembler.errors import ConfigError, PatchError
-from ensembler.patch import truncation
+from ensembler.patch import extract
 from ensembler.patch.apply import apply_patches
-from ensembler.patch.extract import extract_patch
-from ensembler.patch.plan import Part, make_plan
-from ensembler.patch.truncation import truncate
+from ensembler.patch.extract import extract_patch, truncate
+from ensembler.patch.formats import read_patch
+from ensembler.patch.patch_plan import plan_patches
 
 
 def changed(folder: Path, out: Path, *, seed: int = 0, size: float = 0.1, names: str = "") -> Path:
@@ -65,7 +65,7 @@ def test_energy_takes_the_smallest_rank_that_keeps_it(rows: int, columns: int, e
 def test_large_matrices_are_decomposed_at_random_and_nearly_as_well(
     rank: int | None, energy: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(truncation, "_EXACT_SIZE", 100)
+    monkeypatch.setattr(extract, "_EXACT_SIZE", 100)
     generator = torch.Generator().manual_seed(0)
     spectrum = torch.arange(1, 301, dtype=torch.float32) ** -1.0
     matrix = (
@@ -96,12 +96,12 @@ def test_a_spectrum_without_decay_costs_the_randomised_decomposition_a_hundredth
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2"])
 def test_a_merged_lora_comes_back_at_its_rank(family: str, tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model", family), save_lora(tmp_path / "lora", family, 2, r=3)
-    apply_patches([Part(lora)], model, tmp_path / "tuned")
+    apply_patches([read_patch(lora)], model, tmp_path / "tuned")
     extracted = extract_patch(model, tmp_path / "tuned", tmp_path / "patch", rank=3)
     assert {kept.rank for kept in extracted.kept} == {3}
     assert extracted.energy == pytest.approx(1, abs=1e-6)
     assert not (tmp_path / "patch" / "deltas.safetensors").exists()
-    apply_patches([Part(tmp_path / "patch")], model, tmp_path / "again")
+    apply_patches([read_patch(tmp_path / "patch")], model, tmp_path / "again")
     expected = weights(tmp_path / "tuned")
     for name, weight in weights(tmp_path / "again").items():
         assert (weight - expected[name]).abs().max() <= 3e-6 * expected[name].abs().max(), name
@@ -120,7 +120,7 @@ def test_every_tensor_is_kept_as_well_as_its_singular_values_allow(
     base = save_model(tmp_path / "base", family)
     tuned = changed(base, tmp_path / "tuned")
     extracted = extract_patch(base, tuned, tmp_path / "patch", **limit)
-    apply_patches([Part(tmp_path / "patch")], base, tmp_path / "again")
+    apply_patches([read_patch(tmp_path / "patch")], base, tmp_path / "again")
     old, new, again = weights(base), weights(tuned), weights(tmp_path / "again")
     assert {kept.name for kept in extracted.kept} == set(new)
     total = lost = 0.0
@@ -146,7 +146,7 @@ def test_peft_loads_what_is_low_rank_and_drops_the_rest(tmp_path: Path) -> None:
     extract_patch(base, tuned, tmp_path / "patch", energy=0.8)
     config = json.loads((tmp_path / "patch" / "adapter_config.json").read_text())
     assert config["rank_pattern"] == config["alpha_pattern"] != {}
-    apply_patches([Part(tmp_path / "patch")], base, tmp_path / "ours")
+    apply_patches([read_patch(tmp_path / "patch")], base, tmp_path / "ours")
     loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "patch")
     merged = loaded.merge_and_unload().state_dict()
     for name, weight in weights(tmp_path / "ours").items():
@@ -162,8 +162,8 @@ def test_the_record_knows_its_base_by_its_weights(tmp_path: Path) -> None:
     assert (record["base"], record["finetuned"], record["num_equal"]) == ("../base", "tuned", extracted.num_equal)
     assert [row["rank"] for row in record["kept"]] == [2, 2]
     base.rename(tmp_path / "renamed")
-    assert make_plan([Part(tmp_path / "patch")], tmp_path / "renamed").warnings == ()
-    assert len(make_plan([Part(tmp_path / "patch")], tuned).warnings) == 1
+    assert plan_patches([read_patch(tmp_path / "patch")], tmp_path / "renamed").warnings == ()
+    assert len(plan_patches([read_patch(tmp_path / "patch")], tuned).warnings) == 1
 
 
 def test_half_precision_on_both_sides(tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_half_precision_on_both_sides(tmp_path: Path) -> None:
     tuned = changed(tmp_path / "wide", tmp_path / "tuned")
     extract_patch(base, tuned, tmp_path / "patch", full=True, dtype="bfloat16")
     assert {delta.dtype for delta in weights(tmp_path / "patch").values()} == {torch.bfloat16}
-    apply_patches([Part(tmp_path / "patch", 0.5)], base, tmp_path / "half", dtype="float32")
+    apply_patches([read_patch(tmp_path / "patch", scale=0.5)], base, tmp_path / "half", dtype="float32")
     old, new = weights(base), weights(tuned)
     for name, weight in weights(tmp_path / "half").items():
         middle = (old[name].float() + new[name]) / 2

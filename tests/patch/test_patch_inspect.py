@@ -15,10 +15,8 @@ from torch import Tensor
 from ensembler.errors import ConfigError, PatchError
 from ensembler.patch.apply import apply_patches
 from ensembler.patch.extract import extract_patch
-from ensembler.patch.heatmap import save_heatmap
-from ensembler.patch.inspect import inspect_patch
-from ensembler.patch.norms import Dense, Factors, difference, size_of_matrix
-from ensembler.patch.plan import Part
+from ensembler.patch.formats import read_patch
+from ensembler.patch.geometry import Delta, inspect_patch, save_heatmap, size_of_matrix
 
 
 def sigma(matrix: Tensor) -> float:
@@ -30,31 +28,31 @@ def sigma(matrix: Tensor) -> float:
 def test_sizes_from_factors_are_those_of_the_product(rows: int, columns: int, rank: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
-    def factors(rank: int) -> Factors:
-        return Factors(torch.randn(rows, rank, generator=generator), torch.randn(rank, columns, generator=generator))
+    def factors(rank: int) -> Delta:
+        return Delta(torch.randn(rows, rank, generator=generator), torch.randn(rank, columns, generator=generator))
 
     first, second = factors(rank), factors(3)
-    a, b = (update.left.double() @ update.right.double() for update in (first, second))
+    a, b = (delta.added_to(torch.zeros(rows, columns)).double() for delta in (first, second))
     size = first.size()
     assert size.frobenius == pytest.approx(float(a.norm()), rel=1e-5)
     assert size.sigma_max == pytest.approx(sigma(a), rel=1e-5)
     assert size.effective_rank is not None
     assert 1 - 1e-9 <= size.effective_rank <= min(rank, rows, columns) + 1e-6
-    for minuend in (first, Dense(a.float())):
-        for subtrahend in (second, Dense(b.float())):
-            residual = difference(minuend, subtrahend).size()
+    for minuend in (first, Delta(None, a.float())):
+        for subtrahend in (second, Delta(None, b.float())):
+            residual = minuend.minus(subtrahend).size()
             assert residual.frobenius == pytest.approx(float((a - b).norm()), rel=1e-4, abs=1e-5)
             assert residual.sigma_max == pytest.approx(sigma(a - b), rel=1e-4, abs=1e-5)
     matrix = torch.randn(rows, columns, generator=generator)
     scale = float(a.norm() * matrix.norm())
-    for update in (first, Dense(a.float())):
-        assert update.inner(matrix) == pytest.approx(float((a * matrix).sum()), abs=1e-5 * scale)
+    for delta in (first, Delta(None, a.float())):
+        assert delta.inner(matrix) == pytest.approx(float((a * matrix).sum()), abs=1e-5 * scale)
 
 
 def test_effective_rank_counts_equal_directions() -> None:
     left, right = torch.eye(10)[:, :4], torch.eye(12)[:4]
-    assert Factors(left, right).size().effective_rank == pytest.approx(4)
-    assert Factors(torch.zeros(5, 2), torch.ones(2, 3)).size().frobenius == 0
+    assert Delta(left, right).size().effective_rank == pytest.approx(4)
+    assert Delta(torch.zeros(5, 2), torch.ones(2, 3)).size().frobenius == 0
 
 
 @pytest.mark.parametrize("shape", [(300, 200), (129, 400), (1, 9), (200, 1)])
@@ -67,8 +65,8 @@ def test_the_largest_singular_value_of_large_and_odd_matrices(shape: tuple[int, 
 def test_table_1_of_a_patch(tmp_path: Path) -> None:
     base = save_model(tmp_path / "base", seed=1)
     update, patch, other = (save_lora(tmp_path / f"lora{seed}", seed=seed, r=seed + 1) for seed in (1, 2, 3))
-    apply_patches([Part(update)], base, tmp_path / "updated")
-    report = inspect_patch(patch, model=tmp_path / "updated", base=base, other=other)
+    apply_patches([read_patch(update)], base, tmp_path / "updated")
+    report = inspect_patch(read_patch(patch), model=tmp_path / "updated", base=base, other=read_patch(other))
     theta, updated = weights(base), weights(tmp_path / "updated")
     mine, theirs = exact(base, patch), exact(base, other)
     assert len(report.modules) == 14
@@ -100,7 +98,7 @@ def test_table_1_of_a_patch(tmp_path: Path) -> None:
 def test_what_rounding_loses(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", dtype=torch.bfloat16)
     lora = save_lora(tmp_path / "lora")
-    for row in inspect_patch(lora, model=model).modules:
+    for row in inspect_patch(read_patch(lora), model=model).modules:
         truth = exact(model, lora)[row.name]
         delta = truth - weights(model)[row.name].double()
         lost = float((truth.float().bfloat16().double() - truth).norm() / delta.norm())
@@ -111,8 +109,8 @@ def test_the_patch_itself_and_its_opposite_in_direction(tmp_path: Path) -> None:
     base, lora = save_model(tmp_path / "base"), save_lora(tmp_path / "lora")
     for scale in (1.0, -0.5):
         out = tmp_path / f"updated{scale}"
-        apply_patches([Part(lora, scale)], base, out)
-        overall = inspect_patch(lora, model=out, base=base, other=lora).overall()
+        apply_patches([read_patch(lora, scale=scale)], base, out)
+        overall = inspect_patch(read_patch(lora), model=out, base=base, other=read_patch(lora)).overall()
         assert overall["cosine"] == pytest.approx(scale / abs(scale), abs=1e-5)
         assert overall["update_frobenius"] == pytest.approx(abs(scale) * overall["patch_frobenius"], rel=1e-4)
         assert overall["residual_frobenius"] <= 1e-5 * overall["patch_frobenius"]
@@ -120,30 +118,32 @@ def test_the_patch_itself_and_its_opposite_in_direction(tmp_path: Path) -> None:
 
 def test_full_deltas_are_measured_too(tmp_path: Path) -> None:
     base, lora = save_model(tmp_path / "base"), save_lora(tmp_path / "lora")
-    apply_patches([Part(lora)], base, tmp_path / "tuned")
+    apply_patches([read_patch(lora)], base, tmp_path / "tuned")
     extract_patch(base, tmp_path / "tuned", tmp_path / "full", full=True)
     extract_patch(base, tmp_path / "tuned", tmp_path / "low", rank=4)
-    dense, low, given_ = (inspect_patch(path).overall() for path in (tmp_path / "full", tmp_path / "low", lora))
+    dense, low, given_ = (
+        inspect_patch(read_patch(path)).overall() for path in (tmp_path / "full", tmp_path / "low", lora)
+    )
     for key in ("patch_frobenius", "patch_sigma_max"):
         assert dense[key] == pytest.approx(given_[key], rel=1e-4)
         assert low[key] == pytest.approx(given_[key], rel=1e-4)
-    both = inspect_patch(tmp_path / "low", other=tmp_path / "full").overall()
+    both = inspect_patch(read_patch(tmp_path / "low"), other=read_patch(tmp_path / "full")).overall()
     assert both["residual_frobenius"] < 1e-4 * given_["patch_frobenius"]
 
 
 def test_a_heat_map_is_a_picture(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora", target_modules=["q_proj", "lm_head"])
-    save_heatmap(inspect_patch(lora, model=model), tmp_path / "patch.png")
+    save_heatmap(inspect_patch(read_patch(lora), model=model), tmp_path / "patch.png")
     assert (tmp_path / "patch.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_cannot_be_measured(tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
     with pytest.raises(ConfigError, match="--to"):
-        inspect_patch(lora, base=model)
+        inspect_patch(read_patch(lora), base=model)
     other = save_lora(tmp_path / "other", target_modules=["q_proj"])
     with pytest.raises(PatchError, match="different tensors"):
-        inspect_patch(lora, other=other)
+        inspect_patch(read_patch(lora), other=read_patch(other))
     with pytest.raises(PatchError, match="another architecture"):
-        inspect_patch(lora, model=save_model(tmp_path / "small", num_layers=1))
+        inspect_patch(read_patch(lora), model=save_model(tmp_path / "small", num_layers=1))

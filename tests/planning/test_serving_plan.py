@@ -12,7 +12,7 @@ from helpers.server_cases import HEADS, trio
 
 from ensembler.cli.main import cli
 from ensembler.errors import PlacementError
-from ensembler.planning.serving import ACTIVATIONS, UTILISATION, propose_serving
+from ensembler.planning.vllm_plan import ACTIVATIONS, UTILISATION, propose_serving
 
 GB = 10**9
 

@@ -16,7 +16,7 @@ from ensembler import MemberConfig
 from ensembler.engine.members import MemberFiles, check_member, group_members, load_group
 from ensembler.errors import ConfigError, MemberError
 from ensembler.planning.budgets import gpu_budgets, parse_size, show_size
-from ensembler.planning.measuring import loaded_bytes, measure_group, measure_model, member_dtype
+from ensembler.planning.member_sizes import loaded_bytes, measure_group, measure_model, member_dtype
 from ensembler.planning.sizes import LayerCache
 from ensembler.quantization import Quantization
 

@@ -22,15 +22,13 @@ from ensembler.demo import demo_folder
 from ensembler.engine.members import check_member, load_group
 from ensembler.errors import ConfigError, InputError, MemberError, MissingExtraError
 from ensembler.folder import read
+from ensembler.patch.addition import patched_tensors
 from ensembler.patch.apply import apply_patches
-from ensembler.patch.headers import model_tensors
-from ensembler.patch.plan import Part
+from ensembler.patch.formats import read_patch
 from ensembler.preflight import check_ensemble
-from ensembler.serving.checks import check_servable, require_vllm
-from ensembler.serving.command import serve_command
-from ensembler.serving.fixed_alpha import RefuseAlpha, asked_for
-from ensembler.serving.tensors import member_tensors, plan_member
-from ensembler.serving.vllm_serve import fix
+from ensembler.safetensors_files import read_model
+from ensembler.serving.choice import check_servable, plan_member, require_vllm
+from ensembler.serving.vllm_serve import RefuseAlpha, fixed_key, serve_command, set_arguments
 
 SaveMember = Callable[..., Path]
 
@@ -60,10 +58,10 @@ def parsed(**changes: Any) -> Namespace:
 
 def test_what_is_the_ensembles_to_say_is_set_in_the_servers_arguments() -> None:
     args = parsed()
-    fix(args, 0.5)
+    set_arguments(args, 0.5)
     assert (args.load_format, args.dtype, args.hf_overrides) == ("ensembler", "float32", {"alpha": 0.5})
     args = parsed(dtype="bfloat16")
-    fix(args, None)
+    set_arguments(args, None)
     assert (args.dtype, args.hf_overrides) == ("bfloat16", {})
 
 
@@ -78,7 +76,7 @@ def test_what_is_the_ensembles_to_say_is_set_in_the_servers_arguments() -> None:
 )
 def test_flags_that_would_change_the_ensemble_unsaid_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        fix(parsed(**changes), None)
+        set_arguments(parsed(**changes), None)
 
 
 @pytest.mark.parametrize(
@@ -94,11 +92,11 @@ def test_flags_that_would_change_the_ensemble_unsaid_are_refused(changes: dict[s
     ],
 )
 def test_which_requests_ask_for_another_ensemble(body: Any, key: str | None) -> None:
-    assert asked_for(json.dumps(body).encode()) == key
+    assert fixed_key(json.dumps(body).encode()) == key
 
 
 def test_a_body_that_is_no_json_is_left_to_the_server() -> None:
-    assert asked_for(b'{"alpha": ') is None
+    assert fixed_key(b'{"alpha": ') is None
 
 
 def call(body: bytes, pieces: int, kind: str = "POST") -> tuple[list[bytes], list[dict[str, Any]]]:
@@ -160,7 +158,7 @@ def demo_config(**changes: Any) -> EnsembleConfig:
 def test_quantised_and_placed_members_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"source_ft is quantised when loaded"):
         check_servable(check_ensemble(demo_config(quantization="8bit")))
-    with pytest.raises(ConfigError, match=r"has a place of its own .auto.*--tensor-parallel-size"):
+    with pytest.raises(ConfigError, match=r"is put on devices of its own .auto.*--tensor-parallel-size"):
         check_servable(check_ensemble(demo_config(device_map="auto")))
     check_servable(check_ensemble(demo_config()))
 
@@ -183,7 +181,7 @@ def test_members_that_vllm_sets_up_for_a_whole_model_are_refused(
 
 
 def test_without_vllm_there_is_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ensembler.serving.checks.find_spec", lambda name: None)
+    monkeypatch.setattr("ensembler.serving.choice.find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"vllm is not installed; install it with: pip install .*\[vllm\]"):
         require_vllm()
     assert isinstance(CliRunner().invoke(cli, ["serve", "demo"]).exception, MissingExtraError)
@@ -191,7 +189,7 @@ def test_without_vllm_there_is_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> 
 
 def refused(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
     """What the command line says, as if vLLM were installed."""
-    monkeypatch.setattr("ensembler.serving.checks.find_spec", lambda name: object())
+    monkeypatch.setattr("ensembler.serving.choice.find_spec", lambda name: object())
     error = CliRunner().invoke(cli, list(arguments)).exception
     assert isinstance(error, InputError)
     assert "\n" not in str(error)
@@ -257,7 +255,7 @@ def test_arguments_of_an_engine_without_one(monkeypatch: pytest.MonkeyPatch) -> 
 def test_every_command_has_the_pip_line_where_vllm_is_missing(
     command: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("ensembler.serving.checks.find_spec", lambda name: None)
+    monkeypatch.setattr("ensembler.serving.choice.find_spec", lambda name: None)
     monkeypatch.chdir(tmp_path)
     error = CliRunner().invoke(cli, [*command, "--backend", "vllm"]).exception
     assert isinstance(error, MissingExtraError)
@@ -275,11 +273,11 @@ def lora_on(save_member: SaveMember, tmp_path: Path, **settings: Any) -> tuple[P
 def test_tensors_are_those_that_patch_apply_writes(save_member: SaveMember, tmp_path: Path) -> None:
     base, lora = lora_on(save_member, tmp_path)
     member = MemberConfig(str(base), adapter=str(lora))
-    ours = dict(member_tensors(plan_member("source_ft", member)))
-    apply_patches([Part(lora)], base, tmp_path / "patched")
-    written = dict(member_tensors(plan_member("x", MemberConfig(str(tmp_path / "patched")))))
-    assert ours.keys() == written.keys() == model_tensors(base).keys()
-    plain = dict(member_tensors(plan_member("x", MemberConfig(str(base)))))
+    ours = dict(patched_tensors(plan_member("source_ft", member)))
+    apply_patches([read_patch(lora)], base, tmp_path / "patched")
+    written = dict(patched_tensors(plan_member("x", MemberConfig(str(tmp_path / "patched")))))
+    assert ours.keys() == written.keys() == read_model(base).tensors.keys()
+    plain = dict(patched_tensors(plan_member("x", MemberConfig(str(base)))))
     assert all(torch.equal(ours[name], written[name]) for name in ours)
     assert 0 < sum(not torch.equal(ours[name], plain[name]) for name in ours) == 4
     loaded = load_group([check_member("source_ft", member)]).models["source_ft"].state_dict()

@@ -18,7 +18,7 @@ from ensembler.demo import demo_folder
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
 pytestmark = pytest.mark.vllm
 
-EXTENSION = "ensembler.serving.vllm_worker.PointSetter"
+EXTENSION = "ensembler.serving.vllm_model.PointSetter"
 RULES: dict[str, dict[str, Any]] = {
     "base-change": {"rule": "base-change", "alpha": 0.7},
     "eft": {"rule": "eft", "alpha": 1.1},

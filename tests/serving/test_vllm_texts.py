@@ -16,7 +16,7 @@ from helpers.vllm_cases import prompts_for
 
 from ensembler import EnsembleForCausalLM
 from ensembler.cli.main import cli
-from ensembler.decoding.options import DecodingOptions
+from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import Sample
 from ensembler.decoding.texts import complete_prompts
@@ -24,8 +24,7 @@ from ensembler.demo import demo_folder
 from ensembler.engine.grid import GridPoint
 from ensembler.folder import read
 from ensembler.preflight import CheckedEnsemble, check_ensemble
-from ensembler.serving.engine import Engine
-from ensembler.serving.texts import complete_in_engine
+from ensembler.serving.vllm_engine import Engine, complete_in_engine
 
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
 pytestmark = pytest.mark.vllm
@@ -118,7 +117,7 @@ def generate(*arguments: object) -> Any:
 
 def test_the_command_writes_rows_and_goes_on_with_them(tmp_path: Path) -> None:
     prompts = demo_folder() / "data" / "examples.jsonl"
-    asked = ["--prompts", prompts, "--max-new-tokens", 16, "--output"]
+    asked = ["--data", prompts, "--max-new-tokens", 16, "--output"]
     done = CliRunner().invoke(cli, ["generate", "demo", *map(str, [*asked, tmp_path / "plain.jsonl"])])
     assert done.exit_code == 0, done.stderr
     done = generate(*asked, tmp_path / "vllm.jsonl")
@@ -132,17 +131,15 @@ def test_the_command_writes_rows_and_goes_on_with_them(tmp_path: Path) -> None:
 
     whole = (tmp_path / "vllm.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "vllm.jsonl").write_text("".join(whole[:3]) + whole[3][:9])  # killed while a row was written
-    done = generate(*asked, tmp_path / "vllm.jsonl", "--resume")
+    done = generate(*asked, tmp_path / "vllm.jsonl")
     assert done.exit_code == 0, done.stderr
     assert f"texts: {len(whole) - 3}," in done.stderr
     again = [json.loads(line) for line in (tmp_path / "vllm.jsonl").read_text().splitlines()]
     assert [row["text"] for row in again] == [row["text"] for row in ours]
     assert again[:3] == ours[:3]
     for backend in ([], ["--backend", "vllm", "--max-new-tokens", "15"]):
-        other = CliRunner().invoke(
-            cli, ["generate", "demo", *map(str, [*asked, tmp_path / "vllm.jsonl", "--resume"]), *backend]
-        )
-        assert "was begun with another ensemble" in str(other.exception)
+        other = CliRunner().invoke(cli, ["generate", "demo", *map(str, [*asked, tmp_path / "vllm.jsonl"]), *backend])
+        assert "was begun with other settings" in str(other.exception)
 
 
 def test_standard_output_holds_results_alone() -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,11 @@ pytest.importorskip("PIL")
 pytest.importorskip("scipy")
 pytest.importorskip("matplotlib")
 
-from helpers.recipe_cases import plan, read, refusal
+from helpers.recipe_cases import plan, refusal
 from helpers.sweep_cases import read_rows
 from helpers.vision_cases import CLASSES, save_clip, save_head, save_images, save_vit, with_other_classifier
 
+from ensembler.evaluation.recipe import read_recipe
 from ensembler.evaluation.results_file import open_results
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
@@ -29,7 +28,7 @@ Figures = dict[str, dict[str, dict[str, float]]]
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ensembler.vision.zero_shot.cache_folder", lambda: tmp_path / "heads")
+    monkeypatch.setattr("ensembler.vision.heads.cache_folder", lambda: tmp_path / "heads")
     monkeypatch.chdir(tmp_path)
 
 
@@ -121,7 +120,7 @@ def test_images_that_several_experiments_have_are_read_once(recipe: Path, monkey
     content = yaml.safe_load(recipe.read_text())
     recipe.write_text(yaml.safe_dump({**content, "experiments": [{"name": "a"}, {"name": "b", "batch_size": 4}]}))
     read: list[str] = []
-    monkeypatch.setattr("ensembler.vision.tasks.decode", lambda content, name: read.append(name))
+    monkeypatch.setattr("ensembler.vision.image_tasks.decode", lambda content, name: read.append(name))
     assert [study.name for study in plan(recipe).studies] == ["a", "b"]
     assert len(read) == 21 + 14
 
@@ -194,7 +193,7 @@ PRINTED = {
 def figures(kind: str) -> Figures:
     """What the recipe has of table 2 by pair of models, data set and method: `published`, or `published_alphas`."""
     found: Figures = {}
-    for experiment in read(RECIPES / "basechange_table2.yaml").experiments:
+    for experiment in read_recipe(RECIPES / "basechange_table2.yaml").experiments:
         pair, _, data = experiment.name.partition(".")
         ((name, by_method),) = getattr(experiment, kind).items()
         assert name == data
@@ -218,7 +217,7 @@ def test_the_figures_of_table_2_are_those_that_are_printed() -> None:
 
 
 def test_table_2_is_planned_whole_on_stand_ins(tmp_path: Path) -> None:
-    recipe = read(RECIPES / "basechange_table2.yaml")
+    recipe = read_recipe(RECIPES / "basechange_table2.yaml")
     clip = save_clip(tmp_path / "clip", 1)
     save_head(clip / "head.safetensors", 12)
     here = tmp_path / "basechange"
@@ -240,7 +239,7 @@ def test_table_2_is_planned_whole_on_stand_ins(tmp_path: Path) -> None:
     assert [each.name for each in plans] == [f"{experiment.name}.ensemble" for experiment in recipe.experiments]
     for each in plans:
         (task,) = each.tasks
-        assert (len(task.parts["validation"]), len(task.parts["test"])) == (7, 14)
+        assert (len(task.subsets["validation"]), len(task.subsets["test"])) == (7, 14)
         assert each.checked.config.templates == ["a photo of a {}", "art of a {}"]
         assert {role: files.kind for role, files in each.checked.files.items()} == {  # type: ignore[attr-defined]
             "source_ft": "head",
@@ -255,7 +254,7 @@ def test_the_recipes_tell_their_source_and_what_to_bring() -> None:
     for folder in ("./basechange/clip-MODEL-DATA", "./basechange/DATASET-MODEL", "./basechange/data/DATASET"):
         assert folder in header
     assert all(re.search(rf"\b{data}\b", header) for data in TABLE)
-    digits = read(RECIPES / "digits.yaml")
+    digits = read_recipe(RECIPES / "digits.yaml")
     assert len(digits.experiments) == 12
     assert all(experiment.validation == "validation" for experiment in digits.experiments)
 
@@ -263,30 +262,24 @@ def test_the_recipes_tell_their_source_and_what_to_bring() -> None:
 # -- the digits -------------------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).parents[2]
-DIGITS = ROOT / "benchmarks" / "results" / "bench" / "digits"
 
 
-def test_the_tables_of_the_digits_are_those_of_the_committed_results() -> None:
-    command = [sys.executable, ROOT / "benchmarks" / "digits_tables.py"]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    lines = [line for line in printed.splitlines() if line.startswith("|")]
-    assert len(lines) > 30
-    page = (ROOT / "docs" / "vision.md").read_text("utf-8").splitlines()
-    assert [line for line in lines if line not in page] == []
+def test_accuracies_of_the_digits_are_means_over_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recomputed from the rows, choice of alpha on validation images included."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from rows_to_figures import read_figures
 
-
-def test_the_committed_rows_give_the_committed_accuracies() -> None:
-    """Recomputed from the rows alone, choice of alpha on validation images included."""
-    tasks = json.loads((DIGITS / "summary.json").read_text("utf-8"))["tasks"]
+    tasks = read_figures("bench/digits")
     assert len(tasks) == 12
-    for task in tasks:
-        with open_results(DIGITS) as results:
-            run = f"{task['experiment']}.ensemble"
-            values, points = results.values(run, "acc"), results.points(run)
+    with open_results(ROOT / "benchmarks" / "results" / "bench" / "digits") as results:
+        runs = {name: f"{name}.ensemble" for name in tasks}
+        rows = {name: (results.values(run, "acc"), results.points(run)) for name, run in runs.items()}
+    for name, task in tasks.items():
+        values, points = rows[name]
         right: dict[tuple[str, str, float], list[float]] = {}
-        for name, of_points in values.items():
+        for document, of_points in values.items():
             for (rule, alpha), value in zip(points, of_points, strict=True):
-                right.setdefault((name.split("/")[1], rule, alpha), []).append(value)
+                right.setdefault((document.split("/")[1], rule, alpha), []).append(value)
         accuracy = {key: sum(values) / len(values) for key, values in right.items()}
         methods = {one["method"]: one for one in task["methods"]}
         for rule in ("base-change", "eft"):

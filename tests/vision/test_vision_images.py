@@ -17,10 +17,8 @@ from PIL import ExifTags, Image, ImageOps
 
 from ensembler.errors import ConfigError, ImageError
 from ensembler.vision import images
-from ensembler.vision.datasets import find_splits
-from ensembler.vision.images import ImageSource, decode, find_images, image_file
-from ensembler.vision.loader import ahead
-from ensembler.vision.tasks import load_image_task
+from ensembler.vision.image_tasks import find_splits, load_image_task
+from ensembler.vision.images import ImageSource, ahead, decode, find_images, image_file
 
 RAMP = np.arange(64 * 64).reshape(64, 64)
 
@@ -254,7 +252,7 @@ def test_splits_that_are_not_used_are_not_decoded(tmp_path: Path, monkeypatch: p
         save_images(tmp_path / "set" / split, per_class, classes=("a", "b"))
     save_images(tmp_path / "set" / "train", 1, classes=("unknown",))
     decoded: list[str] = []
-    monkeypatch.setattr("ensembler.vision.tasks.decode", lambda content, name: decoded.append(name))
+    monkeypatch.setattr("ensembler.vision.image_tasks.decode", lambda content, name: decoded.append(name))
     assert load_image_task(tmp_path / "set", ("a", "b")).splits == {"test": 4}
     assert len(decoded) == 4
     assert load_image_task(tmp_path / "set", ("a", "b"), validation="3").splits == {"test": 4}

@@ -46,7 +46,7 @@ from ensembler.errors import ClassesError, ConfigError, InputError, LogitsError,
 from ensembler.rules import RULES
 from ensembler.vision import zero_shot
 from ensembler.vision.answers import describe_images
-from ensembler.vision.preflight import check_images
+from ensembler.vision.image_preflight import check_images
 
 SAVE = {"vit": save_vit, "convnext": save_convnext, "dinov2": save_dinov2}
 TRIO = ("source_ft", "source_pt", "target_pt")
@@ -54,7 +54,7 @@ TRIO = ("source_ft", "source_pt", "target_pt")
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ensembler.vision.zero_shot.cache_folder", lambda: tmp_path / "heads")
+    monkeypatch.setattr("ensembler.vision.heads.cache_folder", lambda: tmp_path / "heads")
 
 
 @torch.no_grad()

