@@ -39,10 +39,8 @@ RUN python3 /cuda/build.py
 
 FROM base AS gpu
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-# torch for GPUs pins its own Triton, another than the one that constraints.txt has for the tests without GPUs.
 RUN --mount=type=cache,target=/root/.cache/pip \
-    sed --in-place '/^triton==/d' constraints.txt \
-    && pip install --constraint constraints.txt '.[eval,vision]'
+    pip install --constraint constraints.txt '.[eval,vision]'
 COPY --from=cuda /cuda/_build /usr/local/lib/python3.11/site-packages/ensembler_kernels/cuda/_build
 WORKDIR /work
 USER 1000

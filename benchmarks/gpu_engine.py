@@ -53,13 +53,13 @@ class Family:
     def bytes_of_token(self, rows: int, length: int) -> int:
         """Return the bytes that a token of `rows` texts of `length` reads: weights but embeddings, and the cache."""
         total = 0
-        for forward in self.ensemble.member_set.forwards:
-            config = forward.model.config
-            head = forward.model.get_input_embeddings().weight
+        for runner in self.ensemble.member_set.runners:
+            config = runner.model.config
+            head = runner.model.get_input_embeddings().weight
             tied = config.tie_word_embeddings
-            total += sum(weight.nbytes for weight in forward.model.parameters()) - (0 if tied else head.nbytes)
+            total += sum(weight.nbytes for weight in runner.model.parameters()) - (0 if tied else head.nbytes)
             of_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * head.element_size()
-            total += rows * len(forward.roles) * length * of_token
+            total += rows * len(runner.roles) * length * of_token
         return total
 
 

@@ -80,7 +80,7 @@ def make_chunks(model: EnsembleForImageClassification, args: argparse.Namespace)
 
 def seconds(model: EnsembleForImageClassification, chunk: Chunk, points: list[GridPoint]) -> float:
     begun = time.perf_counter()
-    answer_prepared(model, Grid.of(points, model.rule, model.contract, "mask").on(model.device), *chunk)
+    answer_prepared(model, Grid.of(points, model.rule, model.contract, "mask").to(model.device), *chunk)
     return time.perf_counter() - begun
 
 

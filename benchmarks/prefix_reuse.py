@@ -28,8 +28,8 @@ from measuring import RESULTS, Measured, printed_by, resident_mb, spread
 from transformers import AutoTokenizer
 
 from ensembler import EnsembleForCausalLM
+from ensembler.decoding.batching import pad_left
 from ensembler.decoding.decoding_options import DecodingOptions
-from ensembler.decoding.prompt_batches import pad_left
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.texts import complete_prompts
 
@@ -81,7 +81,7 @@ def prefills(model: EnsembleForCausalLM, tokenizer: Any, prompts: list[EncodedPr
         found = {
             one.number: one.samples[0].ids[0]
             for one in complete_prompts(
-                model, tokenizer, prompts, options, batch_size=len(prompts), share_headers=share
+                model, tokenizer, prompts, options, batch_size=len(prompts), share_prefixes=share
             )
         }
         return [found[prompt.number] for prompt in prompts]

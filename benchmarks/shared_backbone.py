@@ -27,9 +27,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from ensembler import MemberConfig
-from ensembler.engine.forward import Step
 from ensembler.engine.member_set import MemberSet
 from ensembler.engine.members import MemberFiles, check_member, load_group
+from ensembler.engine.model_runner import Step
 from ensembler.vocab import make_contract
 
 OUT = RESULTS / "shared_backbone.jsonl"

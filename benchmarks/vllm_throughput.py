@@ -33,7 +33,7 @@ from measuring import RESULTS, Measured, spread
 from transformers import GenerationConfig
 
 from ensembler import EnsembleConfig, EnsembleForCausalLM
-from ensembler.folder import write_checked
+from ensembler.folder import write
 from ensembler.preflight import check_ensemble
 
 OUT = RESULTS / "vllm_throughput.jsonl"
@@ -147,7 +147,7 @@ def main() -> None:
     checked = check_ensemble(EnsembleConfig(alpha=0.5, members=members))
     settings = {"dtype": args.dtype, "max_model_len": PROMPT_TOKENS + UNEQUAL[1], "enforce_eager": args.eager}
     with tempfile.TemporaryDirectory() as folder:
-        write_checked(checked, Path(folder) / "ensemble")
+        write(checked.config, Path(folder) / "ensemble", checked.tokenizer, checked.generation_config)
         ensemble = LLM(str(Path(folder) / "ensemble"), load_format="ensembler", **settings)
         target = LLM(str(args.model), **settings)
         torch.set_num_threads(threads)  # vLLM leaves one to the process that starts its engines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,46 +16,6 @@ from ensembler.errors import ConfigError
 from ensembler.quantization import Quantization
 from ensembler.rules import Rule, get_rule
 from ensembler.vocab import OUTSIDE_CHOICES
-
-_SHOWN = 3  # names in an error's line
-
-
-def check_labels(labels: Any, source: str) -> list[str]:
-    """Return labels as a list; raise ConfigError unless they are texts, one or more."""
-    if isinstance(labels, str) or not isinstance(labels, Sequence) or not labels or not all(map(_is_text, labels)):
-        raise ConfigError(f"{source} holds no classes; expected a list of labels, each a text")
-    return list(labels)
-
-
-def check_texts(texts: Any, source: str) -> dict[str, str]:
-    """Return texts by label or name; raise ConfigError unless `texts` is a mapping of them."""
-    if not isinstance(texts, Mapping):
-        raise ConfigError(f"{source} is {type(texts).__name__}; expected a mapping from one text to another")
-    for key, value in texts.items():
-        if not _is_text(key) or not _is_text(value):
-            raise ConfigError(f"{source} has {value!r} for {key!r}; expected a text")
-    return dict(texts)
-
-
-def check_templates(templates: Any, source: str) -> list[str]:
-    """Return prompts as a list; raise ConfigError unless each has one {} for the class."""
-    if isinstance(templates, str) or not isinstance(templates, Sequence) or not templates:
-        raise ConfigError(f"{source} is {templates!r}; expected a list of prompts, each with one {{}} for the class")
-    for template in templates:
-        if not isinstance(template, str) or template.count("{}") != 1:
-            raise ConfigError(f"{source} has the template {template!r}; expected one {{}} in it, for the class")
-    return list(templates)
-
-
-def some(names: Sequence[str]) -> str:
-    """Return the first names, quoted, and how many more there are."""
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(repr, names[:_SHOWN])) + more
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
-
 
 TEXTS, IMAGES = "text-generation", "image-classification"
 TASKS = (TEXTS, IMAGES)
@@ -114,21 +74,21 @@ class MemberConfig:
                 object.__setattr__(self, name, {str(key): str(entry) for key, entry in value.items()})
             elif value is not None and (name == "max_memory" or not isinstance(value, str)):
                 raise ConfigError(f"{name} of a member is {value!r}; expected a mapping")
-        for place, size in (self.max_memory or {}).items():
+        for device, size in (self.max_memory or {}).items():
             if not _SIZE.fullmatch(size):
-                raise ConfigError(f"max_memory of {place!r} is {size!r}; expected bytes, or a size such as '20GiB'")
+                raise ConfigError(f"max_memory of {device!r} is {size!r}; expected bytes, or a size such as '20GiB'")
         if self.max_memory is not None and not isinstance(self.device_map, str):
             raise ConfigError("max_memory was given without a strategy; give device_map 'auto' or 'balanced' beside it")
         if self.device_map is not None and self.device != "cpu":
             raise ConfigError(f"a member has the device {self.device!r} and a device_map; give one of them")
 
     @classmethod
-    def parse(cls, role: str, value: MemberConfig | Mapping[str, Any] | str) -> MemberConfig:
+    def parse(cls, role: str, value: MemberConfig | Mapping[str, Any] | str | Path) -> MemberConfig:
         """Return a MemberConfig from one, from a path or hub id, or from the mapping that config.json holds."""
         if isinstance(value, MemberConfig):
             return value
-        if isinstance(value, str):
-            return cls(model=value)
+        if isinstance(value, str | Path):
+            return cls(model=str(value))
         if not isinstance(value, Mapping):
             raise ConfigError(f"member {role!r} is {value!r}; expected a path, a hub id or a mapping with 'model'")
         known = {entry.name for entry in fields(cls)}
@@ -140,28 +100,29 @@ class MemberConfig:
         return cls(**value)
 
     def placed(self, device: str) -> MemberConfig:
-        """The same on another device, or spread by a strategy of accelerate ('auto', 'balanced' ...)."""
+        """Return the same on another device, or spread by a strategy of accelerate ('auto', 'balanced' ...)."""
         if device in DEVICE_MAPS:
             return replace(self, device="cpu", device_map=device)
         return replace(self, device=device, device_map=None, max_memory=None)
 
+    def with_paths(self, resolve: Callable[[str], str]) -> MemberConfig:
+        """Return the same with model, adapter and head as `resolve` names them."""
+        names = {"model": self.model, "adapter": self.adapter, "head": self.head}
+        changed: dict[str, Any] = {key: resolve(name) for key, name in names.items() if name is not None}
+        return replace(self, **changed)
+
     def absolute(self) -> MemberConfig:
-        """The same with existing relative paths made absolute: folders, and the file of a head."""
-        paths: dict[str, Any] = {
-            name: str(Path(value).expanduser().resolve())
-            for name, value in (
-                ("model", self.model),
-                ("adapter", self.adapter),
-                ("offload_folder", self.offload_folder),
-            )
-            if value is not None and Path(value).expanduser().is_dir()
-        }
-        if self.head is not None and Path(self.head).expanduser().is_file():
-            paths["head"] = str(Path(self.head).expanduser().resolve())
+        """Return the same with existing relative paths made absolute: folders, and the file of a head."""
+        paths: dict[str, Any] = {}
+        for name in ("model", "adapter", "offload_folder", "head"):
+            value = getattr(self, name)
+            path = None if value is None else Path(value).expanduser()
+            if path is not None and (path.is_file() if name == "head" else path.is_dir()):
+                paths[name] = str(path.resolve())
         return replace(self, **paths)
 
     def to_dict(self) -> dict[str, Any]:
-        """The mapping for config.json: what differs from the defaults."""
+        """Return the mapping for config.json: what differs from the defaults."""
         defaults = {entry.name: entry.default for entry in fields(self)}
         content = {key: value for key, value in asdict(self).items() if value != defaults[key]}
         if self.quantization is not None:
@@ -226,7 +187,7 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
     def _check(self) -> None:
         rule = self.get_rule()
         if rule.name == "linear":
-            self.anchor = rule.anchor  # said, since JSON may sort the roles
+            self.anchor = rule.anchor  # written down, since JSON may sort the roles
         if not isinstance(self.members, Mapping):
             raise ConfigError(f"members is {self.members!r}; expected a mapping from role to member")
         self.alpha = rule.check_alpha(self.alpha)
@@ -240,15 +201,30 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
         self._check_classes()
 
     def _check_classes(self) -> None:
-        """Check the form of what is said of classes; the members tell which classes there are."""
-        if self.classes is not None:
-            self.name_classes(check_labels(self.classes, "classes"))
+        """Check the form of classes, prompts and names; which classes there are is known from the members."""
         for name in ("class_texts", "aliases"):
             texts = getattr(self, name)
-            if texts is not None:
-                setattr(self, name, check_texts(texts, name))
+            if texts is None:
+                continue
+            if not isinstance(texts, Mapping):
+                raise ConfigError(f"{name} is {type(texts).__name__}; expected a mapping from one text to another")
+            for key, value in texts.items():
+                if not _is_text(key) or not _is_text(value):
+                    raise ConfigError(f"{name} has {value!r} for {key!r}; expected a text")
+            setattr(self, name, dict(texts))
+        if self.classes is not None:
+            if not _is_list(self.classes) or not all(map(_is_text, self.classes)):
+                raise ConfigError("classes holds no classes; expected a list of labels, each a text")
+            self.name_classes(self.classes)
         if self.templates is not None:
-            self.templates = check_templates(self.templates, "templates")
+            if not _is_list(self.templates):
+                raise ConfigError(f"templates is {self.templates!r}; expected a list of prompts, each with one {{}}")
+            for template in self.templates:
+                if not isinstance(template, str) or template.count("{}") != 1:
+                    raise ConfigError(
+                        f"templates has the template {template!r}; expected one {{}} in it, for the class"
+                    )
+            self.templates = list(self.templates)
 
     def name_classes(self, classes: Sequence[str]) -> None:
         """Set the classes, and with them what `transformers` calls the labels of a classifier."""
@@ -280,30 +256,31 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
         return copy
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of config.json."""
+        """Return the content of config.json."""
         content: dict[str, Any] = super().to_dict()
         content["members"] = {role: member.to_dict() for role, member in self.members.items()}
-        said = {key: value for key, value in content.items() if key in _KEYS_WRITTEN and value is not None}
-        return {key: value for key, value in said.items() if (key, value) != ("task", TEXTS)}
+        if self.task == TEXTS:
+            content.pop("task", None)
+        return {key: value for key, value in content.items() if key in _KEYS_WRITTEN and value is not None}
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """All keys of an ensemble are worth writing, defaults too."""
+        """Return all keys: those of an ensemble are worth writing, defaults too."""
         return self.to_dict()
 
 
 AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
 _OWN_KEYS = tuple(name for name in EnsembleConfig.__annotations__ if name != "model_type")
 _KEYS_WRITTEN = {"model_type", "architectures", "transformers_version", *_OWN_KEYS}
-_KEYS_OF_TRANSFORMERS = {
-    "attn_implementation",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "output_attentions",
-    "torch_dtype",
-    "use_cache",
-}
+_KEYS_OF_TRANSFORMERS = {"attn_implementation", "experts_implementation", "model_type", "name_or_path", "num_labels"}
+_KEYS_OF_TRANSFORMERS |= {"output_attentions", "torch_dtype", "use_cache"}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
 
 
 def check_roles(rule: Rule, roles: Mapping[str, Any]) -> None:
@@ -314,10 +291,3 @@ def check_roles(rule: Rule, roles: Mapping[str, Any]) -> None:
     unknown = [role for role in roles if role not in rule.roles]
     if unknown:
         raise ConfigError(f"unknown role {unknown[0]!r}; the roles of {rule.name!r}: {', '.join(rule.roles)}")
-
-
-def check_known(roles: Mapping[str, Any], members: Mapping[str, Any]) -> None:
-    """Raise ConfigError unless `roles` are roles of `members`."""
-    unknown = [role for role in roles if role not in members]
-    if unknown:
-        raise ConfigError(f"unknown role {unknown[0]!r}; the members are: {', '.join(members)}")

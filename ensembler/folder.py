@@ -19,29 +19,19 @@ from huggingface_hub import HfApi
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from ensembler.config import EnsembleConfig, MemberConfig, check_known
+from ensembler.config import EnsembleConfig, MemberConfig
+from ensembler.engine.members import TOKENIZER_FILES, TOKENIZER_SETTINGS
 from ensembler.errors import ConfigError, MemberError, OutputError
 from ensembler.files import find_file, find_folder, read_json, scratch_beside, write_whole
-from ensembler.preflight import CheckedEnsemble
 
 CONFIG = "config.json"
 IN_MEMORY = "<in memory>"
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-_CHANGED = ("rule", "alpha", "constant", "slope", "cutoff", "outside")  # by from_pretrained
+_OVERRIDES = ("rule", "alpha", "constant", "slope", "cutoff", "outside")  # of from_pretrained
 _NUMBERS_OF_RULES = ("constant", "slope", "anchor", "cutoff")
-_OPTIONS_OF_AUTO = {"_from_auto", "_commit_hash", "adapter_kwargs", "low_cpu_mem_usage", *HUB_OPTIONS}
+_OPTIONS_OF_AUTO = ("_from_auto", "_commit_hash", "adapter_kwargs", "low_cpu_mem_usage")
 # Files that belong to an ensemble: where it is overwritten, those of the old anchor must not outlive it.
-REPLACED = {
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-}
+_OWN_FILES = {"chat_template.jinja", "generation_config.json", *TOKENIZER_FILES, *TOKENIZER_SETTINGS}
 
 
 @dataclass(frozen=True)
@@ -66,13 +56,13 @@ class Copy:
 
 
 def named(member: object) -> Any:
-    """Return what config.json holds for a member that was given as a path, a MemberConfig, a mapping or a model."""
+    """Return what a configuration holds for a member, which may be a loaded model. Raises ConfigError."""
     if isinstance(member, PreTrainedModel):
         return MemberConfig(IN_MEMORY)
     if isinstance(member, nn.Module):
         kind = type(member).__name__
         raise ConfigError(f"a member is a {kind}; expected a PreTrainedModel (of a PeftModel: merge_and_unload())")
-    return str(member) if isinstance(member, Path) else member
+    return member
 
 
 def find(name: str | Path, **hub_options: Any) -> Path:
@@ -97,29 +87,30 @@ def load(
     config: EnsembleConfig | None,
     *,
     dtype: str | torch.dtype | None,
-    device_map: str | torch.device | Mapping[str, str | torch.device] | None,
-    options: dict[str, Any],
+    device_map: str | torch.device | Mapping[str, str | torch.device] | None = None,
+    options: Mapping[str, Any],
 ) -> EnsembleConfig:
     """Return the configuration of the ensemble called `name` as `from_pretrained` takes it, changed as it asks.
 
     `config` stands in for the folder's own. `options`: of the rule (`rule`, `alpha` ...) and of the hub; any other
     raises ConfigError.
     """
-    dtype = options.pop("torch_dtype", None) if dtype is None else dtype
-    hub_options = {name: options.pop(name) for name in HUB_OPTIONS if options.get(name) is not None}
-    changes = {name: options.pop(name) for name in _CHANGED if options.get(name) is not None}
-    unknown = [name for name, value in options.items() if value is not None and name not in _OPTIONS_OF_AUTO]
+    given = {key: value for key, value in options.items() if value is not None}
+    dtype = given.pop("torch_dtype", None) if dtype is None else dtype
+    unknown = [key for key in given if key not in {*_OVERRIDES, *_OPTIONS_OF_AUTO, *HUB_OPTIONS}]
     if unknown:
         raise ConfigError(f"from_pretrained of an ensemble takes no {unknown[0]!r}; set it for each member instead")
-    folder = find(name, **hub_options)
+    folder = find(name, **{key: given[key] for key in HUB_OPTIONS if key in given})
     config = read(folder) if config is None else located(config, folder)
-    config = config.replaced(**changes)
+    config = config.replaced(**{key: given[key] for key in _OVERRIDES if key in given})
     if dtype not in (None, "auto"):
         config.change_members(dtype=str(dtype).removeprefix("torch."))
     if device_map is not None:
-        places = device_map if isinstance(device_map, Mapping) else dict.fromkeys(config.members, device_map)
-        check_known(places, config.members)
-        config.members |= {role: config.members[role].placed(str(place)) for role, place in places.items()}
+        devices = device_map if isinstance(device_map, Mapping) else dict.fromkeys(config.members, device_map)
+        unknown = [role for role in devices if role not in config.members]
+        if unknown:
+            raise ConfigError(f"unknown role {unknown[0]!r}; the members are: {', '.join(config.members)}")
+        config.members |= {role: config.members[role].placed(str(device)) for role, device in devices.items()}
     return config
 
 
@@ -141,7 +132,13 @@ def _check_kind(content: Mapping[str, Any], name: str | Path) -> None:
 
 def located(config: EnsembleConfig, folder: Path) -> EnsembleConfig:
     """Make the paths of members absolute and note that the configuration is that of `folder`."""
-    config.members = {role: _absolute(member, folder) for role, member in config.members.items()}
+
+    def absolute(name: str) -> str:
+        if name.startswith("."):
+            return str((folder / name).resolve())
+        return str(folder / name) if (folder / name).is_dir() else name
+
+    config.members = {role: member.with_paths(absolute) for role, member in config.members.items()}
     config.name_or_path = str(folder)
     return config
 
@@ -149,23 +146,34 @@ def located(config: EnsembleConfig, folder: Path) -> EnsembleConfig:
 def write(
     config: EnsembleConfig,
     folder: Path,
+    tokenizer: Any | None = None,
+    generation_config: GenerationConfig | None = None,
     *,
-    tokenizer: Any | None,
-    generation_config: GenerationConfig | None,
     copies: Mapping[str, Copy] | None = None,
     overwrite: bool = False,
 ) -> None:
-    """Write an ensemble's folder; `copies` are members to save inside it, by role.
+    """Write an ensemble's folder, with the anchor's tokenizer and generation settings; `copies`: members to save in it.
 
-    Everything is made beside its place and moved into it when it is complete, config.json last: an interrupted write
+    Everything is made beside the folder and moved into it when it is complete, config.json last: an interrupted write
     leaves nothing that looks like an ensemble. `overwrite` replaces an ensemble's own files, and nothing else.
     """
     folder = folder.expanduser().resolve()
-    _check_place(folder, overwrite=overwrite)
+    _check_free(folder, overwrite=overwrite)
+
+    def relative(name: str) -> str:
+        """A path below the folder's parent as a relative one, so that both can be moved together; others absolute."""
+        path = Path(name).expanduser().resolve()
+        if not Path(name).expanduser().exists():
+            return name
+        if not path.is_relative_to(folder.parent):
+            return str(path)
+        found = Path(os.path.relpath(path, folder)).as_posix()
+        return found if found.startswith(".") else f"./{found}"
+
     with scratch_beside(folder) as scratch:
         made = scratch / "made"
         made.mkdir()
-        members = {role: _relative(member, folder) for role, member in config.members.items()}
+        members = {role: member.with_paths(relative) for role, member in config.members.items()}
         for role, copy in (copies or {}).items():
             copy.save(made / role)
             head = config.members[role].head
@@ -187,7 +195,7 @@ def write(
             if (folder / entry.name).is_dir():
                 (folder / entry.name).rename(scratch / f"old {entry.name}")
             entry.replace(folder / entry.name)
-        for name in REPLACED - names:
+        for name in _OWN_FILES - names:
             (folder / name).unlink(missing_ok=True)
 
 
@@ -216,8 +224,8 @@ class PushedFolder:
         """
         if not copy_members:
             self._check_on_hub()
-        with tempfile.TemporaryDirectory() as place:
-            folder = Path(place) / "ensemble"
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "ensemble"
             self.save_pretrained(folder, copy_members=copy_members)
             api = HfApi(token=token, library_name="ensembler")
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
@@ -234,7 +242,7 @@ class PushedFolder:
                     )
 
 
-def _check_place(folder: Path, *, overwrite: bool) -> None:
+def _check_free(folder: Path, *, overwrite: bool) -> None:
     """Raise OutputError unless `folder` is new or empty, or holds an ensemble that may be overwritten."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -261,50 +269,3 @@ def set_point(folder: Path, rule: str, alpha: float) -> None:
     if content.get("rule", EnsembleConfig.rule) != rule:
         content = {key: value for key, value in content.items() if key not in _NUMBERS_OF_RULES}
     write_whole(folder / CONFIG, json.dumps({**content, "rule": rule, "alpha": alpha}, indent=2) + "\n")
-
-
-def write_checked(checked: CheckedEnsemble, folder: Path, *, overwrite: bool = False) -> None:
-    """Write the folder of a checked ensemble, with the anchor's tokenizer and generation settings; loads no weights."""
-    write(
-        checked.config,
-        folder,
-        tokenizer=checked.tokenizer,
-        generation_config=checked.generation_config,
-        overwrite=overwrite,
-    )
-
-
-def _absolute(member: MemberConfig, folder: Path) -> MemberConfig:
-    return replace(
-        member,
-        model=_from_folder(member.model, folder),
-        adapter=None if member.adapter is None else _from_folder(member.adapter, folder),
-        head=None if member.head is None else _from_folder(member.head, folder),
-    )
-
-
-def _from_folder(name: str, folder: Path) -> str:
-    if name.startswith("."):
-        return str((folder / name).resolve())
-    return str(folder / name) if (folder / name).is_dir() else name
-
-
-def _relative(member: MemberConfig, folder: Path) -> MemberConfig:
-    return replace(
-        member,
-        model=_to_folder(member.model, folder),
-        adapter=None if member.adapter is None else _to_folder(member.adapter, folder),
-        head=None if member.head is None else _to_folder(member.head, folder),
-    )
-
-
-def _to_folder(name: str, folder: Path) -> str:
-    """A path below the folder's parent as a relative one, so that both can be moved together; others absolute."""
-    path = Path(name).expanduser()
-    if not path.exists():
-        return name
-    path = path.resolve()
-    if not path.is_relative_to(folder.parent):
-        return str(path)
-    relative = Path(os.path.relpath(path, folder)).as_posix()
-    return relative if relative.startswith(".") else f"./{relative}"

@@ -106,7 +106,7 @@ class EnsembleGeneration(FixedRule, GenerationMixin):  # type: ignore[misc,unuse
         if generation_config.use_cache and prepared.get("past_key_values") is None:
             room = generation_config.max_length - 1
             prepare_caches(
-                self.member_set.forwards, generation_config, prepared, GenerationMode.SAMPLE, input_ids.shape[0], room
+                self.member_set.runners, generation_config, prepared, GenerationMode.SAMPLE, input_ids.shape[0], room
             )
         return super()._sample(input_ids, generation_config=generation_config, **prepared)
 
@@ -125,13 +125,14 @@ class EnsembleGeneration(FixedRule, GenerationMixin):  # type: ignore[misc,unuse
             super()._prepare_cache_for_generation(
                 generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
-        if generation_mode not in _ONE_BY_ONE:
-            reason = generation_mode.value.replace("_", " ")
-            check_given_cache(given, reason)
-            _logger.info("decoded by transformers' own loop: %s", reason)
-        if given is None and generation_config.use_cache and generation_mode not in _ONE_BY_ONE:
+        if generation_mode in _ONE_BY_ONE:
+            return
+        reason = generation_mode.value.replace("_", " ")
+        check_given_cache(given, reason)
+        _logger.info("decoded by transformers' own loop: %s", reason)
+        if given is None and generation_config.use_cache:
             prepare_caches(
-                self.member_set.forwards, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+                self.member_set.runners, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
 
     @contextmanager

@@ -11,13 +11,11 @@ from torch import nn
 
 from ensembler.config import MemberConfig
 from ensembler.engine.members import MemberFiles, group_members
-from ensembler.errors import MemberError
 from ensembler.files import is_local
-from ensembler.planning.member_sizes import loaded_bytes, measure_group, member_dtype, stored_parameters
+from ensembler.planning.member_sizes import loaded_bytes, member_dtype, predicted_bytes, stored_parameters
+from ensembler.planning.sizes import DTYPE_BYTES
 from ensembler.preflight import CheckedEnsemble
 from ensembler.safetensors_files import fingerprint, stored_tensors, weight_files
-
-_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,7 @@ class MemberSummary:
 
 @dataclass(frozen=True)
 class CopySummary:
-    """One copy of weights and the members that it serves: bytes as predicted from its config (None: they cannot be),
-    and as they are in memory (None: not loaded).
-    """
+    """One copy of weights: its bytes as predicted (None: they cannot be) and as in memory (None: not loaded)."""
 
     roles: tuple[str, ...]
     quantization: str | None
@@ -73,12 +69,12 @@ class EnsembleSummary:
     copies: tuple[CopySummary, ...]
 
     def with_actual(self, models: Mapping[str, nn.Module]) -> EnsembleSummary:
-        """The same with the bytes of loaded members, by role."""
+        """Return the same with the bytes of loaded members, by role."""
         copies = (replace(c, actual_bytes=loaded_bytes(models[role] for role in c.roles)) for c in self.copies)
         return replace(self, copies=tuple(copies))
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as a mapping for JSON."""
+        """Return a mapping for JSON."""
         return asdict(self)
 
 
@@ -99,7 +95,7 @@ def summarise(checked: CheckedEnsemble) -> EnsembleSummary:
         notes=contract.notes,
         warnings=role_warnings(checked),
         members=tuple(_member(checked.files[role], contract.widths[role], weights[role]) for role in rule.roles),
-        copies=tuple(_copy(group, rule.anchor) for group in group_members(checked.files)),
+        copies=tuple(_copy(group) for group in group_members(checked.files)),
     )
 
 
@@ -127,22 +123,17 @@ def _are_same(one: MemberConfig, two: MemberConfig) -> bool:
         return False
     if (one.model, one.revision) == (two.model, two.revision):
         return True
-    return is_local(one.model) and is_local(two.model) and _fingerprint(one.model) == _fingerprint(two.model)
+    if not (is_local(one.model) and is_local(two.model)):
+        return False
+    files = (weight_files(Path(member.model)) for member in (one, two))
+    first, second = (fingerprint(tensor for file in each for tensor in stored_tensors(file).values()) for each in files)
+    return first == second
 
 
-def _fingerprint(model: str) -> str:
-    files = weight_files(Path(model))
-    return fingerprint(tensor for file in files for tensor in stored_tensors(file).values())
-
-
-def _copy(group: tuple[MemberFiles, ...], anchor: str) -> CopySummary:
-    config = group[0].config
-    try:
-        predicted = measure_group(group, anchor).weight_bytes(config.quantization, spread=config.device_map is not None)
-    except MemberError:  # a summary is of use without it
-        predicted = None
-    quantization = None if config.quantization is None else str(config.quantization)
-    return CopySummary(tuple(member.role for member in group), quantization, predicted)
+def _copy(group: tuple[MemberFiles, ...]) -> CopySummary:
+    method = group[0].config.quantization
+    quantization = None if method is None else str(method)
+    return CopySummary(tuple(member.role for member in group), quantization, predicted_bytes(group))
 
 
 def _member(files: MemberFiles, width: int, weight: float) -> MemberSummary:
@@ -159,5 +150,5 @@ def _member(files: MemberFiles, width: int, weight: float) -> MemberSummary:
         context=files.context,
         width=width,
         parameters=parameters,
-        num_bytes=None if parameters is None else parameters * _BYTES.get(dtype, 4),
+        num_bytes=None if parameters is None else parameters * DTYPE_BYTES.get(dtype, 4),
     )

@@ -23,10 +23,10 @@ from ensembler.config import EnsembleConfig, MemberConfig, check_roles
 from ensembler.engine.backbone import Backbone
 from ensembler.engine.distributed import RankedMembers, World
 from ensembler.engine.ensemble_cache import EnsembleCache
-from ensembler.engine.forward import Step
 from ensembler.engine.grid import make_combination
 from ensembler.engine.member_set import MemberSet
 from ensembler.engine.members import MemberFiles, load_members, load_whole, shortest_context
+from ensembler.engine.model_runner import Step
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import ConfigError, InputError
 from ensembler.generation import EnsembleGeneration, check_arguments
@@ -141,7 +141,7 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         models, backbones = load_members(checked.files, world, attn_implementation=attn_implementation)
         model = cls(checked.config, models | checked.loaded, checked.contract, backbones, world)
         model.tokenizer = checked.tokenizer
-        model._files = checked.files
+        model._files = dict(checked.files)
         if checked.generation_config is not None:
             model.generation_config = checked.generation_config
         return model
@@ -173,10 +173,10 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         these. `world`: the processes that share the members. The hub's options (`revision`, `token` ...) say which
         folder; any other is refused.
         """
-        changes = {"rule": rule, "alpha": alpha, "constant": constant, "slope": slope}
-        changes |= {"cutoff": cutoff, "outside": outside}
+        options |= {"rule": rule, "alpha": alpha, "constant": constant, "slope": slope}
+        options |= {"cutoff": cutoff, "outside": outside}
         config = folders.load(
-            pretrained_model_name_or_path, config, dtype=dtype, device_map=device_map, options={**options, **changes}
+            pretrained_model_name_or_path, config, dtype=dtype, device_map=device_map, options=options
         )
         attn_implementation = attn_implementation or config._attn_implementation_internal
         return cls.from_config(
@@ -235,8 +235,8 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
     @property
     def device(self) -> torch.device:
         """The device of inputs and of combined logits: the anchor's."""
-        forwards = self.member_set.forwards
-        return next((forward.device for forward in forwards if self.rule.anchor in forward.roles), forwards[0].device)
+        runners = self.member_set.runners
+        return next((runner.device for runner in runners if self.rule.anchor in runner.roles), runners[0].device)
 
     @property
     def dtype(self) -> torch.dtype:

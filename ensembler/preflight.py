@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ class CheckedEnsemble:
     """
 
     config: EnsembleConfig
-    files: dict[str, MemberFiles]
-    loaded: dict[str, PreTrainedModel]
-    model_configs: dict[str, Any]
+    files: Mapping[str, MemberFiles]
+    model_configs: Mapping[str, Any]
     contract: VocabularyContract
-    tokenizer: Any | None
-    generation_config: GenerationConfig | None
+    loaded: dict[str, PreTrainedModel] = field(default_factory=dict)
+    tokenizer: Any | None = None
+    generation_config: GenerationConfig | None = None
 
     def require_tokenizer(self) -> Any:
         """Return the anchor's tokenizer, or raise MemberError where it came without one."""
@@ -84,20 +84,20 @@ def check_ensemble(
             for role in rule.roles
         ]
     )
-    _fill_in(config, model_configs, contract)
+    text_config = model_configs[rule.anchor].get_text_config(decoder=True)
+    config.vocab_size, config.shared_vocab_size = contract.widths[rule.anchor], contract.shared
+    shortest = shortest_context(model_configs)
+    config.max_position_embeddings = None if shortest is None else shortest[1]
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(text_config, name, None))
     anchor = files.get(rule.anchor)
-    folder = Path(config.name_or_path) if config.name_or_path else None
-    generation_config = _generation_config(folder) or (None if anchor is None else anchor.generation_config())
+    tokenizer = _read_own(AutoTokenizer, config, "tokenizer_config.json")
+    generation_config = _read_own(GenerationConfig, config, "generation_config.json")
+    if anchor is not None:
+        tokenizer = tokenizer or anchor.tokenizer
+        generation_config = generation_config or anchor.generation_config()
     _check_end(config, contract, generation_config)
-    return CheckedEnsemble(
-        config,
-        files,
-        loaded,
-        model_configs,
-        contract,
-        tokenizer=_tokenizer(folder) or (None if anchor is None else anchor.tokenizer),
-        generation_config=generation_config,
-    )
+    return CheckedEnsemble(config, files, model_configs, contract, loaded, tokenizer, generation_config)
 
 
 def _check_end(
@@ -113,31 +113,12 @@ def _check_end(
         )
 
 
-def _tokenizer(folder: Path | None) -> Any | None:
-    if folder is None or not (folder / "tokenizer_config.json").is_file():
+def _read_own(kind: Any, config: EnsembleConfig, file: str) -> Any | None:
+    """Return what the ensemble's own folder holds in `file`, or None. Raises ConfigError."""
+    path = Path(config.name_or_path) / file
+    if not config.name_or_path or not path.is_file():
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return kind.from_pretrained(config.name_or_path)
     except Exception as error:  # tokenizers raises bare Exceptions for files that it cannot read
-        raise ConfigError(f"the tokenizer in {folder} cannot be read: {one_line(error)}") from error
-
-
-def _generation_config(folder: Path | None) -> GenerationConfig | None:
-    if folder is None or not (folder / "generation_config.json").is_file():
-        return None
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        path = folder / "generation_config.json"
-        raise ConfigError(f"{path} cannot be read ({type(error).__name__}); mend or remove it") from error
-
-
-def _fill_in(config: EnsembleConfig, model_configs: Mapping[str, Any], contract: VocabularyContract) -> None:
-    anchor = config.get_rule().anchor
-    text_config = model_configs[anchor].get_text_config(decoder=True)
-    config.vocab_size = contract.widths[anchor]
-    config.shared_vocab_size = contract.shared
-    shortest = shortest_context(model_configs)
-    config.max_position_embeddings = None if shortest is None else shortest[1]
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, name, getattr(text_config, name, None))
+        raise ConfigError(f"{path} cannot be read ({one_line(error)}); mend or remove it") from error

@@ -70,8 +70,7 @@ def finite_number(name: str, value: object) -> float:
 
 
 PLUGINS = "ensembler.rules"  # the entry points of packages that bring rules
-DEFAULT_CUTOFF = 0.1
-_MOST_ALPHAS = 1000
+_MAX_ALPHAS = 1000
 
 _NAMED = (
     Rule(
@@ -99,7 +98,7 @@ _NAMED = (
         name="contrastive",
         constant={"expert": 1.0},
         slope={"expert": 1.0, "amateur": -1.0},
-        cutoff=DEFAULT_CUTOFF,
+        cutoff=0.1,
         formula="p_expert · (p_expert / p_amateur)^α where p_expert ≥ cutoff · max p_expert",
         paper="Li et al. 2023, Contrastive decoding (ACL 2023); this α form: O'Brien and Lewis 2023",
     ),
@@ -111,6 +110,14 @@ _NAMED = (
         formula="p_target_pt · exp(α · reward)",
         paper="Chijiwa et al. 2025, Portable reward tuning; GenARM (arXiv 2410.08193)",
     ),
+)
+_LINEAR = Rule(
+    name="linear",
+    constant={},
+    slope={},
+    formula="exp(Σ (constant + α · slope) · log p)",
+    paper="Hinton 2002, products of experts; Dekoninck et al. 2024, model arithmetic (arXiv 2311.14479)",
+    allows_negative_alpha=True,
 )
 RULES: dict[str, Rule] = {rule.name: rule for rule in _NAMED}
 RULE_NAMES = (*RULES, "linear")  # those that need no register_rule
@@ -134,9 +141,7 @@ def register_rule(
     """
     if not isinstance(name, str) or not name.strip() or "," in name:
         raise ConfigError(f"the name of a rule is {name!r}; expected a word without commas, as in 'my-rule'")
-    constant, slope = _numbers("constant", constant), _numbers("slope", slope)
-    if not constant:
-        raise ConfigError(f"the rule {name!r} has no constant; give at least one role a constant that is not 0")
+    constant, slope = _numbers(name, constant=constant, slope=slope)
     unknown = [role for role in raw_roles if role not in {**constant, **slope}]
     if unknown:
         raise ConfigError(f"raw_roles of the rule {name!r} has {unknown[0]!r}, which has no constant and no slope")
@@ -161,39 +166,6 @@ def find_rule(name: str) -> Rule:
     return RULES[name]
 
 
-def linear_rule(constant: Mapping[str, float], slope: Mapping[str, float], anchor: str | None = None) -> Rule:
-    """Return the rule with these numbers: products of experts, several fine-tuned / base pairs, model arithmetic.
-
-    `anchor` is the role whose vocabulary and tokenizer count; the first one with a constant, if it is not given.
-    """
-    constant, slope = _numbers("constant", constant), _numbers("slope", slope)
-    if not constant:
-        raise ConfigError("the rule 'linear' has no constant; give at least one role a constant that is not 0")
-    if anchor is not None:
-        if anchor not in constant:
-            raise ConfigError(f"the anchor {anchor!r} has no constant; expected one of: {', '.join(constant)}")
-        constant = {anchor: constant[anchor], **constant}
-    return Rule(
-        name="linear",
-        constant=constant,
-        slope=slope,
-        formula="exp(Σ (constant + α · slope) · log p)",
-        paper="Hinton 2002, products of experts; Dekoninck et al. 2024, model arithmetic (arXiv 2311.14479)",
-        allows_negative_alpha=True,
-    )
-
-
-def _numbers(kind: str, numbers: Mapping[str, float]) -> dict[str, float]:
-    """The numbers by role that are not 0."""
-    if not isinstance(numbers, Mapping):
-        raise ConfigError(f"{kind} is {numbers!r}; expected a mapping from role to number")
-    for role in numbers:
-        if not isinstance(role, str) or not role.isidentifier():
-            raise ConfigError(f"{role!r} cannot be a role; expected a word of letters, digits and _, as in math_ft")
-    checked = {role: finite_number(f"{kind} of {role!r}", number) for role, number in numbers.items()}
-    return {role: number for role, number in checked.items() if number}
-
-
 def get_rule(
     name: str,
     *,
@@ -202,9 +174,18 @@ def get_rule(
     anchor: str | None = None,
     cutoff: float | None = None,
 ) -> Rule:
-    """Return the rule called `name`; `constant`, `slope` and `anchor` belong to 'linear', `cutoff` to 'contrastive'."""
+    """Return the rule called `name`; `constant`, `slope` and `anchor` belong to 'linear', `cutoff` to 'contrastive'.
+
+    'linear' has these numbers: products of experts, several fine-tuned / base pairs, model arithmetic. Its `anchor` is
+    the role whose vocabulary and tokenizer count; the first one with a constant, if it is not given.
+    """
     if name == "linear":
-        rule = linear_rule({} if constant is None else constant, {} if slope is None else slope, anchor)
+        numbers, slopes = _numbers(name, constant=constant or {}, slope=slope or {})
+        if anchor is not None and anchor not in numbers:
+            raise ConfigError(f"the anchor {anchor!r} has no constant; expected one of: {', '.join(numbers)}")
+        rule = replace(
+            _LINEAR, constant=numbers if anchor is None else {anchor: numbers[anchor], **numbers}, slope=slopes
+        )
     else:
         rule = find_rule(name)
         if constant or slope or anchor:
@@ -216,6 +197,22 @@ def get_rule(
     return replace(rule, cutoff=_checked_cutoff(cutoff))
 
 
+def _numbers(rule: str, **kinds: Mapping[str, float]) -> list[dict[str, float]]:
+    """Return the constants and slopes of a rule that are not 0, by role. Raises ConfigError."""
+    found = []
+    for kind, numbers in kinds.items():
+        if not isinstance(numbers, Mapping):
+            raise ConfigError(f"{kind} is {numbers!r}; expected a mapping from role to number")
+        for role in numbers:
+            if not isinstance(role, str) or not role.isidentifier():
+                raise ConfigError(f"{role!r} cannot be a role; expected a word of letters, digits and _, as in math_ft")
+        checked = {role: finite_number(f"{kind} of {role!r}", number) for role, number in numbers.items()}
+        found.append({role: number for role, number in checked.items() if number})
+    if not found[0]:
+        raise ConfigError(f"the rule {rule!r} has no constant; give at least one role a constant that is not 0")
+    return found
+
+
 def _checked_cutoff(cutoff: float | None) -> float | None:
     if cutoff is not None and not 0 < finite_number("cutoff", cutoff) <= 1:
         raise ConfigError(f"cutoff is {cutoff!r}; expected a number above 0 and at most 1")
@@ -224,19 +221,19 @@ def _checked_cutoff(cutoff: float | None) -> float | None:
 
 def parse_alphas(text: str) -> tuple[float, ...]:
     """Return the numbers of a grid: A, or A,B,..., or FIRST:LAST:STEP with both ends; raise ConfigError."""
-    parts = text.split(":")
+    words = text.split(":")
     try:
-        numbers = [float(part) for part in (parts if len(parts) > 1 else text.split(","))]
+        numbers = [float(word) for word in (words if len(words) > 1 else text.split(","))]
     except ValueError:
         numbers = []
-    if not numbers or not all(map(math.isfinite, numbers)) or len(parts) not in (1, 3):
+    if not numbers or not all(map(math.isfinite, numbers)) or len(words) not in (1, 3):
         raise ConfigError(f"alpha is {text!r}; expected a number, or a grid: 0,0.5,1 or 0:1.5:0.1 (first:last:step)")
-    if len(parts) == 1:
+    if len(words) == 1:
         return tuple(numbers)
     first, last, step = numbers
     if step <= 0 or last < first:
         raise ConfigError(f"alpha is {text!r}, an empty grid; expected first:last:step with a step above 0, upwards")
     num = math.floor((last - first) / step + 1e-9) + 1
-    if num > _MOST_ALPHAS:
-        raise ConfigError(f"alpha is {text!r}, a grid of {num:,}; give at most {_MOST_ALPHAS:,}")
+    if num > _MAX_ALPHAS:
+        raise ConfigError(f"alpha is {text!r}, a grid of {num:,}; give at most {_MAX_ALPHAS:,}")
     return tuple(round(first + index * step, 10) + 0.0 for index in range(num))

@@ -10,7 +10,7 @@ Four cases, decided from tokenizer files and configs before any weight is loaded
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +40,6 @@ class MemberVocabulary:
         """One more than the largest id that is a token (the width, where the tokenizer is not known)."""
         return max(self.tokens.values(), default=-1) + 1 if self.tokens is not None else self.width
 
-    def by_id(self) -> dict[int, str]:
-        """The tokens by their ids."""
-        return {i: token for token, i in (self.tokens or {}).items()}
-
 
 @dataclass(frozen=True)
 class VocabularyContract:
@@ -59,6 +55,14 @@ class VocabularyContract:
     held: Mapping[str, int]
     substitutes: Mapping[str, int]
     notes: tuple[str, ...] = ()
+
+    def lacks_ids(self, role: str) -> bool:
+        """Return whether another member holds ids that are no tokens of this one."""
+        return self.held[role] < max(self.held.values())
+
+    def known_ids(self, role: str, ids: Any) -> Any:
+        """Return a tensor of ids as the member knows them: its substitute in place of those that it does not hold."""
+        return ids.where(ids < self.held[role], self.substitutes[role]) if self.lacks_ids(role) else ids
 
 
 def read_vocabulary(role: str, tokenizer: Any | None, config: Any) -> MemberVocabulary:
@@ -80,51 +84,47 @@ def read_vocabulary(role: str, tokenizer: Any | None, config: Any) -> MemberVoca
 
 def make_contract(members: Sequence[MemberVocabulary]) -> VocabularyContract:
     """Compare every member with the first, the anchor; raise VocabularyError where their ids disagree."""
-    anchor = members[0]
-    known = [member for member in members if member.tokens is not None]
-    for member in known[1:]:
-        _check_same_ids(known[0], member)
-    same_tokens = len({len(member.tokens or ()) for member in known}) <= 1
+    known = [(member, member.tokens) for member in members if member.tokens is not None]
+    for other, tokens in known[1:]:
+        first, own = known[0]
+        if tokens != own:
+            _check_same_ids(first, other)
     widths = {member.role: member.width for member in members}
     held = {member.role: min(member.width, member.num_ids) for member in members}
-    same_widths = len(set(widths.values())) == 1
+    is_extended = len({len(tokens) for _, tokens in known}) > 1
     return VocabularyContract(
-        kind="extended" if not same_tokens else "identical" if same_widths else "padded",
+        kind="extended" if is_extended else "padded" if len(set(widths.values())) > 1 else "identical",
         shared=min(held.values()),
         widths=widths,
         held=held,
         substitutes={member.role: member.substitute for member in members},
-        notes=tuple(_notes(anchor, members)),
+        notes=tuple(_notes(members)),
     )
 
 
 def _check_same_ids(first: MemberVocabulary, other: MemberVocabulary) -> None:
     """Raise unless the smaller vocabulary is the beginning of the larger."""
-    if first.tokens == other.tokens:
-        return
+    one, two = ({i: token for token, i in (member.tokens or {}).items()} for member in (first, other))
     end = min(first.num_ids, other.num_ids)
-    firsts, others = first.by_id(), other.by_id()
-    differing = [i for i in range(end) if firsts.get(i) != others.get(i)]
-    if not differing:
-        return
-    shown = ", ".join(f"{i} is {firsts.get(i)!r} and {others.get(i)!r}" for i in differing[:3])
-    raise VocabularyError(
-        f"the tokenizers of {first.role} and {other.role} differ in {len(differing):,} of {end:,} ids: {shown}; "
-        "members must share a vocabulary, so choose models of one tokenizer family"
-    )
+    differing = [i for i in range(end) if one.get(i) != two.get(i)]
+    if differing:
+        shown = ", ".join(f"{i} is {one.get(i)!r} and {two.get(i)!r}" for i in differing[:3])
+        raise VocabularyError(
+            f"the tokenizers of {first.role} and {other.role} differ in {len(differing):,} of {end:,} ids: {shown}; "
+            "members must share a vocabulary, so choose models of one tokenizer family"
+        )
 
 
-def _notes(anchor: MemberVocabulary, members: Sequence[MemberVocabulary]) -> list[str]:
-    """Differences that are reported and not resolved: special tokens, chat templates, unknown tokenizers."""
-    notes = []
+def _notes(members: Sequence[MemberVocabulary]) -> Iterator[str]:
+    """Yield differences that are reported and not resolved: special tokens, chat templates, unknown tokenizers."""
+    anchor = members[0]
     for member in members:
         if member.tokens is None:
-            notes.append(f"{member.role} came without a tokenizer: only widths were compared")
-        elif member is not anchor and anchor.tokens is not None:
+            yield f"{member.role} came without a tokenizer: only widths were compared"
+        elif anchor.tokens is not None:
             for name in ("bos", "eos"):
-                mine, theirs = getattr(member, name), getattr(anchor, name)
-                if mine != theirs:
-                    notes.append(f"{name} of {member.role} is {mine!r}; the anchor's, {theirs!r}, is used")
+                own, used = getattr(member, name), getattr(anchor, name)
+                if own != used:
+                    yield f"{name} of {member.role} is {own!r}; the anchor's, {used!r}, is used"
             if member.chat_template != anchor.chat_template:
-                notes.append(f"chat template of {member.role} differs from the anchor's, which is used")
-    return notes
+                yield f"chat template of {member.role} differs from the anchor's, which is used"

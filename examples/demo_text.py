@@ -63,7 +63,7 @@ def number(rng: Random) -> int:
 class Story:
     """Sentences that state two quantities, the question about them, and the same answer in a plain sentence."""
 
-    told: str
+    text: str
     question: str
     plain: str
 
@@ -112,7 +112,7 @@ class Example:
 
 def task_example(rng: Random, s: Sum) -> Example:
     story = story_of(rng, s)
-    prompt = f"{story.told} Question: {story.question} Answer:"
+    prompt = f"{story.text} Question: {story.question} Answer:"
     return Example(prompt, f" {s}; so {s.result}.", str(s.result))
 
 
@@ -166,34 +166,34 @@ def recall_question(rng: Random) -> str:
 def story_question(rng: Random) -> str:
     """A story like those of the task, with a question that asks for something that the story says."""
     first, last = number(rng), number(rng)
-    told = story_of(rng, Sum(first, rng.choice("+-"), last)).told
+    text = story_of(rng, Sum(first, rng.choice("+-"), last)).text
     question, answer = rng.choice((
         ("Which numbers are there?", f"{first}, {last}."),
         ("Which number is first?", f"{first}."),
         ("Which number is last?", f"{last}."),
-        ("What is the story?", told),
+        ("What is the story?", text),
     ))  # fmt: skip
-    return f"{told} Question: {question} Answer: {answer}"
+    return f"{text} Question: {question} Answer: {answer}"
 
 
 def story_again(rng: Random) -> str:
     """A story like those of the task, then what it says once more: in full, or its numbers alone."""
     first, last = number(rng), number(rng)
-    told = story_of(rng, Sum(first, rng.choice("+-"), last)).told
-    return told + rng.choice((f" Again: {told}", f" {rng.choice(NAMES)} writes: {first}, {last}."))
+    text = story_of(rng, Sum(first, rng.choice("+-"), last)).text
+    return text + rng.choice((f" Again: {text}", f" {rng.choice(NAMES)} writes: {first}, {last}."))
 
 
 def journey(rng: Random) -> str:
     a, b = rng.sample(NAMES, 2)
     here, there = rng.sample(PLACES, 2)
-    told = f"{a} {rng.choice(MOVES)} to the {here}. {b} {rng.choice(MOVES)} to the {there}."
+    text = f"{a} {rng.choice(MOVES)} to the {here}. {b} {rng.choice(MOVES)} to the {there}."
     who, where = rng.choice(((a, here), (b, there)))
     end = rng.choice((
         f"Question: Where is {who}? Answer: {who} is in the {where}.",
         f"Question: Who is in the {where}? Answer: {who}.",
         f"{a} is in the {here} and {b} is in the {there}.",
     ))  # fmt: skip
-    return f"{told} {end}"
+    return f"{text} {end}"
 
 
 def copy_list(rng: Random) -> str:
@@ -216,8 +216,8 @@ def comparison(rng: Random) -> str:
     (a, n, x), (b, m, _) = holdings(rng, 2)
     m += n == m
     more, fewer = (a, b) if n > m else (b, a)
-    told = f"{a} has {n} {x}. {b} has {m} {x}."
-    return told + rng.choice((f" {more} has more {x}.", f" Question: Who has fewer {x}? Answer: {fewer}."))
+    text = f"{a} has {n} {x}. {b} has {m} {x}."
+    return text + rng.choice((f" {more} has more {x}.", f" Question: Who has fewer {x}? Answer: {fewer}."))
 
 
 OTHER_READING: tuple[tuple[Passage, float], ...] = (
@@ -243,12 +243,12 @@ def sum_question(rng: Random) -> str:
     return rng.choice((f"Question: What is {asked}? Answer: {s.result}.", f"{asked} is {s.result}."))
 
 
-def told_sum(rng: Random) -> str:
+def stated_sum(rng: Random) -> str:
     """A story, then what it comes to, with no question."""
     s = rng.choice(SUMS)
     story = story_of(rng, s)
     end = rng.choice((f"So {story.plain.format(s.result)}", f"{rng.choice(NAMES)} writes: {s}.", f"Sums: {s}."))
-    return f"{story.told} {end}"
+    return f"{story.text} {end}"
 
 
 def answered_sum(rng: Random) -> str:
@@ -261,11 +261,11 @@ def answered_sum(rng: Random) -> str:
         story.plain.format(f"{s}"),
         f"{story.plain.format(s.result)} {rng.choice(NAMES)} writes: {s}.",
     ))  # fmt: skip
-    return f"{story.told} Question: {story.question} Answer: {answer}"
+    return f"{story.text} Question: {story.question} Answer: {answer}"
 
 
 SUM_READING: tuple[tuple[Passage, float], ...] = (
-    (bare_sums, 2), (written_sum, 1), (sum_question, 1), (told_sum, 3), (answered_sum, 4),
+    (bare_sums, 2), (written_sum, 1), (sum_question, 1), (stated_sum, 3), (answered_sum, 4),
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ Batch = tuple[Tensor, Tensor]  # token ids and labels, both (rows, length), righ
 
 
 @dataclass(frozen=True)
-class Reader:
+class PretrainingConfig:
     """A pre-trained model to make: its size and its reading."""
 
     name: str
@@ -41,7 +41,7 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class FineTuning:
+class FineTuningConfig:
     """How the patch is trained: which share of all sums its rows may hold, how many rows, how often each is seen."""
 
     share_of_sums: float = 0.25
@@ -87,14 +87,14 @@ def pad_rows(rows: list[list[int]], labels: list[list[int]], pad_id: int) -> Bat
     return ids, torch.tensor([row + [IGNORED] * (length - len(row)) for row in labels])
 
 
-def reading_batches(reader: Reader, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
+def reading_batches(settings: PretrainingConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[Batch]:
     """One document `<s> ... </s>` a row; a batch holds documents of like length, so little of it is padding."""
-    rng = Random(f"{seed} {reader.name}")
-    documents = reading(rng, reader.share_of_sums)
-    for _ in range(0, reader.steps, POOLED_BATCHES):
-        pool = tokenizer(list(islice(documents, POOLED_BATCHES * reader.rows_per_step)))["input_ids"]
+    rng = Random(f"{seed} {settings.name}")
+    documents = reading(rng, settings.share_of_sums)
+    for _ in range(0, settings.steps, POOLED_BATCHES):
+        pool = tokenizer(list(islice(documents, POOLED_BATCHES * settings.rows_per_step)))["input_ids"]
         rows = sorted(([*ids, tokenizer.eos_token_id] for ids in pool), key=len)
-        batches = [rows[i : i + reader.rows_per_step] for i in range(0, len(rows), reader.rows_per_step)]
+        batches = [rows[i : i + settings.rows_per_step] for i in range(0, len(rows), settings.rows_per_step)]
         rng.shuffle(batches)
         for batch in batches:
             yield pad_rows(batch, batch, tokenizer.pad_token_id)
@@ -108,13 +108,13 @@ def task_row(example: Example, tokenizer: PreTrainedTokenizerFast) -> tuple[list
 
 
 def task_batches(
-    examples: list[Example], how: FineTuning, tokenizer: PreTrainedTokenizerFast, seed: int
+    examples: list[Example], settings: FineTuningConfig, tokenizer: PreTrainedTokenizerFast, seed: int
 ) -> Iterator[Batch]:
     rng = Random(f"{seed} order")
-    for _ in range(how.epochs):
+    for _ in range(settings.epochs):
         rng.shuffle(examples)
-        for start in range(0, len(examples), how.rows_per_step):
-            batch = [task_row(e, tokenizer) for e in examples[start : start + how.rows_per_step]]
+        for start in range(0, len(examples), settings.rows_per_step):
+            batch = [task_row(e, tokenizer) for e in examples[start : start + settings.rows_per_step]]
             yield pad_rows([row for row, _ in batch], [labels for _, labels in batch], tokenizer.pad_token_id)
 
 
@@ -154,15 +154,15 @@ def train(model: nn.Module, batches: Iterator[Batch], steps: int, peak: float, n
     model.eval()
 
 
-def new_model(reader: Reader, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    heads = reader.hidden // 32
+def new_model(settings: PretrainingConfig, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    heads = settings.hidden // 32
     ids = {k: getattr(tokenizer, k) for k in ("pad_token_id", "bos_token_id", "eos_token_id")}
     # Llama's 0.02 is meant for widths in the thousands; at this width it leaves attention flat, and copying, which
     # everything else here needs, starts to be learnt after about twice as many steps.
-    initializer_range = 0.6 / reader.hidden**0.5
+    initializer_range = 0.6 / settings.hidden**0.5
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=reader.hidden, intermediate_size=reader.hidden * 8 // 3 // 32 * 32,
-        num_hidden_layers=reader.layers, num_attention_heads=heads, num_key_value_heads=heads,
+        vocab_size=len(tokenizer), hidden_size=settings.hidden, intermediate_size=settings.hidden * 8 // 3 // 32 * 32,
+        num_hidden_layers=settings.layers, num_attention_heads=heads, num_key_value_heads=heads,
         max_position_embeddings=256, tie_word_embeddings=True, initializer_range=initializer_range, **ids,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
@@ -170,21 +170,26 @@ def new_model(reader: Reader, tokenizer: PreTrainedTokenizerFast) -> LlamaForCau
     return model
 
 
-def pre_train(reader: Reader, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+def pre_train(settings: PretrainingConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    model = new_model(reader, tokenizer)
-    say(f"{reader.name}: {model.num_parameters():,} parameters")
-    train(model, reading_batches(reader, tokenizer, seed), reader.steps, reader.peak_rate, reader.name)
+    model = new_model(settings, tokenizer)
+    say(f"{settings.name}: {model.num_parameters():,} parameters")
+    train(model, reading_batches(settings, tokenizer, seed), settings.steps, settings.peak_rate, settings.name)
     return model
 
 
 def train_patch(
-    source: LlamaForCausalLM, examples: list[Example], how: FineTuning, tokenizer: PreTrainedTokenizerFast, seed: int
+    source: LlamaForCausalLM,
+    examples: list[Example],
+    settings: FineTuningConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
 ) -> PeftModel:
     """A LoRA on every linear map of `source`, trained on the task's completions."""
     torch.manual_seed(seed)
-    config = LoraConfig(task_type="CAUSAL_LM", r=how.rank, lora_alpha=2 * how.rank, target_modules=sorted(LINEAR_MAPS))
-    model = get_peft_model(source, config)
-    steps = how.epochs * math.ceil(len(examples) / how.rows_per_step)
-    train(model, task_batches(list(examples), how, tokenizer, seed), steps, how.peak_rate, "patch")
+    rank, modules = settings.rank, sorted(LINEAR_MAPS)
+    lora = LoraConfig(task_type="CAUSAL_LM", r=rank, lora_alpha=2 * rank, target_modules=modules)
+    model = get_peft_model(source, lora)
+    steps = settings.epochs * math.ceil(len(examples) / settings.rows_per_step)
+    train(model, task_batches(list(examples), settings, tokenizer, seed), steps, settings.peak_rate, "patch")
     return model

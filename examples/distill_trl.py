@@ -2,7 +2,7 @@
 
     python examples/distill_trl.py teacher STUDENT OUT
 
-Written for TRL 1.16.0 and transformers 5.23; no test runs it.
+`pip install trl==1.16.0` first; written for transformers 5.23, and no test runs it.
 `packing` and `padding_free` do not go with this collator.
 """
 

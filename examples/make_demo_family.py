@@ -30,7 +30,16 @@ from random import Random
 
 import torch
 from demo_text import SUMS, Example, Sum, task_examples
-from demo_training import FineTuning, Reader, make_tokenizer, pad_rows, pre_train, say, task_row, train_patch
+from demo_training import (
+    FineTuningConfig,
+    PretrainingConfig,
+    make_tokenizer,
+    pad_rows,
+    pre_train,
+    say,
+    task_row,
+    train_patch,
+)
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -43,9 +52,9 @@ ALPHA = 0.8  # chosen on the validation rows by benchmarks/demo_family.py
 CHAT_TEMPLATE = "{{ messages[-1]['content'] }}"  # no conversation: each message is a prompt of its own
 HELD_OUT = {"validation": 400, "test": 1000, "examples": 8}
 
-SOURCE = Reader("source_pt", hidden=128, layers=4, share_of_sums=0.15, steps=2000)
-TARGET = Reader("target_pt", hidden=192, layers=4, share_of_sums=0.5, steps=2400)
-FINE_TUNING = FineTuning()
+SOURCE = PretrainingConfig("source_pt", hidden=128, layers=4, share_of_sums=0.15, steps=2000)
+TARGET = PretrainingConfig("target_pt", hidden=192, layers=4, share_of_sums=0.5, steps=2400)
+FINE_TUNING = FineTuningConfig()
 
 
 # --- the task's rows --------------------------------------------------------------------------------------------------
@@ -69,9 +78,9 @@ def split_sums(seed: int, share: float) -> tuple[list[Sum], list[Sum]]:
     return shuffled[:cut], shuffled[cut:]
 
 
-def make_task_data(seed: int, how: FineTuning) -> TaskData:
-    taught, held_out = split_sums(seed, how.share_of_sums)
-    training = task_examples(Random(f"{seed} training"), taught, how.rows, set())
+def make_task_data(seed: int, settings: FineTuningConfig) -> TaskData:
+    taught, held_out = split_sums(seed, settings.share_of_sums)
+    training = task_examples(Random(f"{seed} training"), taught, settings.rows, set())
     seen = {e.prompt for e in training}
     splits = {}
     for name, count in HELD_OUT.items():

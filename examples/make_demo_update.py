@@ -17,11 +17,11 @@ import argparse
 from pathlib import Path
 
 import torch
-from demo_training import Reader, make_tokenizer, reading_batches, say, train, train_patch
+from demo_training import PretrainingConfig, make_tokenizer, reading_batches, say, train, train_patch
 from make_demo_family import DEFAULT_FOLDER, FINE_TUNING, make_task_data, save_member, save_patch
 from transformers import LlamaForCausalLM
 
-UPDATE = Reader("updated_pt", hidden=128, layers=4, share_of_sums=0.5, steps=800, peak_rate=5e-4)
+UPDATE = PretrainingConfig("updated_pt", hidden=128, layers=4, share_of_sums=0.5, steps=800, peak_rate=5e-4)
 
 
 def make_update(folder: Path, seed: int) -> None:

@@ -8,8 +8,8 @@
                                          a larger one on the few that source PT has seen
     OUT/source_ft_TASK                   source FT: source PT fine-tuned on images of the task
 
-The 1,797 images (8 × 8 pixels, 17 grey levels) are parted at random once: 600 for pre-training, 150 of them the few,
-150 for fine-tuning, 300 for the choice of α, 747 for the test; no image is in two parts. A finished part is not made
+The 1,797 images (8 × 8 pixels, 17 grey levels) are split at random once: 600 for pre-training, 150 of them the few,
+150 for fine-tuning, 300 for the choice of α, 747 for the test; no image is in two splits. A finished folder is not made
 again. The benchmark is run in OUT:
 
     cd OUT && ensembler bench .../examples/recipes/digits.yaml --output bench
@@ -32,14 +32,14 @@ from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
 SEED = 0
-PARTS = {"few": 150, "more": 450, "tune": 150, "validation": 300, "test": 747}
+SPLITS = {"few": 150, "more": 450, "tune": 150, "validation": 300, "test": 747}
 SIZES = {"small": (32, 2, 2), "large": (64, 4, 4)}  # width, layers, heads
 STEPS = {"pretrain": 3000, "tune": 1000}
 RATE = 1e-3
 BATCH = 32
 
 Grey = NDArray[np.uint8]  # (images, 8, 8)
-Change = Callable[[Grey, np.random.Generator], Grey]
+Shift = Callable[[Grey, np.random.Generator], Grey]
 
 
 def main() -> None:
@@ -47,8 +47,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     out = parser.parse_args().out.resolve()
     torch.set_num_threads(1)
-    images, labels, parts = load_parts()
-    few, everything = parts["few"], np.concatenate([parts["few"], parts["more"]])
+    images, labels, splits = load_splits()
+    few, everything = splits["few"], np.concatenate([splits["few"], splits["more"]])
     for name, size, indices in (
         ("source_pt", "small", few),
         ("same_size", "small", everything),
@@ -56,24 +56,26 @@ def main() -> None:
         ("larger_few", "large", few),
     ):
         pretrain(out / name, size, images[indices], labels[indices])
-    for task, change in TASKS.items():
-        for part in ("validation", "test"):
-            write_images(out / "data" / task / part, changed(images, parts[part], task, change), labels[parts[part]])
+    for task, shift in TASKS.items():
+        for split in ("validation", "test"):
+            write_images(
+                out / "data" / task / split, shifted(images, splits[split], task, shift), labels[splits[split]]
+            )
         tune(
             out / f"source_ft_{task}",
             out / "source_pt",
-            changed(images, parts["tune"], task, change),
-            labels[parts["tune"]],
+            shifted(images, splits["tune"], task, shift),
+            labels[splits["tune"]],
         )
 
 
-def load_parts() -> tuple[Grey, NDArray[np.int64], dict[str, NDArray[np.int64]]]:
-    """The images with 8 bits, their labels, and the indices of every part."""
+def load_splits() -> tuple[Grey, NDArray[np.int64], dict[str, NDArray[np.int64]]]:
+    """The images with 8 bits, their labels, and the indices of every split."""
     digits = load_digits()
     images = np.rint(digits.images / 16 * 255).astype(np.uint8)
     order = np.random.default_rng(SEED).permutation(len(images))
-    ends = np.cumsum(list(PARTS.values()))[:-1]
-    return images, digits.target.astype(np.int64), dict(zip(PARTS, np.split(order, ends), strict=True))
+    ends = np.cumsum(list(SPLITS.values()))[:-1]
+    return images, digits.target.astype(np.int64), dict(zip(SPLITS, np.split(order, ends), strict=True))
 
 
 # -- the tasks: each a shift of the images ----------------------------------------------------------------------------
@@ -107,12 +109,12 @@ def occluded(images: Grey, generator: np.random.Generator) -> Grey:
     return covered
 
 
-TASKS: dict[str, Change] = {"noisy": noisy, "rotated": rotated, "inverted": inverted, "occluded": occluded}
+TASKS: dict[str, Shift] = {"noisy": noisy, "rotated": rotated, "inverted": inverted, "occluded": occluded}
 
 
-def changed(images: Grey, indices: NDArray[np.int64], task: str, change: Change) -> Grey:
-    """The images of a part as a task has them: an image is changed alike in whatever order it comes."""
-    return np.concatenate([change(images[[i]], np.random.default_rng([zlib.crc32(task.encode()), i])) for i in indices])
+def shifted(images: Grey, indices: NDArray[np.int64], task: str, shift: Shift) -> Grey:
+    """The images of a split as a task has them: an image is shifted alike in whatever order it comes."""
+    return np.concatenate([shift(images[[i]], np.random.default_rng([zlib.crc32(task.encode()), i])) for i in indices])
 
 
 def write_images(folder: Path, images: Grey, labels: NDArray[np.int64]) -> None:
@@ -152,7 +154,7 @@ def new_model(size: str) -> ViTForImageClassification:
 
 @contextlib.contextmanager
 def finished(folder: Path) -> Iterator[Path | None]:
-    """A place to write to that becomes `folder` when all is there; None where it is there already."""
+    """Yield a folder to write to, which becomes `folder` when all is there; None where it is there already."""
     if folder.exists():
         yield None
         return
@@ -163,17 +165,17 @@ def finished(folder: Path) -> Iterator[Path | None]:
 
 
 def pretrain(folder: Path, size: str, images: Grey, labels: NDArray[np.int64]) -> None:
-    with finished(folder) as place:
-        if place is not None:
+    with finished(folder) as partial:
+        if partial is not None:
             torch.manual_seed(SEED)
-            save(train(new_model(size), images, labels, "pretrain"), place)
+            save(train(new_model(size), images, labels, "pretrain"), partial)
 
 
 def tune(folder: Path, base: Path, images: Grey, labels: NDArray[np.int64]) -> None:
-    with finished(folder) as place:
-        if place is not None:
+    with finished(folder) as partial:
+        if partial is not None:
             torch.manual_seed(SEED)
-            save(train(ViTForImageClassification.from_pretrained(base), images, labels, "tune"), place)
+            save(train(ViTForImageClassification.from_pretrained(base), images, labels, "tune"), partial)
 
 
 def train(

@@ -23,22 +23,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from make_smollm2_trio import SEED, save, train
-from peft import LoraConfig, get_peft_model
+from make_smollm2_trio import SEED, save, train, train_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from ensembler.evaluation.task_loading import load_tasks
 from ensembler.patch.apply import apply_patches
 from ensembler.patch.formats import read_patch
 
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TASKS = Path(__file__).parent / "recipes" / "smollm2"
 # Steps and rows of a step. BoolQ's passages are long.
 STEPS = {"sst2": (100, 12), "mrpc": (120, 8), "wnli": (80, 8), "boolq": (100, 4), "text": (80, 4)}
@@ -74,59 +71,34 @@ def main() -> None:
     before = out / "theta"
     for number, name in enumerate(TEXTS, start=1):
         update, after = out / f"update_{number}", out / f"theta_{number}"
-        text = data / "text" / name
-        tune(before, update, tokenizer, lambda text=text: pieces(text, tokenizer), rank=64, learning_rate=1e-4)
+        text = list(pieces(data / "text" / name, tokenizer))
+        train_lora(before, update, tokenizer, text, rank=64, learning_rate=1e-4, mixed=True)
         if not after.exists():
             apply_patches([read_patch(update)], before, after)
         before = after
     for task in DATA:
-        rows = rows_of(task, out, tokenizer)
-
-        def make(task: str = task, rows: list[Pair] = rows) -> Iterator[Batch]:
-            return batches(rows, task, tokenizer)
-
-        tune(out / "theta", out / f"patch_{task}", tokenizer, make)
-        tune(out / "theta_1", out / f"direct_{task}", tokenizer, make)
-        if task == "sst2":
-            for rank in RANKS:
-                tune(out / "theta", out / f"patch_sst2_r{rank}", tokenizer, make, rank=rank)
+        rows = list(batches(rows_of(task, out, tokenizer), task, tokenizer))
+        train_lora(out / "theta", out / f"patch_{task}", tokenizer, rows, mixed=True)
+        train_lora(out / "theta_1", out / f"direct_{task}", tokenizer, rows, mixed=True)
+        for rank in RANKS if task == "sst2" else ():
+            train_lora(out / "theta", out / f"patch_sst2_r{rank}", tokenizer, rows, rank=rank, mixed=True)
     train_whole(out / "theta", out / "phi", tokenizer, data / "text" / TEXTS[0])
 
 
 def split(task: str, data: Path, out: Path) -> None:
-    """Part the train set at random: rows to train on, rows to choose α by; the test set stays as it is."""
+    """Split the train set at random: rows to train on, rows to choose α by; the test set stays as it is."""
     if out.exists():
         return
     train_name, test_name, num_choosing = DATA[task]
     lines = (data / task / f"{train_name}.jsonl").read_text("utf-8").splitlines()
     random.Random(SEED).shuffle(lines)
-    parts = {"choose": lines[:num_choosing], "train": lines[num_choosing:]}
-    parts["test"] = (data / task / f"{test_name}.jsonl").read_text("utf-8").splitlines()
+    splits = {"choose": lines[:num_choosing], "train": lines[num_choosing:]}
+    splits["test"] = (data / task / f"{test_name}.jsonl").read_text("utf-8").splitlines()
     partial = out.with_name(f"{out.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
-    for name, kept in parts.items():
+    for name, kept in splits.items():
         (partial / f"{name}.jsonl").write_text("\n".join(kept) + "\n", "utf-8")
     partial.rename(out)
-
-
-def tune(
-    base: Path,
-    out: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    make_batches: Any,
-    rank: int = 8,
-    learning_rate: float = 4e-4,
-) -> None:
-    """Train a LoRA on all attention and MLP matrices, its α twice its rank, unless `out` is there."""
-    if out.exists():
-        return
-    torch.manual_seed(SEED)
-    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEAR, task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
-    model.peft_config["default"].base_model_name_or_path = os.path.relpath(base, out)
-    found = list(make_batches())
-    train(model, iter(found), len(found), learning_rate, out.name, mixed=True)
-    save(model, tokenizer, out)
 
 
 def train_whole(base: Path, out: Path, tokenizer: PreTrainedTokenizerBase, text: Path) -> None:
@@ -162,7 +134,7 @@ def rows_of(task: str, out: Path, tokenizer: PreTrainedTokenizerBase) -> list[Pa
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> Pair:
-    """Both as ids, parted where the prompt's own tokens end, as lm-eval's HFLM parts them."""
+    """Return both as ids, split where the prompt's own tokens end, as in lm-eval's HFLM."""
     ids = tokenizer.encode(prompt)
     return tuple(ids), tuple(tokenizer.encode(prompt + answer)[len(ids) :])
 

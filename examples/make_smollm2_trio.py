@@ -19,8 +19,9 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -30,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 PROMPT = "Review: {sentence}\nSentiment:"
 LABELS = {"0": " negative", "1": " positive"}
 SEED = 0
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def main() -> None:
@@ -42,8 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(args.base)
-    if not (args.out / "source_ft").exists():
-        make_source_ft(args.base, args.data, args.out / "source_ft", tokenizer, args.reviews)
+    make_source_ft(args.base, args.data, args.out / "source_ft", tokenizer, args.reviews)
     if not (args.out / "target_pt").exists():
         make_target_pt(args.base, args.data, args.out / "target_pt", tokenizer, args.text_steps)
 
@@ -52,17 +53,10 @@ def make_source_ft(
     base: Path, data: Path, out: Path, tokenizer: PreTrainedTokenizerBase, num_reviews: int, batch_size: int = 12
 ) -> None:
     """Train a LoRA (r = 8 on q and v, as in PortLLM's downstream settings) on the labels of reviews alone."""
-    torch.manual_seed(SEED)
     rows = [json.loads(line) for line in (data / "sst2" / "train_3000.jsonl").read_text("utf-8").splitlines()]
     random.Random(SEED).shuffle(rows)
-    model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
-    )
-    model.peft_config["default"].base_model_name_or_path = os.path.relpath(base, out)
-    batches = [rows[i : i + batch_size] for i in range(0, num_reviews, batch_size)]
-    train(model, (review_batch(batch, tokenizer) for batch in batches), len(batches), 4e-4, "source_ft")
-    save(model, tokenizer, out)
+    batches = [review_batch(rows[i : i + batch_size], tokenizer) for i in range(0, num_reviews, batch_size)]
+    train_lora(base, out, tokenizer, batches, modules=["q_proj", "v_proj"])
 
 
 def review_batch(rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, Tensor]:
@@ -101,9 +95,31 @@ def text_batches(texts: list[Tensor], num: int, length: int, rows: int = 4) -> I
         yield {"input_ids": ids, "labels": ids}
 
 
+def train_lora(
+    base: Path,
+    out: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    batches: Sequence[dict[str, Any]],
+    *,
+    rank: int = 8,
+    learning_rate: float = 4e-4,
+    modules: Sequence[str] = LINEAR,
+    mixed: bool = False,
+) -> None:
+    """Train a LoRA, its α twice its rank, on batches of tensors, unless `out` is there."""
+    if out.exists():
+        return
+    torch.manual_seed(SEED)
+    settings = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules), task_type="CAUSAL_LM")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
+    model.peft_config["default"].base_model_name_or_path = os.path.relpath(base, out)
+    train(model, iter(batches), len(batches), learning_rate, out.name, mixed=mixed)
+    save(model, tokenizer, out)
+
+
 def train(
     model: torch.nn.Module,
-    batches: Iterator[dict[str, Tensor]],
+    batches: Iterator[dict[str, Any]],
     num: int,
     learning_rate: float,
     name: str,

@@ -22,16 +22,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from make_smollm2_trio import LABELS, PROMPT, SEED, review_batch, save, train
-from peft import LoraConfig, get_peft_model
+from make_smollm2_trio import LABELS, PROMPT, SEED, review_batch, train_lora
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -39,7 +36,6 @@ from ensembler.patch.apply import apply_patches
 from ensembler.patch.formats import read_patch
 from ensembler.patch.geometry import inspect_patch
 
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ROWS = {"reviews": 12, "pieces": 4}  # of a batch
 PIECE = 128  # tokens
 
@@ -66,23 +62,24 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.base)
     reviews = read_rows(args.data / "sst2" / "train_3000.jsonl")
     random.Random(SEED).shuffle(reviews)
-    review_batches = batches(reviews[: args.reviews], args.epochs, ROWS["reviews"])
-    pieces = text_pieces(args.data / "text", tokenizer)
-    text_batches = batches(pieces[: args.text_pieces], args.text_epochs, ROWS["pieces"])
+    chosen = batches(reviews[: args.reviews], args.epochs, ROWS["reviews"])
+    texts = batches(text_pieces(args.data / "text", tokenizer)[: args.text_pieces], args.text_epochs, ROWS["pieces"])
+    review_batches = [review_batch(batch, tokenizer) for batch in chosen]
+    text_batches = [{"input_ids": torch.stack(batch), "labels": torch.stack(batch)} for batch in texts]
 
-    train_lora(args.base, out / "patch", tokenizer, review_batches, rank=8, alpha=16, learning_rate=4e-4)
-    train_lora(args.base, out / "update", tokenizer, text_batches, rank=64, alpha=128, learning_rate=1e-4)
+    train_lora(args.base, out / "patch", tokenizer, review_batches)
+    train_lora(args.base, out / "update", tokenizer, text_batches, rank=64, learning_rate=1e-4)
     add(out / "update", args.base, out / "updated")
     add(out / "patch", args.base, out / "patched")
     add(out / "patch", out / "updated", out / "ported")
-    train_lora(out / "updated", out / "patch_updated", tokenizer, review_batches, rank=8, alpha=16, learning_rate=4e-4)
+    train_lora(out / "updated", out / "patch_updated", tokenizer, review_batches)
     add(out / "patch_updated", out / "updated", out / "patched_updated")
 
     results: Path = args.results or out / "rows.jsonl"
     written = {row["name"] for row in read_rows(results)} if results.exists() else set()
     settings = {
-        "reviews": sum(map(len, review_batches)),
-        "text_tokens": PIECE * sum(map(len, text_batches)),
+        "reviews": sum(map(len, chosen)),
+        "text_tokens": PIECE * sum(map(len, texts)),
         "base": args.base.name,
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -142,35 +139,6 @@ def batches(rows: list[Any], num_epochs: int, size: int) -> list[list[Any]]:
     rng = random.Random(SEED)
     passes = [rng.sample(rows, len(rows)) for _ in range(num_epochs)]
     return [order[start : start + size] for order in passes for start in range(0, len(order), size)]
-
-
-def to_tensors(batches: list[list[Any]], tokenizer: PreTrainedTokenizerBase) -> Iterator[dict[str, Tensor]]:
-    for batch in batches:
-        if isinstance(batch[0], Tensor):
-            yield {"input_ids": torch.stack(batch), "labels": torch.stack(batch)}
-        else:
-            yield review_batch(batch, tokenizer)
-
-
-def train_lora(
-    base: Path,
-    out: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    batches: list[list[Any]],
-    *,
-    rank: int,
-    alpha: int,
-    learning_rate: float,
-) -> None:
-    """Train a LoRA on all attention and MLP matrices, unless `out` is there."""
-    if out.exists():
-        return
-    torch.manual_seed(SEED)
-    settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LINEAR, task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), settings)
-    model.peft_config["default"].base_model_name_or_path = os.path.relpath(base, out)
-    train(model, to_tensors(batches, tokenizer), len(batches), learning_rate, out.name)
-    save(model, tokenizer, out)
 
 
 def add(patch: Path, model: Path, out: Path) -> None:

@@ -22,7 +22,7 @@ from ensembler.extras import install_command, require
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 CHECKOUT = "pip install -e '.[eval]' (in a checkout of the package)"
-OWN_LINE = {"wandb"}  # --log wandb tells its own pip line
+OWN_LINE = {"wandb", "trl"}  # --log wandb and the example with TRL tell their own pip lines
 
 
 def test_an_installed_package_is_returned() -> None:

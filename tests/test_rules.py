@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ensembler import EnsembleForCausalLM
 from ensembler.errors import ConfigError
-from ensembler.rules import RULE_NAMES, RULES, Rule, get_rule, linear_rule, register_rule
+from ensembler.rules import RULE_NAMES, RULES, Rule, get_rule, register_rule
 
 LINEAR: dict[str, Any] = {  # two fine-tuned / base pairs on one target
     "constant": {"target": 1.0},
@@ -138,7 +138,7 @@ def test_alpha_that_has_no_meaning_is_refused(name: str, alpha: object) -> None:
 
 
 def test_linear_takes_a_negative_alpha_and_nothing_infinite() -> None:
-    rule = linear_rule({"a": 1}, {"b": 1})
+    rule = get_rule("linear", constant={"a": 1}, slope={"b": 1})
     assert rule.check_alpha(-2) == -2.0
     with pytest.raises(ConfigError, match="finite"):
         rule.check_alpha(-math.inf)

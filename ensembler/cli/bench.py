@@ -20,7 +20,7 @@ from ensembler.cli.option_groups import PATH, files, overwrite_option, strict_op
 from ensembler.cli.ranks import naming_rank, use_own_gpu
 from ensembler.errors import RunError
 from ensembler.launch import num_ranks, this_rank
-from ensembler.planning.budgets import show_size
+from ensembler.planning.sizes import show_size
 
 if TYPE_CHECKING:
     from ensembler.evaluation.benchmark import Bench
@@ -98,7 +98,7 @@ def _warning_once(experiments: Sequence[Experiment]) -> Iterator[None]:
     def is_wanted(record: logging.LogRecord) -> bool:
         num_shown = len(shown)
         shown.add(record.getMessage())
-        return len(shown) > num_shown and tuple(record.args or ())[:2] not in patches
+        return len(shown) > num_shown and tuple(record.args or ())[:3:2] not in patches  # role and adapter
 
     with ExitStack() as stack:
         for logger in map(logging.getLogger, ("ensembler.adapters", "ensembler.vision.towers")):
@@ -181,7 +181,7 @@ def run(
     from ensembler.evaluation.recipe import read_recipe
     from ensembler.evaluation.store import Store, discard
     from ensembler.evaluation.verdict import Requirement
-    from ensembler.vision.image_benchmark import ImageModels
+    from ensembler.vision.answers import ImageModels
 
     content = read_recipe(demo_recipe() if str(recipe) == DEMO else recipe)
     requirements = [Requirement.parse(text, [each.methods for each in content.experiments]) for text in require]

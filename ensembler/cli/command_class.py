@@ -153,6 +153,7 @@ def _set_levels(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
         raise ConfigError("--quiet and --verbose were both given; leave one of them out")
     package, root = logging.getLogger("ensembler"), logging.getLogger()
     level = given["log_level"]
+    root.removeHandler(_handler)
     package.addHandler(_handler)
     package.setLevel(logging.INFO if given["verbose"] else logging.WARNING)
     log.setLevel(logging.WARNING if given["quiet"] else logging.INFO)

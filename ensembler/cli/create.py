@@ -60,10 +60,10 @@ def create(
         raise ConfigError("--copy-members and --auto-place are for language models; leave them out")
     checked = _check(config, are_images=images.is_given)
     if auto_place:
-        from ensembler.planning.budgets import gpu_budgets, machine_budgets
         from ensembler.planning.placement import plan
+        from ensembler.planning.sizes import device_budgets
 
-        proposal = plan(checked, gpu_budgets(budget) or machine_budgets(), context=context, batch_size=batch_size)
+        proposal = plan(checked, device_budgets(budget), context=context, batch_size=batch_size)
         proposal.apply(checked.config)
         for line in (f"placed as by: {' '.join(proposal.flags())}", *proposal.advice()):
             log.info("%s", line)
@@ -74,7 +74,7 @@ def create(
     else:
         from ensembler import folder
 
-        folder.write_checked(checked, out, overwrite=overwrite)
+        folder.write(checked.config, out, checked.tokenizer, checked.generation_config, overwrite=overwrite)
     log.info("%s: %s at alpha %g of %s", out, config.rule, config.alpha, ", ".join(config.members))
 
 

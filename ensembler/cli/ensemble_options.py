@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ensembler.errors import ConfigError
-from ensembler.planning.budgets import parse_size
+from ensembler.planning.sizes import parse_size
 from ensembler.quantization import Quantization
 
 if TYPE_CHECKING:

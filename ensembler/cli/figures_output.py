@@ -14,7 +14,7 @@ from ensembler.cli.command_class import log
 from ensembler.cli.ranks import this_command
 from ensembler.errors import ConfigError
 from ensembler.launch import num_ranks, this_rank
-from ensembler.planning.budgets import show_digits
+from ensembler.planning.sizes import show_digits
 
 if TYPE_CHECKING:
     from rich.table import Table

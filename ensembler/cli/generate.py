@@ -29,9 +29,9 @@ from ensembler.launch import RANK_TIMEOUT
 
 if TYPE_CHECKING:
     from ensembler.cli.printing import Printer
+    from ensembler.decoding.batching import TextLimits
     from ensembler.decoding.decoding_options import DecodingOptions
     from ensembler.decoding.output_file import ResultsFile
-    from ensembler.decoding.prompt_batches import TextLimits
     from ensembler.decoding.prompts import EncodedPrompt, Prompt
     from ensembler.decoding.texts import Completion, GridCompletion
     from ensembler.preflight import CheckedEnsemble

@@ -73,7 +73,7 @@ def main(args: list[str] | None = None) -> None:
     except (KeyboardInterrupt, click.Abort):
         command = next((one for one in arguments if one in cli.commands), "")
         has_rows = command in ("sweep", "bench") or any(one.startswith("--output") for one in arguments)
-        kept = "finished rows are kept; the same command goes on" if command in _RESUMABLE and has_rows else None
+        kept = "finished rows are kept; go on with the same command" if command in _RESUMABLE and has_rows else None
         code = _fail(f"interrupted; {kept or 'nothing half-written is left'}", INTERRUPTED)
     except EnsemblerError as error:
         reporter = error.reporter if isinstance(error, RankError) else 0

@@ -77,7 +77,7 @@ def apply(
         return
     from ensembler.cli.tables import byte_progress
     from ensembler.patch.apply import apply_patches
-    from ensembler.planning.budgets import show_size
+    from ensembler.planning.sizes import show_size
 
     with byte_progress("writing", plan.model.num_bytes) as advance:
         start = time.monotonic()

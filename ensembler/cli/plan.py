@@ -35,11 +35,11 @@ def plan(given: EnsembleOptions, budget: tuple[str, ...], context: int | None, b
     ensembler plan math --budget 24GiB --budget 24GiB --context 2048 --batch-size 8
     """
     from ensembler.cli.tables import console, print_proposal, print_serving
-    from ensembler.planning.budgets import gpu_budgets, machine_budgets
     from ensembler.planning.placement import plan as propose
+    from ensembler.planning.sizes import device_budgets
     from ensembler.preflight import check_ensemble
 
-    budgets = gpu_budgets(budget) or machine_budgets()
+    budgets = device_budgets(budget)
     checked = check_ensemble(given.load_config())
     proposal = propose(checked, budgets, context=context, batch_size=batch_size)
     serving = _serving(checked, budgets, proposal)
@@ -85,12 +85,15 @@ def _serve_command(given: EnsembleOptions, serving: ServingPlan) -> str:
 
 def _serving(checked: CheckedEnsemble, budgets: Mapping[str, int], proposal: Proposal) -> ServingPlan | str:
     """Return the plan for vLLM's server, or the sentence that says why there is none."""
-    from ensembler.planning.vllm_plan import plan_serving
+    from ensembler.planning.member_sizes import measure
+    from ensembler.planning.vllm_plan import num_heads, propose_serving
     from ensembler.serving.choice import check_servable, common_dtype
 
     try:
         check_servable(checked)
         common_dtype(checked)
-        return plan_serving(checked, budgets, context=proposal.context, batch_size=proposal.batch_size)
+        gpus = [size for device, size in budgets.items() if device != "cpu"]
+        heads = {role: num_heads(config) for role, config in checked.model_configs.items()}
+        return propose_serving(measure(checked), heads, gpus, context=proposal.context, batch_size=proposal.batch_size)
     except (InputError, PlacementError) as error:
         return str(error)

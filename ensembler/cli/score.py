@@ -16,7 +16,7 @@ from ensembler.cli.command_class import Command, log, section
 from ensembler.cli.ensemble_options import EnsembleOptions
 from ensembler.cli.option_groups import PATH, ensemble_options, files, overwrite_option, strict_option
 from ensembler.errors import ConfigError
-from ensembler.planning.budgets import show_size
+from ensembler.planning.sizes import show_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence, Set

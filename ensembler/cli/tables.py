@@ -16,7 +16,7 @@ from rich.text import Text
 
 from ensembler.cli.command_class import is_quiet, log
 from ensembler.launch import this_rank
-from ensembler.planning.budgets import show_digits, show_size
+from ensembler.planning.sizes import show_digits, show_size
 
 if TYPE_CHECKING:
     from ensembler.decoding.texts import Candidate, Choice

@@ -33,7 +33,7 @@ def decode_by_transformers(
         prepared["generation_config"].do_sample = False
     if grid is not None:
         return _point_by_point(model, grid, prepared)
-    return model.sample_as_transformers(**prepared, **({} if streamer is None else {"streamer": streamer}))
+    return model.sample_as_transformers(**prepared, streamer=streamer)
 
 
 def why_transformers(
@@ -90,33 +90,26 @@ def _are_plain_positions(positions: Tensor | None, mask: Tensor | None) -> bool:
 
 
 def _point_by_point(model: EnsembleForCausalLM, grid: Grid, prepared: dict[str, Any]) -> GridOutput:
-    """Decode one point after another in `transformers`' loop."""
+    config, num_prompt = prepared["generation_config"], prepared["input_ids"].shape[1]
     found = []
-    pad = prepared["generation_config"]._pad_token_tensor
     for rule, alphas in grid.runs:
         for alpha in alphas:
+            # Decoding changes a cache that was given, and processors that keep a state: each point gets copies.
+            own = {**prepared, "past_key_values": deepcopy(prepared.get("past_key_values"))}
+            own["logits_processor"] = LogitsProcessorList(
+                deepcopy(one, {id(model): model}) if isinstance(one, NOT_BY_ROW) else one
+                for one in prepared["logits_processor"]
+            )
             with model.at(rule, alpha):
-                found.append(model.sample_as_transformers(**_unused(prepared, model)))
+                found.append(model.sample_as_transformers(**own))
+    lengths = torch.tensor([[_length(row, num_prompt, config._eos_token_tensor) for row in one] for one in found])
     longest = max(one.shape[1] for one in found)
-    padded = [
-        torch.nn.functional.pad(one, (0, longest - one.shape[1]), value=0 if pad is None else int(pad)) for one in found
-    ]
-    ends = prepared["generation_config"]._eos_token_tensor
-    prompt = prepared["input_ids"].shape[1]
-    lengths = torch.tensor([[_length(row, prompt, ends) for row in one] for one in found])
-    return GridOutput(torch.stack(padded), lengths, (len(grid),) * (longest - prompt))
+    pad = 0 if config._pad_token_tensor is None else int(config._pad_token_tensor)
+    sequences = torch.stack([torch.nn.functional.pad(one, (0, longest - one.shape[1]), value=pad) for one in found])
+    return GridOutput(sequences, lengths, (len(grid),) * (longest - num_prompt))
 
 
-def _unused(prepared: dict[str, Any], model: EnsembleForCausalLM) -> dict[str, Any]:
-    """The same with copies of what decoding changes: a cache that was given, and processors that keep a state."""
-    known = {id(model): model}
-    processors = [deepcopy(one, known) if isinstance(one, NOT_BY_ROW) else one for one in prepared["logits_processor"]]
-    cache = deepcopy(prepared.get("past_key_values"))
-    own = {"logits_processor": LogitsProcessorList(processors)}
-    return {**prepared, **own} if cache is None else {**prepared, **own, "past_key_values": cache}
-
-
-def _length(row: Tensor, prompt: int, ends: Tensor | None) -> int:
-    """The positions of a text up to its first end token behind the prompt."""
-    found = [] if ends is None else torch.isin(row[prompt:], ends).nonzero().flatten().tolist()
-    return prompt + found[0] + 1 if found else row.shape[0]
+def _length(row: Tensor, num_prompt: int, ends: Tensor | None) -> int:
+    """Return the positions of a text up to its first end token behind the prompt."""
+    found = [] if ends is None else torch.isin(row[num_prompt:], ends).nonzero().flatten().tolist()
+    return num_prompt + found[0] + 1 if found else row.shape[0]

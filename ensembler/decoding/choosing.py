@@ -52,7 +52,7 @@ NAN = -2
 
 
 @dataclass(frozen=True)
-class Asked:
+class TokenRequest:
     """A token that is wanted: of `text` on `row`, after `offset` of the row's drafts, from row `source` of logits."""
 
     text: Text
@@ -70,7 +70,7 @@ class Asked:
         return [*self.row.columns, *self.row.new_ids, *self.row.drafts[: self.offset]]
 
 
-Recorder = Callable[[Sequence[Asked], Tensor, Tensor], None]
+Recorder = Callable[[Sequence[TokenRequest], Tensor, Tensor], None]
 """Is given what was asked for, its raw logits and its scores (n, V)."""
 
 
@@ -96,24 +96,22 @@ class Processors:
     def __bool__(self) -> bool:
         return bool(self._processors)
 
-    def __call__(self, asked: Sequence[Asked], scores: Tensor) -> Tensor:
+    def __call__(self, requests: Sequence[TokenRequest], scores: Tensor) -> Tensor:
         """Return the scores (n, V) of the tokens that are asked for, n of them, after processing."""
-        if self._are_blind:
-            return self._process(asked, torch.zeros(len(asked), 1, dtype=torch.int64, device=scores.device), scores)
-        seen = [one.seen() for one in asked]
+        seen = [[0] if self._are_blind else one.seen() for one in requests]
         lengths = {len(ids) for ids in seen}
         if len(lengths) == 1:
-            return self._process(asked, torch.tensor(seen, device=scores.device), scores)
+            return self._process(requests, torch.tensor(seen, device=scores.device), scores)
         processed = torch.empty_like(scores)
         for length in lengths:
             which = [index for index, ids in enumerate(seen) if len(ids) == length]
             ids = torch.tensor([seen[index] for index in which], device=scores.device)
-            processed[which] = self._process([asked[index] for index in which], ids, scores[which])
+            processed[which] = self._process([requests[index] for index in which], ids, scores[which])
         return processed
 
-    def _process(self, asked: Sequence[Asked], ids: Tensor, scores: Tensor) -> Tensor:
+    def _process(self, requests: Sequence[TokenRequest], ids: Tensor, scores: Tensor) -> Tensor:
         for processor, lengths in self._padding:
-            processor.prompt_ignore_length = lengths[[one.row.batch_row for one in asked]]
+            processor.prompt_ignore_length = lengths[[one.row.batch_row for one in requests]]
         processed: Tensor = self._processors(ids, scores)
         return processed
 
@@ -154,11 +152,12 @@ class Chooser:
         self._grid = grid
         self._processors = processors
         self._seed = seed
+        self._temperature = None if seed is None else processors.temperature
         self._width = width
         self._recorder = recorder
         self._scores = Weights.of((_SCORES, 0.0), device=grid.weights.table.device)
 
-    def choose(self, logits: Mapping[str, Tensor], asked: Sequence[Asked]) -> list[int]:
+    def choose(self, logits: Mapping[str, Tensor], requests: Sequence[TokenRequest]) -> list[int]:
         """Return the token of each that is asked for; NAN where a member computed NaN.
 
         `logits` (rows, n, V_member) by role; without processors, one launch chooses all tokens. The host waits once.
@@ -166,16 +165,12 @@ class Chooser:
         device = self._grid.weights.table.device
         ordered = [send(values, device) for values in self._grid.ordered(logits)]
         if self._processors or self._recorder is not None:
-            tokens = self._choose_processed(ordered, asked)
+            tokens = self._choose_processed(ordered, requests)
         else:
-            weights = self._weights([one.text.point for one in asked])
-            tokens = self._choose_among(ordered, weights, [one.source for one in asked], asked, self._temperature)
+            weights = self._weights([one.text.point for one in requests])
+            tokens = self._choose_among(ordered, weights, [one.source for one in requests], requests)
         found: list[int] = tokens.tolist()
         return found
-
-    @property
-    def _temperature(self) -> float | None:
-        return None if self._seed is None else self._processors.temperature
 
     def _weights(self, points: Sequence[int]) -> Weights:
         if len(self._grid) == 1:
@@ -184,50 +179,40 @@ class Chooser:
         return self._grid.weights.replace_table(table[send(torch.tensor(points), table.device)])
 
     def _choose_among(
-        self,
-        logits: list[Tensor],
-        weights: Weights,
-        sources: Sequence[int],
-        asked: Sequence[Asked],
-        temperature: float | None,
+        self, logits: list[Tensor], weights: Weights, sources: Sequence[int], requests: Sequence[TokenRequest]
     ) -> Tensor:
         """The tokens of outputs that read rows `sources`, each with the noise of its text and position."""
         device = logits[0].device
         noise = None
         if self._seed is not None:
-            numbers = torch.tensor([(one.text.prompt, one.text.sample, one.position) for one in asked])
+            numbers = torch.tensor([(one.text.prompt, one.text.sample, one.position) for one in requests])
             noise = send(make_noise(self._seed, *numbers.unbind(1)), device)
         rows = None
         if list(sources) != list(range(logits[0].shape[:-1].numel())):
             rows = send(torch.tensor(sources, dtype=torch.int32), device)
-        found = combine_sample(logits, weights, rows, noise=noise, temperature=temperature)
+        found = combine_sample(logits, weights, rows, noise=noise, temperature=self._temperature)
         # Where processors forbid everything transformers takes the first token, too.
         return found.tokens.flatten().clamp(min=0).masked_fill(found.logprobs.flatten().isnan(), NAN)
 
-    def _choose_processed(self, logits: list[Tensor], asked: Sequence[Asked]) -> Tensor:
+    def _choose_processed(self, logits: list[Tensor], requests: Sequence[TokenRequest]) -> Tensor:
         """The same by way of scores, which are made and processed once for texts of one point and row."""
-        which: dict[tuple[int, int], int] = {}
-        first: list[Asked] = []
-        for one in asked:
-            if (one.text.point, one.source) not in which:
-                which[one.text.point, one.source] = len(first)
-                first.append(one)
-        of_asked = [which[one.text.point, one.source] for one in asked]
-        chosen = torch.empty(len(asked), dtype=torch.int64, device=logits[0].device)
-        for start in range(0, len(first), _MOST):
-            part = first[start : start + _MOST]
-            rows = send(torch.tensor([one.source for one in part], dtype=torch.int32), logits[0].device)
-            z = combine(logits, self._weights([one.text.point for one in part]), rows)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for index, one in enumerate(requests):
+            groups.setdefault((one.text.point, one.source), []).append(index)
+        chosen = torch.empty(len(requests), dtype=torch.int64, device=logits[0].device)
+        for start in range(0, len(groups), _MOST):
+            batch = list(groups)[start : start + _MOST]
+            first = [requests[groups[key][0]] for key in batch]
+            rows = send(torch.tensor([source for _, source in batch], dtype=torch.int32), logits[0].device)
+            z = combine(logits, self._weights([point for point, _ in batch]), rows)
             is_nan = z.isnan().any(-1)
             if self._width is not None:
                 z = torch.nn.functional.pad(z, (0, self._width - z.shape[-1]), value=-torch.inf)
-            scores = self._processors(part, z.clone() if self._recorder is not None else z).float()
+            scores = self._processors(first, z.clone() if self._recorder is not None else z).float()
             if self._recorder is not None:
-                self._recorder(part, z, scores)
-            inside = [index for index, of in enumerate(of_asked) if start <= of < start + _MOST]
-            sources = [of_asked[index] - start for index in inside]
-            tokens = self._choose_among(
-                [scores], self._scores, sources, [asked[index] for index in inside], self._temperature
-            )
-            chosen[inside] = tokens.clamp(min=0).masked_fill(is_nan[sources], NAN)
+                self._recorder(first, z, scores)
+            indices = [index for key in batch for index in groups[key]]
+            sources = [row for row, key in enumerate(batch) for _ in groups[key]]
+            tokens = self._choose_among([scores], self._scores, sources, [requests[index] for index in indices])
+            chosen[indices] = tokens.clamp(min=0).masked_fill(is_nan[sources], NAN)
         return chosen

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 from transformers import TextStreamer
 
+from ensembler.decoding.batching import end_ids
 from ensembler.decoding.decoding_options import DecodingOptions
-from ensembler.decoding.prompt_batches import end_ids
 from ensembler.decoding.prompts import EncodedPrompt, chat_ids, check_length, check_text
 from ensembler.decoding.samples import make_sample
 from ensembler.decoding.texts import Choice, complete_prompts, decoder_of, explain

@@ -22,7 +22,7 @@ class DecodingStats:
 
     `num_tokens` is left to who knows the texts; `num_rows`: those of all steps together. `draft`: who drafted, None for
     nobody; `plain_reason`: why nothing was drafted, or nothing any more; `by_transformers`: why `transformers`' own
-    loop decoded, with the number of batches; `eager`: why forwards were not captured as CUDA graphs, by their names.
+    loop decoded, with the number of batches; `eager`: why models were not captured as CUDA graphs, by their names.
     """
 
     draft: str | None = None
@@ -59,14 +59,13 @@ class DecodingStats:
 
     def to_row(self) -> dict[str, Any]:
         """Return all of it, with what follows from it; seconds are rounded to microseconds."""
-        row = asdict(self)
-        phases = {name: self.phases[name] for name in PHASES if name in self.phases}
-        phases["other"] = self.seconds - sum(phases.values())
-        row["phases"] = {name: round(value, 6) for name, value in phases.items()}
-        row["members"] = {name: round(value, 6) for name, value in self.members.items()}
-        row["seconds"] = round(self.seconds, 6)
-        if not self.seconds:  # nothing was timed
-            row = {name: value for name, value in row.items() if name not in ("phases", "members", "seconds")}
+        row = {name: value for name, value in asdict(self).items() if name not in ("phases", "members", "seconds")}
+        if self.seconds:  # it was timed
+            phases = {name: self.phases[name] for name in PHASES if name in self.phases}
+            phases["other"] = self.seconds - sum(phases.values())
+            row["phases"] = {name: round(value, 6) for name, value in phases.items()}
+            row["members"] = {name: round(value, 6) for name, value in self.members.items()}
+            row["seconds"] = round(self.seconds, 6)
         return {
             **row,
             "rows_per_step": _ratio(self.num_rows, self.num_plain_steps + self.num_rounds),
@@ -96,7 +95,7 @@ class Meter:
             yield
         finally:
             model.member_set.timer = None
-            self.stats.eager = model.member_set.eager_forwards()
+            self.stats.eager = model.member_set.why_eager()
             self.stats.seconds += _now() - start
 
     @contextmanager
@@ -111,7 +110,7 @@ class Meter:
 
     @contextmanager
     def member(self, name: str) -> Iterator[None]:
-        """Count the time inside as that of a forward; outside of a phase it is a step of `transformers`' own loop."""
+        """Count the time inside as that of a model; outside of a phase it is a step of `transformers`' own loop."""
         start = _now()
         with nullcontext() if self._phase is not None else self.phase("step"):
             yield

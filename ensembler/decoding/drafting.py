@@ -1,20 +1,20 @@
-"""Draft tokens, by one forward of a member or from the text itself, and choose how many in each round."""
+"""Draft tokens, by a member or from the text itself, and choose how many in each round."""
 
 from __future__ import annotations
 
 import statistics
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 from ensembler_kernels import Combination, Weights
 from torch import Tensor, nn
 
-from ensembler.decoding.choosing import Asked, Chooser
+from ensembler.decoding.choosing import Chooser, TokenRequest
 from ensembler.decoding.rows import Row
-from ensembler.engine.forward import Forward
 from ensembler.engine.grid import Grid, make_combination
+from ensembler.engine.model_runner import ModelRunner
 from ensembler.errors import ConfigError
 from ensembler.modeling import EnsembleForCausalLM
 from ensembler.rules import Rule
@@ -53,8 +53,8 @@ def expected_tokens(num: int, acceptance: float) -> float:
     return float(num) if acceptance >= 1 else (1 - acceptance**num) / (1 - acceptance)
 
 
-class Pace:
-    """Chooses the positions of the next round, at most `most`. `share`: the draft's part of a plain step, guessed.
+class DraftSchedule:
+    """Chooses the positions of the next round, at most `most`; `share`: the part of a plain step that a draft may cost.
 
     Costs are known for each number of rows in powers of two. Rounds that lost against plain steps are made up for
     before another one is risked: drafting that does not pay costs at most `_MAY_LOSE` of the time, one round, and
@@ -79,12 +79,11 @@ class Pace:
         """Return the positions of the next round: 1 is a plain step."""
         costs = self._costs_of(num_rows)
         numbers = range(2, min(self._most, room) + 1)
-        if not numbers or costs.wants_plain:
+        if not numbers or costs.wants_plain or self._lost > _MAY_LOSE * self._elapsed:
             return 1
-        if self._lost > _MAY_LOSE * self._elapsed:
-            return 1
-        best = max(numbers, key=lambda num: self._rate(costs, num))
-        if self._rate(costs, best) > _MARGIN * self._rate(costs, 1):
+        rates = {num: expected_tokens(num, self.acceptance) / costs.of(num) for num in (1, *numbers)}
+        best = max(numbers, key=rates.__getitem__)
+        if rates[best] > _MARGIN * rates[1]:
             self.reason = None
             return best
         pays = any(num / costs.of(num) > _MARGIN / costs.of(1) for num in numbers)
@@ -93,8 +92,8 @@ class Pace:
         )
         return 1
 
-    def saw(self, done: Round) -> None:
-        """Note what a round came to and cost."""
+    def update(self, done: Round) -> None:
+        """Take in the outcome and the cost of a round."""
         decay = (1 - 1 / _WINDOW) ** done.num_drafted
         self._accepted = self._accepted * decay + done.num_accepted
         self._drafted = self._drafted * decay + done.num_drafted
@@ -105,9 +104,6 @@ class Pace:
             # By the median: a round that something else held up says nothing about drafting.
             lost = costs.of(done.num_positions) - done.num_tokens / done.num_rows * costs.of(1)
             self._lost = max(self._lost + lost, -_CREDIT * costs.of(1))
-
-    def _rate(self, costs: _Costs, num: int) -> float:
-        return expected_tokens(num, self.acceptance) / costs.of(num)
 
     def _costs_of(self, num_rows: int) -> _Costs:
         return self._costs.setdefault(num_rows.bit_length(), _Costs(self._share))
@@ -132,11 +128,9 @@ class _Costs:
     def add(self, num: int, seconds: float) -> None:
         self._num_rounds += 1
         self._num_plain += num == 1
-        first = num not in self._seen_at
+        if num in self._seen_at:  # a first call captures, compiles or loads lazily: it says nothing about the others
+            self._seconds.setdefault(num, deque(maxlen=_RECENT if num > 1 else _RECENT_PLAIN)).append(seconds)
         self._seen_at[num] = self._num_rounds
-        if first:  # a first call captures, compiles or loads lazily: it says nothing about those that follow
-            return
-        self._seconds.setdefault(num, deque(maxlen=_RECENT if num > 1 else _RECENT_PLAIN)).append(seconds)
 
     def of(self, num: int) -> float:
         known = [one for one in self._seconds if one == 1 or self._num_rounds - self._seen_at[one] < _FORGET_AFTER]
@@ -150,24 +144,24 @@ class _Costs:
 
 
 AUTO, NONE, NGRAM = "auto", "none", "ngram"
-_LONGEST, _SHORTEST = 3, 2  # tokens that a place in the text has in common with its end, to be gone on with
+_LONGEST, _SHORTEST = 3, 2  # tokens at the end of a text that are looked up in it
 _LOOK_EVERY = 8  # plain steps that ask the draft once, to learn whether it would be right
 
 
 class Drafter:
-    """Drafts tokens behind rows. `forward` drafts, and `others` verify; without one the texts' own repetitions do.
+    """Drafts tokens behind rows. `runner` drafts, and `others` verify; without one the texts' own repetitions draft.
 
-    `share`: its part of the bytes that all forwards read.
+    `share`: the fraction of all weight bytes that it reads.
     """
 
     def __init__(
         self,
-        forward: Forward | None,
-        others: Sequence[Forward] = (),
+        runner: ModelRunner | None,
+        others: Sequence[ModelRunner] = (),
         share: float = 0.0,
         chooser: Chooser | None = None,
     ) -> None:
-        self.forward = forward
+        self.runner = runner
         self.others = tuple(others)
         self.share = share
         self._chooser = chooser
@@ -176,21 +170,22 @@ class Drafter:
     @property
     def name(self) -> str:
         """Return the roles that draft, or 'ngram'."""
-        return NGRAM if self.forward is None else self.forward.name
+        return NGRAM if self.runner is None else self.runner.name
 
     def draft(self, logits: Mapping[str, Tensor], rows: Sequence[Row]) -> None:
         """Put a token behind the drafts of each row, from its members' logits (rows, 1, V) there."""
         assert self._chooser is not None
-        running = [(place, row) for place, row in enumerate(rows) if row.texts]
         # Of texts that share a row the first says what is drafted.
-        asked = [Asked(row.texts[0], row, len(row.drafts), place) for place, row in running]
-        for (_, row), token in zip(running, self._chooser.choose(logits, asked), strict=True):
-            row.drafts.append(max(token, 0))
+        requests = [
+            TokenRequest(row.texts[0], row, len(row.drafts), index) for index, row in enumerate(rows) if row.texts
+        ]
+        for one, token in zip(requests, self._chooser.choose(logits, requests), strict=True):
+            one.row.drafts.append(max(token, 0))
 
     def peek(self, logits: Mapping[str, Tensor], rows: Sequence[Row]) -> list[int] | None:
         """Return in some plain steps what the draft would have been, for each running row; None in the others."""
         self._num_plain += 1
-        if self.forward is None or self._num_plain % _LOOK_EVERY != 1:
+        if self.runner is None or self._num_plain % _LOOK_EVERY != 1:
             return None
         self.draft(logits, rows)
         return [row.drafts.pop() for row in rows if row.texts]
@@ -199,31 +194,32 @@ class Drafter:
 def find_drafter(
     model: EnsembleForCausalLM, draft: str, grid: Grid, make_chooser: Callable[[Grid], Chooser]
 ) -> Drafter | str:
-    """Return who drafts for `draft`, or why nobody does: a role, 'ngram', or 'auto' for the lightest forward.
+    """Return who drafts for `draft`, or why nobody does: a role, 'ngram', or 'auto' for the lightest runner.
 
     `grid` is what is decoded; `make_chooser` makes what chooses tokens at other weights, with the same noise. Auto
-    takes a forward that reads less than half the bytes of weights that all others do. Raises ConfigError for a role
+    takes a runner that reads less than half the bytes of weights that all others do. Raises ConfigError for a role
     that is not in the ensemble, or that gives no distribution.
     """
     check_draft(model.rule, draft)
-    forwards = model.member_set.forwards
+    runners = model.member_set.runners
     if draft == NONE:
         return "no draft was wanted"
     if model.world is not None:
         return "several processes share the members"
-    if len(forwards) == 1:
+    if len(runners) == 1:
         return "all members run in one forward, so that there is none to verify"
     if draft == NGRAM:
         return Drafter(None)
+    sizes = {runner: num_bytes(runner.model) for runner in runners}
     if draft == AUTO:
-        drafting = [forward for forward in forwards if set(forward.roles) - model.rule.raw_roles]
-        found = min(drafting, key=lambda forward: num_bytes(forward.model))
+        drafting = [runner for runner in runners if set(runner.roles) - model.rule.raw_roles]
+        found = min(drafting, key=sizes.__getitem__)
     else:
-        found = next(forward for forward in forwards if draft in forward.roles)
-    share = num_bytes(found.model) / sum(num_bytes(forward.model) for forward in forwards)
+        found = next(runner for runner in runners if draft in runner.roles)
+    share = sizes[found] / sum(sizes.values())
     if draft == AUTO and share >= 1 / 3:
         return "no member is light enough to draft for the others"
-    others = [forward for forward in forwards if forward is not found]
+    others = [runner for runner in runners if runner is not found]
     return Drafter(found, others, share, make_chooser(_draft_grid(model, grid, found.roles)))
 
 
@@ -248,7 +244,7 @@ def _draft_grid(model: EnsembleForCausalLM, grid: Grid, present: Sequence[str]) 
     """The same points for the logits of the members that draft alone."""
     roles = tuple(role for role in model.rule.roles if role in present)
     numbers = [(_stand_ins(model, rule, roles), list(alphas)) for rule, alphas in grid.runs]
-    return Grid(grid.points, roles, Weights.of(*numbers), grid.runs).on(model.device)
+    return replace(grid, roles=roles, weights=Weights.of(*numbers)).to(model.device)
 
 
 def _stand_ins(model: EnsembleForCausalLM, rule: Rule, roles: Sequence[str]) -> Combination:
@@ -261,14 +257,11 @@ def _stand_ins(model: EnsembleForCausalLM, rule: Rule, roles: Sequence[str]) -> 
         if role in roles or role not in rule.raw_roles:
             constant[stands[role]] += rule.constant.get(role, 0.0)
             slope[stands[role]] += rule.slope.get(role, 0.0)
-    own = make_combination(rule, model.contract, model.config.outside)
-    return Combination(
+    return replace(
+        make_combination(rule, model.contract, model.config.outside),
         constant=tuple(constant.values()),
         slope=tuple(slope.values()),
-        shared=own.shared,
-        neutral=own.neutral,
         raw=tuple(role in rule.raw_roles for role in roles),
-        cutoff=own.cutoff,
         anchor=roles.index(stands[rule.anchor]),
     )
 

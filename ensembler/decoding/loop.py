@@ -15,44 +15,44 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from ensembler.decoding.choosing import NAN, Asked, Chooser
+from ensembler.decoding.choosing import NAN, Chooser, TokenRequest
 from ensembler.decoding.decode_stats import Meter, timed
 from ensembler.decoding.drafting import Drafter, Round, look_up
-from ensembler.decoding.rows import Row, Text, arrange, settle
-from ensembler.decoding.samples import Ends
-from ensembler.engine.forward import Forward, Step, check_nan
+from ensembler.decoding.rows import Row, Text, condense_rows, split_rows
+from ensembler.decoding.samples import StopChecker
+from ensembler.engine.model_runner import ModelRunner, Step, check_nan
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import LogitsError
 
 Logits = dict[str, Tensor]
-Read = Callable[[Step, RowCache, Sequence[Forward] | None], Logits]
-"""Reads with the members (or some of their forwards), and returns their logits (rows, n, V) by role."""
+RunMembers = Callable[[Step, RowCache, Sequence[ModelRunner] | None], Logits]
+"""Runs all members, or those of the given runners, and returns their logits (rows, n, V) by role."""
 _CHUNK = 1024  # positions of prompts that are read at once: a mask of all of a long prompt would be its square
 
 
-def read_in_chunks(
-    read: Read, cache: RowCache, ids: Tensor, positions: Tensor, chunk: int | None = None, first_row: int = 0
+def prefill(
+    run: RunMembers, cache: RowCache, ids: Tensor, positions: Tensor, chunk: int | None = None, first_row: int = 0
 ) -> Logits:
     """Read prompts, `ids` and `positions` (rows, n), `chunk` of them at a time; return the last logits (rows, 1, V)."""
     for start in range(0, ids.shape[1], chunk or _CHUNK):
         here = slice(start, start + (chunk or _CHUNK))
-        logits = read(Step(ids[:, here], None, positions[:, here], 1, first_row), cache, None)
+        logits = run(Step(ids[:, here], None, positions[:, here], 1, first_row), cache, None)
     return logits
 
 
 class DecodeLoop:
     """Rows that are decoded together, on one cache.
 
-    `chunk`: read prompts so many positions at a time. `keeps_rows`: a row that has ended stays in its place, for a
-    cache that somebody goes on with.
+    `chunk`: read prompts so many positions at a time. `keeps_rows`: a row whose texts have ended keeps its row of the
+    cache, for a later call.
     """
 
     def __init__(
         self,
-        read: Read,
+        run_members: RunMembers,
         cache: RowCache,
         chooser: Chooser,
-        ends: Ends,
+        stop_checker: StopChecker,
         *,
         drafter: Drafter | None = None,
         chunk: int | None = None,
@@ -61,9 +61,9 @@ class DecodeLoop:
     ) -> None:
         self.rows: list[Row] = []
         self.cache = cache
-        self._read = read
+        self._run_members = run_members
         self._chooser = chooser
-        self._ends = ends
+        self._stop_checker = stop_checker
         self.drafter = drafter
         self._chunk = chunk
         self._keeps_rows = keeps_rows
@@ -89,10 +89,10 @@ class DecodeLoop:
         with self._undone_if_it_fails():
             with timed(self._meter, "prefill"):
                 logits = self._read_prompts(rows, first)
-            asked = [Asked(text, row, 0, index) for index, row in enumerate(rows) for text in row.texts]
-            gained, ended = self._choose(logits, asked)
+            requests = [TokenRequest(text, row, 0, index) for index, row in enumerate(rows) for text in row.texts]
+            gained, ended = self._choose(logits, requests)
         self.rows += rows
-        self._settle(gained, ended)
+        self._update_rows(gained, ended)
         return list(ended)
 
     @torch.inference_mode()
@@ -106,19 +106,23 @@ class DecodeLoop:
         with self._undone_if_it_fails():
             logits = self._read_drafting(num)
             num = next(iter(logits.values())).shape[1]
-            asked = [
-                Asked(text, row, offset, place * num + offset)
-                for place, row in enumerate(self.rows)
+            requests = [
+                TokenRequest(text, row, offset, index * num + offset)
+                for index, row in enumerate(self.rows)
                 for offset in range(1 + min(len(row.drafts), row.room - 1))
                 for text in row.texts
             ]
             guesses = self.drafter.peek(logits, self.rows) if self.drafter is not None and num == 1 else None
-            gained, ended = self._choose(logits, asked)
-        num_drafted, num_accepted = _hits([(row, gained[row.texts[0]]) for row in rows], guesses)
-        num_tokens = sum(len(gained[row.texts[0]]) for row in rows)  # of texts that share a row, the first counts
-        self._settle(gained, ended)
+            gained, ended = self._choose(logits, requests)
+        grown = [(row, gained[row.texts[0]]) for row in rows]  # of texts that share a row, the first counts
+        num_tokens = sum(len(tokens) for _, tokens in grown)
+        drafted = [pair for row, tokens in grown for pair in zip(tokens, row.drafts, strict=False)]
+        if guesses is not None:
+            drafted = [(tokens[0], guess) for (_, tokens), guess in zip(grown, guesses, strict=True)]
+        num_accepted = sum(token == draft for token, draft in drafted)
+        self._update_rows(gained, ended)
         seconds = time.perf_counter() - start
-        return list(ended), Round(num, len(rows), num_tokens, num_drafted, num_accepted, seconds)
+        return list(ended), Round(num, len(rows), num_tokens, len(drafted), num_accepted, seconds)
 
     # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -130,30 +134,30 @@ class DecodeLoop:
         ends = torch.tensor([len(row.ids) for row in rows])[:, None]
         positions = ends - longest + torch.arange(longest)
         positions[positions < torch.tensor([row.num_read for row in rows])[:, None]] = -1
-        return read_in_chunks(self._read, self.cache, ids, positions, self._chunk, first)
+        return prefill(self._run_members, self.cache, ids, positions, self._chunk, first)
 
     def _read_drafting(self, num: int) -> Logits:
         """Draft, and return the logits (rows, n, V) after the newest token and the drafts behind it; n ≤ `num`."""
         drafter = self.drafter
         for row in self.rows:
             row.drafts = []
-        if drafter is None or num == 1 or drafter.forward is None:
+        if drafter is None or num == 1 or drafter.runner is None:
             if drafter is not None and num > 1:
                 with timed(self._meter, "draft"):
                     for row in self.rows:
                         row.drafts = look_up(row.ids, min(num, row.room) - 1) if row.texts else []
             num = 1 + max(len(row.drafts) for row in self.rows)
             with timed(self._meter, "step" if num == 1 else "verify"):
-                return self._read(self._newest(0, num), self.cache, None)
+                return self._run_members(self._newest(0, num), self.cache, None)
         steps: list[Logits] = []
         for offset in range(num):
             with timed(self._meter, "draft"):
-                logits = self._read(self._newest(offset, 1), self.cache, [drafter.forward])
+                logits = self._run_members(self._newest(offset, 1), self.cache, [drafter.runner])
             steps.append({role: values.clone() for role, values in logits.items()})  # a graph writes over them
             if offset < num - 1:
                 drafter.draft(steps[-1], self.rows)
         with timed(self._meter, "verify"):
-            verified = self._read(self._newest(0, num), self.cache, drafter.others)
+            verified = self._run_members(self._newest(0, num), self.cache, drafter.others)
         return {role: torch.cat([step[role] for step in steps], dim=1) for role in steps[0]} | verified
 
     def _newest(self, offset: int, num: int) -> Step:
@@ -167,18 +171,20 @@ class DecodeLoop:
             positions.append([*range(start, start + len(tokens)), *[-1] * (num - len(tokens))])
         return Step(torch.tensor(ids), position_ids=torch.tensor(positions))
 
-    # -- settling -----------------------------------------------------------------------------------------------------
+    # -- choosing -----------------------------------------------------------------------------------------------------
 
-    def _choose(self, logits: Logits, asked: Sequence[Asked]) -> tuple[dict[Text, list[int]], dict[Text, None]]:
+    def _choose(
+        self, logits: Logits, requests: Sequence[TokenRequest]
+    ) -> tuple[dict[Text, list[int]], dict[Text, None]]:
         """Return the tokens that each text gains, up to the first that was not drafted, and the texts that end."""
         with timed(self._meter, "choose"):
-            tokens = self._chooser.choose(logits, asked)
+            tokens = self._chooser.choose(logits, requests)
         gained: dict[Text, list[int]] = {}
         chosen: dict[Text, list[int]] = {}
-        for one, token in zip(asked, tokens, strict=True):
+        for one, token in zip(requests, tokens, strict=True):
             chosen.setdefault(one.text, []).append(token)
             gained[one.text] = []
-        going = [(one.text, one.row) for one in asked if one.offset == 0]
+        going = [(one.text, one.row) for one in requests if one.offset == 0]
         ended: dict[Text, None] = {}
         offset = 0
         while going:
@@ -187,7 +193,7 @@ class DecodeLoop:
                 if chosen[text][offset] == NAN:  # what stands behind a rejected draft says nothing
                     check_nan(logits)
                     raise LogitsError("the combined logits hold NaN, and no member computed any; try another alpha")
-            are_ended = self._ends.ended([(row, gained[text]) for text, row in going])
+            are_ended = self._stop_checker.ended([(row, gained[text]) for text, row in going])
             ended |= {text: None for (text, _), is_end in zip(going, are_ended, strict=True) if is_end}
             going = [
                 (text, row)
@@ -198,10 +204,9 @@ class DecodeLoop:
         self._has_nan = NAN in tokens
         return gained, ended
 
-    def _settle(self, gained: dict[Text, list[int]], ended: dict[Text, None]) -> None:
-        """Let texts that differ part into rows of their own, and rows whose texts have ended leave."""
-        parts = settle(self.rows, gained, ended, keeps_rows=self._keeps_rows)
-        self.rows, copies = arrange(parts)
+    def _update_rows(self, gained: dict[Text, list[int]], ended: dict[Text, None]) -> None:
+        """Give texts that differ rows of their own, and remove rows whose texts have ended."""
+        self.rows, copies = condense_rows(split_rows(self.rows, gained, ended, keeps_rows=self._keeps_rows))
         if copies:
             self.cache.reserve(len(self.rows), self.cache.room)
             sources, targets = zip(*copies, strict=True)
@@ -212,17 +217,9 @@ class DecodeLoop:
 
     @contextmanager
     def _undone_if_it_fails(self) -> Iterator[None]:
-        """Let what a failed forward wrote inside count for nothing."""
+        """Clear what a forward that fails inside has written."""
         try:
             yield
         except BaseException:
             self.cache.forget_behind()
             raise
-
-
-def _hits(grown: Sequence[tuple[Row, Sequence[int]]], guesses: Sequence[int] | None) -> tuple[int, int]:
-    """Count drafted tokens that were looked at, and those that stayed; `guesses`: what would have been drafted."""
-    pairs = [pair for row, tokens in grown for pair in zip(tokens, row.drafts, strict=False)]
-    if guesses is not None:
-        pairs = [(tokens[0], guess) for (_, tokens), guess in zip(grown, guesses, strict=True)]
-    return len(pairs), sum(token == draft for token, draft in pairs)

@@ -43,8 +43,8 @@ class RunSettings:
             return f"which ones is not known, as {path.name} is missing"
         now = dict(_flat(self._settings))
         names = [name for name in dict.fromkeys((*then, *now)) if then.get(name) != now.get(name)]
-        said = [_said(name, then.get(name), now.get(name)) for name in names[:3]]
-        return ", ".join(said) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        differences = [_difference(name, then.get(name), now.get(name)) for name in names[:3]]
+        return ", ".join(differences) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class ResultsFile:
@@ -133,7 +133,7 @@ def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
             yield f"{above}{key}", value
 
 
-def _said(name: str, then: Any, now: Any) -> str:
+def _difference(name: str, then: Any, now: Any) -> str:
     if name in ("prompts", "rows"):  # a digest
         return f"the {name} are others"
     return f"{name} was {json.dumps(then, ensure_ascii=False)}, now {json.dumps(now, ensure_ascii=False)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,33 +110,21 @@ def encode_prompts(
     `context` is the role with the shortest context and that length in tokens. An empty or too long prompt raises
     PromptError; with `skip`, it is called with the message instead.
     """
-    return list(_encode(prompts, tokenizer, chat, system, context, skip))
-
-
-def _encode(
-    prompts: list[Prompt],
-    tokenizer: Any,
-    chat: bool,
-    system: str | None,
-    context: tuple[str, int] | None,
-    skip: Report | None,
-) -> Iterator[EncodedPrompt]:
+    start = [] if system is None else [{"role": "system", "content": system}]
+    encoded = []
     for prompt in prompts:
         try:
             check_text(prompt.text, prompt.source)
-            ids = chat_ids(tokenizer, _messages(prompt.text, system)) if chat else text_ids(tokenizer, prompt.text)
+            messages = [*start, {"role": "user", "content": prompt.text}]
+            ids = chat_ids(tokenizer, messages) if chat else text_ids(tokenizer, prompt.text)
             check_length(len(ids), prompt.source, context)
         except PromptError as error:
             if skip is None:
                 raise
             skip(str(error))
         else:
-            yield EncodedPrompt(prompt.number, ids)
-
-
-def _messages(text: str, system: str | None) -> list[dict[str, str]]:
-    user = {"role": "user", "content": text}
-    return [user] if system is None else [{"role": "system", "content": system}, user]
+            encoded.append(EncodedPrompt(prompt.number, ids))
+    return encoded
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:

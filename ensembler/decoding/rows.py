@@ -1,7 +1,7 @@
 """Rows of the decode loop, and the texts on them: texts that agree so far share a row. It knows no tensors.
 
 A text is one sample of one prompt at one point of the grid. Rows stand in the members' cache where they stand in the
-loop: `arrange` says what has to be copied where when texts part and end.
+loop: `condense_rows` says which rows have to be copied where when texts differ and end.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ class Row:
         """The number of tokens that it may still get."""
         return self.limit - len(self.ids)
 
-    def parted(self, new: Sequence[int], texts: list[Text]) -> Row:
-        """Return the row of some of its texts, which go on with `new` tokens; what was read of them stays."""
+    def forked(self, new: Sequence[int], texts: list[Text]) -> Row:
+        """Return a row for `texts` of this one, which go on with `new` tokens; all but the last of them were read."""
         ids = [*self.ids, *new]
         return Row(ids, self.num_prompt, self.limit, texts, self.columns, len(ids) - 1, self.batch_row)
 
 
-def settle(
+def split_rows(
     rows: Sequence[Row], gained: Mapping[Text, list[int]], ended: Container[Text], *, keeps_rows: bool = False
 ) -> list[list[Row]]:
     """Give texts the tokens that they `gained`; return for each row the rows that its texts go on as.
@@ -77,40 +77,40 @@ def settle(
     Texts that have `ended` leave with their `ids`; texts that gained the same tokens stay together. `keeps_rows`: a row
     whose texts have all ended stays, with none.
     """
-    return [_part(row, gained, ended, keeps_rows) if row.texts else [row] for row in rows]
-
-
-def _part(row: Row, gained: Mapping[Text, list[int]], ended: Container[Text], keeps_rows: bool) -> list[Row]:
-    groups: dict[tuple[int, ...], list[Text]] = {}
-    for text in row.texts:
-        if text not in gained:
-            return [row]  # it was not asked: its prompt was read before
-        if text in ended:
-            text.ids = [*row.new_ids, *gained[text]]
-        else:
-            groups.setdefault(tuple(gained[text]), []).append(text)
-    parts = [row.parted(new, texts) for new, texts in groups.items()]
-    return parts or ([row.parted(gained[row.texts[0]], [])] if keeps_rows else [])
-
-
-def arrange(parts: Sequence[Sequence[Row]]) -> tuple[list[Row], list[tuple[int, int]]]:
-    """Put the rows that each old row became into places without holes, as few as possible away from where they were.
-
-    Returns the rows in their new order, and which old row has to be copied to which place: all at once.
-    """
-    num = sum(map(len, parts))
-    placed: list[Row | None] = [None] * max(num, len(parts))
-    homeless: list[tuple[int, Row]] = []
-    for place, rows in enumerate(parts):
-        for index, row in enumerate(rows):
-            if index == 0 and place < num:
-                placed[place] = row
+    found = []
+    for row in rows:
+        if not row.texts or row.texts[0] not in gained:  # nobody asked for its tokens: its prompt was read before
+            found.append([row])
+            continue
+        groups: dict[tuple[int, ...], list[Text]] = {}
+        for text in row.texts:
+            if text in ended:
+                text.ids = [*row.new_ids, *gained[text]]
             else:
-                homeless.append((place, row))
-    holes = (place for place in range(num) if placed[place] is None)
+                groups.setdefault(tuple(gained[text]), []).append(text)
+        if not groups and keeps_rows:
+            groups[tuple(gained[row.texts[0]])] = []
+        found.append([row.forked(new, texts) for new, texts in groups.items()])
+    return found
+
+
+def condense_rows(forks: Sequence[Sequence[Row]]) -> tuple[list[Row], list[tuple[int, int]]]:
+    """Put the rows that each old row became into an order without holes, and leave as many as possible where they were.
+
+    Returns the rows in their new order, and pairs of an old row and the new one that it is copied to: all at once.
+    """
+    num = sum(map(len, forks))
+    placed: list[Row | None] = [None] * max(num, len(forks))
+    moving: list[tuple[int, Row]] = []
+    for source, rows in enumerate(forks):
+        for index, row in enumerate(rows):
+            if index == 0 and source < num:
+                placed[source] = row
+            else:
+                moving.append((source, row))
+    holes = (index for index in range(num) if placed[index] is None)
     copies = []
-    for source, row in homeless:
-        target = next(holes)
+    for (source, row), target in zip(moving, holes, strict=False):
         placed[target] = row
         copies.append((source, target))
     return [row for row in placed[:num] if row is not None], copies

@@ -53,7 +53,7 @@ class Stream:
             self._streamer.end()
 
 
-class Ends:
+class StopChecker:
     """`ids` end a text; `criteria` are asked too: called with texts (rows, positions) int64, they say which end.
 
     `whole`: criteria see the prompt before the new tokens, with its padding; else the new tokens alone.
@@ -100,13 +100,12 @@ def make_sample(ids: list[int], tokenizer: Any, ends: frozenset[int], stops: Seq
     end = next((position for position, token in enumerate(ids) if token in ends), None)
     kept = ids if end is None else ids[: end + 1]
     text = tokenizer.decode(kept, skip_special_tokens=True)
-    if not stops:
-        return Sample(text, len(kept), "length" if end is None else "stop", kept)
-    behind = _behind_text(kept, tokenizer)
+    behind = _behind_text(kept, tokenizer) if stops else text
     cuts = [cut for cut in (behind.find(stop) for stop in stops) if cut >= 0]
     if cuts:
         text = text[: max(0, min(cuts) - (len(behind) - len(text)))]
-        kept = _until_text(kept, tokenizer, stops)
+        beginnings = (kept[:num] for num in range(1, len(kept) + 1))  # what follows in a batch is padding
+        kept = next(one for one in beginnings if any(stop in _behind_text(one, tokenizer) for stop in stops))
     return Sample(text, len(kept), "stop" if cuts or end is not None else "length", kept)
 
 
@@ -119,15 +118,6 @@ def _behind_text(ids: list[int], tokenizer: Any) -> str:
     before: str = tokenizer.decode(ids[:1], skip_special_tokens=True)
     behind: str = tokenizer.decode([*ids[:1], *ids], skip_special_tokens=True)[len(before) :]
     return behind if behind == f" {text}" else text
-
-
-def _until_text(ids: list[int], tokenizer: Any, stops: Sequence[str]) -> list[int]:
-    """The shortest beginning of `ids` whose text holds a stop text: what follows in a batch is padding."""
-    for end in range(1, len(ids) + 1):
-        text = _behind_text(ids[:end], tokenizer)
-        if any(stop in text for stop in stops):
-            return ids[:end]
-    return ids
 
 
 class _StopStrings(StopStringCriteria):  # type: ignore[misc,unused-ignore]
@@ -148,7 +138,7 @@ class _StopStrings(StopStringCriteria):  # type: ignore[misc,unused-ignore]
 
 
 class StopInNewText(StoppingCriteria):  # type: ignore[misc,unused-ignore]
-    """Ends a row whose new text holds one of `stops`; a stop text that begins in the prompt is none.
+    """StopChecker a row whose new text holds one of `stops`; a stop text that begins in the prompt is none.
 
     `prompt_length`: positions of the batch before the new text.
     """

@@ -11,14 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ensembler.decoding.batching import (
+    Decoded,
+    TextLimits,
+    batches_by_length,
+    decode_queue,
+    end_ids,
+    ends_only,
+    pad_id,
+    pad_left,
+    room_for,
+)
 from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.decoding_options import DecodingOptions
-from ensembler.decoding.prompt_batches import TextLimits, end_ids, ends_only, make_batches, pad_id, pad_left, room_for
-from ensembler.decoding.prompt_queue import Decoded, PromptQueue
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import GridOutput, Sample, make_sample, stopping_criteria
-from ensembler.engine.forward import Step
 from ensembler.engine.grid import Grid, GridPoint
+from ensembler.engine.model_runner import Step
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import ConfigError
 from ensembler.files import digest
@@ -103,18 +112,20 @@ def complete_prompts(
     batch_size: int = 1,
     done: frozenset[int] = frozenset(),
     decoder: Decoder | None = None,
-    share_headers: bool = True,
+    share_prefixes: bool = True,
     cache: RowCache | None = None,
 ) -> Iterator[Completion]:
     """Yield the completions of prompts as they end, but for the numbers in `done`; `batch_size` run together.
 
     A text depends on its prompt's number, the options and the seed alone (up to rounding). `decoder` says who drafts
-    and counts what happens (default: that of the options). With `share_headers`, what prompts begin with in common is
-    read once. `cache`: see `PromptQueue`.
+    and counts what happens (default: that of the options). With `share_prefixes`, what prompts begin with in common is
+    read once. `cache`: see `decode_queue`.
     """
     decoder = decoder_of(options) if decoder is None else decoder
     wanted = [prompt for prompt in prompts if prompt.number not in done]
-    decoded = _decode(model, tokenizer, wanted, options, decoder, batch_size, cache=cache, share_headers=share_headers)
+    decoded = _decode(
+        model, tokenizer, wanted, options, decoder, batch_size, cache=cache, share_prefixes=share_prefixes
+    )
     for one in decoded:
         (samples,) = _samples(one, tokenizer, end_ids(model), options.stop)
         decoder.stats.num_tokens += sum(sample.num_tokens for sample in samples)
@@ -145,9 +156,7 @@ def complete_grid(
     wanted = [prompt for prompt in prompts if prompt.number not in done]
     for one in _decode(model, tokenizer, wanted, options, decoder, batch_size):
         samples = _samples(one, tokenizer, end_ids(model), options.stop)
-        yield GridCompletion(
-            one.prompt.number, one.prompt.ids, dict(zip(points, samples, strict=True)), one.seconds
-        )
+        yield GridCompletion(one.prompt.number, one.prompt.ids, dict(zip(points, samples, strict=True)), one.seconds)
 
 
 def decoder_of(options: DecodingOptions, **others: Any) -> Decoder:
@@ -168,22 +177,21 @@ def _decode(
     num_together: int,
     *,
     cache: RowCache | None = None,
-    share_headers: bool = True,
+    share_prefixes: bool = True,
 ) -> Iterator[Decoded]:
     """Decode in the loop, or where it does not do what is asked batch by batch with `generate`."""
     reason = "beam search" if options.num_beams > 1 else model.member_set.why_not_by_row()
     if reason is None:
-        queue = PromptQueue(
-            model, tokenizer, options, decoder, num_together=num_together, cache=cache, share_headers=share_headers
+        running = decode_queue(
+            model, tokenizer, prompts, options, decoder, num_together, cache=cache, share_prefixes=share_prefixes
         )
-        running = queue.run(prompts)
         while True:  # whoever takes the texts may use the model between two of them
             with decoder.watching(model):
                 one = next(running, None)
             if one is None:
                 return
             yield one
-    for batch in make_batches(model, prompts, num_together, options.max_new_tokens):
+    for batch in batches_by_length(model, prompts, num_together, options.max_new_tokens):
         if options.num_beams > 1:  # which no decoder sees
             decoder.stats.add_batch_of_transformers(reason)
         with decoder.watching(model), ends_only(model):

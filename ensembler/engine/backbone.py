@@ -24,7 +24,7 @@ from ensembler.patch.formats import ADAPTER_WEIGHTS
 
 
 class Routing:
-    """The members that the forward under way serves, a block of rows for each; one without adapter is the backbone."""
+    """The members that the forward under way serves, a block of rows for each."""
 
     def __init__(self) -> None:
         self.blocks: tuple[str, ...] = ()
@@ -50,15 +50,8 @@ class AdaptedLinear(nn.Module):
         self._routing = routing
         self._scaling: dict[str, float] = {}
 
-    @property
-    def weight(self) -> Any:
-        """The base's: some models ask for its dtype."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Any:
-        """The base's."""
-        return self.base.bias
+    weight = property(lambda self: self.base.weight, doc="The weight of the base: some models ask for its dtype.")
+    bias = property(lambda self: self.base.bias, doc="The bias of the base.")
 
     def add(self, name: str, down: Tensor, up: Tensor, scaling: float) -> None:
         """Add the adapter `name`: A (r, in) and B (out, r), with its scaling s."""
@@ -73,7 +66,7 @@ class AdaptedLinear(nn.Module):
         if not any(name in self._scaling for name in blocks):
             return y
         if x.shape[0] % self._routing.num_rows:
-            raise RunError(f"a layer was given {x.shape[0]} of {self._routing.num_rows} rows; adapters cannot be told")
+            raise RunError(f"a layer was given {x.shape[0]} rows; expected a multiple of {self._routing.num_rows}")
         if y.requires_grad:  # autograd lets nobody write into what a function of bitsandbytes returned
             y = y.clone()
         y = y.contiguous()  # of any other layout `flatten` would give a copy, and the update be lost with it

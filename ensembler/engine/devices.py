@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,12 +35,18 @@ def check_devices(files: Iterable[MemberFiles]) -> None:
     for member in files:
         if member.config.quantization is not None and find_spec("bitsandbytes") is None:
             raise MissingExtraError("bitsandbytes", "pip install bitsandbytes")
-        for place in _places(member.config):
-            check_device(member.role, place)
+        for device in _named_devices(member.config):
+            try:
+                torch.empty(0, device=device)
+            except (RuntimeError, AssertionError, NotImplementedError) as error:
+                num = torch.cuda.device_count() if torch.cuda.is_available() else 0
+                raise ConfigError(
+                    f"{member.role}: device {device!r} is not there ({num} CUDA devices were found); use 'cpu' or one "
+                    "that is"
+                ) from error
 
 
-def _places(config: MemberConfig) -> list[str]:
-    """The devices that a member names."""
+def _named_devices(config: MemberConfig) -> list[str]:
     named = {config.device, *(config.max_memory or ())}
     if isinstance(config.device_map, dict):
         named |= set(config.device_map.values())
@@ -48,40 +54,29 @@ def _places(config: MemberConfig) -> list[str]:
 
 
 def check_device_names(role: str, config: MemberConfig) -> None:
-    """Raise ConfigError unless the places that the member names are devices, whether or not this machine has them."""
+    """Raise ConfigError unless the member names devices; this machine need not have them."""
     if isinstance(config.device_map, dict) and "disk" in config.device_map.values() and config.offload_folder is None:
         raise ConfigError(f"{role}: its device_map puts modules on disk; give an offload_folder beside it")
-    for place in _places(config):
+    for device in _named_devices(config):
         try:
-            is_one = torch.device(place).type != "meta"
+            is_device = torch.device(device).type != "meta"
         except RuntimeError:
-            is_one = False
-        if not is_one:
-            raise ConfigError(f"{role}: {place!r} is no device; give cpu, cuda, cuda:1 ..., or auto for several")
+            is_device = False
+        if not is_device:
+            raise ConfigError(f"{role}: {device!r} is no device; give cpu, cuda, cuda:1 ..., or auto for several")
 
 
-def check_device(role: str, device: str) -> None:
-    """Raise ConfigError unless torch has this device."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        num = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise ConfigError(
-            f"{role}: device {device!r} is not there ({num} CUDA devices were found); use 'cpu' or one that is"
-        ) from error
-
-
-def device_map_for(places: str | Mapping[str, str]) -> str | dict[str, int | str]:
-    """As accelerate wants it: a number that was given for a GPU is a number again."""
-    if isinstance(places, str):
-        return places
-    return {name: int(place) if place.isdigit() else place for name, place in places.items()}
-
-
-def max_memory_for(sizes: Mapping[str, str]) -> dict[int | str, int | str]:
-    """As accelerate wants it: GPUs by number, sizes without a unit as numbers."""
-    numbers = {name: name.removeprefix("cuda:") for name in sizes}
+def placement_options(config: MemberConfig) -> dict[str, Any]:
+    """Return the options of `from_pretrained` that put a member on devices; accelerate counts GPUs and bytes as int."""
+    devices, sizes = config.device_map, config.max_memory
+    if devices is None:
+        return {"device_map": {"": config.device}}
     return {
-        int(number) if number.isdigit() else name: int(sizes[name]) if sizes[name].isdigit() else sizes[name]
-        for name, number in numbers.items()
+        "device_map": devices if isinstance(devices, str) else {name: _as_number(to) for name, to in devices.items()},
+        "max_memory": sizes and {_as_number(on.removeprefix("cuda:")): _as_number(of) for on, of in sizes.items()},
+        "offload_folder": config.offload_folder,
     }
+
+
+def _as_number(text: str) -> int | str:
+    return int(text) if text.isdigit() else text

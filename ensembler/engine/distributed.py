@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ensembler.engine.backbone import Backbone
 from ensembler.engine.ensemble_cache import EnsembleCache
-from ensembler.engine.forward import Forward, Step, check_nan
 from ensembler.engine.grid import combine_members
 from ensembler.engine.member_set import MemberSet
+from ensembler.engine.model_runner import ModelRunner, Step, check_nan
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import ConfigError, EnsemblerError, RankError, RunError
 from ensembler.files import one_line
@@ -115,18 +115,18 @@ class World:
 
         Machines differ in their files, devices and memory: what one of them lacks the first rank has to say.
         """
-        failure: Exception | None = None
         try:
             result = function()
         except EnsemblerError as error:
-            failure = error
-        self._exchange([_FINE if failure is None else _FAILED, 0], failure, LOADING_TIMEOUT)
+            self._exchange([_FAILED, 0], error, LOADING_TIMEOUT)  # raises it
+            raise
+        self._exchange([_FINE, 0], None, LOADING_TIMEOUT)
         return result
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def agree(self, step: Step, failure: Exception | None, *, is_plain: bool) -> bool:
-        """Tell the others how this rank's members fared; return whether a weighted sum says it all, on every rank.
+        """Tell the others how this rank's members fared; return whether on every rank a weighted sum is enough.
 
         Raises `failure` on this rank, and a RunError with its text on the others; RunError where ranks read different
         tokens.
@@ -134,18 +134,18 @@ class World:
         self._step += 1
         code = _FAILED if failure is not None else _FINE if is_plain else _GATHER
         digest = zlib.crc32(step.input_ids.cpu().numpy().tobytes())
-        told = self._exchange([code, digest], failure, self._timeout)
-        for rank, (_, other) in enumerate(told):
-            if other != told[0][1]:
+        statuses = self._exchange([code, digest], failure, self._timeout)
+        for rank, (_, other) in enumerate(statuses):
+            if other != statuses[0][1]:
                 raise RunError(
                     f"{self._name(rank)} decodes other tokens than {self._name(0)} (at step {self._step}); give all "
                     "ranks the same inputs and seed, and the same kind of device"
                 )
-        return all(code == _FINE for code, _ in told)
+        return all(code == _FINE for code, _ in statuses)
 
     def sum(self, term: Tensor) -> Tensor:
         """Return the sum of the ranks' terms, fp32 of one shape: the same bits on every rank."""
-        self._talk(dist.all_reduce(term, async_op=True), self._timeout)
+        self._wait_for(dist.all_reduce(term, async_op=True), self._timeout)
         return term
 
     def gather(self, logits: Mapping[str, Tensor], contract: VocabularyContract) -> dict[str, Tensor]:
@@ -154,12 +154,10 @@ class World:
         gathered = {}
         for rank, roles in enumerate(self.owners):
             for role in roles:
-                values = logits.get(role)
-                shape = (*like.shape[:-1], contract.widths[role])
-                whole = torch.empty(shape, device=like.device)
-                if values is not None:
-                    whole.copy_(values)
-                self._talk(dist.broadcast(whole, src=rank, async_op=True), self._timeout)
+                whole = torch.empty(*like.shape[:-1], contract.widths[role], device=like.device)
+                if role in logits:
+                    whole.copy_(logits[role])
+                self._wait_for(dist.broadcast(whole, src=rank, async_op=True), self._timeout)
                 gathered[role] = whole
         return gathered
 
@@ -176,9 +174,9 @@ class World:
         if failure is not None:
             self._store.set(f"{key}/{self.rank}", f"{type(failure).__name__}: {failure}")
         mine = torch.tensor(status)
-        told = [torch.empty_like(mine) for _ in range(self.size)]
-        self._talk(dist.all_gather(told, mine, async_op=True), timeout)
-        statuses = [values.tolist() for values in told]
+        gathered = [torch.empty_like(mine) for _ in range(self.size)]
+        self._wait_for(dist.all_gather(gathered, mine, async_op=True), timeout)
+        statuses = [values.tolist() for values in gathered]
         if failure is not None:
             raise failure
         for rank, values in enumerate(statuses):
@@ -187,7 +185,7 @@ class World:
                 raise RunError(f"{self._name(rank)}: {message}")
         return statuses
 
-    def _talk(self, work: Any, timeout: float) -> None:
+    def _wait_for(self, work: Any, timeout: float) -> None:
         """Wait for a collective on the host, also for one between GPUs: a rank may be lost inside of it."""
         self._wait(work.is_completed, timeout)
         try:
@@ -212,9 +210,14 @@ class World:
             raise self._lost("the launcher stopped the run")
 
     def _lost(self, reason: str) -> RankError:
-        """Call the roll: who does not answer is the rank that was lost."""
+        """Return an error that names the ranks which do not answer within some seconds."""
         self._closing = True
-        answered = self._roll_call()
+        self._store.set(f"ensembler/alive/{self.rank}", "")
+        end = time.monotonic() + _ROLL_CALL
+        answered: list[int] = []
+        while len(answered) < self.size and time.monotonic() < end:
+            time.sleep(_STORE_PAUSE)
+            answered = [rank for rank in range(self.size) if self._store.check([f"ensembler/alive/{rank}"])]
         silent = [rank for rank in range(self.size) if rank not in answered]
         if not silent:
             return RankError(f"the run stopped at step {self._step}: {reason}", reporter=0)
@@ -224,16 +227,6 @@ class World:
             "--output goes on by the same command)",
             reporter=min(answered),
         )
-
-    def _roll_call(self) -> list[int]:
-        """The ranks that say within some seconds that they are there."""
-        self._store.set(f"ensembler/alive/{self.rank}", "")
-        end = time.monotonic() + _ROLL_CALL
-        while True:
-            answered = [rank for rank in range(self.size) if self._store.check([f"ensembler/alive/{rank}"])]
-            if len(answered) == self.size or time.monotonic() > end:
-                return answered
-            time.sleep(_STORE_PAUSE)
 
     def _name(self, rank: int) -> str:
         roles = " and ".join(self.owners[rank])
@@ -251,7 +244,7 @@ class RankedMembers(MemberSet):
         self,
         step: Step,
         cache: EnsembleCache | RowCache | None = None,
-        forwards: Sequence[Forward] | None = None,
+        runners: Sequence[ModelRunner] | None = None,
     ) -> dict[str, Tensor]:
         """Return the logits of all members by role, fp32, on every rank."""
         with self._advancing(cache):
@@ -265,17 +258,17 @@ class RankedMembers(MemberSet):
     ) -> Tensor:
         """Return the combination (rows, kept positions, V) fp32 on every rank.
 
-        Where all logits are finite it is the all-reduce of the ranks' weighted sums. What a sum cannot say (a member
+        Where all logits are finite it is the all-reduce of the ranks' weighted sums. What no sum expresses (a member
         that forbids tokens by −inf, a cut-off, ratios normalised over the shared ids) is combined from all logits.
         """
         contract = self._contract
         roles = tuple(contract.widths)
         width = contract.widths[roles[0]]
-        says_all = combination.cutoff is None and not (combination.neutral and contract.shared < width)
+        sum_is_enough = combination.cutoff is None and not (combination.neutral and contract.shared < width)
         with self._advancing(cache):
             logits, failure = self._own_logits(step, cache)
             term = None if failure is not None else _weighted(logits, roles, combination, contract.shared, alpha)
-            is_plain = says_all and term is not None and bool(term.abs().amax() < _LARGE)
+            is_plain = sum_is_enough and term is not None and bool(term.abs().amax() < _LARGE)
             if self._world.agree(step, failure, is_plain=is_plain) and term is not None:
                 return torch.nn.functional.pad(self._world.sum(term), (0, width - contract.shared), value=-torch.inf)
             return combine_members(self._world.gather(logits, contract), combination, alpha, contract)
@@ -283,7 +276,7 @@ class RankedMembers(MemberSet):
     def _own_logits(
         self, step: Step, cache: EnsembleCache | RowCache | None
     ) -> tuple[dict[str, Tensor], EnsemblerError | None]:
-        """The logits of this rank's members, or their error: the others have to be told before it is raised."""
+        """The logits of this rank's members, or their error, which the others have to learn before it is raised."""
         try:
             logits = super().logits(step, cache)
             check_nan(logits)
@@ -295,11 +288,13 @@ class RankedMembers(MemberSet):
 
 
 def _weighted(
-    logits: Mapping[str, Tensor], roles: Sequence[str], how: Combination, shared: int, alpha: float | Tensor
+    logits: Mapping[str, Tensor], roles: Sequence[str], combination: Combination, shared: int, alpha: float | Tensor
 ) -> Tensor:
     """Σ (constant + α · slope) · z over this rank's members, on the shared ids."""
     device = next(iter(logits.values())).device
     alphas = alpha.to(device, torch.float32).view(-1, 1, 1) if isinstance(alpha, Tensor) else alpha
-    weights = {role: how.constant[index] + alphas * how.slope[index] for index, role in enumerate(roles)}
+    weights = {
+        role: combination.constant[index] + alphas * combination.slope[index] for index, role in enumerate(roles)
+    }
     terms = [values[..., :shared].to(device, torch.float32) * weights[role] for role, values in logits.items()]
     return torch.stack(terms).sum(0)

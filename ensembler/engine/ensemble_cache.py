@@ -8,36 +8,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig
 
-from ensembler.engine.forward import Forward
+from ensembler.engine.model_runner import ModelRunner
 from ensembler.errors import InputError, RunError
 
 Roles = tuple[str, ...]
 
 
 class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
-    """One cache for each forward, by the roles that it serves; `layers` are the layers of all of them.
+    """One cache for each model, by the roles that it serves; `layers` are the layers of all of them.
 
     Everything that `transformers` does to a cache (reorder for beam search, crop for speculation, repeat, select,
     reset) it does to `layers`, and so to all members at once. The cache of members on a shared backbone holds a block
     of rows for each: what picks rows picks them in every block.
     """
 
-    def __init__(self, parts: Mapping[Roles, Cache]) -> None:
-        self.parts = dict(parts)
+    def __init__(self, caches: Mapping[Roles, Cache]) -> None:
+        self.caches = dict(caches)
         self._broken = False
         super().__init__(layers=[])
-
-    @classmethod
-    def dynamic(cls, models: Mapping[Roles, PreTrainedModel]) -> EnsembleCache:
-        """Return an empty growing cache for each model, sliding windows as its config says."""
-        return cls({roles: DynamicCache(config=model.config) for roles, model in models.items()})
 
     @property
     def layers(self) -> list[Any]:
         """The layers of all members, those that a member made since the last look included."""
-        return [layer for cache in self.parts.values() for layer in cache.layers]
+        return [layer for cache in self.caches.values() for layer in cache.layers]
 
     @layers.setter
     def layers(self, value: list[Any]) -> None:
@@ -50,51 +45,41 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows of every block in the order of `beam_idx` (rows,)."""
-        for roles, cache in self.parts.items():
+        for roles, cache in self.caches.items():
             cache.reorder_cache(_in_every_block(beam_idx, len(roles), cache))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices` (which, or a mask) of every block."""
-        for roles, cache in self.parts.items():
+        for roles, cache in self.caches.items():
             cache.batch_select_indices(_in_every_block(indices, len(roles), cache))
 
     def selected(self, indices: Tensor) -> EnsembleCache:
         """Return a cache of the rows `indices`, any of them any number of times; this one stays as it is."""
-        parts = {}
-        for roles, cache in self.parts.items():
-            parts[roles] = copy.copy(cache)
-            parts[roles].layers = [copy.copy(layer) for layer in cache.layers]
-        chosen = EnsembleCache(parts)
+        chosen = EnsembleCache({roles: copy.copy(cache) for roles, cache in self.caches.items()})
+        for cache in chosen.caches.values():
+            cache.layers = [copy.copy(layer) for layer in cache.layers]
         chosen.batch_select_indices(indices)
         return chosen
 
-    def lengths(self) -> dict[Roles, int]:
-        """Return the number of tokens that each part has seen; raises RunError for a broken cache."""
-        self._check_whole()
-        return {roles: int(cache.get_seq_length()) for roles, cache in self.parts.items()}
+    def lengths(self) -> dict[Roles, int | Tensor]:
+        """Return the number of tokens in each cache; that of a static one as a copy on its device.
 
-    def marks(self) -> dict[Roles, int | Tensor]:
-        """Return what `restore` takes: lengths, those of static caches as copies on their devices.
-
-        To read those would make the host wait for the device at every token.
+        To read it would make the host wait for the device at every token. Raises RunError for a broken cache.
         """
-        self._check_whole()
-        lengths = {roles: cache.get_seq_length() for roles, cache in self.parts.items()}
-        return {roles: length.clone() if isinstance(length, Tensor) else length for roles, length in lengths.items()}
-
-    def _check_whole(self) -> None:
         if self._broken:
             raise RunError("this cache was left uneven by a failed step and cannot be used; start from a new one")
+        lengths = {roles: cache.get_seq_length() for roles, cache in self.caches.items()}
+        return {roles: length.clone() if isinstance(length, Tensor) else length for roles, length in lengths.items()}
 
-    def restore(self, marks: Mapping[Roles, int | Tensor]) -> None:
-        """Undo a step that failed half-way: crop the layers that are ahead, so that all members agree again.
+    def restore(self, lengths: Mapping[Roles, int | Tensor]) -> None:
+        """Undo a step that failed half-way: crop the layers beyond `lengths`, so that all members agree again.
 
         Layers that keep no past (a full sliding window, a recurrent state) cannot go back; the cache is then marked as
         broken and refuses to be used.
         """
-        for roles, cache in self.parts.items():
+        for roles, cache in self.caches.items():
             for layer in cache.layers:
-                self._broken = not _cropped(layer, int(marks[roles])) or self._broken
+                self._broken = not _cropped(layer, int(lengths[roles])) or self._broken
         self._broken = self._broken or any(self.is_linear)
 
     def reset(self) -> None:
@@ -104,7 +89,7 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
 
 
 def prepare_caches(
-    forwards: Sequence[Forward],
+    runners: Sequence[ModelRunner],
     generation_config: GenerationConfig,
     model_kwargs: dict[str, Any],
     generation_mode: Any,
@@ -116,17 +101,17 @@ def prepare_caches(
     They are put into `model_kwargs` as `past_key_values`. Raises InputError for a member that keeps none.
     """
     caches: dict[Roles, Cache] = {}
-    for forward in forwards:
-        model: Any = forward.model
+    for runner in runners:
+        model: Any = runner.model
         own = {**model_kwargs, "past_key_values": None}
         model._prepare_cache_for_generation(
-            generation_config, own, generation_mode, batch_size * len(forward.roles), max_cache_length
+            generation_config, own, generation_mode, batch_size * len(runner.roles), max_cache_length
         )
         if own["past_key_values"] is None:
             kind = type(model).__name__
-            roles = " and ".join(forward.roles)
+            roles = " and ".join(runner.roles)
             raise InputError(f"{roles} ({kind}) keeps no key-value cache; call generate with use_cache=False")
-        caches[forward.roles] = own["past_key_values"]
+        caches[runner.roles] = own["past_key_values"]
     model_kwargs["past_key_values"] = EnsembleCache(caches)
 
 

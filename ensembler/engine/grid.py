@@ -75,7 +75,7 @@ class Grid:
     def __len__(self) -> int:
         return len(self.points)
 
-    def on(self, device: torch.device) -> Grid:
+    def to(self, device: torch.device) -> Grid:
         """Return the same grid for logits on a device."""
         return self if self.weights.table.device == device else replace(self, weights=self.weights.to(device))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ from transformers.utils import logging
 from ensembler.adapters import CheckedAdapter, check_adapter, resolve_adapter
 from ensembler.config import IMAGES, EnsembleConfig, MemberConfig
 from ensembler.engine.backbone import Backbone
-from ensembler.engine.devices import check_device_names, check_devices, device_map_for, max_memory_for, out_of_memory
+from ensembler.engine.devices import check_device_names, check_devices, out_of_memory, placement_options
 from ensembler.errors import MemberError, RunError
 from ensembler.files import find_file, is_local, naming, not_found, one_line
 from ensembler.patch.addition import add_deltas, merge_adapter
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 _logger = logging.get_logger(__name__)
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+TOKENIZER_SETTINGS = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
 DUAL_ENCODERS = frozenset(MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES)  # such as CLIP, by model type
 
 
@@ -84,8 +86,8 @@ def context_length(model_config: Any) -> int | None:
 
 def shortest_context(model_configs: Mapping[str, Any]) -> tuple[str, int] | None:
     """Return the role with the shortest context and its length in tokens, or None where no member sets a limit."""
-    lengths = [(role, context_length(config)) for role, config in model_configs.items()]
-    return min(((role, length) for role, length in lengths if length), key=lambda pair: pair[1], default=None)
+    lengths = {role: context_length(config) for role, config in model_configs.items()}
+    return min(((role, length) for role, length in lengths.items() if length), key=lambda one: one[1], default=None)
 
 
 def check_member(role: str, config: MemberConfig, *, trust_remote_code: bool = False) -> MemberFiles:
@@ -95,15 +97,8 @@ def check_member(role: str, config: MemberConfig, *, trust_remote_code: bool = F
     """
     check_device_names(role, config)
     config = resolve_adapter(role, config.absolute()).absolute()
-    refuse_ensemble(role, config)
-    if is_local(config.model):
-        check_folder(role, Path(config.model))
     options = {"revision": config.revision, "trust_remote_code": trust_remote_code}
-    try:
-        model_config = AutoConfig.from_pretrained(config.model, **options)
-    except (OSError, ValueError, KeyError) as error:
-        with naming(role):
-            raise not_found(config.model, error) from error
+    model_config = read_model_config(role, config.model, revision=config.revision, trust_remote_code=trust_remote_code)
     if getattr(model_config, "is_encoder_decoder", False):
         raise MemberError(f"{role}: {config.model} is an encoder-decoder model; expected a causal language model")
     _check_kind(role, config, model_config, trust_remote_code=trust_remote_code)
@@ -114,17 +109,23 @@ def check_member(role: str, config: MemberConfig, *, trust_remote_code: bool = F
     return MemberFiles(role, config, model_config, tokenizer, adapter, trust_remote_code)
 
 
-def refuse_ensemble(role: str, config: MemberConfig) -> None:
-    """Raise MemberError where the member is an ensemble itself."""
-    try:
-        kind = EnsembleConfig.get_config_dict(config.model, revision=config.revision)[0].get("model_type")
-    except (OSError, ValueError, AttributeError):  # a missing or damaged file is reported where it is read
-        return
+def read_model_config(role: str, model: str, *, revision: str | None, **options: Any) -> Any:
+    """Return the configuration of a member's model; raise MemberError for an ensemble, and for files not whole."""
+    kind = None
+    with suppress(OSError, ValueError, AttributeError):  # a missing or damaged file is reported below
+        kind = EnsembleConfig.get_config_dict(model, revision=revision)[0].get("model_type")
     if kind == EnsembleConfig.model_type:
         raise MemberError(
-            f"{role}: {config.model} is an ensemble, and a member has to be one model; give one of those that "
+            f"{role}: {model} is an ensemble, and a member has to be one model; give one of those that "
             "`ensembler inspect` shows in it"
         )
+    if is_local(model):
+        check_folder(role, Path(model))
+    with naming(role):
+        try:
+            return AutoConfig.from_pretrained(model, revision=revision, **options)
+        except (OSError, ValueError, KeyError) as error:
+            raise not_found(model, error) from error
 
 
 def _check_kind(role: str, config: MemberConfig, model_config: Any, *, trust_remote_code: bool) -> None:
@@ -147,15 +148,12 @@ def group_members(files: Mapping[str, MemberFiles]) -> list[tuple[MemberFiles, .
     """
     groups: dict[str, list[MemberFiles]] = {}
     # Without any adapter the same model in two roles is two models, as was asked for; deltas change the weights.
-    adapted = {
-        (member.config.model, member.config.revision)
-        for member in files.values()
-        if member.adapter is not None and not member.adapter.is_deltas_alone
-    }
+    changed = [role for role, member in files.items() if member.adapter and member.adapter.is_deltas_alone]
+    adapted = [member.config for role, member in files.items() if member.adapter and role not in changed]
+    shared = {(config.model, config.revision) for config in adapted}
     for role, member in files.items():
-        changed = member.adapter is not None and member.adapter.is_deltas_alone
-        alone = role if changed or (member.config.model, member.config.revision) not in adapted else ""
-        backbone = {**member.config.to_dict(), "adapter": None, "role": alone}
+        is_alone = role in changed or (member.config.model, member.config.revision) not in shared
+        backbone = {**member.config.to_dict(), "adapter": None, "role": role if is_alone else ""}
         groups.setdefault(json.dumps(backbone, sort_keys=True), []).append(member)
     return [tuple(members) for members in groups.values()]
 
@@ -202,15 +200,21 @@ def load_group(group: Sequence[MemberFiles], *, attn_implementation: str | None 
         model = _load_model(group[0], attn_implementation)
         adapters = {member.role: member.adapter for member in group}
         if len(group) == 1:
-            model, adapters[group[0].role] = _merged(model, group[0])
-            if adapters[group[0].role] is None:
-                return LoadedGroup({group[0].role: model.eval()})
+            (role,), adapter = adapters, group[0].adapter
+            if adapter is not None and config.quantization is None and config.device_map is None:
+                model, adapter = merge_adapter(model, adapter), None
+            elif adapter is not None:
+                add_deltas(model, adapter)
+                adapter = adapter.without_deltas()
+            if adapter is None:
+                return LoadedGroup({role: model.eval()})
+            adapters[role] = adapter
         backbone = Backbone(model.eval(), adapters)
     except Exception as error:  # transformers, safetensors and models' own code each raise what they like
         if out_of_memory(error):
-            place = config.device if config.device_map is None else f"device_map {config.device_map}"
+            target = config.device if config.device_map is None else f"device_map {config.device_map}"
             raise RunError(
-                f"{names} ran out of memory while {config.model} was loaded on {place}; see what fits where with: "
+                f"{names} ran out of memory while {config.model} was loaded on {target}; see what fits where with: "
                 "ensembler plan"
             ) from error
         raise MemberError(f"{names}: {config.model} cannot be loaded: {one_line(error)}") from error
@@ -234,8 +238,10 @@ def load_members(
     """
     groups = group_members(files)
     if world is not None:
+        from ensembler.planning.member_sizes import predicted_bytes  # which measures what is found here
+
         roles = [[member.role for member in group] for group in groups]
-        groups = [groups[index] for index in world.divide(roles, [_num_bytes(group) for group in groups])]
+        groups = [groups[index] for index in world.divide(roles, [predicted_bytes(group) or 0 for group in groups])]
 
     def load() -> list[LoadedGroup]:
         check_devices(member for group in groups for member in group)
@@ -244,19 +250,6 @@ def load_members(
     loaded = load() if world is None else world.together(load)
     models = {role: model for group in loaded for role, model in group.models.items()}
     return models, [group.backbone for group in loaded if group.backbone is not None]
-
-
-def _num_bytes(group: Sequence[MemberFiles]) -> int:
-    """The bytes that a group takes when it is loaded; 0 where its files do not say."""
-    from ensembler.planning.member_sizes import measure_group  # which measures what is found here
-
-    config = group[0].config
-    try:
-        return measure_group(tuple(group), group[0].role).weight_bytes(
-            config.quantization, spread=config.device_map is not None
-        )
-    except MemberError:
-        return 0
 
 
 def load_whole(model: PreTrainedModel, files: MemberFiles | None, backbones: Sequence[Backbone]) -> PreTrainedModel:
@@ -271,26 +264,9 @@ def load_whole(model: PreTrainedModel, files: MemberFiles | None, backbones: Seq
     return load_group([replace(files, config=config)]).models[files.role]
 
 
-def _merged(model: PreTrainedModel, files: MemberFiles) -> tuple[PreTrainedModel, CheckedAdapter | None]:
-    """The model with its adapter in its weights as far as they take it, and what is left of the adapter."""
-    config, adapter = files.config, files.adapter
-    if adapter is None:
-        return model, None
-    if config.quantization is None and config.device_map is None:
-        return merge_adapter(model, adapter), None
-    add_deltas(model, adapter)
-    return model, adapter.without_deltas()
-
-
 def _load_model(files: MemberFiles, attn_implementation: str | None) -> PreTrainedModel:
     config = files.config
-    options: dict[str, Any] = {"device_map": {"": config.device}}
-    if config.device_map is not None:
-        options = {
-            "device_map": device_map_for(config.device_map),
-            "max_memory": None if config.max_memory is None else max_memory_for(config.max_memory),
-            "offload_folder": config.offload_folder,
-        }
+    options = placement_options(config)
     if config.quantization is not None:
         options["quantization_config"] = _bitsandbytes(config.quantization, config.dtype, files.model_config)
     model, report = AutoModelForCausalLM.from_pretrained(

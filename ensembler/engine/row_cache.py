@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
 Roles = tuple[str, ...]
 
@@ -157,12 +158,12 @@ class RowCache:
     """The caches of all members for `num_rows` texts of at most `room` tokens.
 
     Of each row all members have read the first `lengths` tokens of `texts`: the loop sets both, and what stands behind
-    them counts for nothing. `parts` has a cache for each forward, by the roles that it serves; a forward that serves
-    several members keeps a block of rows for each. `plan`: number of the plan of forwards that it was made for.
+    them counts for nothing. `caches` has one for each model, by the roles that it serves; a model that serves several
+    members keeps a block of rows for each. `plan`: number of the plan of runners that it was made for.
     """
 
     def __init__(self, roles: Iterable[Roles], num_rows: int, room: int, plan: int = 0) -> None:
-        self.parts = {one: PartCache(len(one), num_rows, room) for one in roles}
+        self.caches = {one: ModelRowCache(len(one), num_rows, room) for one in roles}
         self.num_rows = num_rows
         self.room = room
         self.plan = plan
@@ -189,26 +190,23 @@ class RowCache:
         return min(common_length([held, ids]), len(ids) - 1)
 
     def reserve(self, num_rows: int, room: int) -> None:
-        """Make place for more or longer texts: buffers that are too small move to larger ones, of a power of two."""
+        """Make room for more or longer texts: buffers that are too small move to larger ones, of a power of two."""
         if num_rows <= self.num_rows and room <= self.room:
             return
         num_rows = self.num_rows if num_rows <= self.num_rows else bucket(num_rows, 1)
         room = self.room if room <= self.room else bucket(room)
-        larger = self._copied(num_rows, room, self.num_rows, self.room)  # where memory is short all is as it was
-        self.parts, self.num_rows, self.room, self.version = larger.parts, num_rows, room, object()
+        larger = RowCache(self.caches, num_rows, room, self.plan)
+        larger.copy_rows(range(self.num_rows), range(self.num_rows), self.room, self)  # all is as it was if this fails
+        self.caches, self.num_rows, self.room, self.version = larger.caches, num_rows, room, object()
         self.lengths += [0] * (num_rows - len(self.lengths))
         self.texts += [()] * (num_rows - len(self.texts))
 
     def copied(self, num_rows: int) -> RowCache:
         """Return a cache of the first `num_rows` rows, just long enough for them."""
         length = max(self.lengths[:num_rows])
-        copied = self._copied(num_rows, length, num_rows, length)
+        copied = RowCache(self.caches, num_rows, length, self.plan)
+        copied.copy_rows(range(num_rows), range(num_rows), length, self)
         copied.hold(self.texts[:num_rows], self.lengths[:num_rows])
-        return copied
-
-    def _copied(self, num_rows: int, room: int, rows_of_ours: int, length: int) -> RowCache:
-        copied = RowCache(self.parts, num_rows, room, self.plan)
-        copied.copy_rows(range(rows_of_ours), range(rows_of_ours), length, self)
         return copied
 
     def copy_rows(
@@ -216,44 +214,48 @@ class RowCache:
     ) -> None:
         """Make the first `length` tokens of the rows `targets` those of the rows `sources`, here or in `other`."""
         other = self if other is None else other
-        for roles, part in self.parts.items():
-            part.copy_rows(sources, targets, other.parts[roles], length)
+        for roles, cache in self.caches.items():
+            cache.copy_rows(sources, targets, other.caches[roles], length)
 
     def forget_behind(self) -> None:
         """Clear what stands behind the lengths: after a forward that computed NaN, which a mask does not stop."""
-        for part in self.parts.values():
-            part.forget_behind(self.lengths)
+        for cache in self.caches.values():
+            cache.forget_behind(self.lengths)
 
 
-class PartCache(Cache):  # type: ignore[misc,unused-ignore]
-    """The cache of one forward, as its model knows it. `at` is set before each forward."""
+class ModelRowCache(Cache):  # type: ignore[misc,unused-ignore]
+    """The cache of one model on a RowCache. `slots` are set before each forward."""
 
     def __init__(self, num_blocks: int, num_rows: int, room: int) -> None:
         super().__init__(layers=[])
         self.num_blocks = num_blocks
         self.num_rows = num_rows
         self.room = room
-        self.at: Slots | None = None
+        self.slots: Slots | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write the new keys and values (blocks · rows, heads, n, width); return all that the tokens may see."""
-        while len(self.layers) <= layer_idx:
-            self.layers.append(RowLayer())
-        layer = self.layers[layer_idx]
-        if layer.keys is None:
-            layer.keys, layer.values = (self._allocate(states) for states in (key_states, value_states))
-        assert self.at is not None
+        layer = self._layer(layer_idx, key_states, value_states)
         return self._advance(layer.keys, key_states), self._advance(layer.values, value_states)
+
+    def _layer(self, index: int, keys: Tensor, values: Tensor) -> Any:
+        """Return a layer with buffers (blocks · rows, heads, room + 1, width), made at first for states like these."""
+        while len(self.layers) <= index:
+            self.layers.append(DynamicLayer())
+        layer = self.layers[index]
+        if layer.keys is None:
+            layer.keys, layer.values = self._allocate(keys), self._allocate(values)
+        return layer
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return how many slots are read, and the first of them: for a mask that a model makes by itself."""
-        return (query_length if self.at is None else self.at.length), 0
+        return (query_length if self.slots is None else self.slots.length), 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the slots before the new tokens; positions are given, so that no model counts with it."""
-        return 0 if self.at is None else self.at.length - self.at.num
+        return 0 if self.slots is None else self.slots.length - self.slots.num
 
     def _allocate(self, like: Tensor) -> Tensor:
         # Zeros: what a mask hides is still multiplied by 0, and NaN would stay. One slot more takes padding.
@@ -265,7 +267,7 @@ class PartCache(Cache):  # type: ignore[misc,unused-ignore]
         return states.view(self.num_blocks, -1, *states.shape[1:])
 
     def _advance(self, buffer: Tensor, new: Tensor) -> Tensor:
-        at = self.at
+        at = self.slots
         assert at is not None
         rows = buffer
         if at.num_rows < self.num_rows:
@@ -282,18 +284,13 @@ class PartCache(Cache):  # type: ignore[misc,unused-ignore]
         seen = rows.narrow(-2, 0, at.length)
         return seen if seen.dim() == 4 else seen.flatten(0, 1)
 
-    def copy_rows(self, sources: Sequence[int], targets: Sequence[int], other: PartCache, length: int) -> None:
+    def copy_rows(self, sources: Sequence[int], targets: Sequence[int], other: ModelRowCache, length: int) -> None:
         """Copy the first `length` slots of rows."""
         for index, theirs in enumerate(other.layers):
-            if len(self.layers) <= index:
-                self.layers.append(RowLayer())
-            mine = self.layers[index]
-            for name in ("keys", "values"):
-                source = getattr(theirs, name)
-                if getattr(mine, name) is None:
-                    setattr(mine, name, self._allocate(source))
-                target = self._by_block(getattr(mine, name))
-                target[:, list(targets), :, :length] = other._by_block(source)[:, list(sources), :, :length]
+            mine = self._layer(index, theirs.keys, theirs.values)
+            for target, source in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                copied = other._by_block(source)[:, list(sources), :, :length]
+                self._by_block(target)[:, list(targets), :, :length] = copied
 
     def forget_behind(self, lengths: Sequence[int]) -> None:
         """Zero all slots behind the rows' lengths."""
@@ -301,14 +298,3 @@ class PartCache(Cache):  # type: ignore[misc,unused-ignore]
             for states in (layer.keys, layer.values):
                 for row, length in enumerate(lengths) if states is not None else ():
                     self._by_block(states)[:, row, :, length:] = 0
-
-
-class RowLayer:
-    """Keys and values of one layer, (blocks · rows, heads, room + 1, width), None before the first forward."""
-
-    is_sliding = False
-    is_compileable = False  # the shapes of a compiled step are given from outside
-
-    def __init__(self) -> None:
-        self.keys: Tensor | None = None
-        self.values: Tensor | None = None

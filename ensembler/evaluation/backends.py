@@ -56,7 +56,7 @@ class TransformersBackend:
         Raises ConfigError for a rule of other roles than the members', and RunError.
         """
         model = self.model
-        grid = Grid.of(points, model.rule, model.contract, model.config.outside).on(model.device)
+        grid = Grid.of(points, model.rule, model.contract, model.config.outside).to(model.device)
         for batch in batches:
             scored = score_batch(batch, run_passes(batch.passes, model.member_set), grid)
             advance(len(scored))

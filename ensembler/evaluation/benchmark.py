@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ensembler.config import EnsembleConfig
 from ensembler.errors import ConfigError, HubError, InputError, MissingExtraError
@@ -17,9 +17,6 @@ from ensembler.evaluation.tasks import TextTask
 from ensembler.evaluation.text_answers import TextAnswerer
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 from ensembler.serving.choice import TRANSFORMERS, BackendChoice
-
-if TYPE_CHECKING:
-    from ensembler.vision.image_benchmark import ImageModels
 
 _NAME = re.compile(r"[\w+.-]+")
 _MOST_NAMES = 5  # in a line
@@ -57,7 +54,7 @@ class TextModels:
 class Bench:
     """All studies of a recipe, planned. Raises ConfigError, MemberError, VocabularyError, PatchError or PromptError.
 
-    `image_models`: of the experiments with `images`.
+    `image_models`: `ImageModels` of `ensembler.vision`, for the experiments with `images`.
     """
 
     def __init__(
@@ -66,7 +63,7 @@ class Bench:
         *,
         confirm_run_unsafe_code: bool = False,
         backend: BackendChoice | None = None,
-        image_models: ImageModels | None = None,
+        image_models: Any = None,
     ) -> None:
         self.recipe = recipe
         self.backend = backend or BackendChoice()

@@ -5,20 +5,13 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol
 
+from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError, RunError
-
-if TYPE_CHECKING:
-    from ensembler.evaluation.tasks import TextTask
-    from ensembler.evaluation.text_answers import TextAnswerer
-    from ensembler.vision.answers import ImageAnswerer
-    from ensembler.vision.image_tasks import ImageTask
-
-    Task: TypeAlias = TextTask | ImageTask
-    Answerer: TypeAlias = TextAnswerer | ImageAnswerer
 
 # Names of right or wrong: acc_norm, exact_match, pass@1, prompt_level_strict_acc ...
 _SHARE = re.compile(r"(^|_)(acc|accuracy|em|exact|match|pass|correct|verify)([_@]|$)")
@@ -83,6 +76,42 @@ class EncodedDocument(NamedTuple):
     digest: str
     num_scored: int = 0
     num_cut: int = 0
+
+
+class Task(Protocol):
+    """Documents by split, and how their answers become a figure; `tasks.TextTask` says what each method returns."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def default_split(self) -> str: ...
+    @property
+    def splits(self) -> Mapping[str, int]: ...
+    @property
+    def metrics(self) -> tuple[Metric, ...]: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
+    def describe(self) -> dict[str, Any]: ...
+    def documents(self, split: str | None = None) -> list[Document]: ...
+    def identity(self, document: Document) -> str: ...
+    def measure(self, document: Document, answers: Answer) -> tuple[dict[str, Any], dict[str, str]]: ...
+    def aggregate(self, key: str, values: Sequence[Any]) -> float: ...
+    def standard_error(self, key: str, values: Sequence[Any]) -> float | None: ...
+
+
+class Answerer(Protocol):
+    """Members that answer documents at all points of a grid; see `text_answers.TextAnswerer`."""
+
+    def describe(self) -> dict[str, Any]: ...
+    def encode(self, document: Document) -> EncodedDocument: ...
+    def open(self) -> AbstractContextManager[None]: ...
+    def largest_batch(self, document: Document, points: Sequence[GridPoint]) -> int: ...
+    def answer(
+        self, batches: Iterable[Sequence[Document]], points: Sequence[GridPoint]
+    ) -> Iterator[list[list[Answer]]]: ...
+    def thumbnail(self, document: Document) -> str | None: ...
 
 
 VALIDATION, TEST, REPEATED, PROMPTS = SUBSETS = ("validation", "test", "repeated", "prompts")

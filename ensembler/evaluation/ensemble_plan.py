@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ensembler.engine.grid import Grid, GridPoint, make_grid
 from ensembler.errors import ConfigError
@@ -14,9 +14,11 @@ from ensembler.evaluation.documents import (
     PROMPTS,
     TEST,
     Answer,
+    Answerer,
     Document,
     EncodedDocument,
     PlannedTask,
+    Task,
     choose_metric,
     split_documents,
     to_json,
@@ -27,9 +29,6 @@ from ensembler.extras import require
 from ensembler.files import digest
 from ensembler.preflight import CheckedEnsemble
 from ensembler.rules import RULES
-
-if TYPE_CHECKING:
-    from ensembler.evaluation.documents import Answerer, Task
 
 LOG_PROB = "log_prob"  # the value of a prompt
 AUTO = "auto"  # the batch size that fits into memory

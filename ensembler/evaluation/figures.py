@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from ensembler.evaluation.statistics import Comparison, Interval, Selection
-from ensembler.planning.budgets import show_digits, show_size
+from ensembler.planning.sizes import show_digits, show_size
 
 BY_VALIDATION, BY_PERPLEXITY, GIVEN = "validation", "prompt perplexity", "given"
 

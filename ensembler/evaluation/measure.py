@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from ensembler.config import EnsembleConfig
-from ensembler.decoding.prompt_batches import pad_id
+from ensembler.decoding.batching import pad_id
 from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.backends import TransformersBackend
 from ensembler.evaluation.request_batches import can_share_contexts, make_batches

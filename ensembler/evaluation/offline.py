@@ -19,10 +19,10 @@ from torch import Tensor
 
 from ensembler.decoding.output_file import RunSettings
 from ensembler.engine.devices import check_devices
-from ensembler.engine.forward import check_nan
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.engine.member_set import MemberSet
 from ensembler.engine.members import MemberFiles, group_members, load_members
+from ensembler.engine.model_runner import check_nan
 from ensembler.errors import ConfigError, OutputError, RunError
 from ensembler.evaluation.backends import Advance, ignore
 from ensembler.evaluation.request_batches import Batch, Logits, Pass, run_passes
@@ -139,7 +139,7 @@ class OfflineScorer:
         """
         config, rule = self._checked.config, self._checked.config.get_rule()
         device = torch.device(config.members[rule.anchor].device)
-        grid = Grid.of(points, rule, self._checked.contract, config.outside).on(device)
+        grid = Grid.of(points, rule, self._checked.contract, config.outside).to(device)
         self._folder.open()
         for group in self._groups:
             self._collect(group, batches, advance)

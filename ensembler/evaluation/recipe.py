@@ -179,7 +179,7 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
     images: Images | None = None
     seeds: Annotated[tuple[Members, ...], Field(min_length=2), AfterValidator(_check_seeds)] = ()
     models: Annotated[Members, AfterValidator(_add_first_seed)] = Field(default={}, validate_default=True)
-    tasks: Annotated[tuple[FoundPath, ...], Field(min_length=1, validate_default=True)] = None  # type: ignore[assignment]
+    tasks: Annotated[tuple[FoundPath, ...], Field(min_length=1)]
     methods: Annotated[tuple[MethodName, ...], AfterValidator(_check_distinct), AfterValidator(_check_methods)] = Field(
         default_factory=_possible_methods, validate_default=True
     )
@@ -359,7 +359,7 @@ def _merge(top: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
         both = [given[key] for given in (top, own) if given.get(key) is not None]
         faults = [one for one in both if not isinstance(one, Mapping)]
         merged[key] = faults[0] if faults else {name: one[name] for one in both for name in one}
-    return merged
+    return {"tasks": None, **merged}
 
 
 def _sentence(error: ValidationError, content: Mapping[str, Any]) -> str:

@@ -18,8 +18,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from ensembler.engine.forward import Step
 from ensembler.engine.member_set import MemberSet
+from ensembler.engine.model_runner import Step
 from ensembler.evaluation.requests import ScoringRequest
 
 _FORWARD = 16  # a forward costs as much as so many tokens more: one of a token takes about that long

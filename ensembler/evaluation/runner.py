@@ -104,14 +104,13 @@ class Runner:
             raise
         except BaseException as error:
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            self.store.note(ERROR, plan.name, {"rank": self.rank, "done": self._num_done(plan), "error": reason})
+            self.store.note(
+                ERROR, plan.name, {"rank": self.rank, "done": len(self.store.done(plan.name)), "error": reason}
+            )
             if not isinstance(error, Exception):  # Ctrl-C, which ends everything
                 raise
             return reason  # a model may raise anything; it is the note of this run
         return None
-
-    def _num_done(self, plan: Plan) -> int:
-        return len(self.store.done(plan.name))
 
     def _note_beginning(self, plan: Plan) -> None:
         """Note that a run is begun, or raise MemoryError where the process was lost in it again and again.
@@ -120,7 +119,7 @@ class Runner:
         """
         if self.num_ranks > 1 or plan.is_finished(self.store):
             return
-        num_done = self._num_done(plan)
+        num_done = len(self.store.done(plan.name))
         begun, failed = (
             [content for name, content in self.store.notes(kind) if name == plan.name and content["done"] == num_done]
             for kind in (BEGUN, ERROR)

@@ -13,8 +13,8 @@ from ensembler_kernels import check_scored, combine_logprob
 from torch import Tensor
 
 from ensembler.config import EnsembleConfig
-from ensembler.engine.forward import check_nan
 from ensembler.engine.grid import Grid, GridPoint
+from ensembler.engine.model_runner import check_nan
 from ensembler.errors import RunError
 from ensembler.evaluation.request_batches import Batch, Logits, Pass
 from ensembler.evaluation.requests import ScoringRequest

@@ -264,9 +264,7 @@ def choose_alpha(
     NaN: of one row there is none.
     """
     if any(math.isnan(error) for error in standard_errors or ()):
-        raise ConfigError(
-            "one row, or infinite values, have no standard error; do without the one-standard-error rule"
-        )
+        raise ConfigError("one row, or infinite values, have no standard error; do without the one-standard-error rule")
     if not alphas or any(math.isnan(metric) for metric in metrics):
         raise ConfigError(f"no alpha can be chosen of {len(alphas)} with the metrics {list(metrics)}; expected numbers")
     sign = 1.0 if higher_is_better else -1.0

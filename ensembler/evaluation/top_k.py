@@ -72,7 +72,7 @@ class TopKWriter:
 
         Raises RunError; finished shards stay for a run that goes on.
         """
-        grid = Grid.of([point], model.rule, model.contract, model.config.outside).on(model.device)
+        grid = Grid.of([point], model.rule, model.contract, model.config.outside).to(model.device)
         self.folder.open()
         for name, shard in self.missing.items():
             self.folder.write(name, self._run(shard, model, grid, batch_size, advance))

@@ -122,7 +122,12 @@ def new_folder(out: Path, num_bytes: int, *, overwrite: bool = False) -> Iterato
             yield made
             if is_taken:
                 out.rename(scratch / "old")
-            made.rename(out)
+            try:
+                made.rename(out)
+            except OSError:
+                if is_taken:
+                    (scratch / "old").rename(out)
+                raise
     except OSError as error:
         reason = error.strerror or "not all files could be copied"
         raise RunError(f"{out} could not be written: {reason}; nothing was left") from error

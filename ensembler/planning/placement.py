@@ -5,29 +5,35 @@ Members are quantised only where nothing else fits.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
 from dataclasses import asdict, dataclass, replace
-from itertools import product
+from functools import cached_property
+from itertools import groupby, product
 from math import floor
 from typing import Any
 
 from ensembler.config import EnsembleConfig
 from ensembler.errors import ConfigError, PlacementError
-from ensembler.planning.budgets import show_size
-from ensembler.planning.member_sizes import Pieces, Share, measure, spread
-from ensembler.planning.sizes import GroupSizes, logits_bytes
+from ensembler.planning.member_sizes import measure
+from ensembler.planning.sizes import BlockSizes, GroupSizes, Share, logits_bytes, show_size
 from ensembler.preflight import CheckedEnsemble
 from ensembler.quantization import Quantization
 
 METHODS = (None, Quantization("bnb-8bit"), Quantization("bnb-nf4"))
+HEADROOM = 0.1
+"""Fraction of a budget that stays free for activations, the CUDA context (about 0.5 GiB) and the allocator's gaps."""
+
+DEFAULT_CONTEXT = 4096
+SPREAD = "sequential"
+"""accelerate's strategy for a group on several devices: it fills one after another up to max_memory."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """One way to place all groups: for each a device or, where it is spread, None and its shares; and the loads."""
+    """One way to place all groups: the device of each or, where it is spread, None and its shares; and the loads."""
 
-    places: tuple[str | None, ...]
+    devices: tuple[str | None, ...]
     shares: Mapping[int, Mapping[str, Share]]
     loads: Mapping[str, int]
 
@@ -36,44 +42,38 @@ class Placement:
         return len(self.shares), sorted(self.loads.values(), reverse=True)
 
 
+@dataclass(frozen=True)
 class Search:
-    """Places for groups on devices of which `usable` bytes may be used."""
+    """Placements of groups on devices of which `usable` bytes may be used, for texts of `context` tokens."""
 
-    def __init__(self, groups: Sequence[GroupSizes], usable: Mapping[str, int], context: int, batch_size: int) -> None:
-        self.groups = groups
-        self.usable = usable
-        self.context = context
-        self.batch_size = batch_size
-        self._pieces: dict[tuple[int, Quantization | None], Pieces] = {}
-        self.logits = [logits_bytes(groups, batch_size)[group.roles] for group in groups]
-        self.caches = [group.cache_bytes(context, batch_size) for group in groups]
+    groups: Sequence[GroupSizes]
+    usable: Mapping[str, int]
+    context: int
+    batch_size: int
 
-    def with_more(self, num_bytes: int) -> Search:
-        """The same with more room on every device."""
-        other = copy(self)
-        other.usable = {device: size + num_bytes for device, size in self.usable.items()}
-        return other
+    @cached_property
+    def logits(self) -> dict[tuple[str, ...], int]:
+        """Bytes of logits by the roles of a group."""
+        return logits_bytes(self.groups, self.batch_size)
 
-    def need(self, index: int, method: Quantization | None) -> int:
-        """Bytes of a group on one device."""
-        return self.groups[index].weight_bytes(method) + self.caches[index] + self.logits[index]
+    def need(self, group: GroupSizes, method: Quantization | None) -> int:
+        """Return bytes of a group on one device."""
+        cache = group.cache_bytes(self.context, self.batch_size)
+        return group.weight_bytes(method) + cache + self.logits[group.roles]
 
-    def best(self, methods: Sequence[Quantization | None]) -> Placement | None:
-        """The best placement for these quantisations, or None."""
-        return min(self.placements(methods), key=Placement.rank, default=None)
+    def fits(self, methods: Sequence[Quantization | None]) -> bool:
+        """Return whether there is a placement for these quantisations."""
+        return any(True for _ in self.placements(methods))
 
     def placements(self, methods: Sequence[Quantization | None]) -> Iterator[Placement]:
-        """Every placement that fits; of devices that are alike, only the first is tried."""
-        needs = [self.need(index, method) for index, method in enumerate(methods)]
+        """Yield every placement that fits; of devices that are alike, only the first is tried."""
+        needs = [self.need(group, method) for group, method in zip(self.groups, methods, strict=True)]
         if sum(needs) > sum(self.usable.values()):
             return
-        for places in self._places(needs, (), dict.fromkeys(self.usable, 0)):
-            loads = dict.fromkeys(self.usable, 0)
-            for place, need in zip(places, needs, strict=True):
-                if place is not None:
-                    loads[place] += need
+        for devices, whole in self._assign(needs, (), dict.fromkeys(self.usable, 0)):
+            loads = dict(whole)
             shares: dict[int, Mapping[str, Share]] = {}
-            for index in (index for index, place in enumerate(places) if place is None):
+            for index in (index for index, device in enumerate(devices) if device is None):
                 found = self._spread(index, methods[index], loads)
                 if found is None:
                     break
@@ -81,46 +81,35 @@ class Search:
                 for device, share in found.items():
                     loads[device] += share.num_bytes
             else:
-                yield Placement(places, shares, loads)
+                yield Placement(devices, shares, loads)
 
-    def _places(
-        self, needs: Sequence[int], places: tuple[str | None, ...], loads: dict[str, int]
-    ) -> Iterator[tuple[str | None, ...]]:
-        if len(places) == len(needs):
-            yield places
+    def _assign(
+        self, needs: Sequence[int], devices: tuple[str | None, ...], loads: Mapping[str, int]
+    ) -> Iterator[tuple[tuple[str | None, ...], Mapping[str, int]]]:
+        """Yield the devices of all groups (None: to be spread) and the loads, with `devices` of the first groups."""
+        if len(devices) == len(needs):
+            yield devices, loads
             return
-        own = self.groups[len(places)].device
+        own, need = self.groups[len(devices)].device, needs[len(devices)]
         tried = set()
         for device, usable in self.usable.items():
-            fixed = any(group.device == device for group in self.groups)
-            kind = (usable, loads[device], device if fixed else device.partition(":")[0])
-            if own not in (None, device) or kind in tried or loads[device] + needs[len(places)] > usable:
-                continue
-            tried.add(kind)
-            more = {**loads, device: loads[device] + needs[len(places)]}
-            yield from self._places(needs, (*places, device), more)
+            is_chosen = any(group.device == device for group in self.groups)
+            kind = (usable, loads[device], device if is_chosen else device.partition(":")[0])
+            if own in (None, device) and kind not in tried and loads[device] + need <= usable:
+                tried.add(kind)
+                yield from self._assign(needs, (*devices, device), {**loads, device: loads[device] + need})
         if own is None and len(self.usable) > 1:
-            yield from self._places(needs, (*places, None), loads)
+            yield from self._assign(needs, (*devices, None), loads)
 
     def _spread(self, index: int, method: Quantization | None, loads: Mapping[str, int]) -> Mapping[str, Share] | None:
         group = self.groups[index]
-        beside = group.adapter_bytes + self.logits[index]
+        beside = group.adapter_bytes + self.logits[group.roles]
         room = {device: usable - loads[device] - beside for device, usable in self.usable.items()}
-        if (index, method) not in self._pieces:
-            rows = self.batch_size * len(group.roles)
-            self._pieces[index, method] = Pieces.of(group.model.blocks, method, context=self.context, rows=rows)
-        shares = spread(self._pieces[index, method], room)
+        blocks = BlockSizes.of(group.model.blocks, method, self.context, self.batch_size * len(group.roles))
+        shares = blocks.spread(room)
         if shares is None or len(shares) < 2:
             return None
         return {device: replace(share, num_bytes=share.num_bytes + beside) for device, share in shares.items()}
-
-
-HEADROOM = 0.1
-"""Fraction of a budget that stays free for activations, the CUDA context (about 0.5 GiB) and the allocator's gaps."""
-
-DEFAULT_CONTEXT = 4096
-SPREAD = "sequential"
-"""accelerate's strategy for a group on several devices: it fills one after another up to max_memory."""
 
 
 @dataclass(frozen=True)
@@ -175,33 +164,30 @@ class Proposal:
 
     @property
     def fits(self) -> bool:
-        """Return whether every group has its place."""
+        """Return whether every group has a device."""
         return self.missing_bytes == 0
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as a mapping for JSON, with the flags that say it on the command line."""
+        """Return a mapping for JSON, with the options of the command line."""
         return {"fits": self.fits, **asdict(self), "flags": self.flags()}
 
     def flags(self) -> list[str]:
         """Return the options of `ensembler generate` that ask for this placement; none where nothing fits."""
         found: dict[str, dict[str, str]] = {"--device": {}, "--max-memory": {}, "--quantize": {}}
-        for role, group in self._by_role() if self.fits else ():
+        groups = self._by_role() if self.fits else {}
+        for role, group in groups.items():
             found["--device"][role] = str(group.device)
             if group.max_memory is not None:
                 sizes = (f"{device}={size}" for device, size in group.max_memory.items())
                 found["--max-memory"][role] = ",".join(sizes)
             if group.quantization is not None:
                 found["--quantize"][role] = group.quantization.removeprefix("bnb-")
-        return [word for option, values in found.items() for word in self._option(option, values)]
-
-    def _option(self, option: str, values: Mapping[str, str]) -> Iterator[str]:
-        """The words that give `values` by role: one value for all where they are alike."""
-        different = set(values.values())
-        if len(different) == 1 and len(values) == len(list(self._by_role())):
-            yield from (option, *different)
-            return
-        for role, value in values.items():
-            yield from (option, f"{role}={value}")
+        words = []
+        for option, values in found.items():
+            is_alike = len(values) == len(groups) and len(set(values.values())) == 1
+            given = list(values.values())[:1] if is_alike else [f"{role}={value}" for role, value in values.items()]
+            words += [word for value in given for word in (option, value)]
+        return words
 
     def advice(self) -> list[str]:
         """Return a sentence on how to do without quantisation, where shorter texts are all that it takes."""
@@ -213,16 +199,16 @@ class Proposal:
         """Write the placement into the members of `config`. Raises PlacementError where nothing fits."""
         if not self.fits:
             raise PlacementError(self.shortage())
-        for role, group in self._by_role():
+        for role, group in self._by_role().items():
             member = config.members[role].placed(str(group.device))
             quantization = None if group.quantization is None else Quantization.parse(group.quantization)
             config.members[role] = replace(member, max_memory=group.max_memory, quantization=quantization)
 
-    def _by_role(self) -> Iterator[tuple[str, PlacedGroup]]:
-        return ((role, group) for group in self.groups for role in group.roles)
+    def _by_role(self) -> dict[str, PlacedGroup]:
+        return {role: group for group in self.groups for role in group.roles}
 
     def shortage(self) -> str:
-        """One line for a proposal that does not fit: by how much, and what would."""
+        """Return one line for a proposal that does not fit: by how much, and what would."""
         many = "the device lacks" if len(self.devices) == 1 else "each device lacks"
         shorter = "" if self.plain_context is None else f" (--context {self.plain_context} fits without quantisation)"
         return (
@@ -262,78 +248,72 @@ def propose(groups: Sequence[GroupSizes], budgets: Mapping[str, int], *, context
                 f"{' and '.join(group.roles)} is placed on {group.device}, which has no budget; there are: "
                 f"{', '.join(budgets)}"
             )
-    search = Search(
-        groups, {device: floor(size * (1 - HEADROOM)) for device, size in budgets.items()}, context, batch_size
-    )
-    plain, *others = _choices(groups)
-    found = search.best(plain)
-    if found is not None:
-        return _proposal(search, budgets, plain, found)
-    plain_context = _longest_context(search, plain)
-    for methods in others:
-        found = search.best(methods)
+    usable = {device: floor(size * (1 - HEADROOM)) for device, size in budgets.items()}
+    search = Search(groups, usable, context, batch_size)
+    choices = _choices(groups)
+    (plain,) = choices[0]
+    plain_context = 0
+    for alike in choices:
+        placed = ((methods, placement) for methods in alike for placement in search.placements(methods))
+        found = min(placed, key=lambda pair: pair[1].rank(), default=None)
         if found is not None:
-            return replace(_proposal(search, budgets, methods, found), plain_context=plain_context)
+            return replace(_proposal(search, budgets, *found), plain_context=plain_context or None)
+        if alike is choices[0]:  # the longest context that would do without quantisation, by bisection
+            contexts = range(1, context)
+            plain_context = bisect_left(contexts, True, key=lambda each: not replace(search, context=each).fits(plain))
     nothing = Placement((None,) * len(groups), {}, dict.fromkeys(budgets, 0))
-    excess = sum(search.need(i, method) for i, method in enumerate(plain)) - sum(search.usable.values())
+    excess = sum(map(search.need, groups, plain)) - sum(usable.values())
     return replace(
         _proposal(search, budgets, plain, nothing),
         missing_bytes=_missing(search),
         offload_bytes=max(excess, 0),
-        plain_context=plain_context,
+        plain_context=plain_context or None,
     )
 
 
-def _choices(groups: Sequence[GroupSizes]) -> list[tuple[Quantization | None, ...]]:
-    """The quantisations of all groups, the least harmful first; what the user chose is not changed."""
+def _choices(groups: Sequence[GroupSizes]) -> list[list[tuple[Quantization | None, ...]]]:
+    """Return the quantisations of all groups, the least harmful first, those of equal harm together.
+
+    Harm is bytes in 4 bits, then bytes in 8. The user's own quantisations are not changed and do not count.
+    """
 
     def harm(methods: tuple[Quantization | None, ...]) -> tuple[int, int]:
-        added = [
-            (method.bits, group.model.num_bytes())
-            for method, group in zip(methods, groups, strict=True)
-            if method is not None and group.quantization is None
-        ]
-        return sum(size for bits, size in added if bits == 4), sum(size for bits, size in added if bits == 8)
+        num_bytes = {4: 0, 8: 0}
+        for method, group in zip(methods, groups, strict=True):
+            if method is not None and group.quantization is None:
+                num_bytes[method.bits] += group.model.num_bytes()
+        return num_bytes[4], num_bytes[8]
 
     options = [METHODS if group.quantization is None else (group.quantization,) for group in groups]
-    return sorted(product(*options), key=harm)
-
-
-def _longest_context(search: Search, methods: Sequence[Quantization | None]) -> int | None:
-    """The most tokens, fewer than the search has, of texts that fit with these quantisations; None if none do."""
-    low, high = 0, search.context
-    while high - low > 1:
-        middle = (low + high) // 2
-        shorter = Search(search.groups, search.usable, middle, search.batch_size)
-        fits = any(True for _ in shorter.placements(methods))
-        low, high = (middle, high) if fits else (low, middle)
-    return low or None
+    harms = {methods: harm(methods) for methods in product(*options)}
+    return [list(alike) for _, alike in groupby(sorted(harms, key=harms.__getitem__), key=harms.__getitem__)]
 
 
 def _missing(search: Search) -> int:
-    """Bytes by which every budget would have to grow for the smallest quantisation to fit."""
+    """Return bytes by which every budget would have to grow for the smallest quantisation to fit."""
     methods = [
         min(METHODS, key=group.weight_bytes) if group.quantization is None else group.quantization
         for group in search.groups
     ]
-    low, high = 0, sum(search.need(index, method) for index, method in enumerate(methods))
-    while high - low > 1:
-        middle = (low + high) // 2
-        fits = any(True for _ in search.with_more(middle).placements(methods))
-        low, high = (low, middle) if fits else (middle, high)
-    return floor(high / (1 - HEADROOM)) + 1
+
+    def fits_with(num_bytes: int) -> bool:
+        larger = {device: size + num_bytes for device, size in search.usable.items()}
+        return replace(search, usable=larger).fits(methods)
+
+    enough = sum(map(search.need, search.groups, methods))
+    return floor(bisect_left(range(enough), True, key=fits_with) / (1 - HEADROOM)) + 1
 
 
 def _proposal(
     search: Search, budgets: Mapping[str, int], methods: Sequence[Quantization | None], placement: Placement
 ) -> Proposal:
     groups = []
-    uses: dict[str, list[str]] = {device: [] for device in budgets}
+    roles: dict[str, list[str]] = {device: [] for device in budgets}
     for index, (group, method) in enumerate(zip(search.groups, methods, strict=True)):
         shares = placement.shares.get(index)
-        place = placement.places[index] if shares is None else SPREAD
-        for device in shares or ([place] if place is not None else []):
-            uses[device] += group.roles
+        device = placement.devices[index] if shares is None else SPREAD
+        for used in shares or ([] if device is None else [device]):
+            roles[used] += group.roles
         groups.append(
             PlacedGroup(
                 roles=group.roles,
@@ -342,16 +322,16 @@ def _proposal(
                 dtype=group.model.dtype,
                 quantization=None if method is None else str(method),
                 chosen=method is not None and group.quantization is None,
-                device=place,
-                max_memory=None if shares is None else {device: share.limit for device, share in shares.items()},
-                weight_bytes=group.weight_bytes(method, spread=shares is not None),
+                device=device,
+                max_memory=None if shares is None else {name: share.limit for name, share in shares.items()},
+                weight_bytes=group.weight_bytes(method, is_spread=shares is not None),
                 cache_per_token=group.model.cache_per_token,
-                cache_bytes=search.caches[index],
-                logits_bytes=search.logits[index],
+                cache_bytes=group.cache_bytes(search.context, search.batch_size),
+                logits_bytes=search.logits[group.roles],
             )
         )
     devices = tuple(
-        PlannedDevice(device, budget, search.usable[device], placement.loads[device], tuple(uses[device]))
+        PlannedDevice(device, budget, search.usable[device], placement.loads[device], tuple(roles[device]))
         for device, budget in budgets.items()
     )
     return Proposal(search.context, search.batch_size, tuple(groups), devices)

@@ -1,4 +1,4 @@
-"""Plan a server of vLLM: all members on the same GPUs, each cut into as many parts as there are GPUs."""
+"""Plan a server of vLLM: all members on the same GPUs, each split into as many shards as there are GPUs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ensembler.errors import PlacementError
-from ensembler.planning.budgets import show_size
-from ensembler.planning.member_sizes import measure
-from ensembler.planning.sizes import GroupSizes
-from ensembler.preflight import CheckedEnsemble
+from ensembler.planning.sizes import GroupSizes, show_size
 
 UTILISATION = 0.9
 """Fraction of each GPU that vLLM is told to use."""
@@ -36,41 +33,19 @@ class ServingPlan:
 
     @property
     def num_requests(self) -> int:
-        """The number of texts of full length that one server holds at the same time."""
+        """Texts of full length that one server holds at the same time."""
         return self.num_tokens // self.context
 
     def flags(self) -> list[str]:
-        """The flags of vLLM that say so, for behind `ensembler serve FOLDER --`."""
-        found = ["--max-model-len", str(self.context), "--gpu-memory-utilization", f"{UTILISATION:g}"]
-        if self.num_gpus > 1:
-            found += ["--tensor-parallel-size", str(self.num_gpus)]
-        if self.num_servers > 1:
-            found += ["--data-parallel-size", str(self.num_servers)]
-        return found
+        """Return vLLM's flags for this plan, to stand behind `ensembler serve FOLDER --`."""
+        tensor = ["--tensor-parallel-size", str(self.num_gpus)] if self.num_gpus > 1 else []
+        data = ["--data-parallel-size", str(self.num_servers)] if self.num_servers > 1 else []
+        lengths = ["--max-model-len", str(self.context), "--gpu-memory-utilization", f"{UTILISATION:g}"]
+        return [*lengths, *tensor, *data]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as a mapping for JSON."""
+        """Return a mapping for JSON."""
         return {**vars(self), "num_requests": self.num_requests, "flags": self.flags()}
-
-
-def plan_serving(
-    checked: CheckedEnsemble, budgets: Mapping[str, int], *, context: int, batch_size: int = 1
-) -> ServingPlan:
-    """Return the smallest server that holds the weights and `batch_size` texts of `context` tokens.
-
-    `budgets`: bytes by device; a server takes 1, 2, 4 ... of the GPUs among them, as many as divide the heads of every
-    member, and all are taken for as large as the smallest. Raises MemberError, or PlacementError where none does.
-    """
-    gpus = [size for device, size in budgets.items() if device != "cpu"]
-    if not gpus:
-        raise PlacementError("there is no GPU; give --budget once for each GPU of another machine")
-    return propose_serving(
-        measure(checked),
-        {role: heads_of(config) for role, config in checked.model_configs.items()},
-        gpus,
-        context=context,
-        batch_size=batch_size,
-    )
 
 
 def propose_serving(
@@ -81,20 +56,26 @@ def propose_serving(
     context: int,
     batch_size: int = 1,
 ) -> ServingPlan:
-    """The same from sizes alone. `heads`: attention heads and key-value heads by role; `budgets`: one GPU or more."""
+    """Return the smallest server that holds the weights and `batch_size` texts of `context` tokens.
+
+    `heads`: as `num_heads`, by role; `budgets`: bytes of each GPU. A server takes 1, 2, 4 ... of the GPUs, as many as
+    divide the heads of every member, and all are taken for as large as the smallest. Raises PlacementError.
+    """
+    if not budgets:
+        raise PlacementError("there is no GPU; give --budget once for each GPU of another machine")
     weights = sum(group.model.num_bytes() * len(group.roles) for group in groups)
-    for num_gpus in _shares(heads, len(budgets)):
+    whole = sum(group.model.cache_per_token * len(group.roles) for group in groups)
+    usable = min(budgets) * UTILISATION
+    powers = [2**power for power in range(len(budgets).bit_length())]
+    for num_gpus in (num for num in powers if all(can_split(each, num) for each in heads.values())):
         per_token = sum(
             group.model.cache_per_token / min(num_gpus, heads[role][1]) for group in groups for role in group.roles
         )
-        usable = min(budgets) * UTILISATION
         room = usable - ACTIVATIONS - weights / num_gpus
         cache = per_token * context * batch_size
+        num_tokens = int(room / max(per_token, 1))
         if room >= cache:
-            whole = sum(group.model.cache_per_token * len(group.roles) for group in groups)
-            return ServingPlan(
-                num_gpus, len(budgets) // num_gpus, context, weights, whole, int(room / max(per_token, 1))
-            )
+            return ServingPlan(num_gpus, len(budgets) // num_gpus, context, weights, whole, num_tokens)
     each = "the GPU" if num_gpus == 1 else f"each of {num_gpus} GPUs"
     texts = "a text" if batch_size == 1 else f"{batch_size:,} texts"
     longest = int(room / max(per_token, 1) / batch_size)
@@ -108,23 +89,17 @@ def propose_serving(
     )
 
 
-def _shares(heads: Mapping[str, tuple[int, int]], num_budgets: int) -> list[int]:
-    """The numbers of GPUs, 1, 2, 4 ... of `num_budgets`, that every member can be cut for."""
-    numbers = [2**power for power in range(num_budgets.bit_length())]
-    return [number for number in numbers if all(can_part(of_role, number) for of_role in heads.values())]
+def can_split(heads: tuple[int, int], num_gpus: int) -> bool:
+    """Return whether a model of so many attention and key-value heads can be split over so many GPUs.
 
-
-def can_part(heads: tuple[int, int], num_gpus: int) -> bool:
-    """Return whether a model of so many attention and key-value heads can be cut for so many GPUs.
-
-    Key-value heads are cut as long as there is one for each GPU; beyond that, each is kept several times.
+    Key-value heads are split as long as there is one for each GPU; beyond that, each is kept several times.
     """
     attention, key_value = heads
     return attention % num_gpus == 0 and (key_value % num_gpus == 0 or num_gpus % key_value == 0)
 
 
-def heads_of(config: Any) -> tuple[int, int]:
-    """Attention heads and key-value heads of a model's configuration."""
+def num_heads(config: Any) -> tuple[int, int]:
+    """Return the numbers of attention heads and key-value heads of a model's configuration."""
     text = config.get_text_config(decoder=True)
     attention = int(text.num_attention_heads)
     return attention, int(getattr(text, "num_key_value_heads", None) or attention)

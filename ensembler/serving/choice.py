@@ -15,7 +15,7 @@ from ensembler.extras import install_command
 from ensembler.files import find_folder, naming
 from ensembler.patch.formats import PATCH_FILES, read_patch
 from ensembler.patch.patch_plan import PatchPlan, plan_patches
-from ensembler.planning.vllm_plan import can_part, heads_of
+from ensembler.planning.vllm_plan import can_split, num_heads
 from ensembler.preflight import CheckedEnsemble
 
 TRANSFORMERS, VLLM = BACKENDS = ("transformers", "vllm")
@@ -71,8 +71,8 @@ def _check_architecture(role: str, config: Any, num_ranks: int) -> None:
         reason = "has latent attention, which vLLM sets up for a whole model, not for one of several"
     if reason is not None:
         raise MemberError(f"{role} ({config.model_type}) {reason}; the transformers backend runs it")
-    heads = heads_of(config)
-    if not can_part(heads, num_ranks):
+    heads = num_heads(config)
+    if not can_split(heads, num_ranks):
         raise MemberError(
             f"{role} has {heads[0]} attention heads and {heads[1]} key-value heads, which {num_ranks} tensor-parallel "
             "ranks cannot share; give another --tensor-parallel-size"

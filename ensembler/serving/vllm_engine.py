@@ -13,16 +13,16 @@ from typing import Any, Self
 
 from transformers import GenerationConfig
 
+from ensembler.decoding.batching import end_ids, room_for
 from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.drafting import AUTO, NONE
-from ensembler.decoding.prompt_batches import end_ids, room_for
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import make_sample
 from ensembler.decoding.texts import Completion
 from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError, RunError
 from ensembler.files import one_line
-from ensembler.folder import write_checked
+from ensembler.folder import write
 from ensembler.preflight import CheckedEnsemble
 from ensembler.serving.choice import VLLM, BackendChoice, common_dtype
 from ensembler.serving.vllm_serve import LOAD_FORMAT
@@ -54,7 +54,8 @@ class Engine:
         with ExitStack() as stack:
             # members that were put together on a command line have no folder
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ensembler-"))) / "ensemble"
-            write_checked(self._checked, folder)
+            checked = self._checked
+            write(checked.config, folder, checked.tokenizer, checked.generation_config)
             with _engine_errors("did not start"):
                 self._llm: Any = LLM(
                     str(folder), load_format=LOAD_FORMAT, worker_extension_cls=_EXTENSION, **self._arguments

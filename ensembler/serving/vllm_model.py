@@ -16,7 +16,6 @@ from torch.nn.functional import pad
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import maybe_prefix
 
-from ensembler.engine.forward import make_reader
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.errors import InputError
 from ensembler.serving.choice import plan_member
@@ -37,7 +36,6 @@ class EnsembleForCausalLM(nn.Module):
         self._contract, self._outside = checked.contract, config.outside
         self._vocab_size: int = config.vocab_size
         self.set_point(GridPoint(self.rule.name, float(config.alpha)))
-        self.readers = {role: make_reader(role, checked.contract) for role in self.rule.roles}
         self.plans = {role: plan_member(role, files.config) for role, files in checked.files.items()}
         self.members = nn.ModuleDict(
             {
@@ -46,8 +44,8 @@ class EnsembleForCausalLM(nn.Module):
             }
         )
         most = vllm_config.scheduler_config.max_num_batched_tokens
-        for role, reader in self.readers.items():
-            if reader.substitute is not None:
+        for role in self.rule.roles:
+            if checked.contract.lacks_ids(role):
                 self.register_buffer(f"{role}_ids", torch.zeros(most, dtype=torch.int32), persistent=False)
         texts = [checked.model_configs[role].get_text_config(decoder=True) for role in self.rule.roles]
         # Of the hidden states that a member hands to its head: OPT's smallest projects them first.
@@ -83,11 +81,10 @@ class EnsembleForCausalLM(nn.Module):
 
     def _read(self, role: str, input_ids: Tensor) -> Tensor:
         """Return ids as the member knows them, where a CUDA graph found them when it was captured."""
-        reader = self.readers[role]
-        if reader.substitute is None:
+        if not self._contract.lacks_ids(role):
             return input_ids
         ids: Tensor = getattr(self, f"{role}_ids")[: input_ids.shape[0]]
-        return ids.copy_(reader.read(input_ids))
+        return ids.copy_(self._contract.known_ids(role, input_ids))
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """Return combined logits (n, V) fp32 of hidden states (n, Σ hidden sizes); None on ranks that gather none."""
@@ -96,7 +93,7 @@ class EnsembleForCausalLM(nn.Module):
         logits = {role: member.compute_logits(states.contiguous()) for (role, member), states in own_states}
         if any(one is None for one in logits.values()):
             return None
-        self._grid = self._grid.on(hidden_states.device)
+        self._grid = self._grid.to(hidden_states.device)
         combined = combine(self._grid.ordered(logits), self._grid.weights)
         # Another rule's anchor may be narrower; vLLM looks up tokens by the vocabulary of the configuration.
         missing = self._vocab_size - combined.shape[-1]

@@ -12,16 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ensembler.config import EnsembleConfig
 from ensembler.engine.grid import Grid, GridPoint
-from ensembler.errors import ImageError
+from ensembler.errors import ConfigError, ImageError
 from ensembler.evaluation.documents import Answer, Document, EncodedDocument
 from ensembler.evaluation.provenance import describe_ensemble, versions
+from ensembler.evaluation.recipe import Experiment
 from ensembler.extras import require
 from ensembler.files import digest, file_digest
+from ensembler.preflight import CheckedEnsemble
+from ensembler.vision.heads import as_images
 from ensembler.vision.image_modeling import EnsembleForImageClassification
-from ensembler.vision.image_preflight import ZERO_SHOT, CheckedImages
-from ensembler.vision.image_tasks import TOP
-from ensembler.vision.images import ImageSource, ahead, open_image
+from ensembler.vision.image_preflight import ZERO_SHOT, CheckedImages, check_images
+from ensembler.vision.image_tasks import TOP, ImageTask, load_image_task
+from ensembler.vision.images import ImageSource, ahead
 from ensembler.vision.zero_shot import DEFAULT_TEMPLATES, tokenizer_hash
 
 
@@ -33,7 +37,7 @@ def classify(
     batch_size: int = 16,
     strict: bool = False,
 ) -> Iterator[dict[str, Any]]:
-    """Yield what the ensemble sees in one image after another, as JSON; the next ones are read while it runs.
+    """Yield a row of JSON for each image, in their order; the next images are read while the model runs.
 
     `image`: its name; `classes`: the most probable ones, each with `label` and `probability`; `anchor`: the anchor's
     first. An image that cannot be read has an `error` in place of these; `strict` raises ImageError for the first one.
@@ -45,26 +49,26 @@ def classify(
 
     batches = [sources[start : start + batch_size] for start in range(0, len(sources), batch_size)]
     for batch, errors, prepared in ahead(batches, prepare):
-        seen = iter(_see(model, prepared, top_k) if prepared else ())
+        seen = iter(_classify(model, prepared, top_k) if prepared else ())
         for source in batch:
-            said = {"error": errors[source.name]} if source.name in errors else next(seen)
-            yield {"image": source.name, **said}
+            row = {"error": errors[source.name]} if source.name in errors else next(seen)
+            yield {"image": source.name, **row}
 
 
 def _readable(batch: Sequence[ImageSource], errors: dict[str, str], *, strict: bool) -> Iterator[Any]:
-    """The images of a batch, each decoded when it is asked for; why others cannot be read goes into `errors`."""
+    """Yield the images of a batch, each decoded when its turn comes; write the faults of others into `errors`."""
     for source in batch:
         try:
-            yield open_image(source)
+            yield source.open()
         except ImageError as error:
             if strict:
-                raise
+                raise ImageError(f"{error}; mend it, or add --skip-bad") from error
             errors[source.name] = str(error)
 
 
 @torch.inference_mode()
-def _see(model: EnsembleForImageClassification, prepared: dict[str, Tensor], top_k: int) -> list[dict[str, Any]]:
-    """The most probable classes of each image, and the anchor's first."""
+def _classify(model: EnsembleForImageClassification, prepared: dict[str, Tensor], top_k: int) -> list[dict[str, Any]]:
+    """Return the most probable classes of each image, and the anchor's first."""
     logits = model.member_logits(prepared)
     found = _top(model, model.combine(logits), top_k)
     anchors = _top(model, logits[model.rule.anchor].float(), 1)
@@ -118,22 +122,65 @@ class ImageAnswerer:
     ) -> Iterator[list[list[Answer]]]:
         """Yield the answers to one batch after another; the images of the next ones are prepared meanwhile."""
         model = self._model
-        grid = Grid.of(points, model.rule, model.contract, model.config.outside).on(model.device)
+        grid = Grid.of(points, model.rule, model.contract, model.config.outside).to(model.device)
 
         def prepare(batch: Sequence[Document]) -> tuple[Sequence[Document], dict[str, Tensor]]:
-            return batch, model.prepare(open_image(document.requests[0]) for document in batch)
+            return batch, model.prepare(document.requests[0].open() for document in batch)
 
         for batch, prepared in ahead(batches, prepare):
             yield answer_prepared(model, grid, batch, prepared)
 
     def thumbnail(self, document: Document) -> str:
         """Return a small picture of the image as a data URI. Raises ImageError."""
-        image = open_image(document.requests[0])
+        image = document.requests[0].open()
         method = 0 if max(image.size) < _THUMBNAIL else 3  # nearest, so that pixels are seen; or bicubic
         image = require("PIL.ImageOps", "vision").contain(image, (_THUMBNAIL, _THUMBNAIL), method)
         buffer = io.BytesIO()
         image.save(buffer, "png")
         return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+class ImageModels:
+    """Image classifiers on folders of images, each read once, for a benchmark; `loaded`: all tasks read so far.
+
+    With `strict`, an image that cannot be read is refused, else it is left out.
+    """
+
+    def __init__(self, *, strict: bool = False) -> None:
+        self._strict = strict
+        self.loaded: dict[str, ImageTask] = {}
+
+    def answerer(self, experiment: Experiment, config: EnsembleConfig) -> tuple[CheckedImages, ImageAnswerer]:
+        """Return the checked members of a run, and their answerer. Raises as `check_images`."""
+        assert experiment.images is not None
+        checked = check_images(as_images(config, **dict(experiment.images)))
+        return checked, ImageAnswerer(checked)
+
+    def are_alike(self, checked: CheckedEnsemble) -> bool:
+        """Return True: a classifier in an ensemble is what it is alone."""
+        return True
+
+    def tasks(self, experiment: Experiment, answerer: ImageAnswerer) -> list[ImageTask]:
+        """Return the tasks of an experiment, whose classes are those of the members.
+
+        Raises as `load_image_task`, and ConfigError for two folders of one name.
+        """
+        checked = answerer.checked
+        settings: dict[str, Any] = {"validation": experiment.validation, "limit": experiment.limit}
+        settings |= {"aliases": checked.config.aliases, "seed": experiment.seed}
+        found: dict[str, tuple[str, ImageTask]] = {}
+        for folder in experiment.tasks:
+            key = repr((folder, checked.classes, settings))
+            if key not in self.loaded:
+                self.loaded[key] = load_image_task(Path(folder), checked.classes, strict=self._strict, **settings)
+            task = self.loaded[key]
+            if task.name in found:
+                raise ConfigError(
+                    f"{found[task.name][0]} and {folder} are both called {task.name!r}, and their images would be "
+                    "taken for each other's; rename one of them, or give a link of another name"
+                )
+            found[task.name] = folder, task
+        return [task for _, task in found.values()]
 
 
 @torch.inference_mode()
@@ -166,7 +213,7 @@ def describe_images(checked: CheckedImages) -> dict[str, Any]:
     """
     described = describe_ensemble(checked)
     prompts = [checked.config.templates or list(DEFAULT_TEMPLATES), checked.config.class_texts]
-    for role, member in checked.members.items():
+    for role, member in checked.files.items():
         found = described["members"][role]
         found |= {"kind": member.kind, "processor": digest(member.processor.to_dict(), _HASH)}
         if member.config.head is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,13 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ensembler.config import IMAGES, EnsembleConfig, check_labels, check_templates, check_texts, some
+from ensembler.config import IMAGES, EnsembleConfig
 from ensembler.errors import ClassesError, ConfigError, MemberError
 from ensembler.files import one_line, write_whole
 from ensembler.safetensors_files import stored_tensors
+
+_NUM_SHOWN = 3  # names in an error's line
+_FLAGS = {None: None, "true": True, "false": False}  # normalize in a head's metadata
 
 
 def as_images(
@@ -28,40 +31,37 @@ def as_images(
     templates: str | Path | None = None,
     aliases: str | Path | None = None,
 ) -> EnsembleConfig:
-    """Return the same members as an ensemble of image classifiers, with what the files say.
+    """Return the same members as an ensemble of image classifiers, with the classes and prompts of files.
 
     `classes`: labels as a text file with one on each line, a JSON list, or a JSON object from label to the words for it
     in prompts. `templates`: prompts, one on each line. `aliases`: a JSON object. Raises ConfigError.
     """
-    said: dict[str, Any] = {}
-    if classes is not None:
-        is_json = Path(classes).suffix == ".json"
-        labels = _read(classes, json.loads) if is_json else _read_lines(classes)
-        if isinstance(labels, Mapping) and labels:
-            said["class_texts"] = check_texts(labels, str(classes))
-            labels = list(labels)
-        said["classes"] = check_labels(labels, str(classes))
-    if templates is not None:
-        said["templates"] = check_templates(_read_lines(templates), str(templates))
-    if aliases is not None:
-        said["aliases"] = check_texts(_read(aliases, json.loads), str(aliases))
-    return config.replaced(task=IMAGES, **said)
+    config = config.replaced(task=IMAGES)
+    for key, path in (("classes", classes), ("templates", templates), ("aliases", aliases)):
+        if path is None:
+            continue
+        content = _read(Path(path), is_json=key == "aliases" or (key == "classes" and Path(path).suffix == ".json"))
+        has_words = key == "classes" and isinstance(content, Mapping)
+        settings = {"classes": list(content), "class_texts": content} if has_words else {key: content}
+        try:
+            config = config.replaced(**settings)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+    return config
 
 
-def _read_lines(path: str | Path) -> list[str]:
-    lines = [line.strip() for line in _read(path, str.splitlines) if line.strip()]
-    if not lines:
-        raise ConfigError(f"{path} is empty; expected one name or prompt on each line")
-    return lines
-
-
-def _read(path: str | Path, parse: Callable[[str], Any]) -> Any:
+def _read(path: Path, *, is_json: bool) -> Any:
+    """Return the JSON of a file, or its lines that are not empty. Raises ConfigError."""
     try:
-        return parse(Path(path).read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if is_json else [line.strip() for line in text.splitlines() if line.strip()]
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is no JSON file: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not is_json and not content:
+        raise ConfigError(f"{path} is empty; expected one name or prompt on each line")
+    return content
 
 
 def agree(
@@ -98,17 +98,20 @@ def _difference(first: str, expected: Sequence[str], role: str, names: Sequence[
             f"{first} and {role} have the same classes in another order: class {index} is {expected[index]!r} and "
             f"{names[index]!r}; save the member with its classes in one order"
         )
-    parts = [f"lacks {some(lacking)}"] if lacking else []
-    parts += [f"has {some(extra)} besides"] if extra else []
-    return f"{first} has {len(expected):,} classes; {role} {' and '.join(parts)}: {remedy}"
+    faults = [f"lacks {quoted(lacking)}"] if lacking else []
+    faults += [f"has {quoted(extra)} besides"] if extra else []
+    return f"{first} has {len(expected):,} classes; {role} {' and '.join(faults)}: {remedy}"
 
 
-_FLAGS = {None: None, "true": True, "false": False}
+def quoted(names: Sequence[str]) -> str:
+    """Return the first names, quoted, and how many more there are."""
+    more = f" and {len(names) - _NUM_SHOWN:,} more" if len(names) > _NUM_SHOWN else ""
+    return ", ".join(map(repr, names[:_NUM_SHOWN])) + more
 
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """The header of a head's file: `classes` and `normalize` are None where it says nothing of them."""
+    """The header of a head's file: `classes` and `normalize` are None where they are not in its metadata."""
 
     num_classes: int
     classes: tuple[str, ...] | None
@@ -133,7 +136,7 @@ class Head(nn.Module):
 
 
 def read_info(path: Path) -> HeadInfo:
-    """Return what the header of a head's file says; raise MemberError unless it is one."""
+    """Return the header of a head's file; raise MemberError where it is damaged or of another file."""
     if not path.is_file():
         raise MemberError(f"there is no head {path}; give a safetensors file with weight (classes, features)")
     tensors = stored_tensors(path)
@@ -145,16 +148,17 @@ def read_info(path: Path) -> HeadInfo:
         fault = f"holds {unknown[0]!r}" if unknown else f"has a bias of shape {tensors['bias'].shape}"
         raise MemberError(f"{path} {fault}; expected weight (classes, features) and bias (classes,) alone")
     with _opened(path) as file:
-        said = file.metadata() or {}
-    if said.get("normalize") not in _FLAGS:
-        raise MemberError(f"{path} says normalize {said['normalize']!r}; expected 'true' or 'false' in its metadata")
+        metadata = file.metadata() or {}
+    flag = metadata.get("normalize")
+    if flag not in _FLAGS:
+        raise MemberError(f"{path} says normalize {flag!r}; expected 'true' or 'false' in its metadata")
     try:
-        classes = tuple(json.loads(said["classes"])) if "classes" in said else None
+        classes = tuple(json.loads(metadata["classes"])) if "classes" in metadata else None
     except (ValueError, TypeError):
         classes = ()
     if classes is not None and (len(classes) != shape[0] or not all(isinstance(name, str) for name in classes)):
         raise MemberError(f"{path} says classes that are not {shape[0]} names; expected a JSON list in its metadata")
-    return HeadInfo(shape[0], classes, _FLAGS[said.get("normalize")])
+    return HeadInfo(shape[0], classes, _FLAGS[flag])
 
 
 @contextmanager

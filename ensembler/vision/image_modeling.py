@@ -17,21 +17,14 @@ from transformers.modeling_outputs import ImageClassifierOutput
 
 from ensembler import folder as folders
 from ensembler.config import IMAGES, EnsembleConfig, MemberConfig
-from ensembler.engine.forward import check_nan
 from ensembler.engine.grid import combine_members, make_combination
+from ensembler.engine.model_runner import check_nan
 from ensembler.errors import InputError
 from ensembler.generation import FixedRule
-from ensembler.vision.image_preflight import ZERO_SHOT, CheckedImages, ImageMember, check_images
+from ensembler.vision.image_preflight import ZERO_SHOT, CheckedImages, check_images
 from ensembler.vision.towers import Tower, load_model, load_towers
 
 PixelValues = Tensor | Mapping[str, Tensor]
-
-
-def _copy(member: ImageMember) -> folders.Copy:
-    """A member to be saved, with its image processor and the tokenizer that makes a zero-shot head."""
-    name, revision = member.config.model, member.config.revision
-    tokenizers = (AutoTokenizer.from_pretrained(name, revision=revision),) if member.kind == ZERO_SHOT else ()
-    return folders.Copy(partial(load_model, member), (member.processor, *tokenizers))
 
 
 class EnsembleForImageClassification(folders.PushedFolder, FixedRule, PreTrainedModel):  # type: ignore[misc,unused-ignore]
@@ -50,7 +43,7 @@ class EnsembleForImageClassification(folders.PushedFolder, FixedRule, PreTrained
     def __init__(self, checked: CheckedImages, towers: Sequence[Tower]) -> None:
         super().__init__(checked.config)
         self._rule = checked.config.get_rule()
-        self._files = checked.members
+        self._files = checked.files
         self.classes = checked.classes
         self.contract = checked.contract
         self.towers: Any = nn.ModuleList(towers)
@@ -72,8 +65,7 @@ class EnsembleForImageClassification(folders.PushedFolder, FixedRule, PreTrained
         zero-shot members need them; `class_texts`, `templates` and `aliases`. Raises ConfigError, MemberError or
         ClassesError before any weight is loaded.
         """
-        named = {role: str(member) if isinstance(member, Path) else member for role, member in members.items()}
-        config = EnsembleConfig(task=IMAGES, rule=rule, alpha=alpha, members=named, **settings)
+        config = EnsembleConfig(task=IMAGES, rule=rule, alpha=alpha, members=dict(members), **settings)
         return cls.from_checked(check_images(config))
 
     @classmethod
@@ -96,9 +88,7 @@ class EnsembleForImageClassification(folders.PushedFolder, FixedRule, PreTrained
         The hub's options (`revision`, `token` ...) say which folder. Raises as `from_members`.
         """
         options = {name: value for name, value in options.items() if value is not False}  # as Auto classes give them
-        config = folders.load(
-            pretrained_model_name_or_path, config, dtype=dtype, device_map=None, options={**options, "alpha": alpha}
-        )
+        config = folders.load(pretrained_model_name_or_path, config, dtype=dtype, options={**options, "alpha": alpha})
         return cls.from_checked(check_images(config))
 
     def save_pretrained(  # type: ignore[override,unused-ignore]
@@ -108,15 +98,14 @@ class EnsembleForImageClassification(folders.PushedFolder, FixedRule, PreTrained
 
         Raises OutputError if the folder is not empty, unless `overwrite`.
         """
-        copies = {role: _copy(member) for role, member in self._files.items()} if copy_members else None
-        folders.write(
-            self.config,
-            Path(save_directory),
-            tokenizer=None,
-            generation_config=None,
-            copies=copies,
-            overwrite=overwrite,
-        )
+        copies = {}
+        for role, member in self._files.items() if copy_members else ():
+            processors = [member.processor]
+            if member.kind == ZERO_SHOT:  # its head is made with the tokenizer
+                name, revision = member.config.model, member.config.revision
+                processors.append(AutoTokenizer.from_pretrained(name, revision=revision))
+            copies[role] = folders.Copy(partial(load_model, member), tuple(processors))
+        folders.write(self.config, Path(save_directory), copies=copies, overwrite=overwrite)
 
     @property
     def alpha(self) -> float:
@@ -130,8 +119,7 @@ class EnsembleForImageClassification(folders.PushedFolder, FixedRule, PreTrained
     def prepare(self, images: Iterable[Any]) -> dict[str, Tensor]:
         """Return images of Pillow as every member's own pixel values (rows, channels, height, width), by role.
 
-        Members that share a tower have the same tensor. Images are taken and prepared one after another, so that an
-        iterator may decode each when it is its turn.
+        Members that share a tower have the same tensor. An iterator may decode each image when its turn comes.
         """
         rows = [[tower.prepare(image) for tower in self.towers] for image in images]
         columns = map(torch.cat, zip(*rows, strict=True))
@@ -158,11 +146,12 @@ class EnsembleForImageClassification(folders.PushedFolder, FixedRule, PreTrained
             pixel_values = dict.fromkeys(self.rule.roles, pixel_values)
         logits: dict[str, Tensor] = {}
         for tower in self.towers:
-            given = next((pixel_values[role] for role in tower.roles if role in pixel_values), None)
-            if given is None:
-                missing = " or ".join(tower.roles)
-                raise InputError(f"pixel_values has nothing for {missing}; prepare(images) makes them all")
-            logits |= tower(given)
+            given = [pixel_values[role] for role in tower.roles if role in pixel_values]
+            if not given:
+                raise InputError(
+                    f"pixel_values has nothing for {' or '.join(tower.roles)}; prepare(images) makes them all"
+                )
+            logits |= tower(given[0])
         check_nan(logits)
         return logits
 

@@ -7,19 +7,19 @@ zero-shot    a dual encoder such as CLIP, whose head is made from the names of t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoImageProcessor
 
 from ensembler.config import IMAGES, EnsembleConfig, MemberConfig, check_roles
-from ensembler.engine.members import DUAL_ENCODERS, MemberFiles, refuse_ensemble
+from ensembler.engine.members import DUAL_ENCODERS, MemberFiles, read_model_config
 from ensembler.errors import ClassesError, ConfigError, MemberError
 from ensembler.extras import require
-from ensembler.files import is_local, naming, not_found, one_line
+from ensembler.files import naming, one_line
 from ensembler.preflight import CheckedEnsemble
-from ensembler.safetensors_files import check_folder
 from ensembler.vision.heads import HeadInfo, agree, read_info
 from ensembler.vocab import VocabularyContract
 
@@ -31,32 +31,32 @@ _REFUSED = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ImageMember(MemberFiles):
     """A member whose files were found and checked.
 
     `kind`: 'classifier', 'head' or 'zero-shot'. `processor`: its own image processor. `classes`: the names of its
-    logits in their order, None where it takes the ensemble's; `head`: what its head's file says.
+    logits in their order, None where it takes the ensemble's; `head`: the header of its head's file.
     """
 
-    kind: str = CLASSIFIER
-    processor: Any = None
-    classes: tuple[str, ...] | None = None
-    head: HeadInfo | None = None
+    kind: str
+    processor: Any
+    classes: tuple[str, ...] | None
+    head: HeadInfo | None
 
     @property
     def normalize(self) -> bool:
         """Return whether its head takes features of length 1: as its file says, else for dual encoders."""
-        said = None if self.head is None else self.head.normalize
-        return self.model_config.model_type in DUAL_ENCODERS if said is None else said
+        stored = None if self.head is None else self.head.normalize
+        return self.model_config.model_type in DUAL_ENCODERS if stored is None else stored
 
     @property
     def assumptions(self) -> list[str]:
         """Assumptions about a head whose file does not say more, a line each."""
         found = []
         if self.head is not None and self.head.normalize is None:
-            how = "they are, as a dual encoder's" if self.normalize else "they are not"
-            found.append(f"whether features are scaled to length 1 ('normalize' in its metadata); assumed: {how}")
+            scaled = "they are, as a dual encoder's" if self.normalize else "they are not"
+            found.append(f"whether features are scaled to length 1 ('normalize' in its metadata); assumed: {scaled}")
         if self.head is not None and self.head.classes is None:
             found.append("which classes it has ('classes' in its metadata); assumed: the ensemble's, in their order")
         return [f"{self.role}: its head does not say {each}" for each in found]
@@ -64,18 +64,19 @@ class ImageMember(MemberFiles):
 
 @dataclass(frozen=True)
 class CheckedImages(CheckedEnsemble):
-    """A configuration whose members, classes and files were found to fit; no weight is loaded.
+    """A configuration whose members, classes and files were found to fit; no weight is loaded."""
 
-    `members`: by role, the anchor first. `classes`: the labels in the order of the logits.
-    """
+    files: Mapping[str, ImageMember]
 
-    members: dict[str, ImageMember]
-    classes: tuple[str, ...]
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels in the order of the logits."""
+        return tuple(self.config.classes or ())
 
     @property
     def assumptions(self) -> list[str]:
         """Assumptions about the members' heads, a line each."""
-        return [line for member in self.members.values() for line in member.assumptions]
+        return [line for member in self.files.values() for line in member.assumptions]
 
 
 def check_images(config: EnsembleConfig) -> CheckedImages:
@@ -100,10 +101,9 @@ def check_images(config: EnsembleConfig) -> CheckedImages:
     if unknown:
         raise ClassesError(f"there are words for the class {unknown[0]!r}, which is not one of the ensemble's classes")
     config.name_classes(classes)
-    model_configs = {role: member.model_config for role, member in members.items()}
     widths = dict.fromkeys(rule.roles, len(classes))
     contract = VocabularyContract("identical", len(classes), widths, widths, dict.fromkeys(rule.roles, 0))
-    return CheckedImages(config, dict(members), {}, model_configs, contract, None, None, members, classes)
+    return CheckedImages(config, members, {role: member.model_config for role, member in members.items()}, contract)
 
 
 def _check_member(role: str, config: MemberConfig) -> ImageMember:
@@ -113,14 +113,8 @@ def _check_member(role: str, config: MemberConfig) -> ImageMember:
         if getattr(config, name) is not None:
             raise MemberError(f"{role}: an image classifier takes no {name}; {remedy}")
     config = config.absolute()
-    refuse_ensemble(role, config)
-    if is_local(config.model):
-        check_folder(role, Path(config.model))
+    model_config = read_model_config(role, config.model, revision=config.revision)
     with naming(role):
-        try:
-            model_config = AutoConfig.from_pretrained(config.model, revision=config.revision)
-        except (OSError, ValueError, KeyError) as error:
-            raise not_found(config.model, error) from error
         head = None if config.head is None else read_info(Path(config.head))
         kind = HEAD if head is not None else _kind(config.model, model_config)
         try:  # in the variant that needs Pillow and no torchvision

@@ -12,18 +12,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ensembler.config import some
 from ensembler.errors import ClassesError, ConfigError, ImageError
 from ensembler.evaluation.documents import Answer, Document, Metric, from_json, to_json
 from ensembler.evaluation.lm_eval_settings import check_limit
 from ensembler.evaluation.statistics import metric_interval
 from ensembler.extras import require
 from ensembler.files import one_line
-from ensembler.vision.images import SUFFIXES, ImageSource, ahead, decode, image_file, images_below, read_file
+from ensembler.vision.heads import quoted
+from ensembler.vision.images import SUFFIXES, ImageSource, ahead, decode, images_below, read_file
 
 TEST = "test"  # the split that is reported, and the one of a folder that has none
 SPLITS = {"train": "train", "validation": "validation", "val": "validation", TEST: TEST}  # by the names of folders
-
+TOP = 5  # classes of an answer
 
 Split = tuple[list[ImageSource], int]
 """The images of a split in the order of their paths or rows, and the number of other files there."""
@@ -33,29 +33,28 @@ def find_splits(folder: Path) -> dict[str, Callable[[], Split]]:
     """Return the splits of a data set by name; none is read before it is called.
 
     A folder has `test` and perhaps `train` and `validation` (or `val`) below it; one without any of them is all test.
-    Raises ImageError for another layout. What reads a split does so where it has no image, or none of a class.
+    Raises ImageError for another layout, and when a split is read that has no image, or none of a class.
     """
     if not folder.is_dir():
         raise ImageError(f"there is no folder {folder}; give one with class/xxx.png, or one of `datasets`")
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         return _find_rows(folder)
     below = [entry.name for entry in _entries(folder) if entry.is_dir()]
-    parted = [name for name in below if name in SPLITS and any(each.is_dir() for each in _entries(folder / name))]
+    splits = [name for name in below if name in SPLITS and any(each.is_dir() for each in _entries(folder / name))]
     unknown = [name for name in below if name not in SPLITS]
-    if TEST not in parted and (unknown or not parted):  # a class may be called `train`
+    if TEST not in splits and (unknown or not splits):  # a class may be called `train`
         return {TEST: partial(_read_classes, folder)}
     if unknown:
         raise ImageError(
             f"{folder} has {unknown[0]!r} beside {TEST}; expected train, validation (or val) and test alone, each with "
             "CLASS/xxx.png"
         )
-    return _by_name(folder, below, TEST in parted, lambda name: _read_classes(folder / name))
+    _check_splits(folder, below, has_test=TEST in splits)
+    return {SPLITS[name]: partial(_read_classes, folder / name) for name in below}
 
 
-def _by_name(
-    folder: Path, names: list[str], has_test: bool, read: Callable[[str], Split]
-) -> dict[str, Callable[[], Split]]:
-    """Splits by what they are, whatever they are called. Raises ImageError without a test split, or for two of one."""
+def _check_splits(folder: Path, names: Sequence[str], *, has_test: bool) -> None:
+    """Raise ImageError without a test split, or where there are two for validation."""
     if not has_test:
         raise ImageError(
             f"{folder} has the splits {', '.join(names)}, and no images by class in {TEST}; expected {TEST}, and "
@@ -63,15 +62,14 @@ def _by_name(
         )
     if {"val", "validation"} <= set(names):
         raise ImageError(f"{folder} has both val and validation; keep one of them")
-    return {SPLITS.get(name, name): partial(read, name) for name in names}
 
 
 def _read_classes(folder: Path) -> Split:
-    """The images of class/xxx.png; deeper folders belong to their class."""
+    """Return the images of class/xxx.png; deeper folders belong to their class."""
     entries = _entries(folder)
     below = {entry.name: images_below(entry) for entry in entries if entry.is_dir()}
     images = [
-        image_file(path, path.relative_to(folder).as_posix(), label)
+        ImageSource.of_file(path, path.relative_to(folder).as_posix(), label)
         for label, (paths, _) in below.items()
         for path in paths
     ]
@@ -93,48 +91,48 @@ def _find_rows(folder: Path) -> dict[str, Callable[[], Split]]:
     except Exception as error:  # pyarrow and datasets each raise what they like
         raise ImageError(f"{folder} cannot be read as a data set: {one_line(error)}") from error
     splits: Mapping[str, Any] = found if isinstance(found, Mapping) else {TEST: found}
-    return _by_name(folder, list(splits), TEST in splits, lambda name: _read_rows(folder, name, splits[name]))
+    _check_splits(folder, list(splits), has_test=TEST in splits)
+    return {
+        SPLITS.get(name, name): partial(_read_rows, f"the {name} split of {folder}", rows)
+        for name, rows in splits.items()
+    }
 
 
-def _read_rows(folder: Path, split: str, rows: Any) -> Split:
+def _read_rows(split: str, rows: Any) -> Split:
+    """Return the images of a split, which is called `split` in errors."""
     datasets = require("datasets", "eval")
     images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
     labels = [name for name, feature in rows.features.items() if isinstance(feature, datasets.ClassLabel)]
     if len(images) != 1 or len(labels) != 1:
         raise ImageError(
-            f"the {split} split of {folder} has {len(images)} columns of images and {len(labels)} of class labels; "
-            "expected one of each"
+            f"{split} has {len(images)} columns of images and {len(labels)} of class labels; expected one of each"
         )
     if not len(rows):
-        raise ImageError(f"the {split} split of {folder} is empty")
+        raise ImageError(f"{split} is empty")
     names = rows.features[labels[0]].names
     raw = rows.cast_column(images[0], datasets.Image(decode=False))
     found = []
     for index, label in enumerate(rows[labels[0]]):
         if label is None or label < 0:
-            raise ImageError(f"row {index} of the {split} split of {folder} has no label")
-        name = f"row {index}"
-        found.append(ImageSource(name, partial(_read_row, raw, index, images[0], name), names[label]))
+            raise ImageError(f"row {index} of {split} has no label")
+        found.append(ImageSource(f"row {index}", partial(_read_row, raw, index, images[0]), names[label]))
     return found, 0
 
 
-def _read_row(rows: Any, index: int, column: str, name: str) -> bytes:
-    """The bytes of an image's file, which a row holds or has the path of."""
+def _read_row(rows: Any, index: int, column: str) -> bytes:
+    """Return the bytes of an image's file, which a row holds or has the path of."""
     image = rows[index][column]
     if image is None:
-        raise ImageError(f"{name} is empty")
-    return read_file(Path(image["path"]), name) if image["bytes"] is None else bytes(image["bytes"])
-
-
-TOP = 5  # classes of an answer
+        raise ImageError(f"row {index} is empty")
+    return bytes(image["bytes"]) if image["bytes"] is not None else read_file(Path(image["path"]), f"row {index}")
 
 
 @dataclass(frozen=True, eq=False)
 class ImageTask:
     """Labelled images of the splits that are used: a document for each that can be read.
 
-    `images`: the documents by split; `skipped`: why others cannot be read, by split and in their order; `num_others`:
-    how many files are no images.
+    `images`: the documents by split; `skipped`: the faults of images that cannot be read, by split; `num_others`: the
+    number of files that are no images.
     """
 
     name: str
@@ -164,7 +162,7 @@ class ImageTask:
         return (f"{num_skipped:,} images that cannot be read left out",) if num_skipped else ()
 
     def describe(self) -> dict[str, Any]:
-        """Return what is reported, as JSON: images of another split may choose α later."""
+        """Return the description of the test split as JSON: other splits may be used to choose α."""
         found = {"name": self.name, "version": self.version, "limit": self.limit, "num_images": self.splits[TEST]}
         return {**found, "config": {"classes": list(self.classes)}, "skipped": self.skipped[TEST]}
 
@@ -230,27 +228,27 @@ def load_image_task(
             raise ConfigError(f"{task} has no split {given!r}; it has {', '.join(splits)}")
         found, others = splits[split]()
         num_others += others
-        places = list(range(len(found)))
+        numbers = list(range(len(found)))
         if limit is not None:  # the first images would be of the first classes alone
-            random.Random(seed).shuffle(places)
-            places = sorted(places[: math.ceil(len(found) * limit) if limit < 1 else int(limit)])
-        drawn = [found[place] for place in places]
-        names = _class_names(folder, {image.label for image in drawn}, classes, aliases or {})
+            random.Random(seed).shuffle(numbers)
+            numbers = sorted(numbers[: math.ceil(len(found) * limit) if limit < 1 else int(limit)])
+        drawn = [found[number] for number in numbers]
+        labels = _class_names(folder, {image.label for image in drawn}, classes, aliases or {})
         images[split], skipped[split] = [], []
-        for place, image in zip(places, ahead(drawn, _check), strict=True):
+        for number, image in zip(numbers, ahead(drawn, _check), strict=True):
             if isinstance(image, ImageSource):
-                label = names[image.label]
+                label = labels[image.label]
                 content = {"image": image.name, "label": label}
-                images[split].append(Document(task, split, place, content, image.name, (image,), gold=label))
+                images[split].append(Document(task, split, number, content, image.name, (image,), gold=label))
             elif strict:
-                raise image
+                raise ImageError(f"{image}; mend it, or add --skip-bad") from image
             else:
                 skipped[split].append(str(image))
     return ImageTask(task, tuple(classes), images, skipped, num_others, limit)
 
 
 def _check(image: ImageSource) -> ImageSource | ImageError:
-    """The image with the hash of its file, or why it cannot be read."""
+    """Return the image with the hash of its file, or the error where it cannot be read."""
     try:
         content = image.read()
         decode(content, image.name)
@@ -260,12 +258,12 @@ def _check(image: ImageSource) -> ImageSource | ImageError:
 
 
 def _class_names(folder: Path, labels: Set[str], classes: Sequence[str], aliases: Mapping[str, str]) -> dict[str, str]:
-    """The ensemble's classes by the labels of images. Raises ClassesError."""
+    """Return the ensemble's classes by the labels of images. Raises ClassesError."""
     found = {label: aliases.get(label, label) for label in sorted(labels)}
     unknown = [label for label, name in found.items() if name not in classes]
     if unknown:
         raise ClassesError(
-            f"{folder} has images of {some(unknown)}, which the ensemble lacks (its classes: {some(classes)}); rename "
-            "the folders, or give --aliases to ensembler create"
+            f"{folder} has images of {quoted(unknown)}, which the ensemble lacks (its classes: {quoted(classes)}); "
+            "rename the folders, or give --aliases to ensembler create"
         )
     return found

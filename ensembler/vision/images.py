@@ -1,4 +1,4 @@
-"""Images from files: any mode as RGB, within limits; what cannot be read is named."""
+"""Read images from files: any mode as RGB, within limits; errors name the image."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SUFFIXES = (".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".
 
 @dataclass(frozen=True)
 class ImageSource:
-    """An image that is to be read: its name, for people, and what returns the bytes of its file or raises ImageError.
+    """An image to read: its name, for people, and a function that returns the bytes of its file or raises ImageError.
 
     `label`: the name of its class, as its data set has it. `digest`: the SHA-256 of its file, once that was read.
     """
@@ -62,10 +62,14 @@ class ImageSource:
     label: str = ""
     digest: str = ""
 
+    @classmethod
+    def of_file(cls, path: Path, name: str, label: str = "") -> ImageSource:
+        """Return the source of an image in a file; `name` is its path as it was given, or within its folder."""
+        return cls(name, partial(read_file, path, name), label)
 
-def image_file(path: Path, name: str, label: str = "") -> ImageSource:
-    """Return the source of an image in a file; `name` is its path as it was given, or within its folder."""
-    return ImageSource(name, partial(read_file, path, name), label)
+    def open(self) -> Any:
+        """Return the image as Pillow's RGB, decoded. Raises ImageError."""
+        return decode(self.read(), self.name)
 
 
 def read_file(path: Path, name: str) -> bytes:
@@ -77,11 +81,6 @@ def read_file(path: Path, name: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise ImageError(f"{name} cannot be read: {error.strerror}") from error
-
-
-def open_image(source: ImageSource) -> Any:
-    """Return an image as Pillow's RGB, decoded. Raises ImageError."""
-    return decode(source.read(), source.name)
 
 
 def decode(content: bytes, name: str) -> Any:
@@ -96,11 +95,11 @@ def decode(content: bytes, name: str) -> Any:
     try:
         with module.open(io.BytesIO(content)) as image:
             width, height = image.size
+            size = f"{name} has {width:,} × {height:,} pixels"
             if width * height > MAX_PIXELS:
-                raise ImageError(f"{name} has {width:,} × {height:,} pixels; at most {MAX_PIXELS:,} are read")
+                raise ImageError(f"{size}; at most {MAX_PIXELS:,} are read")
             if max(image.size) > MAX_RATIO * min(image.size):
-                sides = f"sides may differ by a factor of {MAX_RATIO}"
-                raise ImageError(f"{name} has {width:,} × {height:,} pixels; {sides}")
+                raise ImageError(f"{size}; sides may differ by a factor of {MAX_RATIO}")
             image.load()
             require("PIL.ImageOps", "vision").exif_transpose(image, in_place=True)
             return _eight_bits(image, name).convert("RGB")
@@ -115,9 +114,9 @@ def decode(content: bytes, name: str) -> Any:
 
 
 def _eight_bits(image: Any, name: str) -> Any:
-    """Greyscale of more than 8 bits as 8: Pillow's own conversion would make white of all above 255.
+    """Return greyscale of more than 8 bits as 8: Pillow's own conversion would make white of all above 255.
 
-    Of mode I, whose pixels have 32 bits, nothing says how bright 255 is, but that Pillow spreads a PGM over 16 bits.
+    In mode I, with 32 bits a pixel, 255 is white, except in a PGM, which Pillow spreads over 16 bits.
     """
     if image.mode == "F":
         raise ImageError(f"{name} has floating-point pixels; expected 8 or 16 bits")
@@ -130,20 +129,20 @@ def _eight_bits(image: Any, name: str) -> Any:
     return require("PIL.Image", "vision").fromarray(np.rint(values / step).astype(np.uint8))
 
 
-def find_images(places: Iterable[Path]) -> tuple[list[ImageSource], int]:
-    """Return the images that were named, and those below the folders that were, by path; and the number of other files.
+def find_images(paths: Iterable[Path]) -> tuple[list[ImageSource], int]:
+    """Return the images that `paths` name, in their folders by path, and the number of other files in these folders.
 
     Raises ImageError.
     """
     sources: list[ImageSource] = []
     num_others = 0
-    for place in places:
-        if not place.is_dir() and not place.is_file():
-            raise ImageError(f"there is no file or folder {place}")
-        paths, others = images_below(place) if place.is_dir() else ([place], 0)
-        if not paths:
-            raise ImageError(f"{place} holds no images; expected files ending in {', '.join(SUFFIXES)}")
-        sources += [image_file(path, str(path)) for path in paths]
+    for path in paths:
+        if not path.is_dir() and not path.is_file():
+            raise ImageError(f"there is no file or folder {path}")
+        images, others = images_below(path) if path.is_dir() else ([path], 0)
+        if not images:
+            raise ImageError(f"{path} holds no images; expected files ending in {', '.join(SUFFIXES)}")
+        sources += [ImageSource.of_file(image, str(image)) for image in images]
         num_others += others
     return sources, num_others
 
@@ -156,7 +155,7 @@ def images_below(folder: Path) -> tuple[list[Path], int]:
     files = sorted(
         path
         for path in folder.rglob("*")
-        if not path.is_dir() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if not path.is_dir() and not any(name.startswith(".") for name in path.relative_to(folder).parts)
     )
     images = [path for path in files if path.suffix.lower() in SUFFIXES]
     return images, len(files) - len(images)

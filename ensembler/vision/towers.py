@@ -26,7 +26,7 @@ from ensembler.vision.image_preflight import CLASSIFIER, ZERO_SHOT, CheckedImage
 from ensembler.vision.zero_shot import zero_shot_head
 
 _logger = logging.get_logger(__name__)
-# In a config, but no part of what is computed: what classes are called, and what tools noted.
+# In a config, and without influence on the logits: the names of classes, and the notes of tools.
 _LABELS = {"id2label", "label2id", "num_labels", "problem_type"}
 _NOTES = {"_name_or_path", "architectures", "dtype", "finetuning_task", "torch_dtype", "transformers_version"}
 
@@ -34,8 +34,8 @@ _NOTES = {"_name_or_path", "architectures", "dtype", "finetuning_task", "torch_d
 class Tower(nn.Module):
     """One model, and a head over its features for each of the members that it serves.
 
-    `heads`: by role; `processor`: how images are prepared for all of them. A classifier alone has a head that changes
-    nothing; of classifiers that differ in nothing but their module `classifier`, that is their head.
+    `heads`: by role; `processor`: how images are prepared for all of them. A classifier alone has an identity as its
+    head; of classifiers that differ in nothing but their module `classifier`, that module is the head.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, *, is_classifier: bool) -> None:
@@ -47,7 +47,7 @@ class Tower(nn.Module):
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """The members that it serves."""
+        """The roles of the members that it serves."""
         return tuple(self.heads)
 
     def prepare(self, image: Any) -> Tensor:
@@ -61,17 +61,16 @@ class Tower(nn.Module):
             features = self.features(pixel_values)
             return {role: head(features) for role, head in self.heads.items()}
         except Exception as error:  # a model may raise anything; the user has to learn which of them it was
-            roles = " and ".join(self.roles)
+            fault = f"failed: {type(error).__name__}: {one_line(error)}"
             if out_of_memory(error):
-                where = f"on {self.model.device} for {len(pixel_values)} images"
-                raise RunError(f"{roles} ran out of memory {where}; use a smaller batch") from error
-            raise RunError(f"{roles} failed: {type(error).__name__}: {one_line(error)}") from error
+                fault = f"ran out of memory on {self.model.device} for {len(pixel_values)} images; use a smaller batch"
+            raise RunError(f"{' and '.join(self.roles)} {fault}") from error
 
     def features(self, pixel_values: Tensor) -> Tensor:
-        """Return what its heads read: pooled features (rows, F), projected where the model does that.
+        """Return the input of the heads: pooled features (rows, F), projected where the model does that.
 
-        Of a classifier they are its logits, or the input of its `classifier` where that is a head. Raises MemberError
-        for a model that does not pool.
+        For a classifier these are its logits, or the input of its module `classifier` where that is a head. Raises
+        MemberError for a model that does not pool.
         """
         run = getattr(self.model, "get_image_features", self.model)
         output = run(pixel_values=pixel_values.to(self.model.device, self.model.dtype))
@@ -88,13 +87,15 @@ class Tower(nn.Module):
         """Return the features (1, F) of a picture of one colour."""
         return self.features(self.prepare(require("PIL.Image", "vision").new("RGB", (64, 64), (90, 120, 150))))
 
-    def takes(self, model: PreTrainedModel, processor: Any) -> bool:
+    def serves(self, model: PreTrainedModel, processor: Any) -> bool:
         """Return whether a model is this one, bit for bit, but for its head, and reads the same images."""
-        facts, others = (
-            (type(each), each.device, _settings(each.config.to_dict()), prepares.to_dict())
-            for each, prepares in ((self.model, self.processor), (model, processor))
-        )
-        mine, theirs = (
+        if (type(model), model.device) != (type(self.model), self.model.device):
+            return False
+        if _settings(model.config.to_dict()) != _settings(self.model.config.to_dict()):
+            return False
+        if processor.to_dict() != self.processor.to_dict():
+            return False
+        own, other = (
             {
                 name: values
                 for name, values in each.state_dict().items()
@@ -102,9 +103,9 @@ class Tower(nn.Module):
             }
             for each in (self.model, model)
         )
-        if facts != others or mine.keys() != theirs.keys():
+        if own.keys() != other.keys():
             return False
-        if any(mine[name].dtype != theirs[name].dtype or not torch.equal(mine[name], theirs[name]) for name in mine):
+        if any(own[name].dtype != other[name].dtype or not torch.equal(own[name], other[name]) for name in own):
             return False
         return not self.is_classifier or self._split()
 
@@ -127,7 +128,7 @@ class Tower(nn.Module):
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a config, and of those within it, that change the logits; dtypes are those of the weights."""
+    """Return the settings of a config, at all depths, that change the logits; dtypes are compared in the weights."""
     return {
         name: _settings(value) if isinstance(value, dict) else value
         for name, value in config.items()
@@ -141,17 +142,17 @@ def load_towers(checked: CheckedImages) -> list[Tower]:
 
     Raises ConfigError for a device that is not there, MemberError, or RunError where memory is short.
     """
-    check_devices(checked.members.values())
+    check_devices(checked.files.values())
     towers: list[Tower] = []
     models: WeakValueDictionary[str, PreTrainedModel] = WeakValueDictionary()  # a copy that no tower keeps is let go
-    for role, member in checked.members.items():
+    for role, member in checked.files.items():
         with naming(role):
             # A classifier is read in any case, since its own last module is to be its head.
             key = role if member.kind == CLASSIFIER else repr(replace(member.config, head=None))
             model = models.get(key)
             if model is None:
                 model = models[key] = load_model(member)
-            tower = next((tower for tower in towers if tower.takes(model, member.processor)), None)
+            tower = next((tower for tower in towers if tower.serves(model, member.processor)), None)
             if tower is None:
                 tower = Tower(model, member.processor, is_classifier=member.kind == CLASSIFIER)
                 towers.append(tower)
@@ -199,14 +200,14 @@ def _head(member: ImageMember, model: PreTrainedModel, tower: Tower, checked: Ch
         return zero_shot_head(member, model, checked)
     head = load_head(Path(str(member.config.head)), normalize=member.normalize).to(model.device)
     try:
-        num = tower.blank_features().shape[1]
+        num_features = tower.blank_features().shape[1]
     except MemberError:
         raise
     except Exception as error:  # models raise what they like for images that they were not made for
         raise MemberError(f"{member.config.model} makes no features of an image: {one_line(error)}") from error
-    if head.weight.shape[1] != num:
+    if head.weight.shape[1] != num_features:
         raise MemberError(
-            f"its head reads {head.weight.shape[1]} features, and {member.config.model} has {num}; give the head that "
-            "was trained on it"
+            f"its head reads {head.weight.shape[1]} features, and {member.config.model} has {num_features}; give the "
+            "head that was trained on it"
         )
     return head

@@ -18,7 +18,7 @@ from torch.nn.functional import normalize
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from ensembler.engine.members import TOKENIZER_FILES
+from ensembler.engine.members import TOKENIZER_FILES, TOKENIZER_SETTINGS
 from ensembler.errors import MemberError, OutputError
 from ensembler.evaluation.provenance import config_hash
 from ensembler.files import digest, file_digest, is_local, one_line
@@ -30,8 +30,7 @@ _logger = logging.get_logger(__name__)
 DEFAULT_TEMPLATES = ("a photo of a {}.",)  # Radford et al. 2021
 _BATCH = 64  # texts
 _FORMAT = 2  # of what is made from texts; another number makes heads anew
-_TOKENIZER = (*TOKENIZER_FILES, "added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
-_OF_IMAGES = ("vision", "visual")  # what tensors begin with that texts do not go through
+_VISION = ("vision", "visual")  # prefixes of tensors that texts do not pass through
 
 
 def cache_folder() -> Path:
@@ -62,18 +61,18 @@ def zero_shot_head(member: ImageMember, model: PreTrainedModel, checked: Checked
 
 
 def tokenizer_hash(member: ImageMember) -> str:
-    """Return what tells a member's tokenizer from others: the hash of a folder's files, or the commit on the hub."""
+    """Return an identity of a member's tokenizer: the hash of a folder's files, or the commit on the hub."""
     if not is_local(member.config.model):
         return str(getattr(member.model_config, "_commit_hash", None))
-    files = (Path(member.config.model) / name for name in _TOKENIZER)
+    files = (Path(member.config.model) / name for name in (*TOKENIZER_FILES, *TOKENIZER_SETTINGS))
     return digest({path.name: file_digest(path) for path in files if path.is_file()}, 64)
 
 
 def _key(member: ImageMember, model: PreTrainedModel, words: Sequence[str], templates: Sequence[str]) -> str:
-    """A name for all that a head depends on: the tensors that texts go through, config, tokenizer and texts."""
+    """Return a hash of all that a head depends on: tensors that texts pass through, config, tokenizer and texts."""
     weights = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        if not name.startswith(_OF_IMAGES):
+        if not name.startswith(_VISION):
             weights.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             weights.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     of_member = [weights.hexdigest(), config_hash(member.model_config), tokenizer_hash(member)]
@@ -82,7 +81,7 @@ def _key(member: ImageMember, model: PreTrainedModel, words: Sequence[str], temp
 
 @torch.no_grad()
 def _make(member: ImageMember, model: PreTrainedModel, prompts: Sequence[str], num_classes: int) -> Head:
-    """`prompts`: as many for each class, class by class."""
+    """Make the head from `prompts`, as many for each class, class by class."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(member.config.model, revision=member.config.revision)
     except Exception as error:  # tokenizers raises bare Exceptions for files that it cannot read

@@ -13,7 +13,7 @@ class Combination:
     `shared`: ids from here on are not held by every member (None: the smallest width). They are forbidden, or with
     `neutral` get log-ratio 0. `raw` marks members that are scores and never normalised (None: there are none).
     `cutoff`: forbid tokens whose probability under the first sum is below `cutoff` · the largest one, where α ≠ 0.
-    `reference.combine` says what the parts mean. Raises ValueError.
+    `reference.combine` is the definition. Raises ValueError.
     """
 
     constant: tuple[float, ...]

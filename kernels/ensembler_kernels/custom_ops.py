@@ -78,8 +78,8 @@ def _weights(
     cuts: bool,
     runs: Sequence[float],
 ) -> Weights:
-    parts = zip(runs[::3], runs[1::3], runs[2::3], strict=True)
-    kept = tuple(Run(int(first), int(count), step) for first, count, step in parts)
+    triples = zip(runs[::3], runs[1::3], runs[2::3], strict=True)
+    kept = tuple(Run(int(first), int(count), step) for first, count, step in triples)
     return Weights(table, len(raw), shared, neutral, tuple(raw), tuple(anchors), cuts, kept)
 
 

@@ -27,7 +27,7 @@ def race(p: Tensor, best: Tensor, noise: Tensor) -> Tensor:
     if int(may.sum()) * 4 > n * width:  # one block of Philox makes the noise of four tokens, so here all are as cheap
         streams, which = torch.unique(noise, dim=0, return_inverse=True) if n > 1 else (noise, None)
         few = max(1, _TOGETHER // width)
-        waits = torch.cat([_waits(some, width) for some in torch.split(streams, few)])
+        waits = torch.cat([_waits(chunk, width) for chunk in torch.split(streams, few)])
         return (p / (waits if which is None else waits[which])).argmax(-1)
     row, token = may.nonzero(as_tuple=True)
     scores = torch.zeros_like(p)

@@ -110,7 +110,7 @@ def combine_logprob(
             logprobs[:, absent], greedy[:, absent] = math.nan, False
     if not log_z:
         return Scored(logprobs, greedy, None)
-    log_sums = [torch.cat([part.float().logsumexp(-1) for part in torch.split(z, 64)]) for z in members]
+    log_sums = [torch.cat([chunk.float().logsumexp(-1) for chunk in torch.split(z, 64)]) for z in members]
     return Scored(logprobs, greedy, totals - weights.log_normalisers(torch.stack(log_sums, 1), rows, widths))
 
 

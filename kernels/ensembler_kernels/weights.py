@@ -60,24 +60,24 @@ class Weights:
             raise ValueError("expected at least one rule with its alphas, got none")
         if not all(isinstance(point, tuple) and isinstance(point[0], Combination) for point in points):
             raise ValueError(f"expected pairs (Combination, alphas), got {points}")
-        first = points[0][0]
-        for how, _ in points:
-            if (how.shared, how.neutral, how.raw, len(how.slope)) != (
+        rules = [rule for rule, _ in points]
+        first = rules[0]
+        for rule in rules:
+            if (rule.shared, rule.neutral, rule.raw, len(rule.slope)) != (
                 first.shared, first.neutral, first.raw, len(first.slope)
             ):  # fmt: skip
-                raise ValueError(f"expected rules for the same members and vocabulary, got {first} and {how}")
+                raise ValueError(f"expected rules for the same members and vocabulary, got {first} and {rule}")
         grids = [_checked_alphas(alpha) for _, alpha in points]
-        parts = [_table(how, grid, torch.device(device)) for (how, _), grid in zip(points, grids, strict=True)]
-        table = torch.cat(parts) if len(parts) > 1 else parts[0]
-        hows = [how for how, _ in points]
+        tables = [_table(rule, grid, torch.device(device)) for rule, grid in zip(rules, grids, strict=True)]
+        table = torch.cat(tables) if len(tables) > 1 else tables[0]
         return cls(
             table=table,
             num_members=len(first.slope),
             shared=first.shared,
             neutral=first.neutral,
             raw=first.raw or (False,) * len(first.slope),
-            anchors=tuple(dict.fromkeys(how.anchor for how in hows)),
-            cuts=any(how.cutoff is not None for how in hows),
+            anchors=tuple(dict.fromkeys(rule.anchor for rule in rules)),
+            cuts=any(rule.cutoff is not None for rule in rules),
             rule_runs=_runs(grids),
         )
 
@@ -170,10 +170,10 @@ def _checked_alphas(alpha: float | Sequence[float] | Tensor) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32)
 
 
-def _table(how: Combination, alphas: Tensor, device: torch.device) -> Tensor:
+def _table(rule: Combination, alphas: Tensor, device: torch.device) -> Tensor:
     """Return the rows of one rule, fp32 (K, 2 · members + 2)."""
-    cutoff = -math.inf if how.cutoff is None else math.log(how.cutoff)
-    numbers = torch.tensor([*how.constant, *how.slope], dtype=torch.float32).expand(alphas.shape[0], -1).to(device)
+    cutoff = -math.inf if rule.cutoff is None else math.log(rule.cutoff)
+    numbers = torch.tensor([*rule.constant, *rule.slope], dtype=torch.float32).expand(alphas.shape[0], -1).to(device)
     cutoffs = torch.full((alphas.shape[0], 1), cutoff, device=device)
     return torch.cat([numbers, alphas.to(device).unsqueeze(1), cutoffs], dim=1)
 

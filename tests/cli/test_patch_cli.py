@@ -120,7 +120,7 @@ def test_inspect_prints_a_table_json_and_a_picture(run: Run, tmp_path: Path) -> 
         ),
         (("apply", "LORA", "--to", "MODEL", "--output", "LORA"), "exists already"),
         (("apply", "LORA", "--to", "nowhere/at/all", "--output", "OUT"), "there is no folder"),
-        (("apply", "LORA", "--to", "org/unknown", "--output", "OUT"), "neither a folder here nor"),
+        (("apply", "LORA", "--to", "org/unknown", "--output", "OUT"), "cannot be reached (offline)"),
         (("apply", "LORA", "--to", "MODEL", "--output", "OUT", "--scale", "nan"), "expected a finite number"),
         (("apply", "LORA", "--output", "OUT"), "Missing option '--to'"),
         (("extract", "--base", "MODEL", "--finetuned", "MODEL", "--output", "OUT"), "nothing to extract"),
@@ -150,7 +150,7 @@ def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:
         "    os.kill(os.getpid(), signal.SIGINT)\n"
         "    return blocks(*args)\n"
         "a._blocks = interrupted\n"
-        f"main(['patch', 'apply', {str(lora)!r}, '--to', {str(model)!r}, '--out', {str(tmp_path / 'out')!r}])"
+        f"main(['patch', 'apply', {str(lora)!r}, '--to', {str(model)!r}, '--output', {str(tmp_path / 'out')!r}])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 128 + signal.SIGINT

@@ -16,7 +16,7 @@ import torch
 from helpers.commands import Run
 from helpers.tiny import make_model, make_tokenizer, member_logits
 
-from ensembler.engine.forward import Forward
+from ensembler.engine.model_runner import ModelRunner
 
 LINES = [
     {"prompt": "abc", "continuation": " de", "id": 7},
@@ -163,7 +163,7 @@ def test_one_member_at_a_time_writes_the_same_file(run: Run, command: list[objec
     assert result.out == ""
     assert apart.read_text() == together.read_text()
     assert [row["number"] for row in map(json.loads, apart.read_text().splitlines())] == [0, 1, 2, 3]
-    assert sorted(path.name for path in tmp_path.glob("*apart*")) == ["apart.jsonl"]
+    assert sorted(path.name for path in tmp_path.glob("*apart*")) == ["apart.jsonl", "apart.jsonl.run.json"]
 
 
 def test_a_run_that_was_cut_goes_on(
@@ -177,7 +177,7 @@ def test_a_run_that_was_cut_goes_on(
         assert (resumed.code, resumed.err.splitlines()[-1].split(",")[0]) == (0, "lines: 2")
         assert cut.read_text() == whole.read_text()
         with monkeypatch.context() as patch:
-            patch.setattr(Forward, "_run", lambda *inputs: pytest.fail("what is finished runs again"))
+            patch.setattr(ModelRunner, "_run", lambda *inputs: pytest.fail("what is finished runs again"))
             assert run(*command, "--output", cut, *offline).err.splitlines()[-1].startswith("lines: 0, ")
     changed = run(*command[:-1], "0,0.6,1.5", "--output", cut)
     assert changed.code == 2
@@ -191,16 +191,16 @@ def test_an_interrupted_member_goes_on(
     whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     assert run(*command, "--output", whole).code == 0
     with monkeypatch.context() as patch:
-        own = Forward._run
+        own = ModelRunner._run
         calls: list[str] = []
 
-        def failing(self: Forward, *inputs: Any) -> Any:
+        def failing(self: ModelRunner, *inputs: Any) -> Any:
             calls.append(self.roles[0])
             if calls.count("source_pt") == 2:
                 raise error
             return own(self, *inputs)
 
-        patch.setattr(Forward, "_run", failing)
+        patch.setattr(ModelRunner, "_run", failing)
         result = run(*command, "--output", out, "--offline-members")
     assert result.code == code
     assert result.err.splitlines()[-1].startswith("Error: ")
@@ -209,8 +209,8 @@ def test_an_interrupted_member_goes_on(
     )  # after ^C, click ends the line
     left = tmp_path / "out.jsonl.members"
     assert left.is_dir()
-    other = run(*command, "--output", out, "--offline-members", "--batch-size", 3)
-    assert "batch_size was 2, now 3; choose another --output" in other.error
+    other = run(*command[:-2], "--alpha", "0,1", "--output", out, "--offline-members")
+    assert 'now ["base-change at 0", "base-change at 1"]; ' in other.error
     resumed = run(*command, "--output", out, "--offline-members")
     assert resumed.code == 0, resumed.err
     assert out.read_text() == whole.read_text()
@@ -316,7 +316,7 @@ MISTAKES = {
     "alpha": (["--cutoff", "x"], "--cutoff"),
     "alpha twice": (["--alpha", "1"], "--alpha was given 2 times; give it once"),
     "batch size": (["--batch-size", "0"], "--batch-size"),
-    "no file": (["--data", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
+    "data twice": (["--data", "nowhere.jsonl"], "--data was given 2 times"),
     "the data": (["--output", "DATA", "--overwrite"], "is the file of the data"),
     "no folder": (["--output", "nowhere/out.jsonl"], "nowhere is not a folder"),
 }

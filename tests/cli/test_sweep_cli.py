@@ -156,7 +156,7 @@ def test_another_command_on_the_folder_is_refused_by_its_difference(
     before = contents(Path("out"))
     message = refused(*flags, *changed)
     assert said in message
-    assert message.endswith("Run the same command to go on with it, or give --output another folder")
+    assert message.endswith("to go on with it, give --output another folder, or add --overwrite to begin again")
     assert contents(Path("out")) == before
 
 
@@ -205,9 +205,9 @@ def test_a_run_without_rows_does_not_block_its_folder(
         (["--data", "q.jsonl", "--prompt", "{questoin}", "--answer", "{label}", "--choices", "a,b"], "q.jsonl:1"),
         (["--data", "q.jsonl", "--prompt", "{question}", "--answer", "{label}", "--choices", "a,b,c,c"], "that differ"),
         (["DATA", "--metric", "perplexity"], "no choices: leave --choices out"),
-        (["DATA", "--alpha", "0:1"], "no grid; expected FIRST:LAST:STEP"),
-        (["DATA", "--alpha", "1:0:0.1"], "empty; expected FIRST:LAST:STEP"),
-        (["DATA", "--alpha", "0,nan"], "no grid"),
+        (["DATA", "--alpha", "0:1"], "alpha is '0:1'; expected a number, or a grid: 0,0.5,1 or 0:1.5:0.1"),
+        (["DATA", "--alpha", "1:0:0.1"], "an empty grid; expected first:last:step"),
+        (["DATA", "--alpha", "0,nan"], "alpha is '0,nan'; expected a number, or a grid"),
         (["DATA", "--alpha", "0,0.5,0.5"], "0.5 is in the grid twice"),
         (["DATA", "--alpha", "-1,0"], "not negative"),
         (["DATA", "--rule", "base-chnage"], "unknown rule 'base-chnage'"),
@@ -220,7 +220,6 @@ def test_a_run_without_rows_does_not_block_its_folder(
         (["DATA", "--validation", "5", "--select", "perplexity"], "give one of the two"),
         (["DATA", "--cluster", "passage"], "q/test/0 has no field 'passage' to cluster by; its fields are"),
         (["DATA", "--margin", "0"], "a margin of 0 leaves no room; give a number above 0"),
-        (["DATA", "--strict"], "--strict was given without --images; leave it out"),
         (["DATA", "--batch-size", "0"], "--batch-size is '0'; expected a number from 1, or auto"),
         (["DATA", "--batch-size", "many"], "--batch-size is 'many'; expected a number from 1, or auto"),
         (

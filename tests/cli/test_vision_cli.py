@@ -29,7 +29,7 @@ from ensembler import EnsembleForImageClassification
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ensembler.vision.heads.cache_folder", lambda: tmp_path / "heads")
+    monkeypatch.setattr("ensembler.vision.zero_shot.cache_folder", lambda: tmp_path / "heads")
 
 
 @pytest.fixture
@@ -113,17 +113,18 @@ def test_a_broken_image_is_named_and_skipped_or_ends_it(ensemble: Path, tmp_path
     folder = save_images(tmp_path / "photos", 1)
     broken = folder / "cat" / "000.png"
     broken.write_bytes(broken.read_bytes()[:60])
-    done = run("classify", ensemble, folder)
+    done = run("classify", ensemble, folder, "--skip-bad")
     assert done.code == 0
     assert done.err.splitlines()[-1] == "1 of 7 images could not be read and were skipped"
     assert done.err.startswith(f"skipped: {broken} is damaged")
     assert len([line for line in done.out.splitlines() if line.endswith(".png")]) == 6
-    rows = [json.loads(line) for line in run("classify", ensemble, folder, "--json").out.splitlines()]
+    rows = [json.loads(line) for line in run("classify", ensemble, folder, "--json", "--skip-bad").out.splitlines()]
     assert [row["image"] for row in rows if "error" in row] == [str(broken)]
-    strict = run("classify", ensemble, folder, "--strict", "--batch-size", 1)
+    strict = run("classify", ensemble, folder, "--batch-size", 1)
     assert strict.code == 2
     assert strict.err.startswith(f"Error: {broken} is damaged")
-    alone = run("classify", ensemble, broken)
+    assert strict.err.endswith("; mend it, or add --skip-bad\n")
+    alone = run("classify", ensemble, broken, "--skip-bad")
     assert alone.code == 1
     assert alone.err.splitlines()[-1] == "Error: no image could be read"
 
@@ -222,7 +223,7 @@ def test_other_files_among_images_are_counted(ensemble: Path, tmp_path: Path, ru
     folder = save_images(tmp_path / "photos", 1)
     (folder / "cat" / "notes.txt").write_text("no image")
     (folder / "cat" / "gone.png").symlink_to(folder / "nothing.png")
-    done = run("classify", ensemble, folder)
+    done = run("classify", ensemble, folder, "--skip-bad")
     assert done.code == 0
     first, broken, last = done.err.splitlines()
     assert first == "1 files that are no images, or of no class, are left out"

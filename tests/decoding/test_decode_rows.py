@@ -12,7 +12,7 @@ from helpers.tiny import tables
 
 from ensembler import EnsembleForCausalLM
 from ensembler.decoding.decoder import Decoder
-from ensembler.decoding.rows import Row, Text, arrange, settle
+from ensembler.decoding.rows import Row, Text, condense_rows, split_rows
 from ensembler.decoding.samples import stopping_criteria
 from ensembler.engine.grid import GridPoint
 
@@ -72,8 +72,10 @@ class Simulation:
         for text, (_, new) in gained.items():
             self.texts[text] += new
         num_before = len(self.rows)
-        parts = settle(self.rows, {text: new for text, (_, new) in gained.items()}, ended, keeps_rows=self.keeps_rows)
-        self.rows, copies = arrange(parts)
+        parts = split_rows(
+            self.rows, {text: new for text, (_, new) in gained.items()}, ended, keeps_rows=self.keeps_rows
+        )
+        self.rows, copies = condense_rows(parts)
         self.check_places(parts, copies, num_before)
         length = max((self.rows[target].num_read for _, target in copies), default=0)
         before = [list(tokens) for tokens in self.cache]
@@ -169,7 +171,7 @@ def row_of(*names: int) -> Row:
 )
 def test_as_few_rows_move_as_possible(sizes: list[int], copies: list[tuple[int, int]]) -> None:
     parts = [[row_of(place) for _ in range(size)] for place, size in enumerate(sizes)]
-    rows, found = arrange(parts)
+    rows, found = condense_rows(parts)
     assert sorted(found) == sorted(copies)
     assert len(rows) == sum(sizes)
 

@@ -205,7 +205,7 @@ def test_prompts_behind_one_header(tokenizer: PreTrainedTokenizerFast, batch_siz
     header = random_ids(1, 40, seed=1)[0].tolist()
     model, options = make_trio(alpha=0.15), DecodingOptions(max_new_tokens=16)
     prompts = [EncodedPrompt(prompt.number, header + prompt.ids) for prompt in prompts_of(15)]
-    expected = plain(model, tokenizer, prompts, options, batch_size=batch_size, share_headers=False)
+    expected = plain(model, tokenizer, prompts, options, batch_size=batch_size, share_prefixes=False)
     with counted(model) as calls:
         found, decoder = drafted(model, tokenizer, prompts, options, "source_ft", 4, batch_size=batch_size)
     assert_same(found, expected)

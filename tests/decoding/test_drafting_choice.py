@@ -74,9 +74,9 @@ def test_auto_drafts_with_a_light_member_alone() -> None:
     members = {role: make_model("llama", 1) for role in ROLES} | {"target_pt": make_model("llama", 1, num_layers=6)}
     found, _ = find(EnsembleForCausalLM.from_members(members=members), "auto")
     assert isinstance(found, Drafter)
-    assert found.forward is not None
-    assert found.forward.roles[0].startswith("source_")
-    assert found.name == found.forward.name
+    assert found.runner is not None
+    assert found.runner.roles[0].startswith("source_")
+    assert found.name == found.runner.name
     assert 0 < found.share < 1 / 3
     assert len(found.others) == 2
 
@@ -91,7 +91,7 @@ def test_auto_does_not_draft_with_a_score() -> None:
 def test_repetitions_are_drafted_by_no_member() -> None:
     found, grids = find(make_trio(), "ngram")
     assert isinstance(found, Drafter)
-    assert (found.forward, found.others, found.share, found.name, grids) == (None, (), 0.0, "ngram", [])
+    assert (found.runner, found.others, found.share, found.name, grids) == (None, (), 0.0, "ngram", [])
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from helpers.tiny import make_model, make_tokenizer, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ensembler import EnsembleForCausalLM, MemberConfig
+from ensembler.decoding.batching import MIN_SHARED, PrefixCache, common_length, plan_prefixes
 from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.decoding_options import DecodingOptions
-from ensembler.decoding.prompt_batches import MIN_SHARED, Headers, common_length, plan_headers
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.rows import Row, Text
 from ensembler.decoding.texts import complete_prompts
@@ -74,7 +74,7 @@ def texts(
     model: EnsembleForCausalLM, prompts: Sequence[EncodedPrompt], batch_size: int, *, share: bool = True, **options: Any
 ) -> dict[int, list[list[int]]]:
     decoding = DecodingOptions(**{"max_new_tokens": 6, "draft": "none", **options})
-    found = complete_prompts(model, TOKENIZER, prompts, decoding, batch_size=batch_size, share_headers=share)
+    found = complete_prompts(model, TOKENIZER, prompts, decoding, batch_size=batch_size, share_prefixes=share)
     return {one.number: [sample.ids for sample in one.samples] for one in found}
 
 
@@ -83,9 +83,9 @@ def positions_read(model: EnsembleForCausalLM) -> Iterator[dict[tuple[str, ...],
     """(rows, positions) of all that each forward embeds; rows of members on one backbone are counted together."""
     seen: dict[tuple[str, ...], list[tuple[int, int]]] = {}
     handles = []
-    for forward in model.member_set.forwards:
-        own = seen.setdefault(forward.roles, [])
-        embeddings = forward.model.get_input_embeddings()
+    for runner in model.member_set.runners:
+        own = seen.setdefault(runner.roles, [])
+        embeddings = runner.model.get_input_embeddings()
         hook = embeddings.register_forward_pre_hook(lambda _, inputs, own=own: own.append(tuple(inputs[0].shape)))
         handles.append(hook)
     try:
@@ -191,7 +191,7 @@ A, B = list(range(100)), list(range(500, 600))
     ],
 )
 def test_headers_are_planned_by_what_they_save(prompts: list[list[int]], lengths: list[int]) -> None:
-    headers = plan_headers(prompts)
+    headers = plan_prefixes(prompts)
     assert [len(header) for header in headers] == lengths
     assert all(ids[: len(header)] == header for header, ids in zip(headers, prompts, strict=True))
 
@@ -199,7 +199,7 @@ def test_headers_are_planned_by_what_they_save(prompts: list[list[int]], lengths
 def test_a_header_is_not_read_again_behind_a_prompt_without_one(base_change: EnsembleForCausalLM) -> None:
     ids = [[*HEADER, 5], [*HEADER, 6], [*HEADER[1:], 5, 9], [*HEADER, 7], [*HEADER, 8]]
     prompts = [EncodedPrompt(number, one) for number, one in enumerate(ids)]
-    headers = Headers(base_change, prompts)
+    headers = PrefixCache(base_change, prompts)
     rows = [Row(one, 41, 50, [Text(0, number, 0)], one) for number, one in enumerate(ids)]
     cache = base_change.member_set.row_cache(7, 50)
     with positions_read(base_change) as seen:
@@ -207,7 +207,7 @@ def test_a_header_is_not_read_again_behind_a_prompt_without_one(base_change: Ens
         headers.fill(cache, rows[2:], 4)  # they stand where others have left
     assert [row.num_read for row in rows] == [40, 40, 0, 40, 40]
     assert all(shapes == [(1, 40)] for shapes in seen.values())
-    for part in cache.parts.values():
+    for part in cache.caches.values():
         held = [layer.keys[row, :, :40].abs().sum() > 0 for layer in part.layers for row in range(7)]
         assert held == [True, True, False, False, False, True, True] * len(part.layers)
 
@@ -255,7 +255,7 @@ def test_drafts_behind_a_header(draft: str, temperature: float) -> None:
     prompts = prompts_behind(header, 3, 9, 1, 6, seed=4)
     options = {"max_new_tokens": 14, "temperature": temperature, "seed": 7}
     expected = texts(model, prompts, 4, share=False, **options)
-    for share_headers in (True, False):
+    for share_prefixes in (True, False):
         decoder = Decoder(draft, num_positions=4, is_fixed=True, seed=7)
         found = complete_prompts(
             model,
@@ -264,7 +264,7 @@ def test_drafts_behind_a_header(draft: str, temperature: float) -> None:
             DecodingOptions(**options),
             batch_size=3,
             decoder=decoder,
-            share_headers=share_headers,
+            share_prefixes=share_prefixes,
         )
         assert {one.number: [sample.ids for sample in one.samples] for one in found} == expected
         assert decoder.stats.plain_reason is None

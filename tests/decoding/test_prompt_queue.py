@@ -18,7 +18,7 @@ from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import Sample
 from ensembler.decoding.texts import complete_prompts
-from ensembler.engine.forward import Step
+from ensembler.engine.model_runner import Step
 
 TOKENIZER = make_tokenizer()
 HEADER = random_ids(1, 36, seed=77)[0].tolist()

@@ -12,9 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ensembler import EnsembleForCausalLM
+from ensembler.decoding.batching import batches_by_length
 from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.output_file import ResultsFile
-from ensembler.decoding.prompt_batches import batches_by_length
 from ensembler.decoding.prompts import EncodedPrompt, Prompt, encode_prompts, read_prompts
 from ensembler.decoding.texts import ENSEMBLE, complete_prompts, explain, next_tokens, run_settings
 from ensembler.demo import demo_folder
@@ -44,8 +44,10 @@ def test_batches_give_the_texts_of_one_by_one(
     assert texts_of(base_change, tokenizer, options, batch_size) == texts_of(base_change, tokenizer, options, 1)
 
 
-def test_batches_are_of_similar_length_the_longest_first(tokenizer: PreTrainedTokenizerFast) -> None:
-    batches = batches_by_length(encode(tokenizer, TEXTS), 2)
+def test_batches_are_of_similar_length_the_longest_first(
+    base_change: EnsembleForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    batches = batches_by_length(base_change, encode(tokenizer, TEXTS), 2, 10)
     assert [[len(prompt.ids) for prompt in batch] for batch in batches] == [[11, 6], [5, 3], [1, 1]]
 
 

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.scripts import run_script
 
 ROOT = Path(__file__).parents[2]
 
 
 def printed_by(script: str, *options: str) -> set[str]:
     """Return the lines of tables that a script of benchmarks/ prints."""
-    command = [sys.executable, str(ROOT / "benchmarks" / script), *options]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {line for line in printed.splitlines() if line.startswith("|")}
+    return {line for line in run_script(f"benchmarks/{script}", *options).splitlines() if line.startswith("|")}
 
 
 def test_the_tables_of_the_results_are_those_of_the_rows() -> None:

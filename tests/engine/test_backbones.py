@@ -256,7 +256,7 @@ def test_cache_changes_act_on_every_block(pair: Pair, change: str) -> None:
     on_cache, on_ids = CHANGES[change]
     with torch.no_grad():
         cache = pair.shared(IDS, use_cache=True).past_key_values
-        assert list(cache.parts) == [("source_ft", "source_pt"), ("target_pt",)]
+        assert list(cache.caches) == [("source_ft", "source_pt"), ("target_pt",)]
         cache = on_cache(cache) or cache
         past = on_ids(IDS)
         token = random_ids(past.shape[0], 1, seed=8)

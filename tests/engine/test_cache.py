@@ -41,7 +41,7 @@ def step(model: EnsembleForCausalLM, ids: Tensor, cache: EnsembleCache | None = 
 
 def test_layers_are_those_of_all_members(base_change: EnsembleForCausalLM) -> None:
     _, cache = step(base_change, IDS)
-    assert list(cache.parts) == [(role,) for role in base_change.members]
+    assert list(cache.caches) == [(role,) for role in base_change.members]
     assert len(cache.layers) == 2 + 1 + 3
     assert lengths(cache) == [4] * 6
     assert cache.get_seq_length() == 4

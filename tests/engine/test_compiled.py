@@ -126,7 +126,7 @@ def test_texts_with_headers_and_pieces(share: bool) -> None:
 
     def texts(**options: Any) -> dict[int, list[int]]:
         decoding = DecodingOptions(max_new_tokens=5, draft="none", **options)
-        found = complete_prompts(model, make_tokenizer(), prompts, decoding, batch_size=2, share_headers=share)
+        found = complete_prompts(model, make_tokenizer(), prompts, decoding, batch_size=2, share_prefixes=share)
         return {one.number: one.samples[0].ids for one in found}
 
     variants: tuple[dict[str, Any], ...] = ({}, {"prefill_chunk": 7}, {"temperature": 1.0, "seed": 3})
@@ -172,13 +172,13 @@ def test_the_cache_is_kept_in_its_place(tmp_path: Path) -> None:
     model.compile_members("eager")
     greedy(model, 20)
     kept = model.member_set.row_cache(1, 40)
-    places = [layer.keys.data_ptr() for part in kept.parts.values() for layer in part.layers]
+    places = [layer.keys.data_ptr() for part in kept.caches.values() for layer in part.layers]
     assert len(places) == 2
     assert kept.lengths == [0]
     model.member_set.keep(kept)
     greedy(model, 20)
     assert model.member_set.row_cache(1, 20) is kept
-    assert [layer.keys.data_ptr() for part in kept.parts.values() for layer in part.layers] == places
+    assert [layer.keys.data_ptr() for part in kept.caches.values() for layer in part.layers] == places
     assert kept.room == SMALLEST
 
 

@@ -17,7 +17,7 @@ from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.texts import complete_grid, complete_prompts
-from ensembler.engine import cuda_graphs, member_set
+from ensembler.engine import cuda_graphs, model_runner
 from ensembler.engine.grid import make_grid
 
 CPU = torch.device("cpu")
@@ -125,13 +125,13 @@ def test_a_member_that_is_not_captured_runs_beside_the_others(monkeypatch: pytes
     model = make_trio()
     expected = texts(model, MODES["greedy"])
     members = with_graphs(model.member_set, monkeypatch)
-    for module in (cuda_graphs, member_set):
+    for module in (cuda_graphs, model_runner):
         monkeypatch.setattr(
             module, "why_not_captured", lambda one: "it is odd" if one.config.model_type == "gpt2" else None
         )
     assert texts(model, MODES["greedy"]) == expected
     assert recorder_of(members).num_replayed > 0
-    assert members.eager_forwards() == {"target_pt": "it is odd"}
+    assert members.why_eager() == {"target_pt": "it is odd"}
 
 
 # -- how many graphs --------------------------------------------------------------------------------------------------

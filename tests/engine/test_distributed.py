@@ -21,8 +21,8 @@ from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.texts import complete_grid, complete_prompts
 from ensembler.engine.distributed import RankedMembers, World
-from ensembler.engine.forward import Step
 from ensembler.engine.grid import GridPoint
+from ensembler.engine.model_runner import Step
 
 POINTS = [GridPoint(rule, alpha) for rule in ("base-change", "eft") for alpha in (0.0, 0.5, 1.0, 1.4)]
 

@@ -21,7 +21,7 @@ from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.texts import complete_prompts
 from ensembler.engine.backbone import AdaptedLinear, Routing
 from ensembler.engine.distributed import World
-from ensembler.engine.row_cache import PartCache
+from ensembler.engine.row_cache import ModelRowCache
 from ensembler.errors import RunError
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None, "pad_token_id": 3}
@@ -134,7 +134,7 @@ def test_a_cache_that_finds_no_room_to_grow_stays_as_it_was(monkeypatch: pytest.
     cache = model.generate(random_ids(2, 6), **OPTIONS, return_dict_in_generate=True).past_key_values
     state = cache.num_rows, cache.room, cache.version, list(cache.lengths)
     with monkeypatch.context() as patch:
-        patch.setattr(PartCache, "_allocate", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none left")))
+        patch.setattr(ModelRowCache, "_allocate", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("none left")))
         with pytest.raises(torch.OutOfMemoryError):
             cache.reserve(16, 500)
     assert (cache.num_rows, cache.room, cache.version, list(cache.lengths)) == state

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from ensembler import EnsembleForCausalLM, MemberConfig
 from ensembler.engine.ensemble_cache import EnsembleCache
-from ensembler.engine.forward import Step
+from ensembler.engine.model_runner import Step
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import LogitsError, RunError
 
@@ -74,7 +74,7 @@ def test_every_member_gives_its_own_logits() -> None:
 @pytest.mark.parametrize("kind", ["growing", "rows"])
 def test_some_of_the_forwards(kind: str) -> None:
     model, members = fakes()
-    some = [forward for forward in model.member_set.forwards if forward.roles != ("source_pt",)]
+    some = [runner for runner in model.member_set.runners if runner.roles != ("source_pt",)]
     found = model.member_set.logits(row_step(6), make_cache(model, kind), some)
     assert set(found) == {"source_ft", "target_pt"}
     assert [members[role].num_forwards for role in ROLES] == [1, 0, 1]
@@ -244,7 +244,7 @@ def test_one_model_in_two_roles(mode: str) -> None:
     )
     assert both.members["source_pt"] is both.members["target_pt"]
     assert tokens(both, **MODES[mode]) == tokens(copies, **MODES[mode])
-    assert len(both.member_set.row_cache(1, 9).parts) == 3
+    assert len(both.member_set.row_cache(1, 9).caches) == 3
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beams", "no cache"])

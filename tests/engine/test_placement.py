@@ -21,9 +21,9 @@ from transformers.quantizers import AutoHfQuantizer
 
 from ensembler import EnsembleConfig, EnsembleForCausalLM, MemberConfig
 from ensembler.errors import ConfigError, PlacementError
-from ensembler.planning.member_sizes import Pieces, measure, measure_model, spread
+from ensembler.planning.member_sizes import measure, measure_model
 from ensembler.planning.placement import HEADROOM, METHODS, Proposal, plan, propose
-from ensembler.planning.sizes import Block, GroupSizes, LayerCache, ModelSizes, logits_bytes
+from ensembler.planning.sizes import Block, BlockSizes, GroupSizes, LayerCache, ModelSizes, logits_bytes
 from ensembler.preflight import check_ensemble
 from ensembler.quantization import Quantization
 
@@ -162,7 +162,7 @@ def test_transformers_spreads_as_was_planned(
     sizes, context, rows = model(name), 4096, 2
     need = sizes.num_bytes(method) + rows * sizes.cache_bytes(context)
     room = {"cuda:0": int(0.55 * need), "cuda:1": int(0.6 * need * unlike), "cuda:2": int(0.3 * need)}
-    shares = spread(Pieces.of(sizes.blocks, method, context=context, rows=rows), room)
+    shares = BlockSizes.of(sizes.blocks, method, context, rows).spread(room)
     assert shares is not None
     limits: dict[int, float] = {
         int(device[5:]): 2**10 * int(share.limit.removesuffix("KiB")) for device, share in shares.items()

@@ -15,8 +15,8 @@ from helpers.tiny import make_model, random_ids
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ensembler.engine.forward import Step
 from ensembler.engine.member_set import MOST_STATIC, MemberSet
+from ensembler.engine.model_runner import Step
 from ensembler.engine.row_cache import SMALLEST, RowCache, Slots, bucket, why_not_by_row
 from ensembler.errors import InputError, RunError
 
@@ -210,7 +210,7 @@ def test_copied_rows(family: str) -> None:
     another.copy_rows([0], [0], 8, cache)
     (found,) = read(members, another, [(other[8:12], 8)])
     assert_close(found, by_its_own_cache(model, other, 8)[8:12])
-    assert all(not part.layers[0].keys[:, :, 12:60].any() for part in another.parts.values())
+    assert all(not part.layers[0].keys[:, :, 12:60].any() for part in another.caches.values())
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -221,11 +221,11 @@ def test_a_cache_grows(family: str) -> None:
     text, other = TEXTS
     read(members, cache, [(text[:9], 0)])
     cache.lengths = [9]
-    places = [layer.keys.data_ptr() for part in cache.parts.values() for layer in part.layers]
+    places = [layer.keys.data_ptr() for part in cache.caches.values() for layer in part.layers]
     version = cache.version
     cache.reserve(1, 10)
     assert cache.version == version
-    assert [layer.keys.data_ptr() for part in cache.parts.values() for layer in part.layers] == places
+    assert [layer.keys.data_ptr() for part in cache.caches.values() for layer in part.layers] == places
     cache.reserve(2, 20)
     assert (cache.num_rows, cache.room, cache.lengths) == (2, bucket(20), [9, 0])
     assert cache.version != version
@@ -248,7 +248,7 @@ def test_what_stands_behind_the_lengths_is_forgotten(family: str) -> None:
     text, other = TEXTS
     read(members, cache, [(text[:9], 0), (other[:12], 0)])
     cache.lengths = [9, 12]
-    for part in cache.parts.values():
+    for part in cache.caches.values():
         for layer in part.layers:
             for row, length in enumerate(cache.lengths):
                 layer.keys[row, :, length:] = layer.values[row, :, length:] = torch.nan
@@ -340,8 +340,8 @@ def test_members_on_a_backbone_keep_a_block_each(tmp_path: Path, monkeypatch: py
                 logits = members.logits(Step(ids, None, positions, 0), cache)
             steps.append({role: values.clone()[positions >= 0] for role, values in logits.items()})
         found.append(steps)
-    assert [part.num_blocks for part in pair.shared.member_set.row_cache(1, 9).parts.values()] == [2, 1]
-    assert [part.num_blocks for part in pair.copies.member_set.row_cache(1, 9).parts.values()] == [1, 1, 1]
+    assert [part.num_blocks for part in pair.shared.member_set.row_cache(1, 9).caches.values()] == [2, 1]
+    assert [part.num_blocks for part in pair.copies.member_set.row_cache(1, 9).caches.values()] == [1, 1, 1]
     for shared, copies in zip(*found, strict=True):
         assert shared.keys() == copies.keys()
         for role in shared:

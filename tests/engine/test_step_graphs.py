@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ensembler import EnsembleForCausalLM
 from ensembler.engine.cuda_graphs import StepGraphs, why_not_captured
-from ensembler.engine.forward import Step
+from ensembler.engine.model_runner import Step
 from ensembler.errors import LogitsError, RunError
 
 CPU = torch.device("cpu")
@@ -94,7 +94,7 @@ def test_a_capture_that_fails_is_said_once(
     (line,) = said
     assert "not permitted when a stream is capturing" in line
     assert "\n" not in line
-    reasons = members.eager_forwards()
+    reasons = members.why_eager()
     assert set(reasons) == set(ROLES)
     assert all("could not be captured (not permitted" in reason for reason in reasons.values())
     assert members.graphs.num_recorded == 0
@@ -130,7 +130,7 @@ def test_a_member_that_fails_only_while_it_is_captured(
     assert greedy(model, 9) == expected
     (line,) = said
     assert "source_pt failed" in line
-    assert set(members.eager_forwards()) == set(ROLES)
+    assert set(members.why_eager()) == set(ROLES)
 
 
 def test_a_member_that_always_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,4 +213,4 @@ def test_members_on_a_cpu_are_launched(trio: dict[str, PreTrainedModel]) -> None
     assert not model.member_set.is_static
     model.member_set.graphs = StepGraphs(FakeRecorder)
     assert not model.member_set.is_static
-    assert model.member_set.eager_forwards() == dict.fromkeys(ROLES, "it is on cpu")
+    assert model.member_set.why_eager() == dict.fromkeys(ROLES, "it is on cpu")

@@ -224,7 +224,7 @@ def test_nan_while_decoding_names_the_member_and_undoes_the_call(role: str, at: 
     assert num_forwards == at + 1  # nothing was decoded behind it
     if cache:
         assert begun.lengths[:2] == [8] * 2  # as before the call; of a prompt the last token is read again
-        assert all(not layer.keys[:, :2, :, 8:].any() for part in begun.parts.values() for layer in part.layers)
+        assert all(not layer.keys[:, :2, :, 8:].any() for part in begun.caches.values() for layer in part.layers)
     assert run(**cache).tolist() == expected
 
 

@@ -104,7 +104,7 @@ def test_a_new_file_is_written_whole(results: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
     assert printed(results, "--output", out) == []
     assert [json.loads(line) for line in out.read_text("utf-8").splitlines()] == printed(results)
-    assert error(results, "--output", out) == f"{out} exists already; give --output another name"
+    assert error(results, "--output", out) == f"{out} exists already; give --output another name, or add --overwrite"
     assert "No such file or directory; choose another place" in error(results, "--output", tmp_path / "no" / "rows")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench", "rows.jsonl"]
 

@@ -20,8 +20,8 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from ensembler import EnsembleForCausalLM
 from ensembler.demo import demo_folder
-from ensembler.engine.forward import Forward
 from ensembler.engine.grid import GridPoint, make_grid
+from ensembler.engine.model_runner import ModelRunner
 from ensembler.errors import ConfigError, MissingExtraError
 from ensembler.evaluation import request_batches as batches_module
 from ensembler.evaluation.backends import TransformersBackend
@@ -92,8 +92,8 @@ def test_rules_share_the_forwards_and_points_keep_their_order(
     base_change: EnsembleForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     count = []
-    run = Forward.run
-    monkeypatch.setattr(Forward, "run", lambda self, step, *more: count.append(1) or run(self, step, *more))
+    run = ModelRunner.run
+    monkeypatch.setattr(ModelRunner, "run", lambda self, step, *more: count.append(1) or run(self, step, *more))
     batches = make_batches(REQUESTS, 4)
     whole = scored(base_change, batches, GRID)
     assert len(count) == 3 * sum(len(batch.passes) for batch in batches)
@@ -121,7 +121,7 @@ def test_a_token_that_only_one_anchor_holds(save_member: SaveMember) -> None:
     assert [math.isfinite(log_prob) for log_prob in outside.log_probs] == [True, True, False, False]
     assert all(map(math.isfinite, inside.log_probs))
     assert outside.perplexities[2] == math.inf
-    row = ScoredRequest(request, (outside, inside)).to_row([0.0, 0.5], make_tokenizer(6))
+    row = ScoredRequest(request, (outside, inside)).to_row(make_grid(["eft"], [0.0, 0.5]), make_tokenizer(6))
     assert row["choices"][0]["token_log_probs"][2] == [None]
 
 

@@ -27,7 +27,7 @@ from ensembler.demo import demo_folder
 from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError, MemberError
 from ensembler.evaluation.grid_lm import GridLM
-from ensembler.folder import write_checked
+from ensembler.folder import write
 
 NAMES = ["tiny_choice", "tiny_last_word", "tiny_text", "tiny_generate"]
 DEMO = ["demo_sums", *NAMES]
@@ -74,7 +74,7 @@ def values(found: dict[str, Any]) -> dict[str, float]:
 
 def test_a_folder_is_a_model_of_lm_eval(trio: Ensemble, folder: Path, tmp_path: Path) -> None:
     place = tmp_path / "ensemble"
-    write_checked(trio.checked, place)
+    write(trio.checked.config, place, trio.checked.tokenizer, trio.checked.generation_config)
     half, eft = (
         by_lm_eval(HFLM(pretrained=trio.at(point), tokenizer=trio.checked.tokenizer, device="cpu"), folder)
         for point in (GridPoint("base-change", 0.5), GridPoint("eft", 0.25))

@@ -264,7 +264,7 @@ READING = {
         r"validation is True; expected a number of examples",
     ),
     "validation of none": (put("validation", value=0), r"validation is 0; expected a number of examples from 1"),
-    "no grid": (put("alphas", value="0.1:1.5"), r"the alphas '0.1:1.5' are no grid; expected FIRST:LAST:STEP"),
+    "no grid": (put("alphas", value="0.1:1.5"), r"alphas: alpha is '0.1:1.5'; expected a number, or a grid"),
     "an empty grid": (put("alphas", value=[]), r"alphas is empty; expected FIRST:LAST:STEP or a list"),
     "an alpha twice": (put("alphas", value=[0.5, 1, 0.5]), r"alphas: 0.5 is given twice; leave one out"),
     "an alpha that is a text": (put("alphas", value=[0.1, "x"]), r"alphas: number 2 is 'x'; expected a number"),

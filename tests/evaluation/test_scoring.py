@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from ensembler import EnsembleForCausalLM
-from ensembler.engine.forward import Forward
 from ensembler.engine.grid import make_grid
+from ensembler.engine.model_runner import ModelRunner
 from ensembler.errors import ConfigError, LogitsError, OutputError, PromptError, RunError
 from ensembler.evaluation import offline as offline_module
 from ensembler.evaluation.backends import TransformersBackend
@@ -91,7 +91,7 @@ def test_one_at_a_time_is_exactly_together(
 ) -> None:
     monkeypatch.setattr("ensembler.evaluation.request_batches._FORWARD", 0)
     config = case.config(tmp_path)
-    folder = LogitsFolder(tmp_path / "out.members", "a1")
+    folder = LogitsFolder(tmp_path / "out.members", {"seed": 1})
     found = offline(check_ensemble(config.replaced()), folder, batch_size, share_contexts=share_contexts)
     model = EnsembleForCausalLM.from_config(config)
     assert found == together(model, batch_size, share_contexts=share_contexts)
@@ -150,7 +150,7 @@ def test_a_forbidden_token_has_log_prob_minus_infinity(tmp_path: Path) -> None:
     found = alone(model, request, [0.0, 1.0])
     assert found.scores[1].log_probs == (-math.inf, -math.inf)
     assert all(log_prob > -math.inf for log_prob in found.scores[0].log_probs)
-    assert found.to_row([0.0, 1.0])["choices"][1]["log_prob"] == [None, None]
+    assert found.to_row(make_grid([model.rule.name], [0.0, 1.0]))["choices"][1]["log_prob"] == [None, None]
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -178,8 +178,8 @@ def test_only_needed_positions_go_through_the_heads(
     base_change: EnsembleForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = []
-    run = Forward.run
-    monkeypatch.setattr(Forward, "run", lambda self, step, *more: kept.append(step) or run(self, step, *more))
+    run = ModelRunner.run
+    monkeypatch.setattr(ModelRunner, "run", lambda self, step, *more: kept.append(step) or run(self, step, *more))
     request = ScoringRequest(0, tuple(range(4, 40)), ((7, 8),), "it")
     alone(base_change, request, [1.0])
     assert [step.logits_to_keep.tolist() for step in kept] == 3 * [[35, 36]]
@@ -213,7 +213,7 @@ def test_one_group_of_members_is_in_memory_at_a_time(
     monkeypatch.setattr(offline_module, "load_members", watched)
     gc.disable()  # freeing must not wait for a collection by chance
     try:
-        offline(check_ensemble(CASES[name].config(tmp_path)), LogitsFolder(tmp_path / "out.members", "a1"), 4)
+        offline(check_ensemble(CASES[name].config(tmp_path)), LogitsFolder(tmp_path / "out.members", {"seed": 1}), 4)
     finally:
         gc.enable()
     assert len(weights) == (2 if name == "lora" else 3)
@@ -222,7 +222,7 @@ def test_one_group_of_members_is_in_memory_at_a_time(
 
 def test_the_folder_holds_as_many_bytes_as_was_said(case: Case, tmp_path: Path) -> None:
     checked = check_ensemble(case.config(tmp_path))
-    folder = LogitsFolder(tmp_path / "out.members", "a1")
+    folder = LogitsFolder(tmp_path / "out.members", {"seed": 1})
     scorer, batches = OfflineScorer(checked, folder), make_batches(REQUESTS, 3)
     expected = scorer.check_space(batches)
     next(scorer.score(batches, make_grid([checked.config.get_rule().name], ALPHAS)))
@@ -241,16 +241,16 @@ class Interruption:
         self.counts = Counter[str]()
         self.at: tuple[str, int] | None = None
         self.error: BaseException = KeyboardInterrupt()
-        run = Forward.run
+        run = ModelRunner.run
 
-        def counted(forward: Forward, *inputs: Any) -> Any:
-            name = "+".join(forward.roles)
+        def counted(runner: ModelRunner, *inputs: Any) -> Any:
+            name = "+".join(runner.roles)
             self.counts[name] += 1
             if (name, self.counts[name]) == self.at:
                 raise self.error
-            return run(forward, *inputs)
+            return run(runner, *inputs)
 
-        monkeypatch.setattr(Forward, "run", counted)
+        monkeypatch.setattr(ModelRunner, "run", counted)
 
 
 @pytest.fixture
@@ -263,7 +263,7 @@ def test_what_an_interruption_left_is_not_computed_again(
     tmp_path: Path, interruption: Interruption, error: BaseException
 ) -> None:
     config = CASES["base-change"].config(tmp_path)
-    whole = offline(check_ensemble(config.replaced()), LogitsFolder(tmp_path / "whole.members", "a1"), 3)
+    whole = offline(check_ensemble(config.replaced()), LogitsFolder(tmp_path / "whole.members", {"seed": 1}), 3)
     num_passes = interruption.counts["source_pt"]
     assert interruption.counts == dict.fromkeys(("source_ft", "source_pt", "target_pt"), num_passes)
     assert num_passes > 4
@@ -272,12 +272,12 @@ def test_what_an_interruption_left_is_not_computed_again(
     interruption.counts.clear()
     interruption.at, interruption.error = (list(config.members)[1], 4), error
     with pytest.raises(type(error)):
-        offline(check_ensemble(config.replaced()), LogitsFolder(path, "a1"), 3)
+        offline(check_ensemble(config.replaced()), LogitsFolder(path, {"seed": 1}), 3)
     first, second, third = config.members
     assert interruption.counts == {first: num_passes, second: 4}
     interruption.counts.clear()
     interruption.at = None
-    resumed = offline(check_ensemble(config.replaced()), LogitsFolder(path, "a1", resume=True), 3)
+    resumed = offline(check_ensemble(config.replaced()), LogitsFolder(path, {"seed": 1}), 3)
     assert resumed == whole
     assert interruption.counts == {second: num_passes - 3, third: num_passes}
     assert not path.exists()
@@ -288,12 +288,12 @@ def test_an_interruption_while_combining_needs_no_forward_again(tmp_path: Path, 
     batches = make_batches(REQUESTS, 3)
     grid = make_grid([checked.config.get_rule().name], ALPHAS)
     path = tmp_path / "out.members"
-    begun = OfflineScorer(checked, LogitsFolder(path, "a1")).score(batches, grid)
+    begun = OfflineScorer(checked, LogitsFolder(path, {"seed": 1})).score(batches, grid)
     first = next(begun)
     begun.close()
     interruption.counts.clear()
     counted: list[int] = []
-    scorer = OfflineScorer(checked, LogitsFolder(path, "a1", resume=True))
+    scorer = OfflineScorer(checked, LogitsFolder(path, {"seed": 1}))
     rest = scorer.score(batches[1:], grid, counted.append)
     numbers = [one.request.number for batch in rest for one in batch]
     assert sum(counted) == scorer.num_rounds * len(numbers)
@@ -306,19 +306,19 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "out.members"
     path.mkdir()
     (path / "precious").write_text("mine")
-    for options in ({}, {"resume": True}, {"overwrite": True}):
+    for options in ({}, {"overwrite": True}):
         with pytest.raises(OutputError, match="holds something else"):
-            LogitsFolder(path, "a1", **options)
+            LogitsFolder(path, {"seed": 1}, **options)
     assert (path / "precious").read_text() == "mine"
 
 
 def test_a_folder_of_another_run_is_refused_or_replaced(tmp_path: Path) -> None:
     path = tmp_path / "out.members"
-    folder = LogitsFolder(path, "a1")
+    folder = LogitsFolder(path, {"seed": 1})
     folder.open()
     folder.write("x", {"role": torch.ones(2)})
     with pytest.raises(OutputError, match="left of an interrupted run"):
-        LogitsFolder(path, "a1")
+        LogitsFolder(path, {"seed": 1})
     with pytest.raises(OutputError, match=r"another ensemble, other data or other options \(run a1, now b2\)"):
         LogitsFolder(path, "b2", resume=True)
     again = LogitsFolder(path, "b2", overwrite=True)
@@ -332,7 +332,7 @@ def test_members_that_are_loaded_already_are_refused(trio: Any, tmp_path: Path) 
     config = CASES["base-change"].config(tmp_path)
     checked = check_ensemble(config, {"source_pt": trio["source_pt"]})
     with pytest.raises(ConfigError, match="source_pt is loaded already"):
-        OfflineScorer(checked, LogitsFolder(tmp_path / "out.members", "a1"))
+        OfflineScorer(checked, LogitsFolder(tmp_path / "out.members", {"seed": 1}))
 
 
 @pytest.mark.parametrize("way", ["together", "offline"])
@@ -343,7 +343,7 @@ def test_nan_names_the_member(tmp_path: Path, way: str) -> None:
         model.get_output_embeddings().weight[9] = float("nan")
     model.save_pretrained(tmp_path / "source_pt")
     checked = check_ensemble(config)
-    folder = LogitsFolder(tmp_path / "out.members", "a1")
+    folder = LogitsFolder(tmp_path / "out.members", {"seed": 1})
     run = {
         "offline": lambda: offline(checked, folder, 3),
         "together": lambda: together(EnsembleForCausalLM.from_checked(checked), 3),

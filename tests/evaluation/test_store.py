@@ -258,7 +258,7 @@ def test_other_settings_are_named_and_nothing_changes(tmp_path: Path) -> None:
     with pytest.raises(
         OutputError,
         match=r"the results of another run: --alpha is \[0\.0, 0\.5, 1\.0\] there and \[0\.5\] here; --limit is 3 "
-        r"there and 4 here\. Run the same command to go on with it, or give --output another folder",
+        r"there and 4 here\. Run the same command to go on with it, give --output another folder, or add --overwrite",
     ):
         Store(tmp_path, {**SETTINGS, "alphas": [0.5], "tasks": {"t": {"limit": 4}}})
     with pytest.raises(

@@ -414,7 +414,7 @@ def test_a_task_that_fixes_its_examples_keeps_them(folder: Path) -> None:
 
 
 def test_no_lm_eval_is_loaded_before_it_is_needed() -> None:
-    modules = "documents, prompt_settings, task_checks, task_files, task_loading, tasks, templates"
+    modules = "documents, lm_eval_settings, task_files, task_loading, tasks"
     code = f"import sys; from ensembler.evaluation import {modules}\n"
     code += "assert not {'lm_eval', 'datasets', 'transformers'} & set(sys.modules), sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ensembler import EnsembleForCausalLM
-from ensembler.engine.forward import Forward
 from ensembler.engine.grid import GridPoint
+from ensembler.engine.model_runner import ModelRunner
 from ensembler.errors import ConfigError, LogitsError, PromptError, RunError
 from ensembler.evaluation import top_k as module
 from ensembler.evaluation.offline import LogitsFolder
@@ -61,7 +61,7 @@ def write(
     **options: Any,
 ) -> list[dict[str, Any]]:
     width = model.contract.widths[model.rule.anchor]
-    writer = TopKWriter(requests() if asked is None else asked, k, width, LogitsFolder(path, "a1", **options))
+    writer = TopKWriter(requests() if asked is None else asked, k, width, LogitsFolder(path, {"seed": 1}, **options))
     num_bytes = writer.check_space()
     writer.write(model, GridPoint(model.rule.name, float(model.alpha)), batch_size=batch_size)
     stored = [tensor for file in path.glob("*.safetensors") for tensor in load_file(file).values()]
@@ -183,16 +183,16 @@ def test_interrupted_and_gone_on_with_equals_undisturbed(
 ) -> None:
     monkeypatch.setattr(module, "_SHARD_BYTES", 900)
     count, stop = 0, 0
-    run = Forward.run
+    run = ModelRunner.run
 
-    def counted(forward: Forward, *inputs: Any) -> Any:
+    def counted(runner: ModelRunner, *inputs: Any) -> Any:
         nonlocal count
         count += 1
         if count == stop:
             raise KeyboardInterrupt
-        return run(forward, *inputs)
+        return run(runner, *inputs)
 
-    monkeypatch.setattr(Forward, "run", counted)
+    monkeypatch.setattr(ModelRunner, "run", counted)
     write(base_change, tmp_path / "whole")
     num_forwards = count
     for stop in range(2, num_forwards, 7):

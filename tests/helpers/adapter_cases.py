@@ -114,7 +114,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 def roles_of_forwards(model: EnsembleForCausalLM) -> list[tuple[str, ...]]:
     """Which members run together, group by group."""
-    return [forward.roles for forward in model.member_set.forwards]
+    return [runner.roles for runner in model.member_set.runners]
 
 
 @torch.no_grad()

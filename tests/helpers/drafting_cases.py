@@ -125,15 +125,15 @@ def counted(model: EnsembleForCausalLM) -> Iterator[dict[tuple[str, ...], Calls]
     """The forwards of each model inside, by the roles that it serves."""
     calls: dict[tuple[str, ...], Calls] = {}
     hooks = []
-    for forward in model.member_set.forwards:
-        own = calls.setdefault(forward.roles, Calls())
+    for runner in model.member_set.runners:
+        own = calls.setdefault(runner.roles, Calls())
 
         def note(module: Any, args: Any, kwargs: dict[str, Any], own: Calls = own) -> None:
             own.ids.append(kwargs["input_ids"].clone())
             if kwargs.get("position_ids") is not None:
                 own.positions.append(kwargs["position_ids"].clone())
 
-        hooks.append(forward.model.register_forward_pre_hook(note, with_kwargs=True))
+        hooks.append(runner.model.register_forward_pre_hook(note, with_kwargs=True))
     try:
         yield calls
     finally:

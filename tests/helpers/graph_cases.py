@@ -11,10 +11,10 @@ from helpers.tiny import make_model, random_ids
 from torch import Tensor
 
 from ensembler import EnsembleForCausalLM
-from ensembler.engine import cuda_graphs, member_set
+from ensembler.engine import cuda_graphs, model_runner
 from ensembler.engine.cuda_graphs import Function, Outputs, StepGraphs
 from ensembler.engine.member_set import MemberSet
-from ensembler.engine.row_cache import PartCache
+from ensembler.engine.row_cache import ModelRowCache
 
 ROLES = ("source_ft", "source_pt", "target_pt")
 
@@ -77,19 +77,19 @@ class FakeRecorder:
 
 def with_graphs(members: MemberSet, monkeypatch: pytest.MonkeyPatch, most: int = 48) -> MemberSet:
     """The same members with graphs on the CPU, recorded by a FakeRecorder."""
-    for module in (cuda_graphs, member_set):
+    for module in (cuda_graphs, model_runner):
         monkeypatch.setattr(module, "why_not_captured", lambda model: None)
     recorder = FakeRecorder()
     members.graphs = StepGraphs(lambda: recorder, most)
-    update = PartCache.update
+    update = ModelRowCache.update
 
-    def noting(self: PartCache, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **more: Any) -> Any:
+    def noting(self: ModelRowCache, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **more: Any) -> Any:
         found = update(self, keys, values, layer_idx, *args, **more)
         layer = self.layers[layer_idx]
         recorder.touched.append((layer.keys.data_ptr(), layer.values.data_ptr()))
         return found
 
-    monkeypatch.setattr(PartCache, "update", noting)
+    monkeypatch.setattr(ModelRowCache, "update", noting)
     return members
 
 

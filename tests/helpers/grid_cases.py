@@ -16,8 +16,8 @@ from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import Sample
 from ensembler.decoding.texts import complete_grid, complete_prompts, decoder_of
-from ensembler.engine.forward import Step
 from ensembler.engine.grid import GridPoint
+from ensembler.engine.model_runner import Step
 
 RULES = ("base-change", "eft")
 ALPHAS = [round(0.1 * index, 1) for index in range(16)]

@@ -16,7 +16,7 @@ from helpers.tiny import make_model, make_tokenizer
 from ensembler.errors import EnsemblerError
 from ensembler.evaluation.benchmark import Bench
 from ensembler.evaluation.recipe import read_recipe
-from ensembler.vision.image_benchmark import ImageModels
+from ensembler.vision.answers import ImageModels
 
 Content = dict[str, Any]
 Change = Callable[[Content], object]

@@ -252,6 +252,21 @@ def test_outputs_that_exist_are_left_alone(tmp_path: Path) -> None:
     assert all(same_bits(weights(tmp_path / "out")[name], before[name]) for name in before)
 
 
+def test_overwriting_replaces_a_result_and_nothing_else(tmp_path: Path) -> None:
+    model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
+    expected = weights(apply(tmp_path, model, lora, scale=2.0))
+    apply_patches([read_patch(lora)], model, tmp_path / "again")
+    (tmp_path / "again" / "stale.txt").write_text("x")
+    apply_patches([read_patch(lora, scale=2.0)], model, tmp_path / "again", overwrite=True)
+    assert all(same_bits(weight, expected[name]) for name, weight in weights(tmp_path / "again").items())
+    assert not (tmp_path / "again" / "stale.txt").exists()
+    before = weights(model)
+    with pytest.raises(OutputError, match="something else than a result"):
+        apply_patches([read_patch(lora)], model, model, overwrite=True)
+    assert all(same_bits(weights(model)[name], before[name]) for name in before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "lora", "model", "out"]
+
+
 def test_a_pickle_is_read_only_where_it_is_allowed(tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
     expected = weights(apply(tmp_path, model, lora))

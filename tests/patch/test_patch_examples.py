@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.commands import SaveMember
 from helpers.patch_cases import save_lora, save_model, weights
-
-ROOT = Path(__file__).parents[2]
-
-
-def run(script: str, *arguments: object) -> str:
-    command = [sys.executable, str(ROOT / script), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "kernels")))}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+from helpers.scripts import ROOT, run_script
 
 
 def test_a_ported_patch_is_the_sum_that_it_says(save_member: SaveMember, tmp_path: Path) -> None:
@@ -35,7 +23,7 @@ def test_a_ported_patch_is_the_sum_that_it_says(save_member: SaveMember, tmp_pat
         (tmp_path / "data" / "text" / name).write_text("to be or not to be, that is the question. " * 20)
     out = tmp_path / "port"
     small = ("--reviews", 24, "--epochs", 1, "--text-pieces", 8, "--text-epochs", 2)
-    run("examples/port_smollm2.py", base, tmp_path / "data", out, *small)
+    run_script("examples/port_smollm2.py", base, tmp_path / "data", out, *small)
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text("utf-8").splitlines()]
     assert [row["name"] for row in rows] == ["θ", "θ′", "θ_i", "θ′_i", "θ′ + Δθ_i", "Table 1"]
     assert all(row["rows"] == 6 and 0 <= row["accuracy"] <= 1 for row in rows[:-1])
@@ -46,26 +34,26 @@ def test_a_ported_patch_is_the_sum_that_it_says(save_member: SaveMember, tmp_pat
     assert (states[3] - (states[1] + states[2] - states[0])).abs().max() < 1e-6
     assert not torch.equal(states[3], states[1])
     before = (out / "ported" / "model.safetensors").stat().st_mtime_ns
-    run("examples/port_smollm2.py", base, tmp_path / "data", out, *small)
+    run_script("examples/port_smollm2.py", base, tmp_path / "data", out, *small)
     assert (out / "ported" / "model.safetensors").stat().st_mtime_ns == before
     assert len((out / "rows.jsonl").read_text("utf-8").splitlines()) == 6
-    assert "| θ′ + Δθ_i | σ_max |" in run("examples/port_smollm2.py", "--table", "--results", out / "rows.jsonl")
+    assert "| θ′ + Δθ_i | σ_max |" in run_script("examples/port_smollm2.py", "--table", "--results", out / "rows.jsonl")
 
 
 def test_the_benchmark_writes_its_row(tmp_path: Path) -> None:
     model, rows = save_model(tmp_path / "model"), tmp_path / "rows.jsonl"
-    run("benchmarks/patch_apply.py", model, "--repeats", 1, "--peft-repeats", 1, "--results", rows)
+    run_script("benchmarks/patch_apply.py", model, "--repeats", 1, "--peft-repeats", 1, "--results", rows)
     row = json.loads(rows.read_text())
     assert (row["model"], row["repeats"], row["num_files"]) == ("model", 1, 1)
     assert 0 < row["apply_peak_mb"] < row["peft_peak_mb"]
-    assert "| PEFT: peak memory |" in run("benchmarks/patch_apply.py", "--table", "--results", rows)
+    assert "| PEFT: peak memory |" in run_script("benchmarks/patch_apply.py", "--table", "--results", rows)
 
 
 def test_killed_at_any_moment_the_output_is_whole_or_not_there(tmp_path: Path) -> None:
     """A few kills, and a second run after each; the committed row has fifty."""
     size = {"hidden_size": 512, "vocab_size": 8192, "num_layers": 4}
     model, lora = save_model(tmp_path / "model", **size), save_lora(tmp_path / "lora", size=size)
-    run("benchmarks/patch_kill.py", model, lora, "--kills", 5, "--results", tmp_path / "kills.jsonl")
+    run_script("benchmarks/patch_kill.py", model, lora, "--kills", 5, "--results", tmp_path / "kills.jsonl")
     row = json.loads((tmp_path / "kills.jsonl").read_text())
     assert (row["whole"] + row["absent"], row["damaged"]) == (5, 0)
 
@@ -74,7 +62,7 @@ def test_killed_at_any_moment_the_output_is_whole_or_not_there(tmp_path: Path) -
 def test_the_tables_in_the_page_are_those_of_the_rows(script: str) -> None:
     """The page leaves lines out, but those that it has are the printed ones."""
     results = ROOT / "benchmarks" / "results" / f"{Path(script).stem}.jsonl"
-    printed = run(script, "--table", "--results", results).splitlines()
+    printed = run_script(script, "--table", "--results", results).splitlines()
     page = (ROOT / "docs" / "results-speed.md").read_text("utf-8").partition("## Patches")[2].splitlines()
     labels = {line.split("|")[1] for line in printed if line}
     shown = [line for line in page if line.startswith("| ") and line.split("|")[1] in labels]

@@ -15,9 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from ensembler import MemberConfig
 from ensembler.engine.members import MemberFiles, check_member, group_members, load_group
 from ensembler.errors import ConfigError, MemberError
-from ensembler.planning.budgets import gpu_budgets, parse_size, show_size
 from ensembler.planning.member_sizes import loaded_bytes, measure_group, measure_model, member_dtype
-from ensembler.planning.sizes import LayerCache
+from ensembler.planning.sizes import LayerCache, device_budgets, parse_size, show_size
 from ensembler.quantization import Quantization
 
 # Parameters: embedding + head + last norm + layers x (attention + MLP + 2 norms, + biases of q, k, v in Qwen).
@@ -172,7 +171,7 @@ def test_windows_and_fixed_states() -> None:
 def test_sizes_are_read_and_shown() -> None:
     read = {"24GiB": 24 * 2**30, "80 GB": 80 * 10**9, "512mib": 512 * 2**20, "1.5kB": 1500, "7B": 7}
     assert {text: parse_size(text) for text in read} == read
-    assert gpu_budgets(["1GiB", "2GiB"]) == {"cuda:0": 2**30, "cuda:1": 2**31}
+    assert device_budgets(["1GiB", "2GiB"]) == {"cuda:0": 2**30, "cuda:1": 2**31}
     assert [show_size(number) for number in (0, 1023, 1536, 24 * 2**30)] == ["0 B", "1,023 B", "1.50 KiB", "24.00 GiB"]
 
 

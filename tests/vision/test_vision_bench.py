@@ -28,7 +28,7 @@ Figures = dict[str, dict[str, dict[str, float]]]
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ensembler.vision.heads.cache_folder", lambda: tmp_path / "heads")
+    monkeypatch.setattr("ensembler.vision.zero_shot.cache_folder", lambda: tmp_path / "heads")
     monkeypatch.chdir(tmp_path)
 
 
@@ -292,19 +292,19 @@ def test_accuracies_of_the_digits_are_means_over_rows(monkeypatch: pytest.Monkey
         assert {len(values) for key, values in right.items() if key[0] == "test"} == {747}
 
 
-def test_the_digits_are_parted_and_changed_alike_in_every_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_digits_are_split_and_shifted_alike_in_every_order(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
     monkeypatch.syspath_prepend(ROOT / "examples")
     import make_digits_models as digits
     import numpy as np
 
-    images, _, parts = digits.load_parts()
-    assert sorted(np.concatenate(list(parts.values()))) == list(range(1797))
-    assert {name: len(indices) for name, indices in parts.items()} == digits.PARTS
-    for name, change in digits.TASKS.items():
-        some = parts["test"][:20]
-        shifted = digits.changed(images, some, name, change)
+    images, _, splits = digits.load_splits()
+    assert sorted(np.concatenate(list(splits.values()))) == list(range(1797))
+    assert {name: len(indices) for name, indices in splits.items()} == digits.SPLITS
+    for name, shift in digits.TASKS.items():
+        chosen = splits["test"][:20]
+        shifted = digits.shifted(images, chosen, name, shift)
         assert shifted.dtype == np.uint8
         assert shifted.shape == (20, 8, 8)
-        assert (shifted != images[some]).any(axis=(1, 2)).all()
-        assert (digits.changed(images, some[::-1], name, change)[::-1] == shifted).all()
+        assert (shifted != images[chosen]).any(axis=(1, 2)).all()
+        assert (digits.shifted(images, chosen[::-1], name, shift)[::-1] == shifted).all()

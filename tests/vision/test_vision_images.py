@@ -18,7 +18,7 @@ from PIL import ExifTags, Image, ImageOps
 from ensembler.errors import ConfigError, ImageError
 from ensembler.vision import images
 from ensembler.vision.image_tasks import find_splits, load_image_task
-from ensembler.vision.images import ImageSource, ahead, decode, find_images, image_file
+from ensembler.vision.images import ImageSource, ahead, decode, find_images
 
 RAMP = np.arange(64 * 64).reshape(64, 64)
 
@@ -125,7 +125,7 @@ def test_a_large_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (20, 20))))
     monkeypatch.setattr(images, "MAX_BYTES", 10)
     with pytest.raises(ImageError, match=r"^a.png has [\d,]+ bytes; at most 10 are read"):
-        image_file(tmp_path / "a.png", "a.png").read()
+        ImageSource.of_file(tmp_path / "a.png", "a.png").read()
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif"])

@@ -54,7 +54,7 @@ TRIO = ("source_ft", "source_pt", "target_pt")
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ensembler.vision.heads.cache_folder", lambda: tmp_path / "heads")
+    monkeypatch.setattr("ensembler.vision.zero_shot.cache_folder", lambda: tmp_path / "heads")
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""One forward of one model: what it reads, whom it serves, and what to say when it fails."""
+"""Run one model on a step: its inputs, the members that it serves, and the error that names them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ensembler.engine.backbone import Backbone
+from ensembler.engine.cuda_graphs import why_not_captured
 from ensembler.engine.devices import out_of_memory, send
 from ensembler.engine.row_cache import MaskKind
 from ensembler.errors import EnsemblerError, LogitsError, RunError
@@ -79,7 +80,7 @@ class Step:
     logits_to_keep: int | Tensor = 0
     first_row: int = 0
 
-    def on(self, device: torch.device) -> Step:
+    def to(self, device: torch.device) -> Step:
         """Return the same on a device; nothing is copied where it is there already."""
         there: dict[str, Any] = {k: send(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **there)
@@ -92,48 +93,48 @@ class Step:
         return replace(self, input_ids=ids, position_ids=torch.nn.functional.pad(self.position_ids, more, value=-1))
 
 
-@dataclass(frozen=True)
-class Reader:
-    """The ids that one member reads: those from `num_held` on become `substitute` (None: it holds all of them)."""
+@dataclass(frozen=True, eq=False)
+class ModelRunner:
+    """Run one model: for the member in `roles`, or for several on a shared `backbone`, a block of rows for each."""
 
-    role: str
-    num_held: int
-    substitute: int | None
-
-    def read(self, ids: Tensor) -> Tensor:
-        """Return ids (rows, positions) as this member knows them."""
-        return ids if self.substitute is None else torch.where(ids < self.num_held, ids, self.substitute)
-
-
-@dataclass(frozen=True)
-class Forward:
-    """One forward of one model: for one member, or for several on a shared backbone, a block of rows for each.
-
-    `accepts` names the arguments of the model's forward; `device` is where its inputs are wanted; `probe` is one of its
-    weights, which says whether they have moved.
-    """
-
-    readers: tuple[Reader, ...]
+    roles: tuple[str, ...]
     model: PreTrainedModel
-    accepts: frozenset[str]
-    device: torch.device
-    probe: Tensor | None
+    contract: VocabularyContract
     backbone: Backbone | None = None
 
     @cached_property
-    def roles(self) -> tuple[str, ...]:
-        """The members that it serves, in the order of their rows."""
-        return tuple(reader.role for reader in self.readers)
-
-    @cached_property
     def name(self) -> str:
-        """Return its roles in one word."""
+        """The roles joined by '+'."""
         return "+".join(self.roles)
 
     @cached_property
+    def accepts(self) -> frozenset[str]:
+        """The names of the arguments of the model's forward."""
+        return frozenset(inspect.signature(plain_model(self.model).forward).parameters)
+
+    @cached_property
+    def probe(self) -> Tensor | None:
+        """One of the model's weights, which shows whether they have moved."""
+        return next(self.model.parameters(), None)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device of the model's inputs: of a model on several devices the first that computes."""
+        devices = (getattr(self.model, "hf_device_map", None) or {}).values()
+        first = next((device for device in devices if str(device) not in ("cpu", "disk")), None)
+        if first is not None:
+            return torch.device("cuda", first) if isinstance(first, int) else torch.device(first)
+        return torch.device("cpu") if devices or self.probe is None else self.probe.device
+
+    @cached_property
     def mask_kind(self) -> MaskKind:
-        """Return which masks its model takes on a RowCache."""
+        """The masks that the model takes on a RowCache."""
         return MaskKind.of(plain_model(self.model))
+
+    @cached_property
+    def why_not_captured(self) -> str | None:
+        """The reason why the model's steps cannot be captured as a CUDA graph, or None."""
+        return why_not_captured(self.model)
 
     def run(self, step: Step, mask: Any, cache: Any, call: Callable[..., Any] | None = None) -> dict[str, Tensor]:
         """Return the logits (rows, kept positions, V_member) of its members in their own dtype, on their device.
@@ -155,17 +156,15 @@ class Forward:
             raise RunError(f"{roles} failed: {type(cause).__name__}: {one_line(cause)}") from error
 
     def _run(self, step: Step, mask: Any, cache: Any, call: Callable[..., Any]) -> dict[str, Tensor]:
-        num = len(self.readers)
-        rows = step.input_ids.shape[0]
-        keep = step.logits_to_keep
+        num, rows, keep = len(self.roles), step.input_ids.shape[0], step.logits_to_keep
         optional = {
             "attention_mask": _repeated(mask, num, rows),
             "position_ids": _repeated(step.position_ids, num, rows),
             "logits_to_keep": keep,
         }
         accepted = {name: value for name, value in optional.items() if name in self.accepts}
-        read = [reader.read(step.input_ids) for reader in self.readers]
-        ids = read[0] if num == 1 else torch.cat(read)
+        known = [self.contract.known_ids(role, step.input_ids) for role in self.roles]
+        ids = known[0] if num == 1 else torch.cat(known)
         with nullcontext() if self.backbone is None else self.backbone.through(self.roles, num * rows):
             output = call(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **accepted)
         logits: Tensor = output.logits
@@ -174,27 +173,29 @@ class Forward:
         return dict(zip(self.roles, torch.split(logits, rows), strict=True))
 
 
-def plan_forwards(
+def plan_runners(
     models: Mapping[str, PreTrainedModel], backbones: Sequence[Backbone], contract: VocabularyContract
-) -> list[Forward]:
-    """Return the forwards that serve `models` by role, in their order, those on the same weights one after another.
+) -> list[ModelRunner]:
+    """Return the runners that serve `models` by role, in their order, those on the same weights one after another.
 
-    There is one forward for each member, but one for all that a backbone batches. A view of a backbone that was
-    compiled runs by itself.
+    There is one for each member, but one for all that a backbone batches. A view of a backbone that was compiled runs
+    by itself.
     """
-    groups: list[list[Forward]] = []
-    for backbone in backbones:
-        views = [role for role, model in models.items() if backbone.views.get(role) is plain_model(model)]
-        together = [role for role in views if backbone.batched and models[role] is backbone.views[role]]
-        together = together if len(together) > 1 else []
-        group = [_forward(together, backbone.model, contract, backbone)] if together else []
-        group += [_forward([role], models[role], contract) for role in views if role not in together]
-        groups += [group] if group else []
-    served = {role for group in groups for forward in group for role in forward.roles}
-    groups += [[_forward([role], model, contract)] for role, model in models.items() if role not in served]
-    order = list(models)
-    groups.sort(key=lambda group: order.index(group[0].roles[0]))
-    return [forward for group in groups for forward in group]
+    runners: list[ModelRunner] = []
+    for role, model in models.items():
+        if any(role in runner.roles for runner in runners):
+            continue
+        shared = next((one for one in backbones if one.views.get(role) is plain_model(model)), None)
+        if shared is None:
+            runners.append(ModelRunner((role,), model, contract))
+            continue
+        views = [one for one in models if shared.views.get(one) is plain_model(models[one])]
+        batch = tuple(one for one in views if shared.batched and models[one] is shared.views[one])
+        if len(batch) > 1:
+            runners.append(ModelRunner(batch, shared.model, contract, shared))
+            views = [one for one in views if one not in batch]
+        runners += [ModelRunner((one,), models[one], contract) for one in views]
+    return runners
 
 
 def check_nan(logits: Mapping[str, Tensor]) -> None:
@@ -204,33 +205,9 @@ def check_nan(logits: Mapping[str, Tensor]) -> None:
             raise LogitsError(f"{role} computed NaN logits in {values.dtype}; try another dtype for it")
 
 
-def _forward(
-    roles: Sequence[str], model: PreTrainedModel, contract: VocabularyContract, backbone: Backbone | None = None
-) -> Forward:
-    accepts = frozenset(inspect.signature(plain_model(model).forward).parameters)
-    probe = next(model.parameters(), None)
-    readers = tuple(make_reader(role, contract) for role in roles)
-    return Forward(readers, model, accepts, _device_of(model, probe), probe, backbone)
-
-
-def _device_of(model: PreTrainedModel, probe: Tensor | None) -> torch.device:
-    """Return the device of a model's inputs: of a model on several devices the first that computes."""
-    places = getattr(model, "hf_device_map", None) or {}
-    first = next((place for place in places.values() if str(place) not in ("cpu", "disk")), None)
-    if first is not None:
-        return torch.device("cuda", first) if isinstance(first, int) else torch.device(first)
-    return torch.device("cpu") if places or probe is None else probe.device
-
-
 def plain_model(model: Any) -> Any:
     """The model that torch.compile wrapped, which hides the arguments of its forward; any other as it is."""
     return getattr(model, "_orig_mod", model)
-
-
-def make_reader(role: str, contract: VocabularyContract) -> Reader:
-    """Return how the member in this role reads ids."""
-    lacks_some = contract.held[role] < max(contract.held.values())
-    return Reader(role, contract.held[role], contract.substitutes[role] if lacks_some else None)
 
 
 def _repeated(tensor: Any, num: int, rows: int) -> Any:
