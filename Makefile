@@ -10,7 +10,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 
 LATEST_VENV := .venv-latest
 
-.PHONY: install demo test test-vllm test-latest lint types kernels check-kernels bench bench-kernels bench-gpu results docs clean
+.PHONY: install demo test test-long test-vllm test-latest lint types kernels check-kernels bench bench-kernels bench-gpu results docs clean
 
 install: $(STAMP)
 
@@ -29,6 +29,9 @@ demo: install
 test: install
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
+test-long: install
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m long
+
 # vLLM pins another transformers than ours, so it has an environment of its own; here its build for CPUs. What it brings
 # for images and sound is built against another torch and would not load beside it.
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
@@ -40,7 +43,7 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 # The second line: what the package is without vLLM has to work with vLLM's transformers too.
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest tests/*/test_vllm*.py
-	$(VLLM_VENV)/bin/python -m pytest $(addprefix tests/, test_modeling.py test_folder.py engine/test_forward.py engine/test_members.py decoding/test_texts.py serving/test_serving.py evaluation/test_sweep.py)
+	$(VLLM_VENV)/bin/python -m pytest $(addprefix tests/, test_modeling.py test_folder.py engine/test_model_runner.py engine/test_members.py decoding/test_texts.py serving/test_serving.py evaluation/test_sweep.py)
 
 # The newest versions, those above the upper bounds of pyproject.toml too: what passes here may raise a bound.
 test-latest:

@@ -19,10 +19,12 @@ from ensembler.engine.grid import GridPoint, make_grid
 from ensembler.evaluation.documents import SUBSETS, Document, Metric, PlannedTask
 from ensembler.evaluation.ensemble_plan import Plan, PlanOptions
 from ensembler.evaluation.methods import Run, Study, experiment_study, plan_runs, sweep_run, sweep_study
-from ensembler.evaluation.recipe import Experiment, read_recipe
+from ensembler.evaluation.recipe import Experiment
+from ensembler.evaluation.recipe_file import read_recipe
 from ensembler.evaluation.results_file import Results, open_results
 from ensembler.evaluation.summary import summarise
 from ensembler.extras import require
+from ensembler.vision.answers import KINDS
 
 RESULTS = Path(__file__).parent / "results"
 _RECIPES = Path(__file__).parents[1] / "examples" / "recipes"
@@ -48,7 +50,7 @@ def replay(name: str, folder: Path | None = None) -> Replayed:
     results = open_results(folder or RESULTS / name)
     if name in SWEEPS:
         return Replayed(results, [_replay_sweep(results)], "sweep", "")
-    recipe = read_recipe(RECIPES[name])
+    recipe = read_recipe(RECIPES[name], KINDS)
     studies = [_replay_experiment(experiment, results) for experiment in recipe.experiments]
     return Replayed(results, studies, recipe.name, recipe.description)
 

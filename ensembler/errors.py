@@ -23,6 +23,11 @@ A message is one line: what was given, what was expected, what to do. Only the c
 ``Error: ...``; a library never prints them.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
+from difflib import get_close_matches
+
 
 class EnsemblerError(Exception):
     """Base of all errors of this package; `exit_code` is what the command line ends with."""
@@ -105,3 +110,9 @@ class RankError(RunError):
     def __init__(self, message: str, reporter: int) -> None:
         super().__init__(message)
         self.reporter = reporter
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return the end of an error's sentence: the nearest of the known names, or all of them."""
+    near = get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(known)}"

@@ -31,6 +31,31 @@ def write_whole(path: Path, content: str | bytes | Iterable[str]) -> None:
             partial.unlink()
 
 
+def check_not_input(out: Path, *inputs: Path) -> None:
+    """Raise OutputError where `out` is one of the inputs, lies in one, or holds one."""
+    target = out.expanduser().resolve()
+    for each in inputs:
+        source = each.expanduser().resolve()
+        if target == source or (target.exists() and source.exists() and target.samefile(source)):
+            relation = "is"
+        elif source in target.parents:
+            relation = "lies in"
+        elif target in source.parents:
+            relation = "holds"
+        else:
+            continue
+        raise OutputError(f"{out} {relation} {each}, which this command reads; give --output another name")
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn an OSError into a MemberError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise MemberError(f"{path} cannot be read ({error.strerror}); fetch or make it again") from error
+
+
 @contextmanager
 def scratch_beside(path: Path) -> Iterator[Path]:
     """Yield a new folder on the disk of `path`, from which a rename to `path` is one step; remove it in the end.
@@ -63,8 +88,8 @@ def digest(content: Any, num_digits: int = 12) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits."""
-    with path.open("rb") as file:
+    """Return the SHA-256 of a file in hexadecimal digits. Raises MemberError."""
+    with reading(path), path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

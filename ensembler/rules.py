@@ -220,7 +220,7 @@ def _checked_cutoff(cutoff: float | None) -> float | None:
 
 
 def parse_alphas(text: str) -> tuple[float, ...]:
-    """Return the numbers of a grid: A, or A,B,..., or FIRST:LAST:STEP with both ends; raise ConfigError."""
+    """Return the numbers of a grid: A, or A,B,..., or FIRST:LAST:STEP, up to the last; raise ConfigError."""
     words = text.split(":")
     try:
         numbers = [float(word) for word in (words if len(words) > 1 else text.split(","))]

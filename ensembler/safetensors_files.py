@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensembler.errors import MemberError
-from ensembler.files import model_name, naming, read_json
+from ensembler.files import model_name, naming, read_json, reading
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,8 +36,8 @@ _FINGERPRINT_BYTES = 4096
 
 def header_bytes(path: Path) -> bytes:
     """Return the first bytes of a safetensors file up to its tensors; raise MemberError where they are cut off."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
+        size = path.stat().st_size
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
         if 8 + length > size:
@@ -211,7 +211,7 @@ def fingerprint(tensors: Iterable[StoredTensor]) -> str:
     state = hashlib.sha256()
     for tensor in sorted(tensors, key=lambda tensor: tensor.name):
         state.update(f"{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
-        with tensor.file.open("rb", buffering=0) as file:
+        with reading(tensor.file), tensor.file.open("rb", buffering=0) as file:
             file.seek(tensor.start)
             state.update(file.read(min(tensor.num_bytes, _FINGERPRINT_BYTES)))
     return state.hexdigest()

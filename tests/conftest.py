@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 
@@ -25,6 +26,10 @@ from ensembler import EnsembleForCausalLM
 from ensembler.cli import main as cli_main
 
 torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # a full collection, with which each run and sweep ends, need not go through all that was imported
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from ensembler.cli.ensemble_options import DEMO
 from ensembler.cli.evaluation_options import backend_options
 from ensembler.cli.figures_output import begin, finish
 from ensembler.cli.image_options import say_left_out
-from ensembler.cli.option_groups import PATH, files, overwrite_option, strict_option
+from ensembler.cli.option_groups import PATH, output_option, overwrite_option, strict_option
 from ensembler.cli.ranks import naming_rank, use_own_gpu
 from ensembler.errors import RunError
 from ensembler.launch import num_ranks, this_rank
@@ -131,9 +131,9 @@ def bench() -> None:
 _running = section("Benchmark")
 
 
-@bench.command()
+@bench.command(is_resumable=True)
 @click.argument("recipe", type=PATH)
-@files(
+@output_option(
     "--output",
     type=PATH,
     default=Path("bench"),
@@ -143,7 +143,7 @@ _running = section("Benchmark")
 )
 @overwrite_option
 @strict_option
-@files("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@output_option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @_running("--dry-run", is_flag=True, help="Check the recipe and say what would run; no weights are loaded.")
 @_running(
     "--confirm-run-unsafe-code", is_flag=True, help="Let tasks such as HumanEval run what a model wrote, unconfined."
@@ -178,12 +178,12 @@ def run(
 
     require_package("pydantic", "eval")
     from ensembler.evaluation.benchmark import Bench
-    from ensembler.evaluation.recipe import read_recipe
-    from ensembler.evaluation.store import Store, discard
+    from ensembler.evaluation.recipe_file import read_recipe
+    from ensembler.evaluation.store import Store
     from ensembler.evaluation.verdict import Requirement
-    from ensembler.vision.answers import ImageModels
+    from ensembler.vision.answers import KINDS, ImageExperiment, ImageModels
 
-    content = read_recipe(demo_recipe() if str(recipe) == DEMO else recipe)
+    content = read_recipe(demo_recipe() if str(recipe) == DEMO else recipe, KINDS)
     requirements = [Requirement.parse(text, [each.methods for each in content.experiments]) for text in require]
     images = ImageModels(strict=strict)
     with _warning_once(content.experiments):
@@ -191,16 +191,14 @@ def run(
             content,
             confirm_run_unsafe_code=confirm_run_unsafe_code,
             backend=backend,
-            image_models=images,
+            models={ImageExperiment: images},
         )
         for task in images.loaded.values():
             say_left_out(task)
         if dry_run:
             print_plan(planned)
             return
-        if overwrite:
-            discard(output)
-        store = Store(output, planned.settings)
+        store = Store(output, planned.settings, overwrite=overwrite)
         with naming_rank():
             _run(planned, store, requirements, as_json=as_json)
 
@@ -261,7 +259,7 @@ def _measure(planned: Bench, store: Store) -> None:
 @bench.command()
 @click.argument("a", type=PATH)
 @click.argument("b", type=PATH)
-@files("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
+@output_option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 def compare(a: Path, b: Path, as_json: bool) -> None:
     """Put the results in folders A and B side by side.
 

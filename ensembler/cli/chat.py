@@ -15,7 +15,7 @@ import click
 
 from ensembler.cli.command_class import Command, log
 from ensembler.cli.ensemble_options import EnsembleOptions
-from ensembler.cli.option_groups import decoding_options, ensemble_options, prompts
+from ensembler.cli.option_groups import decoding_options, ensemble_options, prompt_option
 from ensembler.errors import ConfigError, InputError, PromptError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ _COMMANDS = {
 @click.command(cls=Command)
 @ensemble_options()
 @decoding_options
-@prompts("--system", metavar="TEXT", help="The system message.")
+@prompt_option("--system", metavar="TEXT", help="The system message.")
 @click.pass_context
 def chat(context: click.Context, given: EnsembleOptions, decoding: DecodingOptions, system: str | None) -> None:
     """Talk with ENSEMBLE in the anchor's chat template.

@@ -11,26 +11,26 @@ import click
 from ensembler.cli.command_class import Command, log, section
 from ensembler.cli.ensemble_options import EnsembleOptions
 from ensembler.cli.image_options import say_others
-from ensembler.cli.option_groups import PATH, files, point_options, strict_option
+from ensembler.cli.option_groups import PATH, output_option, point_options, strict_option
 from ensembler.errors import RunError
 
 if TYPE_CHECKING:
     from ensembler.vision.image_modeling import EnsembleForImageClassification
 
 
-_classes, _devices = section("Images"), section("Devices")
+_image_option, _devices = section("Images"), section("Devices")
 
 
 @click.command(cls=Command)
 @click.argument("ensemble")
 @click.argument("images", nargs=-1, required=True, type=PATH, metavar="IMAGE...|FOLDER")
 @point_options
-@_classes("--top-k", type=click.IntRange(1), default=5, show_default=True, help="Classes shown of each image.")
-@_classes("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images run together.")
+@_image_option("--top-k", type=click.IntRange(1), default=5, show_default=True, help="Classes shown of each image.")
+@_image_option("--batch-size", type=click.IntRange(1), default=16, show_default=True, help="Images run together.")
 @_devices("--dtype", multiple=True, metavar="[ROLE=]DTYPE", help="auto, float32, bfloat16 or float16.")
 @_devices("--device", multiple=True, metavar="[ROLE=]DEVICE", help="cpu, cuda:1 ...")
 @strict_option
-@files("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
+@output_option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 def classify(
     ensemble: str,
     images: tuple[Path, ...],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ensembler.errors import ConfigError
+from ensembler.errors import ConfigError, EnsemblerError
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -21,6 +22,19 @@ log = logging.getLogger("ensembler.cli")  # notices to the user: INFO; -q leaves
 _GENERAL = "General"
 _LAST = ("Speed", "Devices", _GENERAL)  # sections, in this order
 _LEVELS = ("debug", "info", "warning", "error")
+
+
+class Interruption(EnsemblerError):
+    """Ctrl-C, or SIGINT."""
+
+    exit_code = 130
+
+
+@dataclass
+class Session:
+    """Settings of one call of `main` that its options change."""
+
+    debug: bool = False
 
 
 class Option(click.Option):
@@ -50,9 +64,22 @@ def section(name: str) -> Callable[..., Callable[[Decorated], Decorated]]:
 class Command(click.Command):
     """A command with options in sections, --config, -q, -v, --log-level and --debug."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, is_resumable: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.params = [*self.params, *_common_options()]
+        self._is_resumable = is_resumable
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; raise Interruption for Ctrl-C, which says whether rows are kept."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            click.echo(err=True)  # behind the ^C of the terminal
+            left = "nothing half-written is left"
+            if self._is_resumable and ctx.params.get("output") is not None and not ctx.params.get("dry_run"):
+                how = " without --overwrite" if ctx.params.get("overwrite") else ""
+                left = f"finished rows are kept; go on with the same command{how}"
+            raise Interruption(f"interrupted; {left}") from error
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse as click does, which takes the last of several values in silence: refuse them."""
@@ -86,14 +113,14 @@ def _common_options() -> list[click.Parameter]:
             help="Options from a YAML file (max-new-tokens: 64); those given here win.",
         ),
         common(["-q", "--quiet"], is_flag=True, callback=_set_levels, help="No notices and no progress."),
-        common(["-v", "--verbose"], is_flag=True, callback=_set_levels, help="Also say how it is done."),
+        common(["-v", "--verbose"], is_flag=True, callback=_set_levels, help="Log details."),
         common(
             ["--log-level"],
             type=click.Choice(_LEVELS),
             callback=_set_levels,
             help="Log this and worse, with times, of all libraries too.",
         ),
-        common(["--debug"], is_flag=True, help="Show the traceback of an error."),
+        common(["--debug"], is_flag=True, callback=_set_debug, help="Show the traceback of an error."),
     ]
 
 
@@ -111,19 +138,19 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
         raise ConfigError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} holds no options; expected lines such as max-new-tokens: 64")
-    known = {
-        name.lstrip("-"): param
-        for param in ctx.command.params
-        if not (isinstance(param, Option) and param.name == "config")
-        for name in ([param.human_readable_name.lower()] if isinstance(param, click.Argument) else param.opts)
-    }
+    known: dict[str, tuple[click.Parameter, bool]] = {}  # with whether the name is that of the opposite
+    for param in ctx.command.params:
+        names = [param.human_readable_name.lower()] if isinstance(param, click.Argument) else param.opts
+        known |= {name.lstrip("-"): (param, False) for name in names if param.name != "config"}
+        known |= {name.lstrip("-"): (param, True) for name in param.secondary_opts}
     defaults: dict[str, Any] = {}
     for key, value in content.items():
         name = str(key).replace("_", "-")
         if name not in known:
             nearest = "".join(f"; the nearest is {one}" for one in get_close_matches(name, known, n=1, cutoff=0.5))
             raise ConfigError(f"--config {path}: {ctx.command_path} has no option {key!r}{nearest}")
-        param = known[name]
+        param, is_opposite = known[name]
+        value = not value if is_opposite and isinstance(value, bool) else value
         is_list = param.multiple if isinstance(param, click.Option) else param.nargs == -1
         takes_list = is_list or getattr(param.type, "takes_list", False)
         if isinstance(value, dict) or (isinstance(value, list) and not takes_list):
@@ -131,6 +158,12 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
         if param.name is not None and value is not None:
             defaults[param.name] = [value] if is_list and not isinstance(value, list) else value
     ctx.default_map = {**(ctx.default_map or {}), **defaults}
+
+
+def _set_debug(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
+    if value and isinstance(ctx.obj, Session):
+        ctx.obj.debug = True
+    return value
 
 
 class _StandardError(logging.Handler):
@@ -149,8 +182,9 @@ def _set_levels(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
     given[str(param.name)] = value
     if len(given) < 3:
         return value
-    if given["quiet"] and given["verbose"]:
-        raise ConfigError("--quiet and --verbose were both given; leave one of them out")
+    both = [f"--{name.replace('_', '-')}" for name, one in given.items() if one]
+    if len(both) > 1:
+        raise ConfigError(f"{both[0]} and {both[1]} were both given; leave one of them out")
     package, root = logging.getLogger("ensembler"), logging.getLogger()
     level = given["log_level"]
     root.removeHandler(_handler)

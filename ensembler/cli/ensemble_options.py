@@ -39,7 +39,7 @@ class EnsembleOptions:
     offload_folder: str | None = None
 
     def load_config(self) -> EnsembleConfig:
-        """Return the configuration: that of the folder (with α, dtypes and places changed), or one of the members."""
+        """Return the configuration: that of the folder (with the options given), or one of the members."""
         if self.ensemble is not None:
             return self._from_folder(self.ensemble)
         return self._from_members()
@@ -63,7 +63,8 @@ class EnsembleOptions:
         from ensembler import folder
         from ensembler.demo import demo_folder
 
-        if self._members():
+        beside = (self.source_ft, self.source_ft_adapter, self.source_pt, self.target_pt, *self.member)
+        if any(one is not None for one in beside):
             raise ConfigError(f"a member was given beside the ensemble {name!r}; give the folder, or the members alone")
         config = folder.read(demo_folder() if name == DEMO else folder.find(name))
         changes = {
@@ -97,7 +98,7 @@ class EnsembleOptions:
         return self._placed(config)
 
     def _placed(self, config: EnsembleConfig) -> EnsembleConfig:
-        """The configuration with what was said about where and how members are loaded."""
+        """Return the configuration with the options for loading members."""
         roles = tuple(config.members)
         for role, patch in self._patches(config).items():
             if config.members[role].adapter is not None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ensembler.cli.command_class import log, section
+from ensembler.cli.command_class import Decorated, log, section
 from ensembler.cli.option_groups import PATH
 from ensembler.errors import ConfigError
 from ensembler.launch import num_ranks
@@ -19,8 +18,6 @@ from ensembler.launch import num_ranks
 if TYPE_CHECKING:
     from ensembler.evaluation.tasks import TextTask
     from ensembler.serving.choice import BackendChoice
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 _speed = section("Speed")
 _BACKEND = _speed(
@@ -38,7 +35,7 @@ _ENGINE_ARG = _speed(
 )
 
 
-def backend_options(function: Command) -> Command:
+def backend_options(function: Decorated) -> Decorated:
     """Add --backend and --engine-arg; the command gets them as one `BackendChoice` under `backend`."""
 
     @wraps(function)
@@ -48,7 +45,7 @@ def backend_options(function: Command) -> Command:
     command: Any = collected
     for option in (_ENGINE_ARG, _BACKEND):
         command = option(command)
-    result: Command = command
+    result: Decorated = command
     return result
 
 
@@ -190,7 +187,7 @@ _TASK_OPTIONS = (
 )
 
 
-def task_options(function: Command) -> Command:
+def task_options(function: Decorated) -> Decorated:
     """Add the options that say which tasks, as one `TaskOptions` under `tasks`; `ensemble_options` stands above."""
 
     @wraps(function)
@@ -208,5 +205,5 @@ def task_options(function: Command) -> Command:
     command: Any = collected
     for option in reversed(_TASK_OPTIONS):
         command = option(command)
-    result: Command = command
+    result: Decorated = command
     return result

@@ -7,22 +7,22 @@ from pathlib import Path
 import click
 
 from ensembler.cli.command_class import Command
-from ensembler.cli.option_groups import PATH, files, overwrite_option
+from ensembler.cli.option_groups import PATH, output_option, replace_option
 from ensembler.errors import ConfigError
 
 
 @click.command(cls=Command)
 @click.argument("run", type=PATH, metavar="RUN")
-@files(
+@output_option(
     "--what",
     type=click.Choice(["rows", "documents", "notes", "settings"]),
     default="rows",
     show_default=True,
     help="Answers and metrics, questions, costs and failures, or what all of it depends on.",
 )
-@files("--output", type=PATH, metavar="FILE", help="The file to write.  [default: print]")
-@overwrite_option
-@files(
+@output_option("--output", type=PATH, metavar="FILE", help="The file to write.  [default: print]")
+@replace_option
+@output_option(
     "--format",
     "form",
     type=click.Choice(["jsonl", "parquet"]),

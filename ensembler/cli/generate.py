@@ -18,9 +18,9 @@ from ensembler.cli.option_groups import (
     PATH,
     decoding_options,
     ensemble_options,
-    files,
+    output_option,
     overwrite_option,
-    prompts,
+    prompt_option,
     strict_option,
 )
 from ensembler.cli.ranks import launched, on_each, on_first
@@ -29,9 +29,8 @@ from ensembler.launch import RANK_TIMEOUT
 
 if TYPE_CHECKING:
     from ensembler.cli.printing import Printer
-    from ensembler.decoding.batching import TextLimits
     from ensembler.decoding.decoding_options import DecodingOptions
-    from ensembler.decoding.output_file import ResultsFile
+    from ensembler.decoding.output_file import OutputFile
     from ensembler.decoding.prompts import EncodedPrompt, Prompt
     from ensembler.decoding.texts import Completion, GridCompletion
     from ensembler.preflight import CheckedEnsemble
@@ -41,20 +40,20 @@ if TYPE_CHECKING:
 _speed = section("Speed")
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, is_resumable=True)
 @ensemble_options(several=True)
-@prompts("--prompt", multiple=True, metavar="TEXT", help="A prompt; repeat it. Without any, standard input is one.")
-@prompts("--data", type=PATH, metavar="FILE", help='JSON lines: {"prompt": "...", ...}; rows carry all fields back.')
-@prompts("--chat", is_flag=True, help="Put the prompt into the anchor's chat template.")
-@prompts("--system", metavar="TEXT", help="The system message for --chat.")
+@prompt_option("--prompt", multiple=True, metavar="TEXT", help="A prompt; repeat it. Without any, stdin is one.")
+@prompt_option("--data", type=PATH, metavar="FILE", help='JSON lines: {"prompt": "...", ...}; rows keep all fields.')
+@prompt_option("--chat", is_flag=True, help="Put the prompt into the anchor's chat template.")
+@prompt_option("--system", metavar="TEXT", help="The system message for --chat.")
 @decoding_options
-@files("--output", type=PATH, metavar="FILE", help="Write JSON lines in input order; goes on where it stopped.")
+@output_option("--output", type=PATH, metavar="FILE", help="Write JSON lines in input order; goes on where it stopped.")
 @overwrite_option
 @strict_option
-@files("--json", "as_json", is_flag=True, help="Print a JSON line for each prompt, in input order.")
-@files("--stream/--no-stream", default=None, help="Print tokens as they come.  [default: on a terminal]")
-@files("--explain", is_flag=True, help="Mark the tokens that are not the anchor's own choice.")
-@files("--stats", is_flag=True, help="Say on standard error where the time went; one JSON line with --json.")
+@output_option("--json", "as_json", is_flag=True, help="Print a JSON line for each new row, in input order.")
+@output_option("--stream/--no-stream", default=None, help="Print tokens as they come.  [default: on a terminal]")
+@output_option("--explain", is_flag=True, help="Mark the tokens that are not the anchor's own choice.")
+@output_option("--stats", is_flag=True, help="Say on standard error where the time went; one JSON line with --json.")
 @_speed("--batch-size", type=click.IntRange(1), default=8, show_default=True, help="Prompts decoded together.")
 @_speed("--compile", "compiled", is_flag=True, help="Compile decode steps: slow to start.")
 @_speed("--no-cuda-graphs", is_flag=True, help="Launch every step piece by piece on GPUs, to look for a fault.")
@@ -109,11 +108,13 @@ def generate(
     from ensembler.cli.printing import Printer, print_stats, say_why_plain
     from ensembler.decoding.decode_stats import DecodingStats, Meter
     from ensembler.decoding.drafting import check_draft
-    from ensembler.decoding.output_file import ResultsFile, check_output
+    from ensembler.decoding.output_file import OutputFile, check_output
     from ensembler.decoding.prompts import encode_prompts
     from ensembler.decoding.texts import complete_grid, complete_prompts, decoder_of, run_settings
     from ensembler.engine.cuda_graphs import check_compiler
     from ensembler.engine.grid import make_grid
+    from ensembler.evaluation.provenance import describe_ensemble
+    from ensembler.files import check_not_input, digest
     from ensembler.modeling import EnsembleForCausalLM
     from ensembler.preflight import check_ensemble
 
@@ -121,6 +122,7 @@ def generate(
     has_grid = len(rules) > 1 or len(alphas) > 1
     if on_vllm:
         options = {"--compile": compiled, "--explain": explain, "--stream": bool(stream), "--stats": stats}
+        options["--no-cuda-graphs"] = no_cuda_graphs
         _check_vllm(decoding, {**options, "a grid of --alpha or --rule": has_grid})
     if has_grid and (explain or stream):
         raise ConfigError(
@@ -132,8 +134,8 @@ def generate(
         all_prompts = _read(prompt, data, skip)
         if output is not None:
             check_output(output)
-            if data is not None and output.exists() and output.samefile(data):
-                raise ConfigError(f"--output is the file of the prompts, {data}; choose another name")
+            if data is not None:
+                check_not_input(output, data)
         return all_prompts
 
     if compiled:
@@ -153,22 +155,29 @@ def generate(
             raise PromptError("no prompt is left to decode; mend the skipped lines")
         plain = not as_json and not explain and output is None and not has_grid
         streamer = _streamer(stream, plain and len(encoded) == 1 and not on_vllm, decoding, tokenizer)
-        printer = Printer(
-            tokenizer,
-            [one.number for one in encoded],
-            {one.number: one.fields for one in all_prompts},
-            as_json=as_json,
-            is_shown=as_json or (output is None and streamer is None),
-        )
+        fields = {one.number: one.fields for one in all_prompts}
+        results: OutputFile | None = None
 
-        def open_results(model: TextLimits) -> ResultsFile | None:
+        def open_output() -> frozenset[int]:
+            nonlocal results
             if output is None:
-                return None
-            settings = run_settings(model, encoded, decoding, points=points, backend=backend.describe(checked))
-            return ResultsFile(output, settings, overwrite=overwrite)
+                return frozenset()
+            settings = run_settings(checked, encoded, decoding, points=points, backend=backend.describe(checked))
+            settings |= {"members": describe_ensemble(checked)["members"], "explain": explain}
+            settings["fields"] = digest([fields[one.number] for one in encoded])
+            results = OutputFile(output, settings, overwrite=overwrite)
+            return results.done
 
+        done = on_first(world, open_output)
+        left = [one.number for one in encoded if one.number not in done]
+        if not left:
+            log.info("nothing to do: all %d prompts have their rows already", len(encoded))
+            return
+        printer = Printer(
+            tokenizer, left, fields, as_json=as_json, is_shown=as_json or (output is None and streamer is None)
+        )
         if on_vllm:
-            _decode_on_vllm(checked, backend, encoded, decoding, open_results, printer)
+            _decode_on_vllm(checked, backend, encoded, decoding, done, results, printer)
             return
         model = EnsembleForCausalLM.from_checked(checked, world=world)
         if no_cuda_graphs:
@@ -178,14 +187,6 @@ def generate(
             model.compile_members()
         if explain:
             printer.explain_with(model)
-        results: ResultsFile | None = None
-
-        def open_on_first() -> frozenset[int]:
-            nonlocal results
-            results = open_results(model)
-            return frozenset() if results is None else results.done
-
-        done = on_first(world, open_on_first)
         meter = Meter(DecodingStats()) if stats else None
         decoder = decoder_of(decoding, streamer=streamer, meter=meter, **({"points": points} if points else {}))
         completions: Iterable[Completion | GridCompletion]
@@ -218,17 +219,15 @@ def _decode_on_vllm(
     backend: BackendChoice,
     prompts: list[EncodedPrompt],
     decoding: DecodingOptions,
-    open_results: Callable[[TextLimits], ResultsFile | None],
+    done: frozenset[int],
+    results: OutputFile | None,
     printer: Printer,
 ) -> None:
     """All prompts are in the engine at once, which returns each when it is finished."""
     from ensembler.serving.vllm_engine import Engine, complete_in_engine
 
-    engine = Engine(checked, backend.arguments)
-    results = open_results(engine)
-    done: frozenset[int] = frozenset() if results is None else results.done
     left = [prompt for prompt in prompts if prompt.number not in done]
-    with engine if left else nullcontext():
+    with Engine(checked, backend.arguments) as engine:
         completions = complete_in_engine(engine, checked.require_tokenizer(), left, decoding)
         _write(completions, len(prompts), len(done), results, printer)
 
@@ -237,7 +236,7 @@ def _write(
     completions: Iterable[Completion | GridCompletion],
     num_prompts: int,
     num_done: int,
-    results: ResultsFile | None,
+    results: OutputFile | None,
     printer: Printer,
 ) -> None:
     """Hand on each row at once, and say at the end how fast it went."""
@@ -252,9 +251,6 @@ def _write(
             num_texts += len(completion.all_samples)
             num_tokens += sum(sample.num_tokens for sample in completion.all_samples)
             advance(1)
-    if num_done == num_prompts:
-        log.info("nothing to do: all %d prompts have their rows already", num_prompts)
-        return
     seconds = time.perf_counter() - start
     rate = num_tokens / seconds
     log.info("texts: %d, tokens: %d, seconds: %.1f, tokens/s: %.1f", num_texts, num_tokens, seconds, rate)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ensembler.cli.command_class import log, section
+from ensembler.cli.command_class import Decorated, log, section
 from ensembler.cli.ensemble_options import by_role
 from ensembler.cli.option_groups import PATH
 from ensembler.errors import ConfigError
@@ -46,7 +45,6 @@ def say_others(num: int) -> None:
 
 
 _TEXTS, _IMAGES = "text-generation", "image-classification"
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ _IMAGE_OPTIONS = (
 )
 
 
-def image_options(function: Command) -> Command:
+def image_options(function: Decorated) -> Decorated:
     """Add the options that make an ensemble one of image classifiers; the command gets them as `images`."""
 
     @wraps(function)
@@ -113,7 +111,7 @@ def image_options(function: Command) -> Command:
     command: Any = collected
     for option in reversed(_IMAGE_OPTIONS):
         command = option(command)
-    result: Command = command
+    result: Decorated = command
     return result
 
 

@@ -8,14 +8,14 @@ import click
 
 from ensembler.cli.command_class import Command, log
 from ensembler.cli.ensemble_options import EnsembleOptions
-from ensembler.cli.option_groups import ensemble_options, files, prompts
+from ensembler.cli.option_groups import ensemble_options, output_option, prompt_option
 
 
 @click.command(cls=Command)
 @ensemble_options()
-@prompts("--prompt", metavar="TEXT", help="Show the most probable next tokens of every member after this text.")
-@prompts("--top-k", type=click.IntRange(1), default=5, show_default=True, help="How many next tokens.")
-@files("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@prompt_option("--prompt", metavar="TEXT", help="Show the most probable next tokens of every member after this text.")
+@prompt_option("--top-k", type=click.IntRange(1), default=5, show_default=True, help="How many next tokens.")
+@output_option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def inspect(given: EnsembleOptions, prompt: str | None, top_k: int, as_json: bool) -> None:
     """Show the members of ENSEMBLE, their weights at alpha, the vocabulary contract and the memory that they take.
 

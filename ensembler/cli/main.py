@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
+from typing import Any
 
 import click
 
@@ -13,6 +15,7 @@ from ensembler import __version__
 from ensembler.cli.bench import bench
 from ensembler.cli.chat import chat
 from ensembler.cli.classify import classify
+from ensembler.cli.command_class import Session
 from ensembler.cli.create import create
 from ensembler.cli.export import export
 from ensembler.cli.generate import generate
@@ -28,7 +31,6 @@ from ensembler.launch import num_ranks, this_rank
 
 INTERRUPTED = 130
 SEVERAL_PROCESSES = ("bench", "generate", "lm-eval", "sweep")
-_RESUMABLE = ("generate", "score", "sweep", "bench")
 
 
 @click.group(
@@ -64,17 +66,12 @@ for command in (create, inspect, plan, generate, classify, score, sweep, bench, 
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit: 0, 2 for bad input, 1 for a failed run, 130 for Ctrl-C."""
     arguments = sys.argv[1:] if args is None else args
-    if "--debug" in arguments[: arguments.index("--") if "--" in arguments else None]:
-        cli.main(arguments, prog_name="ensembler", standalone_mode=False)
-        return
     _quiet_libraries()
+    session = Session()
     try:
-        code = cli.main(arguments, prog_name="ensembler", standalone_mode=False)
+        code = _run(arguments, session)
     except (KeyboardInterrupt, click.Abort):
-        command = next((one for one in arguments if one in cli.commands), "")
-        has_rows = command in ("sweep", "bench") or any(one.startswith("--output") for one in arguments)
-        kept = "finished rows are kept; go on with the same command" if command in _RESUMABLE and has_rows else None
-        code = _fail(f"interrupted; {kept or 'nothing half-written is left'}", INTERRUPTED)
+        code = _fail("interrupted", INTERRUPTED)
     except EnsemblerError as error:
         reporter = error.reporter if isinstance(error, RankError) else 0
         code = _fail(str(error), error.exit_code, reporter)
@@ -89,6 +86,16 @@ def main(args: list[str] | None = None) -> None:
     except Exception as error:  # a fault of ours or of a library below: one line too, the traceback on request
         code = _fail(f"{type(error).__name__}: {error} (add --debug for the traceback)", 1, reporter=this_rank())
     _leave(code if isinstance(code, int) else 0)
+
+
+def _run(arguments: list[str], session: Session) -> Any:
+    """Run the command line; print the traceback of what it raises where that was asked for."""
+    try:
+        return cli.main(arguments, prog_name="ensembler", standalone_mode=False, obj=session)
+    except Exception:
+        if session.debug:
+            traceback.print_exc()
+        raise
 
 
 def _leave(code: int) -> None:

@@ -6,19 +6,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ensembler.cli.command_class import section
+from ensembler.cli.command_class import Decorated, section
 from ensembler.cli.ensemble_options import EnsembleOptions
 from ensembler.errors import ConfigError
 from ensembler.rules import RULE_NAMES, parse_alphas
 
 if TYPE_CHECKING:
     from ensembler.decoding.decoding_options import DecodingOptions
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class AlphaType(click.ParamType[Any]):
@@ -35,6 +33,8 @@ class AlphaType(click.ParamType[Any]):
         if isinstance(value, tuple):
             return value
         alphas = parse_alphas(",".join(map(str, value)) if isinstance(value, list) else str(value))
+        if len(set(alphas)) < len(alphas):
+            raise ConfigError(f"--alpha {value} names a number twice; name it once")
         if self._several:
             return alphas
         if len(alphas) > 1:
@@ -142,14 +142,18 @@ _DEVICE_OPTIONS = (
 
 _decoding, _speed = section("Decoding"), section("Speed")
 _DECODING_OPTIONS = (
-    _decoding("--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Tokens each."),
+    _decoding(
+        "--max-new-tokens", type=click.IntRange(1), default=128, show_default=True, help="Most tokens of a text."
+    ),
     _decoding("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy."),
     _decoding("--top-k", type=click.IntRange(1), help="Sample from the K most probable tokens."),
     _decoding("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from the nucleus of this mass."),
     _decoding("--min-p", type=click.FloatRange(0, 1), help="Sample tokens above this fraction of the largest."),
     _decoding("--repetition-penalty", type=click.FloatRange(0, min_open=True), help="Above 1 discourages repeats."),
     _decoding("--num-beams", type=click.IntRange(1), default=1, show_default=True, help="Beam search above 1."),
-    _decoding("--num-return-sequences", type=click.IntRange(1), default=1, show_default=True, help="Texts each."),
+    _decoding(
+        "--num-return-sequences", type=click.IntRange(1), default=1, show_default=True, help="Texts of a prompt."
+    ),
     _decoding("--stop", multiple=True, metavar="TEXT", help="End a text here and cut it off; repeat it."),
     _decoding("--seed", type=click.IntRange(0), help="Makes sampling repeatable."),
     _speed(
@@ -189,7 +193,7 @@ _PLAN_OPTIONS = (
 
 def ensemble_options(
     *, argument: bool = True, several: bool = False, default_alpha: str = "folder's, or 1"
-) -> Callable[[Command], Command]:
+) -> Callable[[Decorated], Decorated]:
     """Add the options that say which ensemble; the command gets them as one `EnsembleOptions` under `given`.
 
     With `several`, --rule and --alpha take several, and the command gets them as tuples under `rules` and `alphas`,
@@ -203,7 +207,7 @@ def ensemble_options(
         *_DEVICE_OPTIONS,
     ]
 
-    def decorate(function: Command) -> Command:
+    def decorate(function: Decorated) -> Decorated:
         @wraps(function)
         def collected(*args: Any, ensemble: str | None = None, **kwargs: Any) -> Any:
             if several:
@@ -220,7 +224,7 @@ def ensemble_options(
             others: dict[str, Any] = {name: kwargs.pop(name) for name in names}
             return function(*args, given=EnsembleOptions(ensemble=ensemble, **(point | others)), **kwargs)
 
-        command: Command = _with_options(collected, options)
+        command: Decorated = _with_options(collected, options)
         return click.argument("ensemble", required=False)(command) if argument else command
 
     return decorate
@@ -232,19 +236,19 @@ def _with_options(command: Any, options: Sequence[Callable[..., Any]]) -> Any:
     return command
 
 
-def point_options(function: Command) -> Command:
+def point_options(function: Decorated) -> Decorated:
     """Add --rule and --alpha of one point: `rule` and `alpha`."""
-    command: Command = _with_options(function, _point_options(several=False, default_alpha="folder's, or 1"))
+    command: Decorated = _with_options(function, _point_options(several=False, default_alpha="folder's, or 1"))
     return command
 
 
-def plan_options(function: Command) -> Command:
+def plan_options(function: Decorated) -> Decorated:
     """Add the options that say for what a placement is planned: `budget`, `context` and `batch_size`."""
-    command: Command = _with_options(function, _PLAN_OPTIONS)
+    command: Decorated = _with_options(function, _PLAN_OPTIONS)
     return command
 
 
-def decoding_options(function: Command) -> Command:
+def decoding_options(function: Decorated) -> Decorated:
     """Add the options that say how to decode; the command gets them as one `DecodingOptions` under `decoding`."""
 
     @wraps(function)
@@ -255,14 +259,15 @@ def decoding_options(function: Command) -> Command:
         decoding: DecodingOptions = DecodingOptions(**{name: kwargs.pop(name) for name in names})
         return function(*args, decoding=decoding, **kwargs)
 
-    command: Command = _with_options(collected, _DECODING_OPTIONS)
+    command: Decorated = _with_options(collected, _DECODING_OPTIONS)
     return command
 
 
-prompts, files = section("Prompts"), section("Input and output")
+prompt_option, output_option = section("Prompts"), section("Input and output")
 PATH = click.Path(path_type=Path)
-overwrite_option = files("--overwrite", is_flag=True, help="Begin again where --output exists.")
-strict_option = files(
+overwrite_option = output_option("--overwrite", is_flag=True, help="Begin again where --output exists.")
+replace_option = output_option("--overwrite", is_flag=True, help="Replace --output if it exists.")
+strict_option = output_option(
     "--strict/--skip-bad",
     default=True,
     help="Refuse rows or images that cannot be read, or name and skip them.  [default: strict]",

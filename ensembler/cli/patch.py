@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ensembler.cli.command_class import Command, log, section
-from ensembler.cli.option_groups import PATH, files, overwrite_option
+from ensembler.cli.option_groups import PATH, output_option, replace_option
 from ensembler.errors import ConfigError
 
 _patch = section("Patch")
@@ -29,8 +29,8 @@ def patch() -> None:
 @patch.command()
 @click.argument("patch")
 @_patch("--to", required=True, metavar="MODEL", help="The model to add it to, an updated one for example.")
-@files("--output", type=PATH, metavar="DIR", help="The new folder.")
-@overwrite_option
+@output_option("--output", type=PATH, metavar="DIR", help="The new folder.")
+@replace_option
 @_patch("--scale", type=float, default=1.0, show_default=True, help="Strength of PATCH.")
 @_patch("--also", multiple=True, metavar="PATCH2", help="Add another patch too; repeat it.")
 @_patch("--scale2", type=float, multiple=True, help="Strength of PATCH2, one for each --also.  [default: 1]")
@@ -104,13 +104,13 @@ def _check_dtype(dtype: str | None) -> None:
 @patch.command()
 @_patch("--base", required=True, metavar="MODEL", help="The model before the fine-tuning, θ.")
 @_patch("--finetuned", required=True, metavar="MODEL", help="The model after it, θ_i.")
-@files("--output", required=True, type=PATH, metavar="DIR", help="The new patch folder.")
-@overwrite_option
+@output_option("--output", required=True, type=PATH, metavar="DIR", help="The new patch folder.")
+@replace_option
 @_patch("--rank", type=int, help="Keep this many singular values of every matrix.")
 @_patch("--energy", type=float, help="Keep this share of every matrix's ‖Δ‖².  [default: 0.95]")
 @_patch("--full", is_flag=True, help="Keep every delta as it is: as large as the model.")
 @_patch("--dtype", default="float32", show_default=True, metavar="DTYPE", help="Of the factors and deltas.")
-@files("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@output_option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def extract(
     base: str,
     finetuned: str,
@@ -164,8 +164,8 @@ def extract(
 @_patch("--to", metavar="MODEL", help="Measure θ′ + Δθ_i and what rounding loses, of this model θ′.")
 @_patch("--base", metavar="MODEL", help="Measure Δθ_i against θ′ - θ, with this θ.")
 @_patch("--other", metavar="PATCH2", help="Measure the residual Δθ′_i - Δθ_i, with this Δθ′_i.")
-@files("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@files("--png", type=PATH, metavar="FILE", help="Draw sizes over layers and modules.")
+@output_option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@output_option("--png", type=PATH, metavar="FILE", help="Draw sizes over layers and modules.")
 @_patch("--force", is_flag=True, help="Do not warn when PATCH was made for another model than --base.")
 @_patch("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
 def inspect(

@@ -12,7 +12,7 @@ import click
 
 from ensembler.cli.command_class import Command
 from ensembler.cli.ensemble_options import EnsembleOptions, by_role
-from ensembler.cli.option_groups import ensemble_options, files, plan_options
+from ensembler.cli.option_groups import ensemble_options, output_option, plan_options
 from ensembler.errors import InputError, PlacementError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.command(cls=Command)
 @ensemble_options()
 @plan_options
-@files("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
+@output_option("--json", "as_json", is_flag=True, help="Print one JSON object, sizes in bytes.")
 def plan(given: EnsembleOptions, budget: tuple[str, ...], context: int | None, batch_size: int, as_json: bool) -> None:
     """Propose where the members of ENSEMBLE go, and what to quantise if they do not fit.
 

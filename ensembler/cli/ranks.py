@@ -50,7 +50,7 @@ def on_first(world: World | None, function: Callable[[], Result]) -> Result:
 
 @contextmanager
 def naming_rank() -> Iterator[None]:
-    """Of several processes the one that failed says so; what all of them were given alike, the first one."""
+    """Let the process that failed report its error; the first reports errors in what all were given."""
     try:
         yield
     except EnsemblerError as error:

@@ -14,14 +14,14 @@ import click
 
 from ensembler.cli.command_class import Command, log, section
 from ensembler.cli.ensemble_options import EnsembleOptions
-from ensembler.cli.option_groups import PATH, ensemble_options, files, overwrite_option, strict_option
+from ensembler.cli.option_groups import PATH, ensemble_options, output_option, overwrite_option, strict_option
 from ensembler.errors import ConfigError
 from ensembler.planning.sizes import show_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence, Set
 
-    from ensembler.decoding.output_file import ResultsFile
+    from ensembler.decoding.output_file import OutputFile
     from ensembler.engine.grid import GridPoint
     from ensembler.evaluation.backends import Advance
     from ensembler.evaluation.requests import ScoringRequest
@@ -33,19 +33,19 @@ if TYPE_CHECKING:
 _scoring, _speed = section("Scores"), section("Speed")
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, is_resumable=True)
 @ensemble_options(several=True)
-@files(
+@output_option(
     "--data",
     required=True,
     type=PATH,
     metavar="FILE",
     help='JSON lines: {"text": "..."}, or {"prompt": "...", "continuation": "..."}, or with "choices": ["...", ...].',
 )
-@files("--output", type=PATH, metavar="FILE", help="Write JSON lines in input order; goes on where it stopped.")
+@output_option("--output", type=PATH, metavar="FILE", help="Write JSON lines in input order; goes on where it stopped.")
 @overwrite_option
 @strict_option
-@files("--json", "as_json", is_flag=True, help="Print a JSON line for each of --data, in input order.")
+@output_option("--json", "as_json", is_flag=True, help="Print a JSON line for each of --data, in input order.")
 @_scoring("--per-token", is_flag=True, help="Add the tokens and the log-prob of each to the JSON lines.")
 @_scoring(
     "--top-k-logits",
@@ -80,29 +80,32 @@ def score(
     options |= {"top-k-logits": top_k_logits is not None, "json": as_json}
     num_points = max(len(rules), 1) * max(len(alphas), 1)
     _check_options([option for option, is_given in options.items() if is_given], output, num_points)
-    from ensembler.decoding.output_file import ResultsFile, check_output
+    from ensembler.decoding.output_file import OutputFile, check_output
     from ensembler.engine.grid import make_grid
     from ensembler.evaluation.backends import TransformersBackend
     from ensembler.evaluation.offline import LogitsFolder, OfflineScorer
+    from ensembler.evaluation.provenance import describe_ensemble
     from ensembler.evaluation.request_batches import can_share_contexts, make_batches
     from ensembler.evaluation.requests import read_requests
     from ensembler.evaluation.scoring import run_settings
     from ensembler.evaluation.top_k import TopKWriter
+    from ensembler.files import check_not_input
     from ensembler.modeling import EnsembleForCausalLM
     from ensembler.preflight import check_ensemble
 
     skip = None if strict else (lambda message: log.warning("skipped: %s", message))
-    if output is not None and top_k_logits is None:
-        check_output(output)
-        if output.resolve() == data.resolve():
-            raise ConfigError(f"--output is the file of the data, {data}; choose another name")
+    if output is not None:
+        check_not_input(output, data)
+        if top_k_logits is None:
+            check_output(output)
     checked = check_ensemble(given.load_config())
     rule = checked.config.get_rule()
     points = make_grid(rules or (rule.name,), alphas or (checked.config.alpha,))
     tokenizer = checked.require_tokenizer()
     requests = read_requests(data, tokenizer, context=checked.shortest_context, skip=skip)
     _warn_of_spaces(requests)
-    settings = {"batch_size": batch_size, "per_token": per_token, "top_k": top_k_logits}
+    settings: dict[str, Any] = {"batch_size": batch_size, "per_token": per_token, "top_k": top_k_logits}
+    settings |= {"members": describe_ensemble(checked)["members"]}
     settings = run_settings(checked.config, requests, points, settings)
     if top_k_logits is not None and output is not None:
         folder = LogitsFolder(output, settings, overwrite=overwrite)
@@ -111,7 +114,7 @@ def score(
         _write_top_k(EnsembleForCausalLM.from_checked(checked), writer, points[0], batch_size)
         return
     batches = make_batches(requests, batch_size, share_contexts=can_share_contexts(checked.model_configs.values()))
-    results = None if output is None else ResultsFile(output, settings, overwrite=overwrite)
+    results = None if output is None else OutputFile(output, settings, overwrite=overwrite)
     done = frozenset[int]() if results is None else results.done
     batches = [batch for batch in batches if any(one.number not in done for one in batch.requests)]
     num_steps = sum(len(batch.requests) for batch in batches)
@@ -165,7 +168,7 @@ def _score(
     num_steps: int,
     done: Set[int],
     points: Sequence[GridPoint],
-    results: ResultsFile | None,
+    results: OutputFile | None,
     requests: Sequence[ScoringRequest],
     tokenizer: Any | None,
     *,

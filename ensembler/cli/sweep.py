@@ -13,7 +13,7 @@ from ensembler.cli.ensemble_options import DEMO, EnsembleOptions
 from ensembler.cli.evaluation_options import TaskOptions, backend_options, task_options, tasks_section
 from ensembler.cli.figures_output import begin, finish, read_batch_size
 from ensembler.cli.image_options import plan_images
-from ensembler.cli.option_groups import PATH, ensemble_options, files, overwrite_option, strict_option
+from ensembler.cli.option_groups import PATH, ensemble_options, output_option, overwrite_option, strict_option
 from ensembler.cli.ranks import naming_rank, use_own_gpu
 from ensembler.errors import ConfigError
 from ensembler.launch import num_ranks, this_rank
@@ -31,7 +31,7 @@ NAME, ALPHAS = "sweep", "0:1.5:0.1"
 _choice, _statistics, _speed = section("Choice of alpha"), section("Statistics"), section("Speed")
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, is_resumable=True)
 @ensemble_options(several=True, default_alpha=ALPHAS)
 @task_options
 @tasks_section(
@@ -55,7 +55,7 @@ _choice, _statistics, _speed = section("Choice of alpha"), section("Statistics")
 @_statistics("--margin", type=float, metavar="M", help="Test if methods are alike to within M in the table's unit.")
 @_speed("--batch-size", default="8", show_default=True, metavar="N|auto", help="Documents asked together.")
 @_statistics("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of samples, draws and bootstrap.")
-@files(
+@output_option(
     "--output",
     type=PATH,
     default=Path("sweep"),
@@ -65,8 +65,8 @@ _choice, _statistics, _speed = section("Choice of alpha"), section("Statistics")
 )
 @overwrite_option
 @strict_option
-@files("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
-@files(
+@output_option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
+@output_option(
     "--log", "trackers", multiple=True, type=click.Choice(["wandb", "tensorboard"]), help="Also log the curve there."
 )
 @_choice("--write-alpha", is_flag=True, help="Put the alpha of the one task and rule into the folder ENSEMBLE.")
@@ -109,7 +109,7 @@ def sweep(
     from ensembler.evaluation.ensemble_plan import PlanOptions
     from ensembler.evaluation.methods import sweep_run
     from ensembler.evaluation.results_export import check_trackers
-    from ensembler.evaluation.store import Store, discard
+    from ensembler.evaluation.store import Store
     from ensembler.rules import parse_alphas
 
     options = PlanOptions(
@@ -131,9 +131,7 @@ def sweep(
     else:
         plan = _plan_texts(run, replace(tasks, strict=strict), options, backend, is_demo=given.ensemble == DEMO)
     folder = _check_write(given, plan) if write_alpha else None
-    if overwrite:
-        discard(output)
-    store = Store(output, plan.settings)
+    store = Store(output, plan.settings, overwrite=overwrite)
     if this_rank() == 0:
         _say_choice(run, options)
     with naming_rank():

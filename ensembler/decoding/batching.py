@@ -86,8 +86,13 @@ class PrefixCache:
 class TextLimits(Protocol):
     """The limits of an ensemble's texts: its end tokens and its context. A model has them, and an engine around it."""
 
-    config: Any
-    generation_config: Any
+    @property
+    def config(self) -> Any:
+        """The configuration of the ensemble."""
+
+    @property
+    def generation_config(self) -> Any:
+        """The generation config of the ensemble, or None."""
 
     @property
     def shortest_context(self) -> tuple[str, int] | None:

@@ -18,7 +18,7 @@ PHASES = ("prefill", "draft", "verify", "step", "choose")
 
 @dataclass
 class DecodingStats:
-    """Counts of a run. `rounds` are those that drafted; a plain step is one token for each running text.
+    """Counts of a run. `num_rounds` are those that drafted; a plain step is one token for each running text.
 
     `num_tokens` is left to who knows the texts; `num_rows`: those of all steps together. `draft`: who drafted, None for
     nobody; `plain_reason`: why nothing was drafted, or nothing any more; `by_transformers`: why `transformers`' own

@@ -10,7 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from ensembler.errors import OutputError
+from filelock import FileLock, Timeout
+
+from ensembler.errors import OutputError, RunError
 from ensembler.files import digest, write_whole
 
 
@@ -20,8 +22,14 @@ def check_output(path: Path) -> None:
         raise OutputError(f"{path.parent} is not a folder; make it first or choose another --output")
     if path.is_dir():
         raise OutputError(f"{path} is a folder; give the name of a file")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise OutputError(f"{path} may not be written to; choose another --output")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} is no ordinary file; name one, or leave --output out to print")
+    for each in (path.resolve().parent, path):  # a file is written by renaming another
+        if each.exists() and not os.access(each, os.W_OK):
+            raise OutputError(f"{each} may not be written to; choose another --output")
+
+
+_ABSENT = object()
 
 
 class RunSettings:
@@ -38,29 +46,33 @@ class RunSettings:
     def difference(self, path: Path) -> str:
         """Name the settings that differ from those in a file, with both values where those can be read; '' for none."""
         try:
-            then = dict(_flat(json.loads(path.read_text(encoding="utf-8"))))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            then, now = dict(_flat(content)), dict(_flat(self._settings))
         except (OSError, ValueError, AttributeError):
-            return f"which ones is not known, as {path.name} is missing"
-        now = dict(_flat(self._settings))
-        names = [name for name in dict.fromkeys((*then, *now)) if then.get(name) != now.get(name)]
+            return f"which ones is not known, as {path.name} is missing or damaged"
+        if digest(content) == self.digest:
+            return ""
+        names = [name for name in {**then, **now} if then.get(name, _ABSENT) != now.get(name, _ABSENT)]
         differences = [_difference(name, then.get(name), now.get(name)) for name in names[:3]]
         return ", ".join(differences) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-class ResultsFile:
+class OutputFile:
     """Rows with a 'number', one JSON line each, of a run with `settings` (JSON; all that the rows depend on).
 
-    A file of the same settings is gone on with, one of others raises OutputError, which names a difference: the
-    settings stand beside the file, in `path`.run.json, and each row holds their digest as `run`. With `overwrite`, the
-    file begins anew. Nothing is written before it is entered as a context; rows are written as they come, and `finish`
-    puts them in the order of their numbers in one rename.
+    Resume a file with the same settings; raise OutputError for one with others, and name a difference: the settings
+    stand beside the file, in `path`.run.json, and each row holds their digest as `run`. With `overwrite`, the file
+    begins anew. Nothing is written before it is entered as a context, which one process at a time may do; rows are
+    written as they come, and `finish` puts them in the order of their numbers in one rename.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
         check_output(path)
-        self.path = path
+        self.path = path.resolve()
         self._settings = RunSettings(settings)
-        self._rows = {} if overwrite or not path.exists() else self._read_rows()
+        self._overwrites = overwrite
+        self._rows = self._read_rows()
+        self._lock = FileLock(self.path.with_name(f".{self.path.name}.lock"))
 
     @property
     def settings_path(self) -> Path:
@@ -73,10 +85,13 @@ class ResultsFile:
         return frozenset(self._rows)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Write one row at once."""
+        """Write one row at once; raise RunError where the disk does not take it."""
         self._rows[row["number"]] = {**row, "run": self._settings.digest}
-        self._file.write(_line(self._rows[row["number"]]))
-        self._file.flush()
+        try:
+            self._file.write(_line(self._rows[row["number"]]))
+            self._file.flush()
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written: {error.strerror}; make room, and go on with it") from error
 
     def finish(self) -> None:
         """Put the rows in the order of their numbers: the run is complete."""
@@ -84,6 +99,13 @@ class ResultsFile:
         self._write_sorted()
 
     def __enter__(self) -> Self:
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise OutputError(f"another process writes {self.path}; wait for it, or choose another --output") from error
+        if self._read_rows() != self._rows:
+            self._release()
+            raise OutputError(f"another process has written to {self.path} meanwhile; start the command again")
         if not self._rows:
             with suppress(FileNotFoundError):
                 self.path.unlink()  # first: rows never stand beside the settings of others
@@ -99,12 +121,19 @@ class ResultsFile:
         self._file.close()
         if kind is None:
             self.finish()
+        self._release()
+
+    def _release(self) -> None:
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
 
     def _write_sorted(self) -> None:
         write_whole(self.path, (_line(self._rows[number]) for number in sorted(self._rows)))
 
     def _read_rows(self) -> dict[int, dict[str, Any]]:
         """Return the whole rows of an interrupted run; a last line without its end was torn and is made again."""
+        if self._overwrites or not self.path.exists():
+            return {}
         *lines, torn = self.path.read_bytes().split(b"\n")
         rows = {}
         for position, line in enumerate(lines):
@@ -134,7 +163,7 @@ def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
 
 
 def _difference(name: str, then: Any, now: Any) -> str:
-    if name in ("prompts", "rows"):  # a digest
+    if name in ("prompts", "rows", "fields"):  # a digest
         return f"the {name} are others"
     return f"{name} was {json.dumps(then, ensure_ascii=False)}, now {json.dumps(now, ensure_ascii=False)}"
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ensembler.errors import PromptError
+from ensembler.errors import ConfigError, PromptError
 
 Report = Callable[[str], None]
 Line = TypeVar("Line")
@@ -116,7 +116,7 @@ def encode_prompts(
         try:
             check_text(prompt.text, prompt.source)
             messages = [*start, {"role": "user", "content": prompt.text}]
-            ids = chat_ids(tokenizer, messages) if chat else text_ids(tokenizer, prompt.text)
+            ids = chat_ids(tokenizer, messages, prompt.source) if chat else text_ids(tokenizer, prompt.text)
             check_length(len(ids), prompt.source, context)
         except PromptError as error:
             if skip is None:
@@ -133,14 +133,17 @@ def text_ids(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def chat_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Return the ids of a conversation in the tokenizer's chat template, ready for the assistant's turn."""
+def chat_ids(tokenizer: Any, messages: list[dict[str, str]], source: str = "") -> list[int]:
+    """Return the ids of a conversation in the tokenizer's chat template, ready for the assistant's turn.
+
+    Raises ConfigError where there is none, PromptError where it refuses the messages, which are from `source`.
+    """
     if not tokenizer.chat_template:
-        raise PromptError("the anchor's tokenizer has no chat template; leave --chat out, or choose another anchor")
+        raise ConfigError("the anchor's tokenizer has no chat template; add one, or choose another anchor")
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates are programs of the models' authors and raise what they like
-        raise PromptError(f"the chat template refuses these messages: {error}") from error
+        raise PromptError(f"{source}{': ' * bool(source)}the chat template refuses these messages: {error}") from error
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
 

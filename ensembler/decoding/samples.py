@@ -138,7 +138,7 @@ class _StopStrings(StopStringCriteria):  # type: ignore[misc,unused-ignore]
 
 
 class StopInNewText(StoppingCriteria):  # type: ignore[misc,unused-ignore]
-    """StopChecker a row whose new text holds one of `stops`; a stop text that begins in the prompt is none.
+    """End a row whose new text holds one of `stops`; a stop text that begins in the prompt is none.
 
     `prompt_length`: positions of the batch before the new text.
     """

@@ -52,7 +52,7 @@ def run_settings(
     return {
         "prompts": digest([[prompt.number, prompt.ids] for prompt in prompts]),
         "ensemble": {key: value for key, value in model.config.to_dict().items() if key != "transformers_version"},
-        "end tokens": sorted(end_ids(model)),
+        "end tokens": [] if model.generation_config is None else sorted(end_ids(model)),
         "points": [f"{point.rule} at {point.alpha:g}" for point in points],
         **{name: value for name, value in asdict(options).items() if name not in _WITHOUT_EFFECT},
         "backend": dict(backend or {}),
@@ -156,6 +156,7 @@ def complete_grid(
     wanted = [prompt for prompt in prompts if prompt.number not in done]
     for one in _decode(model, tokenizer, wanted, options, decoder, batch_size):
         samples = _samples(one, tokenizer, end_ids(model), options.stop)
+        decoder.stats.num_tokens += sum(sample.num_tokens for of_point in samples for sample in of_point)
         yield GridCompletion(one.prompt.number, one.prompt.ids, dict(zip(points, samples, strict=True)), one.seconds)
 
 

@@ -54,7 +54,8 @@ class TextModels:
 class Bench:
     """All studies of a recipe, planned. Raises ConfigError, MemberError, VocabularyError, PatchError or PromptError.
 
-    `image_models`: `ImageModels` of `ensembler.vision`, for the experiments with `images`.
+    `models`: what loads the models and tasks of experiments of other kinds than language models on texts, by kind; it
+    has the methods of `TextModels`.
     """
 
     def __init__(
@@ -63,12 +64,14 @@ class Bench:
         *,
         confirm_run_unsafe_code: bool = False,
         backend: BackendChoice | None = None,
-        image_models: Any = None,
+        models: Mapping[type[Experiment], Any] | None = None,
     ) -> None:
         self.recipe = recipe
         self.backend = backend or BackendChoice()
-        self._text_models = TextModels(self.backend, confirm_run_unsafe_code)
-        self._image_models = image_models
+        self._models: dict[type[Experiment], Any] = {
+            Experiment: TextModels(self.backend, confirm_run_unsafe_code),
+            **(models or {}),
+        }
         self.studies: list[Study] = []
         faults: dict[str, InputError] = {}
         for experiment in recipe.experiments:
@@ -86,8 +89,8 @@ class Bench:
     def _plan(self, experiment: Experiment) -> Study:
         if not _NAME.fullmatch(experiment.name):
             raise ConfigError("its name cannot be one of results; use letters, digits, + - _ .")
-        models: Any = self._text_models if experiment.images is None else self._image_models
-        if self.backend.name != TRANSFORMERS and experiment.images is not None:
+        models = self._models[type(experiment)]
+        if self.backend.name != TRANSFORMERS and not isinstance(models, TextModels):
             raise ConfigError(f"its models are not run by {self.backend.name}; leave --backend out")
         found = [(run, *models.answerer(experiment, run.config)) for run in plan_runs(experiment)]
         if not all(models.are_alike(checked) for _, checked, _ in found):

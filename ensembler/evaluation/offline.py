@@ -10,6 +10,7 @@ import gc
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +24,16 @@ from ensembler.engine.grid import Grid, GridPoint
 from ensembler.engine.member_set import MemberSet
 from ensembler.engine.members import MemberFiles, group_members, load_members
 from ensembler.engine.model_runner import check_nan
-from ensembler.errors import ConfigError, OutputError, RunError
+from ensembler.errors import ConfigError, InputError, OutputError, RunError
 from ensembler.evaluation.backends import Advance, ignore
 from ensembler.evaluation.request_batches import Batch, Logits, Pass, run_passes
 from ensembler.evaluation.scoring import ScoredRequest, score_batch
-from ensembler.files import write_whole
+from ensembler.files import read_json, write_whole
 from ensembler.planning.member_sizes import member_dtype
 from ensembler.preflight import CheckedEnsemble
 
-_MARK = "run.json"  # this file holds the settings of the run, and says that the folder is ours to remove
+_MARK, _FORMAT = "run.json", "ensembler-logits"  # the settings of the run, by whose format the folder is known as ours
+_OWN = ("index.json", "*.safetensors", ".*.partial", _MARK)  # a partial file is left by a process that was killed
 
 
 class LogitsFolder:
@@ -43,21 +45,35 @@ class LogitsFolder:
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
         self.path = path
-        self._settings = RunSettings(settings)
+        self._settings = RunSettings({"format": _FORMAT, **settings})
         self._replaces = path.exists() and overwrite
         if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
             raise OutputError(f"{path.parent} is not a folder that may be written to; choose another --output")
         if not path.exists():
             return
-        if not path.is_dir() or (not (path / _MARK).is_file() and any(path.iterdir())):
+        if not path.is_dir() or not self._is_ours():
             raise OutputError(f"{path} holds something else than logits of a run; move it, or choose another --output")
-        if overwrite or not any(path.iterdir()):
+        if overwrite or not (path / _MARK).exists():
             return
         if difference := self._settings.difference(path / _MARK):
             raise OutputError(
                 f"{path} was begun with other settings: {difference}; choose another --output, or add --overwrite to "
                 "begin again"
             )
+
+    def _is_ours(self) -> bool:
+        """Return whether the folder is empty, or has the mark and no other files than ours."""
+        entries = set(self.path.iterdir())
+        if not entries:
+            return True
+        try:
+            return entries == set(self._own_files()) and read_json(self.path / _MARK)["format"] == _FORMAT
+        except (InputError, KeyError):
+            return False
+
+    def _own_files(self) -> list[Path]:
+        """Return our files in the folder; the mark comes last."""
+        return [file for pattern in _OWN for file in self.path.glob(pattern) if file.is_file()]
 
     def check_space(self, sizes: Mapping[str, int]) -> int:
         """Return the bytes of all files, `sizes` by name; raise OutputError where the missing ones have no room."""
@@ -94,11 +110,16 @@ class LogitsFolder:
         try:
             write_whole(self.path / name, content)
         except OutputError as error:
-            raise RunError(f"{error}, or make room or mend the disk, and go on with the same command") from error
+            raise RunError(
+                f"{error}, or make room or mend the disk, and go on with the same command, without --overwrite"
+            ) from error
 
     def remove(self) -> None:
-        """Remove the folder and what is in it."""
-        shutil.rmtree(self.path)
+        """Remove our files, and the folder unless something else was put into it."""
+        for file in self._own_files():
+            file.unlink()
+        with suppress(OSError):
+            self.path.rmdir()
         self._replaces = False
 
 

@@ -1,40 +1,31 @@
-"""Recipes of benchmarks: YAML files, read and checked before anything else is. A fault is told in one sentence."""
+"""The content of a recipe, checked: experiments with their models, tasks, methods, seeds and published figures."""
 
 from __future__ import annotations
 
-import difflib
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
     Field,
     SkipValidation,
-    ValidationError,
     ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from ensembler.config import MemberConfig
-from ensembler.errors import ConfigError
+from ensembler.errors import ConfigError, nearest
 from ensembler.evaluation.figures import COSTS, METHODS, ROLES, TUNED
 from ensembler.evaluation.lm_eval_settings import PromptSettings
 from ensembler.rules import parse_alphas
-
-_OF_TEXTS = ("num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "system_instruction", "gen_kwargs")
-
-
-def nearest(name: str, known: Sequence[str]) -> str:
-    """Return the end of an error's sentence: the nearest of the known names, or all of them."""
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(known)}"
 
 
 def _one_of(known: Sequence[str], kind: str) -> BeforeValidator:
@@ -57,7 +48,7 @@ def _find(name: str | None, info: ValidationInfo) -> str | None:
     """Return the path in the recipe's folder (the context) if there is such a file or folder; else the name."""
     if name is None:
         return None
-    beside = Path(info.context or "", name)
+    beside = Path(info.context.folder if info.context else "", name)
     return str(beside) if beside.exists() else os.path.expanduser(name)
 
 
@@ -151,16 +142,11 @@ class Speed(BaseModel, frozen=True, extra="forbid"):
     num_examples: Count = 16
 
 
-class Images(BaseModel, frozen=True, extra="forbid"):
-    """Settings of image classifiers, as of `ensembler create`: paths of files, or None."""
-
-    classes: FoundPath | None = None
-    templates: FoundPath | None = None
-    aliases: FoundPath | None = None
+SpeedOrFalse = Annotated[Speed | None, BeforeValidator(lambda given: None if given is False else given)]
 
 
 class Experiment(BaseModel, frozen=True, extra="forbid"):
-    """One set of models on some tasks: language models, or with `images` classifiers on folders of images.
+    """One set of language models on some tasks; a subclass is of models of another kind.
 
     `models`: members by role, and the path of `patch` as one of them. `seeds`: models of several seeds of training by
     role; `models` has those of the first. `methods`: by default all that the models allow. `alphas`: the grid that
@@ -176,7 +162,6 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
     """
 
     name: Text
-    images: Images | None = None
     seeds: Annotated[tuple[Members, ...], Field(min_length=2), AfterValidator(_check_seeds)] = ()
     models: Annotated[Members, AfterValidator(_add_first_seed)] = Field(default={}, validate_default=True)
     tasks: Annotated[tuple[FoundPath, ...], Field(min_length=1)]
@@ -201,9 +186,7 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
     published_alphas: Mapping[str, Mapping[Annotated[Tuned, IsRun], Number]] = {}
     published_costs: Mapping[Annotated[MethodName, IsRun], Mapping[CostName, Number]] = {}
     source: Text = ""
-    speed: Annotated[Speed | None, BeforeValidator(lambda given: None if given is False else given)] = Field(
-        default_factory=lambda data: Speed() if data.get("images") is None else None
-    )
+    speed: SpeedOrFalse = Field(default_factory=Speed)
 
     @property
     def by_seed(self) -> list[Experiment]:
@@ -250,12 +233,17 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
                 f"nothing chooses the alpha of {free[0]}; give validation (a number of examples or a split), or "
                 f"alpha: {{{free[0]}: NUMBER}}"
             )
-        if self.images is not None and self.speed is not None:
-            raise ConfigError("speed is measured of texts alone; leave it out, or write speed: false")
-        of_texts = [key for key in _OF_TEXTS if getattr(self, key)]
-        if self.images is not None and of_texts:
-            raise ConfigError(f"{of_texts[0]} is a setting of texts; leave it out of an experiment on images")
         return self
+
+
+def _validate_kind(given: Any, of_texts: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Experiment:
+    kinds = info.context.kinds if info.context else {}
+    keys = [key for key in kinds if isinstance(given, Mapping) and given.get(key) is not None]
+    found: Experiment = kinds[keys[0]].model_validate(given, context=info.context) if keys else of_texts(given)
+    return found
+
+
+OfItsKind = Annotated[Experiment, WrapValidator(_validate_kind)]
 
 
 def _check_names(experiments: tuple[Experiment, ...]) -> tuple[Experiment, ...]:
@@ -271,127 +259,17 @@ class Recipe(BaseModel, frozen=True, extra="forbid"):
 
     name: Text
     description: Annotated[str, BeforeValidator(str)] = ""
-    experiments: Annotated[tuple[Experiment, ...], Field(min_length=1), AfterValidator(_check_names)]
+    experiments: Annotated[tuple[OfItsKind, ...], Field(min_length=1), AfterValidator(_check_names)]
 
 
-_MAPPINGS = ("models", "alpha", "published", "published_alphas", "published_costs")  # an experiment adds to the top's
-_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
-_EXPECTED = {  # by key, else by pydantic's type of error
-    "seeds": "a list of two or more mappings of models by role",
-    "tasks": "a list of names or YAML files",
-    "methods": f"a list of {', '.join(METHODS)}",
-    "validation": "a number of examples from 1, or the name of a split",
-    "apply_chat_template": "true, false or the name of a chat template",
-    "gen_kwargs": "a mapping, or a text such as temperature=0.8,do_sample=true",
-    "bool_type": "true or false",
-    "int_type": "a whole number",
-    "greater_than_equal": "a whole number from {ge}",
-    "float_type": "a number",
-    "finite_number": "a number",
-    "greater_than": "a number above {gt:g}",
-    "string_type": "a text",
-    "string_pattern_mismatch": "a text",
-    "tuple_type": "a list",
-    "too_short": "a list of one or more",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-}
+class RecipeContext(NamedTuple):
+    """The folder of the file of a recipe, and the kinds of experiments beside those on texts, by the key that tells."""
 
+    folder: Path
+    kinds: Mapping[str, type[Experiment]]
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
-    """YAML without some of its surprises.
-
-    A later key takes the place of an earlier one in silence: a figure, or a model, would be lost. The key `on` is true.
-    0:1:0.1, a grid to us, is a number to the base of 60. And 1e9 is a text.
-    """
-
-    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
-        tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call,unused-ignore]
-        if kind is not yaml.ScalarNode or not implicit[0]:
-            return tag
-        if _FLOAT.fullmatch(value):
-            return "tag:yaml.org,2002:float"
-        return self.DEFAULT_SCALAR_TAG if ":" in value and tag.endswith((":int", ":float")) else tag
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for index, key in enumerate(keys):
-            if key.value in [other.value for other in keys[:index]]:
-                raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
-            key.tag = key.tag if key.value == "<<" else self.DEFAULT_SCALAR_TAG
-        return node
-
-
-def read_recipe(path: Path) -> Recipe:
-    """Return the recipe in a YAML file; raise ConfigError for the first fault in it.
-
-    Keys at the top hold for all `experiments` that do not say otherwise; without any, it is the one. Relative paths are
-    looked for beside the file, then in the current folder. A key without a value is one that is left out.
-    """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join((getattr(error, "strerror", None) or str(error)).split())[:200]
-        raise ConfigError(f"{path} cannot be read as a recipe: {reason}; give a YAML file, or `demo`") from error
-    if not isinstance(content, Mapping):
-        raise ConfigError(f"{path} is no recipe; expected a mapping with models and tasks")
-    content = _share({"name": path.stem, **content})
-    try:
-        return Recipe.model_validate(content, context=path.parent)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {_sentence(error, content)}") from error
-
-
-def _share(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recipe with the keys at its top in all of its experiments; faults stay in it."""
-    top = {key: value for key, value in content.items() if key in Experiment.model_fields}
-    others = {key: value for key, value in content.items() if key not in top and value is not None}
-    given = others.get("experiments", [{}])
-    if isinstance(given, list):
-        given = [_merge(top, own) if isinstance(own, Mapping) else own for own in given]
-    return {**others, "name": top["name"], "experiments": given}
-
-
-def _merge(top: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    merged = {key: value for key, value in {**top, **own}.items() if value is not None}
-    for key in _MAPPINGS:
-        both = [given[key] for given in (top, own) if given.get(key) is not None]
-        faults = [one for one in both if not isinstance(one, Mapping)]
-        merged[key] = faults[0] if faults else {name: one[name] for one in both for name in one}
-    return {"tasks": None, **merged}
-
-
-def _sentence(error: ValidationError, content: Mapping[str, Any]) -> str:
-    """Say where the first fault is, what was given and what was expected."""
-    errors = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")  # others may come of these
-    faults = [(_keys(each["loc"], content), each) for each in errors]
-    first = faults[0][0]  # of a union, the deepest fault is of the type that was meant
-    keys, fault = max((each for each in faults if each[0][: len(first)] == first), key=lambda each: len(each[0]))
-    if fault["type"] == "extra_forbidden":
-        *keys, key = keys
-        models: dict[str, type[BaseModel]] = {"speed": Speed, "images": Images}
-        known = [*models.get(keys[-1] if keys else "", Experiment).model_fields]
-        known = known if keys else ["description", "experiments", *known]
-        return ": ".join([*keys, f"unknown key {key!r}{nearest(key, known)}"])
-    if fault["type"] == "value_error":
-        return ": ".join([*keys, str(fault["ctx"]["error"])])
-    kind = keys[-1] if len(keys) == 2 and keys[-1] in _EXPECTED else fault["type"]
-    expected = _EXPECTED[kind].format(**fault.get("ctx", {})) if kind in _EXPECTED else fault["msg"]
-    return f"{': '.join(keys)} is {fault['input']!r}; expected {expected}"
-
-
-def _keys(loc: tuple[int | str, ...], content: Any) -> list[str]:
-    """Return the keys of the file among those of a fault, to which pydantic adds the kinds of a union."""
-    found: list[str] = []
-    for key in loc[:-2] if loc[-1:] == ("[key]",) else loc:
-        try:
-            content = content[key]
-        except (KeyError, IndexError, TypeError):
-            continue
-        number = key + 1 if isinstance(key, int) else 0
-        if found == ["experiments"] and number:
-            found = [f"experiment {content['name'] if isinstance(content, Mapping) else number}"]
-        else:
-            found.append(f"number {number}" if number else str(key))
-    return found
+    @property
+    def fields(self) -> dict[str, FieldInfo]:
+        """The keys that an experiment of any kind may have."""
+        kinds: list[Any] = [*self.kinds.values(), Experiment]
+        return {key: field for kind in kinds for key, field in kind.model_fields.items()}

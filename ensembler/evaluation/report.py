@@ -60,6 +60,12 @@ def write_report(
     return list(files)
 
 
+def remove_report(out: Path) -> None:
+    """Remove the files that `write_report` wrote into a folder, if any."""
+    for file in (SUMMARY, REPORT, *pictures.FILES.values()):
+        (out / file).unlink(missing_ok=True)
+
+
 def compare_folders(a: Path, b: Path) -> list[dict[str, Any]]:
     """Return every method of every task that either folder has, as JSON.
 

@@ -13,7 +13,7 @@ from ensembler.errors import ConfigError, OutputError
 from ensembler.evaluation.figures import TaskFigures
 from ensembler.evaluation.results_file import Results, dump
 from ensembler.extras import require
-from ensembler.files import write_whole
+from ensembler.files import check_not_input, write_whole
 
 Record = tuple[Any, ...]
 
@@ -31,6 +31,7 @@ def write(results: Results, what: str, form: str, path: Path, *, overwrite: bool
 
     In Parquet, α is a number and all other columns are texts: what is nested is JSON.
     """
+    check_not_input(path, results.file)
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already; give --output another name, or add --overwrite")
     write_whole(path, _parquet(results, what) if form == "parquet" else (f"{line}\n" for line in lines(results, what)))

@@ -51,13 +51,13 @@ _TORN = (
     "SELECT name FROM measurements JOIN documents ON documents.id = document GROUP BY document"
     " HAVING count(*) <> (SELECT count(*) FROM points WHERE points.run = documents.run)"
 )
-_MAKE_ROOM = "make room on its disk and run the same command again, which goes on from the finished rows"
+_MAKE_ROOM = "make room on its disk, and go on with the same command, without --overwrite"
 _ALLOW = "allow writing to it and its folder, or give another folder"
 _REPLACE = "put an undamaged copy in its place, or give another folder"
 _REMEDIES = {
     sqlite3.SQLITE_FULL: _MAKE_ROOM,
     sqlite3.SQLITE_IOERR: _MAKE_ROOM,
-    sqlite3.SQLITE_BUSY: "end the process that has it locked, and run the same command again",
+    sqlite3.SQLITE_BUSY: "end the process that has it locked, and go on with the same command, without --overwrite",
     sqlite3.SQLITE_READONLY: _ALLOW,
     sqlite3.SQLITE_CANTOPEN: _ALLOW,
 }

@@ -87,7 +87,7 @@ def run_settings(
 ) -> dict[str, Any]:
     """Return all that the results of a run with `options` depend on, but for the weights themselves."""
     return {
-        "rows": digest([[one.number, one.context, one.continuations, one.window] for one in requests]),
+        "rows": digest([[one.number, one.context, one.continuations, one.window, one.fields] for one in requests]),
         "ensemble": {key: value for key, value in config.to_dict().items() if key != "transformers_version"},
         "points": [f"{point.rule} at {point.alpha:g}" for point in points],
         **options,

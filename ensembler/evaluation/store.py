@@ -70,19 +70,29 @@ class Store(Results):
     """The results in `folder`, of a command with `settings` (JSON; all that rows depend on).
 
     Nothing is written, and nothing can be read, before `begin`. Raises OutputError where the folder cannot be written
-    to or holds something else, or rows of other settings: the message names the difference.
+    to or holds something else, or rows of other settings: the message names the difference. With `overwrite`, `begin`
+    removes the rows and the report that are there, of any settings; raises ConfigError for several processes, of which
+    each would remove the others' rows.
     """
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        if overwrite and num_ranks() > 1:
+            raise ConfigError(
+                f"--overwrite was given to {num_ranks()} processes; remove {folder}, and start them without it"
+            )
         super().__init__(folder / FILE, sqlite3.connect(":memory:"))
         self.folder = folder
         self._settings: dict[str, Any] = json.loads(json.dumps(settings))
+        self._overwrite = overwrite
         self._points: dict[str, list[int]] = {}
         self._documents: dict[str, dict[str, int]] = {}
         self._check()
 
     def begin(self, command: str) -> None:
-        """Make the folder and the file, or go on with them. Raises OutputError as `Store` does, or for a full disk."""
+        """Make the folder and the file, go on with them, or begin them anew, which a failure leaves as they were.
+
+        Raises OutputError as `Store` does, or for a full disk.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -98,6 +108,10 @@ class Store(Results):
                     self._begin_anew(connection)
                 connection.execute("REPLACE INTO state VALUES ('command', ?)", [dump(command)])
                 self._begun = self._read(_BEGUN)
+                if self._overwrite:
+                    from ensembler.evaluation.report import remove_report
+
+                    remove_report(self.folder)
 
     def begin_run(self, run: str, points: Sequence[GridPoint], documents: Iterable[tuple[Document, str]]) -> None:
         """Add a run, its points and its documents, each with its part, unless they are there; parts may change.
@@ -161,9 +175,7 @@ class Store(Results):
         with telling(self.file, "written", StoreError), self._connection as connection:
             connection.execute("BEGIN IMMEDIATE")
             if self._read(_BEGUN) != self._begun:
-                raise StoreError(
-                    f"{self.file} was begun anew by another process, with other settings; give --output another folder"
-                )
+                raise StoreError(f"{self.file} was begun anew by another process; give --output another folder")
             yield connection
 
     def _check(self) -> None:
@@ -185,8 +197,8 @@ class Store(Results):
                 raise OutputError(f"{each} may not be written to; give --output another folder")
 
     def _goes_on(self, connection: sqlite3.Connection) -> bool:
-        """Return whether the file has these settings; raise OutputError where it has rows of others."""
-        if not is_begun(self.file, connection):
+        """Return whether rows are added to those in the file; raise OutputError where they are of other settings."""
+        if not is_begun(self.file, connection) or self._overwrite:
             return False
         there = Results(self.file, connection)
         different = list(dict.fromkeys(_differences(there.settings, self._settings)))
@@ -210,20 +222,6 @@ class Store(Results):
         connection.execute("INSERT INTO state VALUES ('begun', ?)", [dump(uuid.uuid4().hex)])
         connection.execute(f"PRAGMA application_id = {APPLICATION}")
         connection.execute(f"PRAGMA user_version = {FORMAT}")
-
-
-def discard(folder: Path) -> None:
-    """Remove the results in a folder, so that they begin again. Raises OutputError where they are something else."""
-    if num_ranks() > 1:
-        raise ConfigError(
-            f"--overwrite was given to {num_ranks()} processes; remove {folder}, and start them without it"
-        )
-    file = folder / FILE
-    if not file.exists():
-        return
-    with telling(file, "read", OutputError), closing(connect(file, "rw")) as connection:
-        is_begun(file, connection)
-    file.unlink()
 
 
 def _differences(there: Any, here: Any, *keys: str) -> Iterator[str]:

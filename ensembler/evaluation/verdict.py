@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ensembler.errors import ConfigError
+from ensembler.errors import ConfigError, nearest
 from ensembler.evaluation.figures import (
     BY_PERPLEXITY,
     BY_VALIDATION,
@@ -23,7 +23,6 @@ from ensembler.evaluation.figures import (
     show_p,
     show_points,
 )
-from ensembler.evaluation.recipe import nearest
 from ensembler.evaluation.statistics import LEVEL
 
 # Of two methods of one speed, the ranges over 4 rounds do not overlap in 2 of 70 cases (8 choose 4), over 3 in 2 of 20.

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ensembler.adapters import CheckedAdapter
 from ensembler.errors import PatchError, RunError
+from ensembler.files import reading
 from ensembler.patch.formats import LowRank, Patch
 from ensembler.patch.patch_plan import PatchPlan
 from ensembler.safetensors_files import FLOATS, StoredTensor
@@ -36,7 +37,7 @@ def read_tensor(stored: StoredTensor, start: int = 0, stop: int | None = None) -
         return torch.empty(stop - start, columns, dtype=DTYPES[stored.dtype])
     row_bytes = stored.num_bytes // rows
     buffer = bytearray((stop - start) * row_bytes)
-    with stored.file.open("rb", buffering=0) as file:
+    with reading(stored.file), stored.file.open("rb", buffering=0) as file:
         file.seek(stored.start + start * row_bytes)
         fill(memoryview(buffer), file, stored)
     return torch.frombuffer(buffer, dtype=DTYPES[stored.dtype]).view(stop - start, columns)

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 from ensembler.errors import OutputError, RunError
-from ensembler.files import file_digest, model_name, read_json, scratch_beside
+from ensembler.files import check_not_input, file_digest, model_name, read_json, reading, scratch_beside
 from ensembler.patch.addition import BLOCK_ELEMENTS, DTYPES, WeightUpdate, block_rows, fill, load_update, patched
 from ensembler.patch.formats import ADAPTER_CONFIG, RECORD, Patch
 from ensembler.patch.patch_plan import PatchPlan, plan_patches
@@ -82,8 +81,10 @@ def apply_patches(
     `dtype`: float32, bfloat16 or float16 for all tensors in one of the three (default: each keeps its own).
     `overwrite` replaces an earlier result. `advance` is called with the bytes of each tensor that is written, from
     several threads. Returns the bytes of the weights. Raises InputError (a patch that does not fit, before anything is
-    written; NaN in a patch, on the way) and RunError (a full disk, a sum out of range); neither leaves anything behind.
+    written; on the way, NaN in a patch or a file that cannot be read) and RunError (a full disk, a sum out of range);
+    neither leaves anything behind.
     """
+    check_not_input(out, model, *(patch.folder for patch in patches))
     plan = plan_patches(patches, model)
     targets = [_converted(tensor, dtype) for tensor in plan.model.tensors.values()]
     num_bytes = sum(target.num_bytes for target in targets)
@@ -164,14 +165,26 @@ def _copy_other_files(model: Path, made: Path) -> None:
         return {name for name in names if name.startswith(".") or name.endswith(_WEIGHT_ENDINGS) or name in top}
 
     mode = made.stat().st_mode  # a model that may only be read is no reason for a result that cannot be finished
-    shutil.copytree(model, made, ignore=left_out, dirs_exist_ok=True, copy_function=shutil.copyfile)
+    shutil.copytree(model, made, ignore=left_out, dirs_exist_ok=True, copy_function=_copy)
     made.chmod(mode)
+
+
+def _copy(source: str | Path, target: str | Path) -> None:
+    """Copy a file. Raises MemberError where it cannot be read."""
+    with Path(target).open("wb") as file:
+        file.writelines(_chunks(Path(source)))
+
+
+def _chunks(file: Path) -> Iterator[bytes]:
+    with reading(file), file.open("rb") as content:
+        while chunk := content.read(BLOCK_ELEMENTS):
+            yield chunk
 
 
 def _write_config(model: Path, made: Path, num_bytes: int, dtype: str | None) -> None:
     """Write config.json, which makes the folder a model, so the last of all; `dtype` in it and the index's total."""
     if dtype is None:
-        shutil.copyfile(model / "config.json", made / "config.json")
+        _copy(model / "config.json", made / "config.json")
         return
     if (made / WEIGHTS_INDEX).is_file():
         index = read_json(made / WEIGHTS_INDEX)
@@ -207,10 +220,9 @@ def _write_weights(
 
     def write(source: StoredTensor, target: StoredTensor) -> int:
         update = load_update(plan.patches, source.name) if source.name in changed else None
-        with source.file.open("rb", buffering=0) as old, target.file.open("r+b", buffering=0) as new:
-            old.seek(source.start)
+        with target.file.open("r+b", buffering=0) as new:
             new.seek(target.start)
-            for block in _blocks(old, source, target, update, own.buffer):
+            for block in _blocks(source, target, update, own.buffer):
                 data = block
                 while data and not stopped.is_set():  # a write may take less, on a disk that is nearly full
                     data = data[new.write(data) :]
@@ -259,22 +271,24 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
 
 
 def _blocks(
-    file: FileIO, source: StoredTensor, target: StoredTensor, update: WeightUpdate | None, buffer: Tensor
+    source: StoredTensor, target: StoredTensor, update: WeightUpdate | None, buffer: Tensor
 ) -> Iterator[memoryview]:
-    """Yield the bytes of one tensor from where `file` stands, block by block, changed and cast on the way."""
-    if update is None and target.dtype == source.dtype:
-        for start in range(0, source.num_bytes, len(buffer)):
-            data = _as_bytes(buffer[: source.num_bytes - start])
-            fill(data, file, source)
-            yield data
-        return
-    rows, columns = source.matrix
-    step = max(1, block_rows(rows, columns))
-    for start in range(0, rows if columns else 0, step):
-        block = buffer[: min(step, rows - start) * _row_bytes(source)]
-        fill(_as_bytes(block), file, source)
-        weight = block.view(DTYPES[source.dtype]).view(-1, columns)
-        yield _as_bytes(patched(weight, update or WeightUpdate(), dtype=DTYPES[target.dtype], start=start))
+    """Yield the bytes of one tensor block by block, changed and cast on the way. Raises MemberError."""
+    with reading(source.file), source.file.open("rb", buffering=0) as file:
+        file.seek(source.start)
+        if update is None and target.dtype == source.dtype:
+            for start in range(0, source.num_bytes, len(buffer)):
+                data = _as_bytes(buffer[: source.num_bytes - start])
+                fill(data, file, source)
+                yield data
+            return
+        rows, columns = source.matrix
+        step = max(1, block_rows(rows, columns))
+        for start in range(0, rows if columns else 0, step):
+            block = buffer[: min(step, rows - start) * _row_bytes(source)]
+            fill(_as_bytes(block), file, source)
+            weight = block.view(DTYPES[source.dtype]).view(-1, columns)
+            yield _as_bytes(patched(weight, update or WeightUpdate(), dtype=DTYPES[target.dtype], start=start))
 
 
 def _row_bytes(stored: StoredTensor) -> int:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ensembler import __version__
 from ensembler.errors import ConfigError, PatchError
+from ensembler.files import check_not_input, reading
 from ensembler.patch.addition import DTYPES, read_tensor
 from ensembler.patch.apply import make_header, new_folder
 from ensembler.patch.formats import ADAPTER_WEIGHTS, DELTAS, PEFT_PREFIX, RECORD
@@ -125,6 +126,7 @@ def extract_patch(
     whose tensors or shapes differ, ConfigError, MemberError, OutputError before anything is written; RunError when the
     disk is full.
     """
+    check_not_input(out, base, finetuned)
     _check_limit(rank, energy, full)
     old, new = read_model(base), read_model(finetuned)
     _check_versions(old, new)
@@ -213,7 +215,7 @@ def _difference(old: StoredTensor, new: StoredTensor) -> Tensor | None:
     if old.dtype not in FLOATS.values():
         contents = []
         for stored in (old, new):
-            with stored.file.open("rb") as file:
+            with reading(stored.file), stored.file.open("rb") as file:
                 file.seek(stored.start)
                 contents.append(file.read(stored.num_bytes))
         if contents[0] != contents[1]:

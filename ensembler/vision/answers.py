@@ -7,9 +7,10 @@ import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from pydantic import BaseModel, model_validator
 from torch import Tensor
 
 from ensembler.config import EnsembleConfig
@@ -17,7 +18,7 @@ from ensembler.engine.grid import Grid, GridPoint
 from ensembler.errors import ConfigError, ImageError
 from ensembler.evaluation.documents import Answer, Document, EncodedDocument
 from ensembler.evaluation.provenance import describe_ensemble, versions
-from ensembler.evaluation.recipe import Experiment
+from ensembler.evaluation.recipe import Experiment, FoundPath, SpeedOrFalse
 from ensembler.extras import require
 from ensembler.files import digest, file_digest
 from ensembler.preflight import CheckedEnsemble
@@ -140,6 +141,36 @@ class ImageAnswerer:
         return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+_OF_TEXTS = ("num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "system_instruction", "gen_kwargs")
+
+
+class ImageSettings(BaseModel, frozen=True, extra="forbid"):
+    """Settings of image classifiers in a recipe, as of `ensembler create`: paths of files, or None."""
+
+    classes: FoundPath | None = None
+    templates: FoundPath | None = None
+    aliases: FoundPath | None = None
+
+
+class ImageExperiment(Experiment, frozen=True, extra="forbid"):
+    """One set of image classifiers; `tasks` are folders of images."""
+
+    images: ImageSettings
+    speed: SpeedOrFalse = None
+
+    @model_validator(mode="after")
+    def _check_is_of_images(self) -> Self:
+        if self.speed is not None:
+            raise ConfigError("speed is measured of texts alone; leave it out, or write speed: false")
+        of_texts = [key for key in _OF_TEXTS if getattr(self, key)]
+        if of_texts:
+            raise ConfigError(f"{of_texts[0]} is a setting of texts; leave it out of an experiment on images")
+        return self
+
+
+KINDS = {"images": ImageExperiment}  # of experiments, by the key of a recipe that tells
+
+
 class ImageModels:
     """Image classifiers on folders of images, each read once, for a benchmark; `loaded`: all tasks read so far.
 
@@ -150,9 +181,8 @@ class ImageModels:
         self._strict = strict
         self.loaded: dict[str, ImageTask] = {}
 
-    def answerer(self, experiment: Experiment, config: EnsembleConfig) -> tuple[CheckedImages, ImageAnswerer]:
+    def answerer(self, experiment: ImageExperiment, config: EnsembleConfig) -> tuple[CheckedImages, ImageAnswerer]:
         """Return the checked members of a run, and their answerer. Raises as `check_images`."""
-        assert experiment.images is not None
         checked = check_images(as_images(config, **dict(experiment.images)))
         return checked, ImageAnswerer(checked)
 
@@ -160,7 +190,7 @@ class ImageModels:
         """Return True: a classifier in an ensemble is what it is alone."""
         return True
 
-    def tasks(self, experiment: Experiment, answerer: ImageAnswerer) -> list[ImageTask]:
+    def tasks(self, experiment: ImageExperiment, answerer: ImageAnswerer) -> list[ImageTask]:
         """Return the tasks of an experiment, whose classes are those of the members.
 
         Raises as `load_image_task`, and ConfigError for two folders of one name.

@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import pytest
 import torch
 from helpers.adapter_cases import save_adapter, save_base
 from helpers.commands import Run, SaveMember
+from helpers.process_cases import fork
 from helpers.tiny import make_model, make_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -181,12 +180,33 @@ def test_generate_output_is_in_input_order_and_resumes(run: Run, ensemble: Path,
     assert rows(cut) == rows(whole)
 
 
+def test_what_changed_beneath_an_output_is_named(run: Run, ensemble: Path, prompts: Path, tmp_path: Path) -> None:
+    """Weights of a member, --explain, and other fields of the rows; nothing is loaded to find out."""
+    out = tmp_path / "out.jsonl"
+    arguments = ("generate", ensemble, "--data", prompts, "--max-new-tokens", 3, "--output", out)
+    assert run(*arguments).code == 0
+    assert "explain was false, now true" in run(*arguments, "--explain").error
+    before = prompts.read_text()
+    prompts.write_text(before.replace('{"prompt": "a"}', '{"prompt": "a", "id": 7}'))
+    assert "the fields are others" in run(*arguments).error
+    prompts.write_text(before)
+    weights = tmp_path / "m_target_pt" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "members target_pt fingerprint was " in run(*arguments).error
+    rows_before = out.read_text()
+    resumed = run(*arguments, "--overwrite")
+    assert resumed.code == 0
+    assert len(out.read_text().splitlines()) == len(rows_before.splitlines()) == 4
+
+
 def test_generate_takes_several_prompts_and_guards_their_file(run: Run, ensemble: Path, prompts: Path) -> None:
     result = run("generate", ensemble, "--prompt", "a", "--prompt", "hello", "--max-new-tokens", 3)
     assert result.out.splitlines()[1::2] == [greedy(ensemble, "a", 3), greedy(ensemble, "hello", 3)]
     before = prompts.read_text()
     guarded = run("generate", ensemble, "--data", prompts, "--output", prompts, "--overwrite")
-    assert "is the file of the prompts" in guarded.error
+    assert f"{prompts} is {prompts}, which this command reads" in guarded.error
     assert prompts.read_text() == before
 
 
@@ -281,7 +301,10 @@ MISTAKES = {
     "adapter and ft": (["inspect", "MEMBERS", "--source-ft-adapter", "x"], "and no --source-ft"),
     "adapter nowhere": (["inspect", "REST", "--source-ft-adapter", "/nowhere"], "there is no folder /nowhere"),
     "adapter of another base": (["inspect", "REST", "--source-ft-adapter", "ADAPTER"], "made for another base"),
-    "adapter and folder": (["inspect", "ENSEMBLE", "--source-ft-adapter", "x"], "--source-ft-adapter"),
+    "adapter and folder": (
+        ["inspect", "ENSEMBLE", "--source-ft-adapter", "x"],
+        "a member was given beside the ensemble",
+    ),
     "member twice": (["inspect", "--rule", "eft", "--member", "source_ft=x", "--member", "source_ft=y"], "given twice"),
     "offline": (["inspect", "--rule", "eft", "--member", "source_ft=org/name", "REST"], "cannot be reached (offline)"),
 }
@@ -364,20 +387,23 @@ def test_nan_names_the_member_and_exits_with_1(run: Run, folders: dict[str, Path
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")
-def test_ctrl_c_keeps_finished_rows_and_exits_130(ensemble: Path, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_finished_rows_and_exits_130(
+    ensemble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     prompts, out = tmp_path / "many.jsonl", tmp_path / "out.jsonl"
     prompts.write_text('"abc"\n' * 3000)
-    command = [sys.executable, "-m", "ensembler", "generate", ensemble, "--data", prompts, "--batch-size", "1"]
-    process = subprocess.Popen([*map(str, command), "--output", str(out)], stderr=subprocess.PIPE, text=True)
+    command = ["generate", str(ensemble), "--data", str(prompts), "--batch-size", "1", "--output", str(out)]
+    process = fork(command)
     deadline = time.monotonic() + 120
     while not (out.exists() and out.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    try:
-        _, err = process.communicate(timeout=30)
-    except subprocess.TimeoutExpired:  # Python drops an interrupt that comes while an object is finalised: press again
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+    os.kill(process.pid or 0, signal.SIGINT)
+    process.join(30)
+    if process.is_alive():  # Python drops an interrupt that comes while an object is finalised: press again
+        os.kill(process.pid or 0, signal.SIGINT)
+        process.join(60)
+    err = Path("said").read_text()
+    assert process.exitcode == 130, err
     assert err.strip().splitlines()[-1].startswith("Error: interrupted; finished rows")
     assert len(rows(out)) >= 1

@@ -101,6 +101,24 @@ def test_options_from_a_file_the_environment_and_the_command_line(
     assert [row["prompt"] for row in found()] == ["two words", "and more"]
 
 
+def test_both_names_of_a_pair_are_options_of_the_file(run: Run, ensemble: Path, tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('"a"\n{broken\n')
+    command = ("generate", ensemble, "--data", tmp_path / "p.jsonl", "--max-new-tokens", 2)
+    for content, code in (("skip-bad: true", 0), ("strict: false", 0), ("skip-bad: false", 2), ("strict: true", 2)):
+        (tmp_path / "run.yaml").write_text(content)
+        assert run(*command, "--config", tmp_path / "run.yaml").code == code, content
+
+
+def test_the_traceback_is_shown_where_it_is_asked_for(run: Run, tmp_path: Path) -> None:
+    plain, shown = run("inspect", tmp_path / "none"), run("inspect", tmp_path / "none", "--debug")
+    assert plain.code == shown.code == 2
+    assert "Traceback" not in plain.err
+    assert shown.err.startswith("Traceback")
+    assert shown.err.splitlines()[-1] == plain.err.splitlines()[-1]
+    (tmp_path / "run.yaml").write_text("debug: true")
+    assert run("inspect", tmp_path / "none", "--config", tmp_path / "run.yaml").err.startswith("Traceback")
+
+
 MISTAKES = {
     "no option": ("max-new-token: 3", "has no option 'max-new-token'; the nearest is max-new-tokens"),
     "itself": ("config: other.yaml", "has no option 'config'"),
@@ -122,7 +140,8 @@ def test_a_mistake_in_the_file_of_options(run: Run, tmp_path: Path, name: str) -
     assert "cannot be read" in run("generate", "--config", tmp_path / "none.yaml").error
 
 
-def test_levels_of_notices(run: Run, ensemble: Path, tmp_path: Path) -> None:
+def test_levels_of_notices(run: Run, ensemble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # which --log-level changes
     path = tmp_path / "p.jsonl"
     path.write_text('"a"\n{broken\n')
     command = ("generate", ensemble, "--data", path, "--skip-bad", "--max-new-tokens", 2)

@@ -115,7 +115,7 @@ def test_moved_white_space_is_a_warning(run: Run, command: list[object], data: P
     data.write_text(text.replace('" sat", " ran", " sang"', '"sat", "ran", "sang"'))
     moved = run(*command, "--json")
     assert said in moved.err
-    assert [{**row, "run": ""} for row in rows(moved.out)] == [{**row, "run": ""} for row in rows(plain.out)]
+    assert [{**row, "prompt": ""} for row in rows(moved.out)] == [{**row, "prompt": ""} for row in rows(plain.out)]
 
 
 def test_perplexity_and_tokens(run: Run, command: list[object], data: Path, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_an_interrupted_member_goes_on(
 def test_overwrite_begins_anew(run: Run, command: list[object], tmp_path: Path) -> None:
     out, left = tmp_path / "out.jsonl", tmp_path / "out.jsonl.members"
     left.mkdir()
-    (left / "run.json").write_text('{"batch_size": 7}')
+    (left / "run.json").write_text('{"format": "ensembler-logits", "batch_size": 7}')
     refused = run(*command, "--output", out, "--offline-members")
     assert "out.jsonl.members was begun with other settings: batch_size was 7, now 2" in refused.error
     assert not out.exists()
@@ -317,7 +317,7 @@ MISTAKES = {
     "alpha twice": (["--alpha", "1"], "--alpha was given 2 times; give it once"),
     "batch size": (["--batch-size", "0"], "--batch-size"),
     "data twice": (["--data", "nowhere.jsonl"], "--data was given 2 times"),
-    "the data": (["--output", "DATA", "--overwrite"], "is the file of the data"),
+    "the data": (["--output", "DATA", "--overwrite"], ", which this command reads; give --output another name"),
     "no folder": (["--output", "nowhere/out.jsonl"], "nowhere is not a folder"),
 }
 

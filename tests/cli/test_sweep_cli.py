@@ -21,8 +21,8 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from click.testing import CliRunner
-from helpers.process_cases import fork, launch
-from helpers.sweep_cases import column, data_flags, read_rows, save_ensemble, start, write_questions
+from helpers.process_cases import fork, launch, torchrun
+from helpers.sweep_cases import column, data_flags, read_rows, save_ensemble, write_questions
 from helpers.task_cases import write_rows, write_tasks
 
 from ensembler.cli.main import cli
@@ -151,13 +151,24 @@ def test_another_choice_goes_on_from_the_same_rows(tmp_path: Path, members: list
 def test_another_command_on_the_folder_is_refused_by_its_difference(
     changed: list[Any], said: str, members: list[str], tmp_path: Path
 ) -> None:
-    flags = [*members, *questions(tmp_path, 12), "--alpha", "0,0.5,1", "--output", "out"]
-    run(*flags)
+    flags, alphas = [*members, *questions(tmp_path, 12), "--output", "out"], ["--alpha", "0,0.5,1"]
+    run(*flags, *alphas)
     before = contents(Path("out"))
-    message = refused(*flags, *changed)
+    message = refused(*flags, *([] if "--alpha" in changed else alphas), *changed)
     assert said in message
     assert message.endswith("to go on with it, give --output another folder, or add --overwrite to begin again")
     assert contents(Path("out")) == before
+
+
+def test_overwriting_begins_anew_with_other_settings(members: list[str], tmp_path: Path) -> None:
+    flags = [*members, *questions(tmp_path, 12), "--output", "out"]
+    run(*flags, "--alpha", "0,0.5,1", "--rule", "eft")
+    run(*flags, "--alpha", "0,1", "--overwrite")
+    assert {path.name for path in Path("out").iterdir()} == FILES
+    assert 0.5 not in {row["alpha"] for row in read_rows(Path("out"))}
+    before = contents(Path("out"))
+    run(*flags, "--alpha", "0,1")  # goes on
+    assert contents(Path("out"))["measurements"] == before["measurements"]
 
 
 def test_changed_documents_members_and_versions_are_noticed(members: list[str], tmp_path: Path) -> None:
@@ -426,9 +437,11 @@ def test_two_commands_at_once_on_one_folder(members: list[str], run: Any) -> Non
 def test_processes_of_a_launcher_share_the_documents(members: list[str], run: Any) -> None:
     flags = command(members, 40, "--validation", 10)
     assert run(*flags, "--output", "one").code == 0
-    printed, errors = (process := start(*flags, "--output", "two", "--json", ranks=2)).communicate(timeout=300)
-    assert process.returncode == 0, errors
-    assert json.loads(printed)["tasks"] == tasks_of("one")  # said once
+    process = torchrun([*flags, "--output", "two", "--json"], 2)
+    process.join(300)
+    errors = Path("errors").read_text()
+    assert process.exitcode == 0, errors
+    assert json.loads(Path("printed").read_text())["tasks"] == tasks_of("one")  # said once
     assert read_rows(Path("two")) == read_rows(Path("one"))
     assert len(re.findall(r"40 examples at 12 points.*\n2 processes share the batches\n", errors)) == 1
 
@@ -485,8 +498,8 @@ def test_a_full_disk_ends_it_in_one_sentence_and_room_lets_it_go_on(disk: Path, 
     full = run(*flags, "--output", disk / "out")
     assert full.code == 1
     assert full.err.splitlines()[-1] == (
-        f"Error: {disk / 'out' / FILE} cannot be written: database or disk is full; make room on its disk and run the "
-        "same command again, which goes on from the finished rows"
+        f"Error: {disk / 'out' / FILE} cannot be written: database or disk is full; make room on its disk, and go on "
+        "with the same command, without --overwrite"
     )
     num_done = len(read_rows(disk / "out"))
     assert 0 < num_done < len(read_rows(Path("whole")))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from ensembler import EnsembleForCausalLM
 from ensembler.decoding.batching import batches_by_length
 from ensembler.decoding.decoding_options import DecodingOptions
-from ensembler.decoding.output_file import ResultsFile
+from ensembler.decoding.output_file import OutputFile, RunSettings
 from ensembler.decoding.prompts import EncodedPrompt, Prompt, encode_prompts, read_prompts
 from ensembler.decoding.texts import ENSEMBLE, complete_prompts, explain, next_tokens, run_settings
 from ensembler.demo import demo_folder
@@ -200,7 +201,7 @@ def test_a_prompt_too_long_names_role_and_lengths(tokenizer: PreTrainedTokenizer
 
 
 def test_chat_uses_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(PromptError, match="no chat template"):
+    with pytest.raises(ConfigError, match="no chat template"):
         encode_prompts([Prompt(0, "hi", "--prompt")], tokenizer, chat=True)
     templated = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, unk_token="<unk>")
     templated.chat_template = "{% for m in messages %}{{ m.role[0] + ':' + m.content + '.' }}{% endfor %}a:"
@@ -213,7 +214,7 @@ def test_chat_uses_the_template(tokenizer: PreTrainedTokenizerFast) -> None:
 
 def test_rows_arrive_at_once_and_end_in_input_order(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    with ResultsFile(path, {"seed": 1}) as results:
+    with OutputFile(path, {"seed": 1}) as results:
         results.append({"number": 2, "text": "c"})
         results.append({"number": 0, "text": "ä"})
         assert [json.loads(line)["number"] for line in path.read_text("utf-8").splitlines()] == [2, 0]
@@ -223,7 +224,7 @@ def test_rows_arrive_at_once_and_end_in_input_order(tmp_path: Path) -> None:
 
 def interrupted(path: Path, row: dict[str, object]) -> None:
     """Write one row, then Ctrl-C."""
-    with contextlib.suppress(KeyboardInterrupt), ResultsFile(path, {"seed": 1}) as results:
+    with contextlib.suppress(KeyboardInterrupt), OutputFile(path, {"seed": 1}) as results:
         results.append(row)
         raise KeyboardInterrupt
 
@@ -233,7 +234,7 @@ def test_an_interruption_keeps_rows_and_a_torn_line_is_made_again(tmp_path: Path
     interrupted(path, {"number": 3, "text": "d"})
     with path.open("a") as file:
         file.write('{"number": 1, "te')
-    with ResultsFile(path, {"seed": 1}) as results:
+    with OutputFile(path, {"seed": 1}) as results:
         assert results.done == {3}
         results.append({"number": 1, "text": "b"})
     assert [json.loads(line)["number"] for line in path.read_text("utf-8").splitlines()] == [1, 3]
@@ -246,21 +247,59 @@ def test_other_settings_and_existing_files_are_refused_and_left_alone(tmp_path: 
     with pytest.raises(
         OutputError, match=r'begun with other settings: seed was 1, now 2, stop was null, now \["a"\]; '
     ):
-        ResultsFile(path, {"seed": 2, "stop": ["a"]})
+        OutputFile(path, {"seed": 2, "stop": ["a"]})
     with pytest.raises(OutputError, match="the prompts are others"):
-        ResultsFile(path, {"seed": 1, "prompts": "a1b2"})
+        OutputFile(path, {"seed": 1, "prompts": "a1b2"})
     with pytest.raises(OutputError, match="is not a folder"):
-        ResultsFile(tmp_path / "none" / "out.jsonl", {})
+        OutputFile(tmp_path / "none" / "out.jsonl", {})
     assert path.read_bytes() == before
     path.with_name("out.jsonl.run.json").unlink()
     with pytest.raises(OutputError, match=r"which ones is not known, as out\.jsonl\.run\.json is missing"):
-        ResultsFile(path, {"seed": 2})
-    with ResultsFile(path, {"seed": 2}, overwrite=True) as results:
+        OutputFile(path, {"seed": 2})
+    with OutputFile(path, {"seed": 2}, overwrite=True) as results:
         assert results.done == set()
     assert path.read_bytes() == b""
-    with ResultsFile(path, {"seed": 3}) as results:  # no row is there that could be lost
+    with OutputFile(path, {"seed": 3}) as results:  # no row is there that could be lost
         results.append({"number": 0})
     assert json.loads(path.with_name("out.jsonl.run.json").read_text()) == {"seed": 3}
+
+
+def test_one_process_at_a_time_writes(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    late = OutputFile(path, {"seed": 1})
+    with OutputFile(path, {"seed": 1}) as first:
+        first.append({"number": 0})
+        with pytest.raises(OutputError, match="another process writes"), OutputFile(path, {"seed": 1}):
+            pass
+        with pytest.raises(OutputError, match="another process writes"), OutputFile(path, {"seed": 2}, overwrite=True):
+            pass
+    with pytest.raises(OutputError, match="has written to .*out.jsonl meanwhile"), late:  # noqa: RUF043
+        pass
+    with OutputFile(path, {"seed": 1}) as again:
+        assert again.done == {0}
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["out.jsonl", "out.jsonl.run.json"]
+
+
+def test_a_link_is_followed_and_a_device_refused(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(tmp_path / "there" / "real.jsonl")
+    with OutputFile(link, {"seed": 1}) as results:
+        results.append({"number": 0})
+    assert link.is_symlink()
+    assert json.loads((tmp_path / "there" / "real.jsonl").read_text())["number"] == 0
+    os.mkfifo(tmp_path / "pipe")
+    for device in (Path("/dev/null"), tmp_path / "pipe"):
+        with pytest.raises(OutputError, match="is no ordinary file"):
+            OutputFile(device, {"seed": 1})
+
+
+def test_a_setting_that_was_not_there_before_is_a_difference(tmp_path: Path) -> None:
+    RunSettings({"a": 1}).write(tmp_path / "run.json")
+    assert RunSettings({"a": 1}).difference(tmp_path / "run.json") == ""
+    assert RunSettings({"a": 1, "b": None}).difference(tmp_path / "run.json") == "b was null, now null"
+    (tmp_path / "run.json").write_text("{")
+    assert "missing or damaged" in RunSettings({"a": 1}).difference(tmp_path / "run.json")
 
 
 @pytest.mark.parametrize("content", ["my notes", "my notes\n", '{"number": 0}\n', '{"a": 1}\nx\n'])
@@ -268,7 +307,7 @@ def test_a_file_of_something_else_is_not_resumed(tmp_path: Path, content: str) -
     path = tmp_path / "notes.txt"
     path.write_text(content)
     with pytest.raises(OutputError, match="no row of a run"):
-        ResultsFile(path, {"seed": 1})
+        OutputFile(path, {"seed": 1})
     assert path.read_text() == content
 
 
@@ -277,7 +316,7 @@ def test_a_line_torn_inside_a_character_is_made_again(tmp_path: Path) -> None:
     interrupted(path, {"number": 0, "text": "line\u2028separator"})
     with path.open("ab") as file:
         file.write('{"number": 1, "text": "ä'.encode()[:-1])
-    with ResultsFile(path, {"seed": 1}) as results:
+    with OutputFile(path, {"seed": 1}) as results:
         assert results.done == {0}
         results.append({"number": 1, "text": "ä"})
     texts = [json.loads(line)["text"] for line in path.read_bytes().split(b"\n")[:-1]]

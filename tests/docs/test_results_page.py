@@ -59,7 +59,7 @@ def test_figures_of_rows_alone_are_those_of_the_command(monkeypatch: pytest.Monk
 
     from ensembler.demo import demo_recipe
     from ensembler.evaluation.benchmark import Bench
-    from ensembler.evaluation.recipe import read_recipe
+    from ensembler.evaluation.recipe_file import read_recipe
     from ensembler.evaluation.summary import summarise
 
     of_rows = replay("bench/demo")

@@ -137,9 +137,8 @@ def test_texts_with_headers_and_pieces(share: bool) -> None:
     assert counter.frame_count == 2 * 3  # two rows and one
 
 
-@pytest.mark.parametrize("sampling", [{}, {"do_sample": True}], ids=["greedy", "sampled"])
-def test_drafts_and_grids(sampling: dict[str, Any]) -> None:
-    """Compiled for each number of positions that are verified, as they count in powers of two."""
+def test_drafts_and_grids() -> None:
+    """Compiled for each number of positions that are verified, as they count in powers of two; greedy and sampled."""
     model = families("llama", "qwen2", "gpt2")
     points = make_grid(["base-change", "eft"], [0.0, 0.5])
     decoders: list[Callable[[], Decoder]] = [
@@ -148,7 +147,7 @@ def test_drafts_and_grids(sampling: dict[str, Any]) -> None:
         lambda: Decoder("none", points=points, seed=1),
     ]
 
-    def run() -> list[Any]:
+    def run(sampling: dict[str, Any]) -> list[Any]:
         found = []
         for make in decoders:
             decoder = make()
@@ -157,14 +156,16 @@ def test_drafts_and_grids(sampling: dict[str, Any]) -> None:
         assert found[0] == found[1]
         return found
 
-    expected = run()
+    ways: tuple[dict[str, Any], ...] = ({}, {"do_sample": True})
+    expected = [run(sampling) for sampling in ways]
     counter = CompileCounterWithBackend("eager")
     model.compile_members(counter)
-    for _ in range(2):  # in the second call the cache has the rows that it has grown to in the first
-        assert run() == expected
-    once = counter.frame_count
-    assert run() == expected
-    assert counter.frame_count == once
+    for sampling, tokens in zip(ways, expected, strict=True):
+        for _ in range(2):  # in the second call the cache has the rows that it has grown to in the first
+            assert run(sampling) == tokens
+        once = counter.frame_count
+        assert run(sampling) == tokens
+        assert counter.frame_count == once
 
 
 def test_the_cache_is_kept_in_its_place(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.process_cases import torchrun as launch_ranks
 
 
 def torchrun(size: int, *arguments: object) -> subprocess.Popen[str]:
@@ -50,31 +50,31 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     assert without_seconds(tmp_path / "three.jsonl") == without_seconds(tmp_path / "one.jsonl")
 
 
-def ranks_of(launcher: int) -> dict[int, int]:
-    """Process ids by rank."""
+def ranks_of(launcher: int) -> list[int]:
+    """The ids of the processes by rank: the launcher starts them in this order."""
     children = subprocess.run(["ps", "--ppid", str(launcher), "-o", "pid="], capture_output=True, text=True).stdout
-    found = {}
-    for child in map(int, children.split()):
-        rank = re.search(r"\0RANK=(\d+)", Path(f"/proc/{child}/environ").read_text())
-        if rank:
-            found[int(rank[1])] = child
-    return found
+    return sorted(map(int, children.split()))
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-def test_a_killed_rank_ends_the_run_with_one_error(tmp_path: Path, victim: int) -> None:
+def test_a_killed_rank_ends_the_run_with_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
     prompts, output = write_prompts(tmp_path / "prompts.jsonl", 4000), tmp_path / "out.jsonl"
-    run = torchrun(3, "generate", "demo", "--data", prompts, "--batch-size", 2, "--output", output)
+    run = launch_ranks(["generate", "demo", "--data", str(prompts), "--batch-size", "2", "--output", str(output)], 3)
     end = time.monotonic() + 100
-    while not (output.exists() and output.stat().st_size > 1000) and run.poll() is None and time.monotonic() < end:
+    while not (output.exists() and output.stat().st_size > 1000) and run.is_alive() and time.monotonic() < end:
         time.sleep(0.05)
-    ranks = ranks_of(run.pid)
+    ranks = ranks_of(run.pid or 0)
+    assert len(ranks) == 3
     os.kill(ranks[victim], signal.SIGKILL)
-    errors = run.communicate(timeout=100)[1]
-    assert run.returncode == 1
+    run.join(100)
+    errors = Path("errors").read_text()
+    assert run.exitcode == 1, errors
     said = [line for line in errors.splitlines() if line.startswith("Error: ")]
     assert len(said) == 1, errors
     role = {0: "target_pt", 2: "source_pt"}[victim]  # the largest member is the first's
     assert said[0].startswith(f"Error: lost rank {victim} ({role}) at step ")
-    assert not any(Path(f"/proc/{process}").exists() for process in ranks.values())
+    assert not any(Path(f"/proc/{process}").exists() for process in ranks)
     assert len(without_seconds(output)) > 0

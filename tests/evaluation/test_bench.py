@@ -25,7 +25,7 @@ from ensembler.evaluation.benchmark import Bench
 from ensembler.evaluation.documents import TEST, VALIDATION
 from ensembler.evaluation.ensemble_plan import Plan
 from ensembler.evaluation.methods import plan_runs
-from ensembler.evaluation.recipe import read_recipe
+from ensembler.evaluation.recipe_file import read_recipe
 from ensembler.evaluation.results_file import open_results
 from ensembler.evaluation.runner import BEGUN, ERROR, Runner
 from ensembler.evaluation.statistics import holm

@@ -17,7 +17,7 @@ from helpers.task_cases import write_rows, write_tasks
 from ensembler import EnsembleForCausalLM
 from ensembler.evaluation.costs import plan_measurements
 from ensembler.evaluation.methods import plan_runs
-from ensembler.evaluation.recipe import read_recipe
+from ensembler.evaluation.recipe_file import read_recipe
 from ensembler.evaluation.statistics import compare, metric_interval
 from ensembler.evaluation.store import Store
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -17,6 +18,8 @@ from ensembler.errors import ConfigError  # noqa: E402
 from ensembler.evaluation.decisions import detectable_by, detectable_effect, equivalence  # noqa: E402
 from ensembler.evaluation.statistics import compare, mcnemar  # noqa: E402
 
+p_of = functools.cache(mcnemar)  # drawn tables come again and again
+
 
 def paired(only_a: int, only_b: int, rows: int) -> tuple[list[int], list[int]]:
     alike = [1] * (rows - only_a - only_b)
@@ -29,7 +32,7 @@ def power_of_mcnemar(rows: int, disagreement: float, difference: float, level: f
     tables, counts = np.unique(
         np.random.default_rng(0).multinomial(rows, chances, size=20_000), axis=0, return_counts=True
     )
-    found = [mcnemar(int(only_a), int(only_b)) <= level for only_a, only_b, _ in tables]
+    found = [p_of(int(only_a), int(only_b)) <= level for only_a, only_b, _ in tables]
     return float(np.average(found, weights=counts))
 
 

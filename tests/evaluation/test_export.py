@@ -109,6 +109,13 @@ def test_a_new_file_is_written_whole(results: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench", "rows.jsonl"]
 
 
+def test_the_results_are_not_written_over(results: Path) -> None:
+    before = (results / FILE).read_bytes()
+    said = error(results, "--output", results / FILE, "--overwrite")
+    assert said == f"{results / FILE} is {results / FILE}, which this command reads; give --output another name"
+    assert (results / FILE).read_bytes() == before
+
+
 @pytest.mark.parametrize("what", ["rows", "documents", "notes", "settings"])
 def test_parquet_holds_the_same(results: Path, tmp_path: Path, what: str) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")

@@ -134,13 +134,20 @@ def test_lm_eval_finds_the_model_by_its_entry_point() -> None:
     assert found.load() is GridLM is get_model("ensembler")
 
 
-def start(folder: Path, output: Path, *launcher: str) -> subprocess.Popen[str]:
+def command_line(output: Path) -> list[str]:
     arguments = ["lm-eval", "run", "--model", "ensembler", "--model_args", "pretrained=demo,alpha=0.7", "--limit", "5"]
-    arguments += ["--tasks", ",".join(DEMO), "--include_path", ".", "--output_path", str(output), "--log_samples"]
+    return [
+        *arguments,
+        *("--tasks", ",".join(DEMO)),
+        *("--include_path", ".", "--output_path", str(output)),
+        "--log_samples",
+    ]
+
+
+def start(folder: Path, output: Path, *launcher: str) -> subprocess.Popen[str]:
     variables = {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *launcher, "-m", "ensembler", *arguments]
     return subprocess.Popen(
-        command,
+        [sys.executable, *launcher, "-m", "ensembler", *command_line(output)],
         cwd=folder,
         env={**os.environ, **variables},
         stdout=subprocess.PIPE,
@@ -152,8 +159,9 @@ def start(folder: Path, output: Path, *launcher: str) -> subprocess.Popen[str]:
 def test_the_command_in_one_process_and_in_two(folder: Path, tmp_path: Path, run: Run) -> None:
     for file in (demo_folder() / "data").iterdir():
         shutil.copy(file, folder)
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2")
-    processes = [start(folder, tmp_path / "one"), start(folder, tmp_path / "two", *launcher)]
+    two = start(folder, tmp_path / "two", "-m", "torch.distributed.run", "--nproc-per-node", "2")
+    one = run(*command_line(tmp_path / "one"))
+    assert one.code == 0, one.err
     model = EnsembleForCausalLM.from_pretrained(demo_folder(), alpha=0.7)
     expected = by_lm_eval(HFLM(pretrained=model, tokenizer=str(demo_folder()), device="cpu"), folder, DEMO, limit=5)
     swept = run(
@@ -167,9 +175,9 @@ def test_the_command_in_one_process_and_in_two(folder: Path, tmp_path: Path, run
         key, _, filter_name = task["metric"].partition(",")
         (figure,) = (expected[one] for one in expected if one.startswith(f"{task['task']} {key},{filter_name}"))
         assert found == figure
-    for process, name in zip(processes, ("one", "two"), strict=True):
-        printed, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, printed
+    printed, _ = two.communicate(timeout=300)
+    assert two.returncode == 0, printed
+    for name in ("one", "two"):
         (path,) = (tmp_path / name).rglob("results_*.json")
         assert values(numbers(json.loads(path.read_text()))) == expected
         (path,) = (tmp_path / name).rglob("samples_tiny_choice_*.jsonl")

@@ -18,7 +18,9 @@ from helpers.task_cases import write_rows
 
 from ensembler.evaluation.benchmark import Bench
 from ensembler.evaluation.documents import TEST, VALIDATION
-from ensembler.evaluation.recipe import Experiment, read_recipe
+from ensembler.evaluation.recipe import Experiment
+from ensembler.evaluation.recipe_file import read_recipe
+from ensembler.vision.answers import KINDS, ImageExperiment
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.yaml"))
@@ -83,7 +85,7 @@ def stand_ins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def names(path: Path) -> Iterator[tuple[str, str]]:
     """The kind and the name of each model and adapter of a recipe."""
-    for experiment in read_recipe(path).experiments:
+    for experiment in read_recipe(path, KINDS).experiments:
         for role, member in experiment.models.items():
             yield "adapter" if role == "patch" else "model", member.model
             if member.adapter is not None:
@@ -95,7 +97,7 @@ def plan_on(path: Path, stand_ins: dict[str, Path]) -> Bench:
     for kind, name in set(names(path)):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).symlink_to(stand_ins[kind])
-    return Bench(read_recipe(path), confirm_run_unsafe_code=True)
+    return Bench(read_recipe(path, KINDS), confirm_run_unsafe_code=True)
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
@@ -121,12 +123,14 @@ def test_without_its_models_a_recipe_says_which_one_is_missing(path: Path) -> No
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_has_what_people_look_for(path: Path) -> None:
-    recipe = read_recipe(path)
+    recipe = read_recipe(path, KINDS)
     assert recipe.name == path.stem
     assert recipe.description
     assert len({experiment.name for experiment in recipe.experiments}) == len(recipe.experiments)
     for experiment in recipe.experiments:
-        assert experiment.images or all((path.parent / task).is_file() for task in experiment.tasks)
+        assert isinstance(experiment, ImageExperiment) or all(
+            (path.parent / task).is_file() for task in experiment.tasks
+        )
 
 
 @pytest.mark.parametrize("path", PAPERS, ids=lambda path: path.stem)
@@ -156,7 +160,7 @@ def wordings(name: str) -> set[str]:
 def figures(name: str) -> dict[str, tuple[Experiment, dict[str, Any]]]:
     """The published figures of a recipe by experiment: accuracy, where there are several."""
     found = {}
-    for experiment in read_recipe(EXAMPLES / "recipes" / f"{name}.yaml").experiments:
+    for experiment in read_recipe(EXAMPLES / "recipes" / f"{name}.yaml", KINDS).experiments:
         ((_, by_method),) = experiment.published.items()
         of_accuracy = {method: each if isinstance(each, float) else each["acc"] for method, each in by_method.items()}
         found[experiment.name] = (experiment, of_accuracy)
@@ -237,6 +241,6 @@ def test_base_change_s_arrows_are_those_of_its_table() -> None:
 
 
 def test_table_6_is_twelve_times() -> None:
-    (experiment,) = read_recipe(EXAMPLES / "recipes" / "portllm_table6.yaml").experiments
+    (experiment,) = read_recipe(EXAMPLES / "recipes" / "portllm_table6.yaml", KINDS).experiments
     memory = {method: costs["peak_device_bytes"] for method, costs in experiment.published_costs.items()}
     assert round(memory["direct"] / memory["patch"], 1) == 12.2

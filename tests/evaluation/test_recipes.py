@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError, VocabularyError
 from ensembler.evaluation.documents import TEST, VALIDATION
 from ensembler.evaluation.figures import METHODS
-from ensembler.evaluation.recipe import Speed, read_recipe
+from ensembler.evaluation.recipe import Speed
+from ensembler.evaluation.recipe_file import read_recipe
+from ensembler.vision.answers import KINDS
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 
@@ -382,7 +385,7 @@ READING = {
 def test_what_a_recipe_cannot_say(fault: str, roles: Path, tmp_path: Path) -> None:
     change, said = READING[fault]
     path = write_recipe(tmp_path / "bad.yaml", spoilt(good(roles), change))
-    message = refusal(path, read_recipe)
+    message = refusal(path, partial(read_recipe, kinds=KINDS))
     assert message.startswith(f"{path}: ")
     assert re.search(said, message), message
 

@@ -302,30 +302,51 @@ def test_an_interruption_while_combining_needs_no_forward_again(tmp_path: Path, 
     assert not path.exists()
 
 
-def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"precious": "mine"},
+        {"run.json": '{"seed": 1}', "precious": "mine"},
+        {"run.json": '{"seed": 1}'},
+        {"run.json": "a log"},
+        {"run.json": '{"format": "ensembler-logits", "seed": 1}', "precious": "mine"},
+        {"x.safetensors": "mine"},
+    ],
+    ids=["no mark", "of another program", "of another program alone", "no JSON", "ours and another file", "weights"],
+)
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, files: dict[str, str]) -> None:
     path = tmp_path / "out.members"
     path.mkdir()
-    (path / "precious").write_text("mine")
+    for name, content in files.items():
+        (path / name).write_text(content)
     for options in ({}, {"overwrite": True}):
         with pytest.raises(OutputError, match="holds something else"):
             LogitsFolder(path, {"seed": 1}, **options)
-    assert (path / "precious").read_text() == "mine"
+    assert {file.name: file.read_text() for file in path.iterdir()} == files
 
 
 def test_a_folder_of_another_run_is_refused_or_replaced(tmp_path: Path) -> None:
     path = tmp_path / "out.members"
     folder = LogitsFolder(path, {"seed": 1})
     folder.open()
-    folder.write("x", {"role": torch.ones(2)})
-    with pytest.raises(OutputError, match="left of an interrupted run"):
-        LogitsFolder(path, {"seed": 1})
-    with pytest.raises(OutputError, match=r"another ensemble, other data or other options \(run a1, now b2\)"):
-        LogitsFolder(path, "b2", resume=True)
-    again = LogitsFolder(path, "b2", overwrite=True)
-    assert not again.has("x")
-    assert folder.has("x")  # nothing is removed before the run begins
+    folder.write("x.safetensors", {"role": torch.ones(2)})
+    assert LogitsFolder(path, {"seed": 1}).has("x.safetensors")
+    with pytest.raises(OutputError, match="begun with other settings: seed was 1, now 2; choose another --output"):
+        LogitsFolder(path, {"seed": 2})
+    again = LogitsFolder(path, {"seed": 2}, overwrite=True)
+    assert not again.has("x.safetensors")
+    assert folder.has("x.safetensors")  # nothing is removed before the run begins
     again.open()
-    assert [entry.name for entry in path.iterdir()] == ["run"]
+    assert [entry.name for entry in path.iterdir()] == ["run.json"]
+
+
+def test_removing_leaves_what_was_put_into_the_folder_meanwhile(tmp_path: Path) -> None:
+    folder = LogitsFolder(tmp_path / "out.members", {"seed": 1})
+    folder.open()
+    folder.write("x.safetensors", {"role": torch.ones(2)})
+    (folder.path / "precious").write_text("mine")
+    folder.remove()
+    assert [entry.name for entry in folder.path.iterdir()] == ["precious"]
 
 
 def test_members_that_are_loaded_already_are_refused(trio: Any, tmp_path: Path) -> None:

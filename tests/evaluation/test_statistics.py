@@ -150,8 +150,9 @@ def test_a_paired_difference_is_covered(chances: tuple[float, ...], rows: int) -
         assert np.mean([one.p_value <= 0.05 for one in found]) <= 0.05  # exact: never above the level, often below
 
 
-def test_a_mean_and_a_difference_of_means_are_covered() -> None:
-    drawn = np.random.default_rng(7).normal(1.5, 2.0, size=(800, 60))
+@pytest.mark.parametrize("num_draws", [400, pytest.param(800, marks=pytest.mark.long)])
+def test_a_mean_and_a_difference_of_means_are_covered(num_draws: int) -> None:
+    drawn = np.random.default_rng(7).normal(1.5, 2.0, size=(num_draws, 60))
     for interval in (mean_interval, lambda values: compare(values, np.zeros(60)).difference):
         covered = np.mean([one.low <= 1.5 <= one.high for one in map(interval, drawn)])
         assert 0.92 < covered < 0.98, covered

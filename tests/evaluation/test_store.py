@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from helpers.store_cases import NUM, POINTS, SETTINGS, begun, check_whole, contents, document, fill, measured, start
 
-from ensembler.errors import OutputError, RunError
+from ensembler.errors import ConfigError, OutputError, RunError
 from ensembler.evaluation import results_file
 from ensembler.evaluation.results_file import FILE, Measured, open_results
 from ensembler.evaluation.store import Store
@@ -213,8 +213,8 @@ def test_a_full_disk_ends_it_and_room_lets_it_go_on(disk: Path, tmp_path: Path) 
                 store.add("sweep", [(f"t/test/{index}", measured(index))])
                 done.add(f"t/test/{index}")
         assert str(caught.value) == (
-            f"{folder / FILE} cannot be written: database or disk is full; make room on its disk and run the same "
-            "command again, which goes on from the finished rows"
+            f"{folder / FILE} cannot be written: database or disk is full; make room on its disk, and go on with "
+            "the same command, without --overwrite"
         )
         assert store.done("sweep") == done
     assert 0 < len(done) < NUM
@@ -230,7 +230,7 @@ def test_a_full_disk_ends_it_and_room_lets_it_go_on(disk: Path, tmp_path: Path) 
 
 def test_a_disk_that_fails_ends_it_in_one_sentence(tmp_path: Path) -> None:
     *done, error = start("limited", tmp_path / "out", 0).communicate()[0].splitlines()
-    assert error.startswith(f"{tmp_path / 'out' / FILE} cannot be written: disk I/O error; make room on its disk and")
+    assert error.startswith(f"{tmp_path / 'out' / FILE} cannot be written: disk I/O error; make room on its disk, and")
     assert 1 < len(done) < NUM
     check_whole(tmp_path / "out", set(done) - {"begun"})
     fill(tmp_path / "out")
@@ -330,14 +330,47 @@ def test_without_rows_other_settings_begin_anew(tmp_path: Path) -> None:
     one.begin("one")
     one.begin_run("sweep", POINTS, [(document(0), "test")])
     one.add("sweep", [("t/test/0", measured(0))])
-    with pytest.raises(OutputError, match=r"alphas is \[0\] there and \[1\] here"):
+    with pytest.raises(OutputError, match=r"--alpha is \[0\] there and \[1\] here"):
         other.begin("other")
 
 
-def test_what_is_no_results_folder_is_left_alone(tmp_path: Path) -> None:
+def test_overwriting_begins_anew_and_removes_the_report(tmp_path: Path) -> None:
+    fill(tmp_path)
+    other = {**SETTINGS, "alphas": [0.5]}
+    for name in ("summary.json", "report.html", "curve.png", "thesis.txt"):
+        (tmp_path / name).write_text("x")
+    with Store(tmp_path, other, overwrite=True) as store:
+        check_whole(tmp_path, {f"t/test/{index}" for index in range(NUM)})  # nothing is removed before `begin`
+        store.begin("another command")
+        assert {path.name for path in tmp_path.iterdir()} == {FILE, "thesis.txt"}
+        assert (store.settings, store.command, store.runs()) == (other, "another command", [])
+        store.begin_run("sweep", POINTS, [(document(0), "test")])
+        store.add("sweep", [("t/test/0", measured(0))])
+    with begun(tmp_path, alphas=[0.5]) as again:
+        assert again.done("sweep") == {"t/test/0"}
+
+
+def test_overwriting_that_fails_leaves_the_rows(tmp_path: Path) -> None:
+    fill(tmp_path, range(2))
+    before = contents(tmp_path)
+    (tmp_path / "report.html").mkdir()  # which cannot be removed as a file
+    with Store(tmp_path, {"alphas": [0.5]}, overwrite=True) as store, pytest.raises(OutputError, match=r"report\.html"):
+        store.begin("another command")
+    assert contents(tmp_path) == before
+
+
+def test_of_several_processes_none_overwrites(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, range(2))
+    monkeypatch.setattr("ensembler.evaluation.store.num_ranks", lambda: 2)
+    with pytest.raises(ConfigError, match=rf"was given to 2 processes; remove {tmp_path}, and start them without it"):
+        Store(tmp_path, SETTINGS, overwrite=True)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_no_results_folder_is_left_alone(tmp_path: Path, overwrite: bool) -> None:
     (tmp_path / "thesis.txt").write_text("x")
     with pytest.raises(OutputError, match="holds something else than results; give --output another folder"):
-        Store(tmp_path, SETTINGS)
+        Store(tmp_path, SETTINGS, overwrite=overwrite)
     with pytest.raises(OutputError, match="is no folder; give --output the name of a new one"):
         Store(tmp_path / "thesis.txt", SETTINGS)
     with pytest.raises(OutputError, match="cannot be made: Not a directory; give --output another folder"):
@@ -347,19 +380,20 @@ def test_what_is_no_results_folder_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_file_of_another_kind_or_version_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_of_another_kind_or_version_is_refused(tmp_path: Path, overwrite: bool) -> None:
     other = sqlite3.connect(tmp_path / FILE)
     other.execute("CREATE TABLE cars (name TEXT)")
     other.commit()
     other.close()
     with pytest.raises(OutputError, match=r"results\.sqlite holds something else than results"):
-        Store(tmp_path, SETTINGS)
+        Store(tmp_path, SETTINGS, overwrite=overwrite)
     (tmp_path / FILE).unlink()
     fill(tmp_path, range(1))
     newer = sqlite3.connect(tmp_path / FILE)
     newer.execute("PRAGMA user_version = 7")
     newer.close()
-    for open_it in (lambda: Store(tmp_path, SETTINGS), lambda: open_results(tmp_path)):
+    for open_it in (lambda: Store(tmp_path, SETTINGS, overwrite=overwrite), lambda: open_results(tmp_path)):
         with pytest.raises(OutputError, match="holds results of format 7, and this version reads 1; give another fold"):
             open_it()
 

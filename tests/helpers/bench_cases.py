@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from ensembler.evaluation.benchmark import Bench
 from ensembler.evaluation.costs import measure_costs, plan_measurements
 from ensembler.evaluation.figures import MethodFigure, TaskFigures
-from ensembler.evaluation.recipe import read_recipe
+from ensembler.evaluation.recipe_file import read_recipe
 from ensembler.evaluation.runner import Runner
 from ensembler.evaluation.store import Store
 from ensembler.evaluation.summary import summarise

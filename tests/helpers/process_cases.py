@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -44,6 +45,42 @@ def _run(arguments: list[str], said: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     with open(said, "w") as log, redirect_stdout(log), redirect_stderr(log):
         main(arguments)
+
+
+def torchrun(arguments: list[str], num_ranks: int) -> BaseProcess:
+    """Begin to run the command as torchrun does, in forks; the files `printed` and `errors` get its output."""
+    process = _SERVER.Process(target=_run_ranks, args=(arguments, num_ranks))
+    process.start()
+    return process
+
+
+def _run_ranks(arguments: list[str], num_ranks: int) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    for descriptor, name in ((1, "printed"), (2, "errors")):
+        os.dup2(os.open(name, os.O_CREAT | os.O_WRONLY | os.O_APPEND), descriptor)
+    own_port = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    config, _, _ = config_from_args(parse_args(["--nproc-per-node", str(num_ranks), *own_port, "ensembler"]))
+    config.start_method = "fork"
+    try:
+        elastic_launch(config, _run_rank)(arguments)
+    except ChildFailedError:
+        sys.exit(1)  # as torchrun
+
+
+def _run_rank(arguments: list[str]) -> None:
+    import torch
+
+    from ensembler.cli.main import main
+
+    torch.set_num_threads(1)
+    try:
+        main(arguments)
+    except SystemExit as ended:
+        if ended.code:
+            raise
 
 
 def launch(arguments: list[str], num_ranks: int, ranks: list[int]) -> dict[int, str]:

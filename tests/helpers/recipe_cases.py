@@ -15,8 +15,8 @@ from helpers.tiny import make_model, make_tokenizer
 
 from ensembler.errors import EnsemblerError
 from ensembler.evaluation.benchmark import Bench
-from ensembler.evaluation.recipe import read_recipe
-from ensembler.vision.answers import ImageModels
+from ensembler.evaluation.recipe_file import read_recipe
+from ensembler.vision.answers import KINDS, ImageExperiment, ImageModels
 
 Content = dict[str, Any]
 Change = Callable[[Content], object]
@@ -64,7 +64,7 @@ def write_recipe(path: Path, content: Content) -> Path:
 
 def plan(path: Path) -> Bench:
     """What `bench --dry-run` does before it prints."""
-    return Bench(read_recipe(path), image_models=ImageModels())
+    return Bench(read_recipe(path, KINDS), models={ImageExperiment: ImageModels()})
 
 
 def refusal(path: Path, read: Callable[[Path], object] = plan) -> str:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ensembler.errors import OutputError, PatchError, RunError
 from ensembler.patch.addition import WeightUpdate, load_update, patched, read_tensor
 from ensembler.patch.apply import apply_patches
+from ensembler.patch.extract import extract_patch
 from ensembler.patch.formats import read_patch
 from ensembler.patch.patch_plan import plan_patches
 
@@ -260,11 +261,27 @@ def test_overwriting_replaces_a_result_and_nothing_else(tmp_path: Path) -> None:
     apply_patches([read_patch(lora, scale=2.0)], model, tmp_path / "again", overwrite=True)
     assert all(same_bits(weight, expected[name]) for name, weight in weights(tmp_path / "again").items())
     assert not (tmp_path / "again" / "stale.txt").exists()
-    before = weights(model)
+    other = save_model(tmp_path / "other")
+    before = weights(other)
     with pytest.raises(OutputError, match="something else than a result"):
-        apply_patches([read_patch(lora)], model, model, overwrite=True)
-    assert all(same_bits(weights(model)[name], before[name]) for name in before)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "lora", "model", "out"]
+        apply_patches([read_patch(lora)], model, other, overwrite=True)
+    assert all(same_bits(weights(other)[name], before[name]) for name in before)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "lora", "model", "other", "out"]
+
+
+def test_a_result_is_not_replaced_by_what_is_made_of_it(tmp_path: Path) -> None:
+    model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
+    tuned = apply(tmp_path, model, lora)
+    extract_patch(model, tuned, tmp_path / "patch", rank=4)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(OutputError, match=rf"{tuned} is {tuned}, which this command reads"):
+        apply_patches([read_patch(lora)], tuned, tuned, overwrite=True)
+    with pytest.raises(OutputError, match=r"patch/\.\./patch is .*/patch, which this command reads"):
+        apply_patches([read_patch(tmp_path / "patch")], model, tmp_path / "patch/../patch", overwrite=True)
+    for base, finetuned in ((model, tuned), (tuned, model)):
+        with pytest.raises(OutputError, match=rf"{tuned} is {tuned}, which this command reads"):
+            extract_patch(base, finetuned, tuned, rank=4, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_pickle_is_read_only_where_it_is_allowed(tmp_path: Path) -> None:

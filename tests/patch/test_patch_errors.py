@@ -19,7 +19,7 @@ from helpers.tiny import make_model
 from peft import IA3Config, LoHaConfig, get_peft_model
 from safetensors.torch import save_file
 
-from ensembler.errors import InputError, OutputError, RunError
+from ensembler.errors import InputError, MemberError, OutputError, RunError
 from ensembler.patch.apply import apply_patches
 from ensembler.patch.extract import extract_patch
 from ensembler.patch.formats import read_patch
@@ -205,6 +205,22 @@ def test_nan_in_a_full_delta_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
         apply_patches([read_patch(tmp_path / "patch")], base, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "patch", "tuned"]
+
+
+@pytest.mark.parametrize("name", ["lora/adapter_model.safetensors", "model/model.safetensors", "model/config.json"])
+def test_a_file_that_is_lost_on_the_way_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
+    monkeypatch.setattr("ensembler.patch.apply._copy_other_files", lambda model, made: (tmp_path / name).unlink())
+    with pytest.raises(MemberError, match=rf"{tmp_path / name} cannot be read \(No such file or directory\)"):
+        apply_patches([read_patch(lora)], model, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "model"]
+
+
+def test_another_file_of_the_model_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
+    (model / "merges.txt").symlink_to("nowhere")
+    with pytest.raises(MemberError, match=r"model/merges\.txt cannot be read \(No such file or directory\)"):
+        apply_patches([read_patch(lora)], model, tmp_path / "out")
 
 
 def test_a_full_disk_is_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

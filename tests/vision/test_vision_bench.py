@@ -18,8 +18,9 @@ from helpers.recipe_cases import plan, refusal
 from helpers.sweep_cases import read_rows
 from helpers.vision_cases import CLASSES, save_clip, save_head, save_images, save_vit, with_other_classifier
 
-from ensembler.evaluation.recipe import read_recipe
+from ensembler.evaluation.recipe_file import read_recipe
 from ensembler.evaluation.results_file import open_results
+from ensembler.vision.answers import KINDS
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 TABLE = ("cifar100", "svhn", "resisc45", "sun397", "dtd", "cars")
@@ -193,7 +194,7 @@ PRINTED = {
 def figures(kind: str) -> Figures:
     """What the recipe has of table 2 by pair of models, data set and method: `published`, or `published_alphas`."""
     found: Figures = {}
-    for experiment in read_recipe(RECIPES / "basechange_table2.yaml").experiments:
+    for experiment in read_recipe(RECIPES / "basechange_table2.yaml", KINDS).experiments:
         pair, _, data = experiment.name.partition(".")
         ((name, by_method),) = getattr(experiment, kind).items()
         assert name == data
@@ -217,7 +218,7 @@ def test_the_figures_of_table_2_are_those_that_are_printed() -> None:
 
 
 def test_table_2_is_planned_whole_on_stand_ins(tmp_path: Path) -> None:
-    recipe = read_recipe(RECIPES / "basechange_table2.yaml")
+    recipe = read_recipe(RECIPES / "basechange_table2.yaml", KINDS)
     clip = save_clip(tmp_path / "clip", 1)
     save_head(clip / "head.safetensors", 12)
     here = tmp_path / "basechange"
@@ -254,7 +255,7 @@ def test_the_recipes_tell_their_source_and_what_to_bring() -> None:
     for folder in ("./basechange/clip-MODEL-DATA", "./basechange/DATASET-MODEL", "./basechange/data/DATASET"):
         assert folder in header
     assert all(re.search(rf"\b{data}\b", header) for data in TABLE)
-    digits = read_recipe(RECIPES / "digits.yaml")
+    digits = read_recipe(RECIPES / "digits.yaml", KINDS)
     assert len(digits.experiments) == 12
     assert all(experiment.validation == "validation" for experiment in digits.experiments)
 
