@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ensembler.config import MemberConfig
 from ensembler.errors import MemberError, UnsupportedPatchError
-from ensembler.files import find_folder, naming, one_line
+from ensembler.files import find_folder, is_local, naming, one_line
 from ensembler.patch.formats import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -91,6 +91,11 @@ def resolve_adapter(role: str, config: MemberConfig) -> MemberConfig:
         )
     if (folder / base).is_dir():
         base = str((folder / base).resolve())
+    elif is_local(base) and not Path(base).expanduser().is_dir():
+        raise MemberError(
+            f"{role}: {folder} is a LoRA of {base} (base_model_name_or_path in its {ADAPTER_CONFIG}), which is not there; "
+            "correct that, or give the base as the model and this as its adapter (--source-pt BASE --source-ft-adapter)"
+        )
     return replace(config, model=base, adapter=config.model)
 
 

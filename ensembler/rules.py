@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from numbers import Real
 
-from ensembler.errors import ConfigError
+from ensembler.errors import ConfigError, nearest
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,7 @@ def find_rule(name: str) -> Rule:
         for plugin in entry_points(group=PLUGINS):
             plugin.load()
     if name not in RULES:
-        names = ", ".join((*RULES, "linear"))
-        raise ConfigError(f"unknown rule {name!r}; expected one of: {names}, or one given to register_rule before")
+        raise ConfigError(f"unknown rule {name!r}{nearest(name, (*RULES, 'linear'))}")
     return RULES[name]
 
 

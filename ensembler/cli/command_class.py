@@ -86,7 +86,9 @@ class Command(click.Command):
         _, _, given = self.make_parser(ctx).parse_args(list(args))
         for param in given:
             if isinstance(param, click.Option) and not param.multiple and not param.count and given.count(param) > 1:
-                raise click.UsageError(f"{param.opts[-1]} was given {given.count(param)} times; give it once.", ctx)
+                several = ", or several as 0.5,0.7" if getattr(param.type, "takes_several", False) else ""
+                name = param.opts[-1]
+                raise click.UsageError(f"{name} was given {given.count(param)} times; give it once{several}.", ctx)
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

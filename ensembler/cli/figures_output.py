@@ -45,7 +45,7 @@ def print_figures(tasks: Sequence[TaskFigures]) -> None:
     for task in tasks:
         say(f"\n{task.name}: {heading(task)}")
         for rows in filter(None, (method_table(task), cost_table(task), difference_table(task))):
-            out.print(_table(rows, out.width))
+            out.print(_table(rows, out.width), end="\n\n")
         missing = (f"not measured: {what}" for what in task.not_measured)
         for line in (*task.notes, *missing, *(f"* {said}" for said in verdict(task))):
             say(line)

@@ -26,7 +26,7 @@ class AlphaType(click.ParamType[Any]):
     takes_list = True
 
     def __init__(self, *, several: bool) -> None:
-        self._several = several
+        self._several = self.takes_several = several
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the number or numbers. Raises ConfigError for what is none, and for several where one is wanted."""

@@ -139,7 +139,7 @@ def chat_ids(tokenizer: Any, messages: list[dict[str, str]], source: str = "") -
     Raises ConfigError where there is none, PromptError where it refuses the messages, which are from `source`.
     """
     if not tokenizer.chat_template:
-        raise ConfigError("the anchor's tokenizer has no chat template; add one, or choose another anchor")
+        raise ConfigError("the anchor's tokenizer has no chat template; add one, or choose a rule with another anchor")
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except Exception as error:  # templates are programs of the models' authors and raise what they like

@@ -126,8 +126,8 @@ def extract_patch(
     whose tensors or shapes differ, ConfigError, MemberError, OutputError before anything is written; RunError when the
     disk is full.
     """
-    check_not_input(out, base, finetuned)
     _check_limit(rank, energy, full)
+    check_not_input(out, base, finetuned)
     old, new = read_model(base), read_model(finetuned)
     _check_versions(old, new)
     torch_dtype = DTYPES[FLOATS[dtype]]

@@ -105,7 +105,7 @@ def test_a_folder_is_a_model_of_lm_eval(trio: Ensemble, folder: Path, tmp_path: 
         ),
         ("alfa=1", ConfigError, "^unknown model argument 'alfa'; expected pretrained, alpha, rule, device, dtype"),
         ("alpha=high", ConfigError, "alpha is 'high'; expected a finite number"),
-        ("rule=best", ConfigError, "unknown rule 'best'; expected one of: base-change"),
+        ("rule=best", ConfigError, "unknown rule 'best'; expected one of base-change"),
         ("think_end_token=x,pretrained=nowhere", ConfigError, "there is no folder nowhere; make one with"),
         ("rule=contrastive", (ConfigError, MemberError), "expert"),
     ],

@@ -297,7 +297,7 @@ MISTAKES = {
     "json": (["--top-k-logits", "5", "--output", "OUT", "--json"], "with --json"),
     "zero": (["--top-k-logits", "0", "--output", "OUT"], "--top-k-logits"),
     "too many": (["--top-k-logits", "99", "--output", "OUT"], "the vocabulary has 64 tokens"),
-    "a file": (["--top-k-logits", "5", "--output", "DATA"], "holds something else"),
+    "a file": (["--top-k-logits", "5", "--output", "DATA"], "which this command reads"),
     "no folder": (["--top-k-logits", "5", "--output", "nowhere/out"], "nowhere is not a folder"),
 }
 

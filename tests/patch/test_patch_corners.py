@@ -87,7 +87,7 @@ def test_a_file_that_cannot_be_carried_shows_before_the_weights(
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
     (model / "notes.txt").symlink_to(tmp_path / "nowhere")
     monkeypatch.setattr(applying, "_write_weights", lambda *args: pytest.fail("weights were written"))
-    with pytest.raises(RunError, match="not all files could be copied"):
+    with pytest.raises(MemberError, match=r"model/notes\.txt cannot be read \(No such file or directory\)"):
         apply_patches([read_patch(lora)], model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

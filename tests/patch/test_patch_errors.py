@@ -216,13 +216,6 @@ def test_a_file_that_is_lost_on_the_way_is_named(name: str, tmp_path: Path, monk
     assert sorted(path.name for path in tmp_path.iterdir()) == ["lora", "model"]
 
 
-def test_another_file_of_the_model_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
-    (model / "merges.txt").symlink_to("nowhere")
-    with pytest.raises(MemberError, match=r"model/merges\.txt cannot be read \(No such file or directory\)"):
-        apply_patches([read_patch(lora)], model, tmp_path / "out")
-
-
 def test_a_full_disk_is_found_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
     free = shutil._ntuple_diskusage(100_000, 90_000, 10_000)  # type: ignore[attr-defined]
