@@ -93,7 +93,7 @@ def resolve_adapter(role: str, config: MemberConfig) -> MemberConfig:
         base = str((folder / base).resolve())
     elif is_local(base) and not Path(base).expanduser().is_dir():
         raise MemberError(
-            f"{role}: {folder} is a LoRA of {base} (base_model_name_or_path in its {ADAPTER_CONFIG}), which is not there; "
+            f"{role}: {folder} is a LoRA of {base} (base_model_name_or_path in {ADAPTER_CONFIG}), which is not there; "
             "correct that, or give the base as the model and this as its adapter (--source-pt BASE --source-ft-adapter)"
         )
     return replace(config, model=base, adapter=config.model)
