@@ -59,7 +59,7 @@ def warn_of_other_base(patch: Patch, model: StoredModel) -> str | None:
         is_base = patch.base_fingerprint == model.fingerprint()
     else:
         is_base = patch.base is None or Path(patch.base).name == Path(model.name).name
-    warning = f"{patch.folder} was made for {patch.base}; this is {model.folder} (expected where it is an update of that)"
+    warning = f"{patch.folder} was made for {patch.base}; this is {model.folder} (expected where that was updated)"
     return None if is_base else warning
 
 

@@ -71,7 +71,7 @@ def test_another_base_is_noted_and_force_is_quiet(run: Run, tmp_path: Path) -> N
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
     edit_json(lora / "adapter_config.json", base_model_name_or_path="org/older")
     result = run("apply", lora, "--to", model, "--check")
-    expected = f"Warning: {lora} was made for org/older; this is {model} (expected where it is an update of that)\n"
+    expected = f"Warning: {lora} was made for org/older; this is {model} (expected where that was updated)\n"
     assert (result.code, result.err) == (0, expected)
     assert run("apply", lora, "--to", model, "--check", "--force").err == ""
     assert "org/older" in run("inspect", lora, "--to", model, "--base", model).err
