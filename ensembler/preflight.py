@@ -1,4 +1,4 @@
-"""Is this ensemble possible? Answered from configs, tokenizers and file headers, before any weight is read."""
+"""Check from configs, tokenizers and file headers, before any weight is read, that an ensemble is possible."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class PatchPlan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the patches hold besides additions, a line each."""
+        """Notes on what the patches hold besides additions, a line each."""
         return tuple(note for patch in self.patches for note in patch.notes)
 
 

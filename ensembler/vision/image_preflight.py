@@ -1,4 +1,4 @@
-"""Is this ensemble of image classifiers possible? Answered from configs and file headers, before any weight is read.
+"""Check from configs and file headers, before any weight is read, that an ensemble of image classifiers is possible.
 
 classifier   a model of `AutoModelForImageClassification`
 head         the vision tower of a model, frozen, with a linear head in a file of its own

@@ -21,8 +21,8 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from click.testing import CliRunner
-from helpers.process_cases import fork, launch, torchrun
-from helpers.sweep_cases import column, data_flags, read_rows, save_ensemble, write_questions
+from helpers.process_cases import fork, launch
+from helpers.sweep_cases import column, data_flags, read_rows, save_ensemble, start, write_questions
 from helpers.task_cases import write_rows, write_tasks
 
 from ensembler.cli.main import cli
@@ -219,7 +219,7 @@ def test_a_run_without_rows_does_not_block_its_folder(
         (["DATA", "--alpha", "0:1"], "alpha is '0:1'; expected a number, or a grid: 0,0.5,1 or 0:1.5:0.1"),
         (["DATA", "--alpha", "1:0:0.1"], "an empty grid; expected first:last:step"),
         (["DATA", "--alpha", "0,nan"], "alpha is '0,nan'; expected a number, or a grid"),
-        (["DATA", "--alpha", "0,0.5,0.5"], "0.5 is in the grid twice"),
+        (["DATA", "--alpha", "0,0.5,0.5"], "--alpha 0,0.5,0.5 names a number twice"),
         (["DATA", "--alpha", "-1,0"], "not negative"),
         (["DATA", "--rule", "base-chnage"], "unknown rule 'base-chnage'"),
         (["DATA", "--rule", "base-change,contrastive"], "leave this rule out"),
@@ -362,10 +362,10 @@ def test_an_alpha_that_has_no_folder_is_refused(
     assert (folder / "config.json").read_bytes() == before
 
 
-def command(members: list[str], number: int, *more: object) -> list[str]:
-    """A sweep of so many questions, two at a time."""
+def command(members: list[str], number: int, *more: object, batch_size: int | str = 2) -> list[str]:
+    """A sweep of so many questions."""
     flags = data_flags(write_questions(Path("questions.jsonl"), number))
-    return ["sweep", *members, *flags, "--alpha", "0:1:0.1", "--batch-size", "2", *map(str, more)]
+    return ["sweep", *members, *flags, "--alpha", "0:1:0.1", "--batch-size", str(batch_size), *map(str, more)]
 
 
 def size(folder: str) -> int:
@@ -437,11 +437,9 @@ def test_two_commands_at_once_on_one_folder(members: list[str], run: Any) -> Non
 def test_processes_of_a_launcher_share_the_documents(members: list[str], run: Any) -> None:
     flags = command(members, 40, "--validation", 10)
     assert run(*flags, "--output", "one").code == 0
-    process = torchrun([*flags, "--output", "two", "--json"], 2)
-    process.join(300)
-    errors = Path("errors").read_text()
-    assert process.exitcode == 0, errors
-    assert json.loads(Path("printed").read_text())["tasks"] == tasks_of("one")  # said once
+    printed, errors = (process := start(*flags, "--output", "two", "--json", ranks=2)).communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert json.loads(printed)["tasks"] == tasks_of("one")  # said once
     assert read_rows(Path("two")) == read_rows(Path("one"))
     assert len(re.findall(r"40 examples at 12 points.*\n2 processes share the batches\n", errors)) == 1
 
@@ -538,7 +536,7 @@ def test_a_resumed_run_keeps_the_batch_size_that_was_found(
 
     monkeypatch.setattr(TextAnswerer, "largest_batch", largest)
     monkeypatch.setattr(TextAnswerer, "answer", interrupted)
-    flags = [*command(members, 23), "--batch-size", "auto"]
+    flags = command(members, 23, batch_size="auto")
     assert run(*flags).code == 130
     assert len(read_rows(Path("sweep"))) == 10 * 12
     assert run(*flags).code == 0
@@ -548,8 +546,7 @@ def test_a_resumed_run_keeps_the_batch_size_that_was_found(
 
 
 def test_the_batch_size_that_fits_is_found_by_lm_eval(members: list[str], run: Any) -> None:
-    flags = command(members, 12)
-    assert run(*flags, "--batch-size", "auto", "--output", "auto").code == 0
-    assert run(*flags, "--batch-size", 8, "--output", "eight").code == 0
+    for batch_size, name in (("auto", "auto"), (8, "eight")):
+        assert run(*command(members, 12, batch_size=batch_size), "--output", name).code == 0
     one, other = (read_rows(Path(name)) for name in ("auto", "eight"))
     assert [row["values"] for row in one] == [row["values"] for row in other]

@@ -26,6 +26,8 @@ from PIL import Image
 
 from ensembler import EnsembleForImageClassification
 
+SHARED = "source_ft and source_pt share one tower, which is run once\n"
+
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +85,7 @@ def test_create_writes_one_folder(ensemble: Path) -> None:
 def test_classify_tells_what_the_ensemble_sees(ensemble: Path, tmp_path: Path, run: Any) -> None:
     folder = save_images(tmp_path / "photos", 2)
     done = run("classify", ensemble, folder, "--top-k", 3, "--json", "--batch-size", 4, "--alpha", "0.9")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (0, SHARED)
     rows = [json.loads(line) for line in done.out.splitlines()]
     paths = sorted(folder.rglob("*.png"))
     assert [row["image"] for row in rows] == list(map(str, paths))
@@ -116,13 +118,13 @@ def test_a_broken_image_is_named_and_skipped_or_ends_it(ensemble: Path, tmp_path
     done = run("classify", ensemble, folder, "--skip-bad")
     assert done.code == 0
     assert done.err.splitlines()[-1] == "1 of 7 images could not be read and were skipped"
-    assert done.err.startswith(f"skipped: {broken} is damaged")
+    assert done.err.startswith(f"{SHARED}skipped: {broken} is damaged")
     assert len([line for line in done.out.splitlines() if line.endswith(".png")]) == 6
     rows = [json.loads(line) for line in run("classify", ensemble, folder, "--json", "--skip-bad").out.splitlines()]
     assert [row["image"] for row in rows if "error" in row] == [str(broken)]
     strict = run("classify", ensemble, folder, "--batch-size", 1)
     assert strict.code == 2
-    assert strict.err.startswith(f"Error: {broken} is damaged")
+    assert strict.err.startswith(f"{SHARED}Error: {broken} is damaged")
     assert strict.err.endswith("; mend it, or add --skip-bad\n")
     alone = run("classify", ensemble, broken, "--skip-bad")
     assert alone.code == 1
@@ -139,7 +141,7 @@ def test_other_modes_and_sizes_are_classified(ensemble: Path, tmp_path: Path, ru
     Image.new("RGB", (4000, 3000)).save(tmp_path / "huge.png")
     names = ["L.png", "RGBA.png", "I16.png", "1.png", "P.png", "dot.png", "huge.png"]
     done = run("classify", ensemble, *(tmp_path / name for name in names), "--top-k", 7, "--json")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (0, SHARED)
     for line in done.out.splitlines():
         assert sum(each["probability"] for each in json.loads(line)["classes"]) == pytest.approx(1, abs=1e-5)
 
@@ -225,7 +227,8 @@ def test_other_files_among_images_are_counted(ensemble: Path, tmp_path: Path, ru
     (folder / "cat" / "gone.png").symlink_to(folder / "nothing.png")
     done = run("classify", ensemble, folder, "--skip-bad")
     assert done.code == 0
-    first, broken, last = done.err.splitlines()
+    first, shared, broken, last = done.err.splitlines()
+    assert f"{shared}\n" == SHARED
     assert first == "1 files that are no images, or of no class, are left out"
     assert broken == f"skipped: {folder / 'cat' / 'gone.png'} cannot be read: No such file or directory"
     assert last == "1 of 8 images could not be read and were skipped"

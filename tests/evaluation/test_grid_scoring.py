@@ -175,14 +175,14 @@ def test_contexts_of_one_length_need_no_mask() -> None:
 def test_an_interrupted_tail_is_run_again_behind_its_context(tmp_path: Path) -> None:
     checked = check_ensemble(CASES["lora"].config(tmp_path))
     batches = make_batches([FORKED, ScoringRequest(1, LONG[5:], ((9, 9, 9), (8, 8)), "it")], 2, share_contexts=True)
-    whole = LogitsFolder(tmp_path / "out.members", "a1")
+    whole = LogitsFolder(tmp_path / "out.members", {"seed": 1})
     expected = next(OfflineScorer(checked, whole).score(batches, GRID))
     tails = [one.number for batch in batches for one in batch.passes if one.parents is not None]
     assert len(tails) == 3
     for number in tails[1:]:
         for path in whole.path.glob(f"*.{number:06d}.safetensors"):
             path.unlink()
-    again = OfflineScorer(checked, LogitsFolder(whole.path, "a1", resume=True))
+    again = OfflineScorer(checked, LogitsFolder(whole.path, {"seed": 1}))
     assert next(again.score(batches, GRID)) == expected
 
 
