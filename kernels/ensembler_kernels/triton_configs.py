@@ -26,7 +26,7 @@ FEW = 8
 CONFIGS = {  # kind: ids per block and warps for FEW outputs, for more
     "combine": ((1024, 4), (2048, 4)),
     "sample": ((1024, 4), (1024, 4)),
-    "logprob": ((1024, 4), (2048, 8)),
+    "logprob": ((2048, 8), (2048, 8)),
     "prepass": ((2048, 4), (2048, 4)),
 }
 
