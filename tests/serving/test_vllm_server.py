@@ -204,7 +204,7 @@ def test_sigterm_during_requests_ends_it_with_exit_code_0(tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         (["nowhere"], "there is no folder"),
-        (["demo", "--alpha", "nan"], "expected a finite number"),
+        (["demo", "--alpha", "nan"], "alpha is 'nan'; expected a number"),
         (["demo", "--", "--load_format", "dummy"], "--load-format dummy was given"),
         (["demo", "--", "--hf-overrides", '{"alpha": 2}'], "--hf-overrides was given"),
         (["demo", "--", "--quantization", "fp8"], "--quantization fp8 was given"),
