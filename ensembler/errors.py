@@ -112,7 +112,7 @@ class RankError(RunError):
         self.reporter = reporter
 
 
-def nearest(name: str, known: Sequence[str]) -> str:
+def nearest(name: object, known: Sequence[str]) -> str:
     """Return the end of an error's sentence: the nearest of the known names, or all of them."""
-    near = get_close_matches(name, known, n=1)
+    near = get_close_matches(str(name), known, n=1)
     return f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(known)}"
