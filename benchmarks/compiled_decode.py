@@ -1,4 +1,4 @@
-"""What `--compile` gains: tokens per second of an ensemble with eager members and with compiled ones.
+"""Measure `--compile`: tokens per second of an ensemble with eager members and with compiled ones.
 
     python benchmarks/compiled_decode.py [MODEL] [--tokens 64] [--repeats 7]
 

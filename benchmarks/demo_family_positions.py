@@ -1,4 +1,4 @@
-"""Where in the task's answer each model of the demo family is right: teacher-forced, position by position.
+"""Tell how often each model of the demo family is right at each place of the answer: teacher-forced, position by position.
 
     python benchmarks/demo_family_positions.py [--alpha 0.5]
 

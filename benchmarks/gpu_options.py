@@ -1,4 +1,4 @@
-"""What a section of `gpu.py` gets, and what it gives: options with the time that is left, and rows."""
+"""Input and output of a section of `gpu.py`: options with the time that is left, and rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the benchmarks of kernels share: members, spreads, and clocks for CPU and GPU. It needs torch alone."""
+"""Shared by the benchmarks of kernels: members, spreads, and clocks for CPU and GPU. It needs torch alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the measurements have in common: where they were made, rows that are appended, spreads, memory of a process."""
+"""Common to all measurements: where they were made, rows that are appended, spreads, memory of a process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _machine() -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """Where and when a row was measured; a benchmark's row adds its own fields."""
+    """The machine and the time of a row; a benchmark's row adds its own fields."""
 
     threads: int = field(default_factory=torch.get_num_threads)
     machine: str = field(default_factory=_machine)

@@ -1,4 +1,4 @@
-"""What adding a patch costs: its time over that of `cp` of the same files, its peak memory, and PEFT's own merge.
+"""Measure the cost of adding a patch: time over `cp` of the same files, peak memory, and PEFT's own merge.
 
     python benchmarks/patch_apply.py MODEL          a model folder (the committed row: SmolLM2-135M-Instruct in fp32)
     python benchmarks/patch_apply.py --layers 9     a synthetic sharded Llama of 4 GB in bf16, made and removed
@@ -98,7 +98,7 @@ def make_lora(model: Path, out: Path) -> None:
 
 
 def work(kind: str, model: Path, lora: Path, out: Path) -> dict[str, float]:
-    """What a fresh process does: seconds without imports, and the peak resident size."""
+    """Return the seconds of a fresh process without imports, and its peak resident size."""
     if kind == "apply":
         from ensembler.patch.apply import apply_patches
         from ensembler.patch.formats import read_patch

@@ -1,4 +1,4 @@
-"""What a shared header saves: the prefill of prompts that begin alike, read whole and with the header read once.
+"""Measure a shared header: the prefill of prompts that begin alike, read whole and with the header read once.
 
     python benchmarks/prefix_reuse.py [MODEL] [--data 8] [--header 400] [--rest 24] [--repeats 7]
 

@@ -1,4 +1,4 @@
-"""What a fine-tune and its base cost on one copy of the weights: time per token and peak memory over the base alone.
+"""Measure a fine-tune and its base on one copy of the weights: time per token and peak memory over the base alone.
 
     python benchmarks/shared_backbone.py [MODEL] [--rank 8] [--tokens 32] [--repeats 9]
 

@@ -1,4 +1,4 @@
-"""What drafting brings: tokens per second of an ensemble with it, without it, of its target alone, of the plain loop.
+"""Measure drafting: tokens per second of an ensemble with it, without it, of its target alone, of the plain loop.
 
     python benchmarks/speculative.py large SOURCE LORA TARGET [--alpha 0.5] [--dtype float32]
     python benchmarks/speculative.py equal SOURCE
@@ -79,7 +79,7 @@ class Row(Measured):
 
 @dataclass(frozen=True)
 class Setting:
-    """What is decoded: members, rule, α, temperature and how many tokens."""
+    """A case to decode: members, rule, α, temperature and how many tokens."""
 
     members: dict[str, MemberConfig]
     rule: str

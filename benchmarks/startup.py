@@ -1,4 +1,4 @@
-"""How long `ensembler --help` takes, beside an empty Python: one JSON row in benchmarks/results/startup.jsonl.
+"""Time `ensembler --help` beside an empty Python: one JSON row in benchmarks/results/startup.jsonl.
 
 python benchmarks/startup.py [--repeats 15]
 """

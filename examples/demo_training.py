@@ -1,4 +1,4 @@
-"""How the models of the demo family are trained: tokenizer, batches, the loop, the LoRA.
+"""Train the models of the demo family: tokenizer, batches, the loop, the LoRA.
 
 What this module does not know: what the text says (`demo_text`), sizes and counts (`make_demo_family`), files.
 """
@@ -42,7 +42,7 @@ class PretrainingConfig:
 
 @dataclass(frozen=True)
 class FineTuningConfig:
-    """How the patch is trained: which share of all sums its rows may hold, how many rows, how often each is seen."""
+    """Settings of the patch: the share of all sums that its rows may hold, how many rows, how often each is seen."""
 
     share_of_sums: float = 0.25
     rows: int = 800

@@ -148,7 +148,7 @@ def add(patch: Path, model: Path, out: Path) -> None:
 
 @torch.inference_mode()
 def num_correct(folder: Path, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many reviews get the right one of the two labels, by the label's first token; 32 of like length at once."""
+    """Count the reviews that get the right one of the two labels, by its first token; 32 of like length at once."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     labels = {label: tokenizer(text, add_special_tokens=False)["input_ids"][0] for label, text in LABELS.items()}
     texts = [tokenizer(PROMPT.format(sentence=row["sentence"].strip()))["input_ids"] for row in rows]

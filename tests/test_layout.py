@@ -18,7 +18,7 @@ KERNELS = ROOT.parent / "kernels" / "ensembler_kernels"
 
 # From the bottom up; a module may import its own layer and those below. Folders stand for all their modules.
 LAYERS = (
-    {"errors", "launch", "files", "auto_classes", ""},
+    {"errors", "launch", "files", "yaml_file", "auto_classes", ""},
     {"vocab", "rules", "config", "quantization", "safetensors_files", "extras"},
     {"patch", "adapters"},
     {"engine", "planning", "preflight", "folder"},
@@ -122,6 +122,21 @@ def test_file_names_are_unique_and_no_file_is_long() -> None:
     paths = [path for path in modules() if path.name != "__init__.py"]
     assert len({path.name for path in paths}) == len(paths)
     assert {path: lines for path in paths if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 400} == {}
+
+
+def test_docstrings_begin_with_no_question_word() -> None:
+    """A verb and its object are easier to read."""
+    words = ["what", "which", "who", "where", "when", "how", "why", "whether", "is", "are", "can", "does"]
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    folders = [ROOT, *(ROOT.parent / name for name in ("kernels", "benchmarks", "examples", "docs"))]
+    found = [
+        f"{path}: {text}"
+        for path in (path for folder in folders for path in folder.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, documented) and (text := ast.get_docstring(node))
+        if text.split()[0].lower().strip(":,") in words
+    ]
+    assert not found
 
 
 def test_exported_names() -> None:

@@ -6,14 +6,13 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
-from ensembler.errors import ConfigError, EnsemblerError
+from ensembler.errors import ConfigError, EnsemblerError, nearest
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -130,14 +129,9 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     """Make the values of a YAML file the defaults of the options. Raises ConfigError."""
     if path is None:
         return
-    import yaml
+    from ensembler.yaml_file import read_yaml
 
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {error}; give a YAML file of options") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is no YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, "by --config", "give a YAML file of options")
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} holds no options; expected lines such as max-new-tokens: 64")
     known: dict[str, tuple[click.Parameter, bool]] = {}  # with whether the name is that of the opposite
@@ -149,8 +143,7 @@ def _read_config(ctx: click.Context, _: click.Parameter, path: Path | None) -> N
     for key, value in content.items():
         name = str(key).replace("_", "-")
         if name not in known:
-            nearest = "".join(f"; the nearest is {one}" for one in get_close_matches(name, known, n=1, cutoff=0.5))
-            raise ConfigError(f"--config {path}: {ctx.command_path} has no option {key!r}{nearest}")
+            raise ConfigError(f"--config {path}: {ctx.command_path} has no option {key!r}{nearest(name, [*known])}")
         param, is_opposite = known[name]
         value = not value if is_opposite and isinstance(value, bool) else value
         is_list = param.multiple if isinstance(param, click.Option) else param.nargs == -1

@@ -171,6 +171,8 @@ def generate(
         done = on_first(world, open_output)
         left = [one.number for one in encoded if one.number not in done]
         if not left:
+            with results or nullcontext():  # which puts rows in order, where the end of a run did not come to it
+                pass
             log.info("nothing to do: all %d prompts have their rows already", len(encoded))
             return
         printer = Printer(
@@ -245,7 +247,7 @@ def _write(
     start, num_texts, num_tokens = time.perf_counter(), 0, 0
     with results or nullcontext(), progress(num_prompts, label="prompts", num_done=num_done) as advance, printer:
         for completion in completions:
-            row = printer.add(completion)
+            row = printer.print(completion)
             if results is not None:
                 results.append(row)
             num_texts += len(completion.all_samples)

@@ -15,7 +15,7 @@ from ensembler import __version__
 from ensembler.cli.bench import bench
 from ensembler.cli.chat import chat
 from ensembler.cli.classify import classify
-from ensembler.cli.command_class import Session
+from ensembler.cli.command_class import Interruption, Session
 from ensembler.cli.create import create
 from ensembler.cli.export import export
 from ensembler.cli.generate import generate
@@ -29,7 +29,6 @@ from ensembler.cli.sweep import sweep
 from ensembler.errors import ConfigError, EnsemblerError, RankError
 from ensembler.launch import num_ranks, this_rank
 
-INTERRUPTED = 130
 SEVERAL_PROCESSES = ("bench", "generate", "lm-eval", "sweep")
 
 
@@ -71,7 +70,7 @@ def main(args: list[str] | None = None) -> None:
     try:
         code = _run(arguments, session)
     except (KeyboardInterrupt, click.Abort):
-        code = _fail("interrupted", INTERRUPTED)
+        code = _fail("interrupted", Interruption.exit_code)
     except EnsemblerError as error:
         reporter = error.reporter if isinstance(error, RankError) else 0
         code = _fail(str(error), error.exit_code, reporter)

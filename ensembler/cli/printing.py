@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +19,30 @@ from ensembler.decoding.texts import Choice, Completion, GridCompletion, explain
 from ensembler.modeling import EnsembleForCausalLM
 
 
-class Printer:
+class InOrder:
+    """Calls a function for each of `numbers`, in their order; what waits for an earlier one is called in the end."""
+
+    def __init__(self, numbers: Iterable[int]) -> None:
+        self._numbers = deque(numbers)
+        self._waiting: dict[int, Callable[[], None]] = {}
+
+    def add(self, number: int, function: Callable[[], None]) -> None:
+        """Call the function now, and those that waited for it, or later."""
+        self._waiting[number] = function
+        while self._numbers and self._numbers[0] in self._waiting:
+            self._waiting.pop(self._numbers.popleft())()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number in sorted(self._waiting):
+            self._waiting[number]()
+
+
+class Printer(InOrder):
     """Prints completions in the order of `numbers`, each as soon as those before it are printed.
 
     `fields`: by number what the input row holds, which its result carries back. An interruption prints the rest too.
@@ -34,20 +57,19 @@ class Printer:
         as_json: bool,
         is_shown: bool,
     ) -> None:
+        super().__init__(numbers)
         self._model: EnsembleForCausalLM | None = None
         self._tokenizer = tokenizer
-        self._numbers = deque(numbers)
         self._fields = fields
         self._as_json = as_json
         self._is_shown = is_shown
         self._has_many = len(numbers) > 1
-        self._waiting: dict[int, Callable[[], None]] = {}
 
     def explain_with(self, model: EnsembleForCausalLM) -> None:
         """Mark the tokens of texts that are not the anchor's own choice."""
         self._model = model
 
-    def add(self, completion: Completion | GridCompletion) -> dict[str, Any]:
+    def print(self, completion: Completion | GridCompletion) -> dict[str, Any]:
         """Take a completion, print what can be, and return its row."""
         choices = []
         row = completion.to_row()
@@ -57,19 +79,8 @@ class Printer:
             row["moved"] = moved[0] if len(moved) == 1 else moved
         row = with_fields(row, self._fields.get(completion.number, {}))
         if self._is_shown:
-            self._waiting[completion.number] = partial(self._print, completion, choices, row)
-            while self._numbers and self._numbers[0] in self._waiting:
-                self._waiting.pop(self._numbers.popleft())()
+            self.add(completion.number, partial(self._print, completion, choices, row))
         return row
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number in sorted(self._waiting):
-            self._waiting[number]()
 
     def _print(
         self, completion: Completion | GridCompletion, choices: list[list[Choice]], row: Mapping[str, Any]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import deque
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -105,8 +104,9 @@ def score(
     requests = read_requests(data, tokenizer, context=checked.shortest_context, skip=skip)
     _warn_of_spaces(requests)
     settings: dict[str, Any] = {"batch_size": batch_size, "per_token": per_token, "top_k": top_k_logits}
-    settings |= {"members": describe_ensemble(checked)["members"]}
-    settings = run_settings(checked.config, requests, points, settings)
+    if output is not None:
+        settings |= {"members": describe_ensemble(checked)["members"]}
+        settings = run_settings(checked.config, requests, points, settings)
     if top_k_logits is not None and output is not None:
         folder = LogitsFolder(output, settings, overwrite=overwrite)
         writer = TopKWriter(requests, top_k_logits, checked.contract.widths[rule.anchor], folder)
@@ -175,22 +175,19 @@ def _score(
     as_json: bool,
 ) -> None:
     """Write each row at once and print JSON in input order; a table is printed at the end."""
-    from ensembler.cli.printing import with_fields
+    from ensembler.cli.printing import InOrder, with_fields
     from ensembler.cli.tables import print_scores, progress
 
-    rows: dict[int, dict[str, Any]] = {}
-    waiting = deque(one.number for one in requests if one.number not in done)
     for_table: list[ScoredRequest] = []
     began, num_lines, num_tokens = time.perf_counter(), 0, 0
-    with progress(num_steps, label="scoring") as advance:
+    in_order = InOrder(one.number for one in requests if one.number not in done)
+    with progress(num_steps, label="scoring") as advance, in_order:
         for scored in (one for batch in start(advance) for one in batch if one.request.number not in done):
             row = with_fields(scored.to_row(points, tokenizer), scored.request.fields)
             if results is not None:
                 results.append(row)
             if as_json:
-                rows[row["number"]] = row
-                while waiting and waiting[0] in rows:
-                    click.echo(json.dumps(rows.pop(waiting.popleft()), ensure_ascii=False))
+                in_order.add(row["number"], partial(click.echo, json.dumps(row, ensure_ascii=False)))
             elif results is None:
                 for_table.append(scored)
             num_lines += 1

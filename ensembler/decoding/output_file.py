@@ -63,7 +63,7 @@ class OutputFile:
     Resume a file with the same settings; raise OutputError for one with others, and name a difference: the settings
     stand beside the file, in `path`.run.json, and each row holds their digest as `run`. With `overwrite`, the file
     begins anew. Nothing is written before it is entered as a context, which one process at a time may do; rows are
-    written as they come, and `finish` puts them in the order of their numbers in one rename.
+    written as they come, and put in the order of their numbers at the end, in one rename.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any], *, overwrite: bool = False) -> None:
@@ -93,18 +93,20 @@ class OutputFile:
         except OSError as error:
             raise RunError(f"{self.path} cannot be written: {error.strerror}; make room, and go on with it") from error
 
-    def finish(self) -> None:
-        """Put the rows in the order of their numbers: the run is complete."""
-        self._file.close()
-        self._write_sorted()
-
     def __enter__(self) -> Self:
         try:
             self._lock.acquire(timeout=0)
         except Timeout as error:
             raise OutputError(f"another process writes {self.path}; wait for it, or choose another --output") from error
-        if self._read_rows() != self._rows:
+        try:
+            self._begin()
+        except BaseException:
             self._release()
+            raise
+        return self
+
+    def _begin(self) -> None:
+        if self._read_rows() != self._rows:
             raise OutputError(f"another process has written to {self.path} meanwhile; start the command again")
         if not self._rows:
             with suppress(FileNotFoundError):
@@ -113,15 +115,16 @@ class OutputFile:
             self._settings.write(self.settings_path)
         self._write_sorted()
         self._file = self.path.open("a", encoding="utf-8")
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if kind is None:
-            self.finish()
-        self._release()
+        try:
+            self._file.close()
+            if kind is None:
+                self._write_sorted()  # the run is complete
+        finally:
+            self._release()
 
     def _release(self) -> None:
         Path(self._lock.lock_file).unlink(missing_ok=True)

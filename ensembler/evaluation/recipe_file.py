@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from ensembler.errors import ConfigError, nearest
 from ensembler.evaluation.figures import METHODS
 from ensembler.evaluation.recipe import Experiment, Recipe, RecipeContext
+from ensembler.yaml_file import read_yaml
 
 _MAPPINGS = ("models", "alpha", "published", "published_alphas", "published_costs")  # an experiment adds to the top's
-_FLOAT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _EXPECTED = {  # by key, else by pydantic's type of error
     "seeds": "a list of two or more mappings of models by role",
     "tasks": "a list of names or YAML files",
@@ -39,31 +37,6 @@ _EXPECTED = {  # by key, else by pydantic's type of error
 }
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc,unused-ignore]
-    """YAML without some of its surprises.
-
-    A later key takes the place of an earlier one in silence: a figure, or a model, would be lost. The key `on` is true.
-    0:1:0.1, a grid to us, is a number to the base of 60. And 1e9 is a text.
-    """
-
-    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
-        tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call,unused-ignore]
-        if kind is not yaml.ScalarNode or not implicit[0]:
-            return tag
-        if _FLOAT.fullmatch(value):
-            return "tag:yaml.org,2002:float"
-        return self.DEFAULT_SCALAR_TAG if ":" in value and tag.endswith((":int", ":float")) else tag
-
-    def compose_mapping_node(self, anchor: Any) -> Any:
-        node = super().compose_mapping_node(anchor)
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for index, key in enumerate(keys):
-            if key.value in [other.value for other in keys[:index]]:
-                raise yaml.composer.ComposerError(None, None, f"the key {key.value!r} is there twice", key.start_mark)
-            key.tag = key.tag if key.value == "<<" else self.DEFAULT_SCALAR_TAG
-        return node
-
-
 def read_recipe(path: Path, kinds: Mapping[str, type[Experiment]] | None = None) -> Recipe:
     """Return the recipe in a YAML file; raise ConfigError for the first fault in it.
 
@@ -72,11 +45,7 @@ def read_recipe(path: Path, kinds: Mapping[str, type[Experiment]] | None = None)
     Keys at the top hold for all `experiments` that do not say otherwise; without any, it is the one. Relative paths are
     looked for beside the file, then in the current folder. A key without a value is one that is left out.
     """
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join((getattr(error, "strerror", None) or str(error)).split())[:200]
-        raise ConfigError(f"{path} cannot be read as a recipe: {reason}; give a YAML file, or `demo`") from error
+    content = read_yaml(path, "as a recipe", "give a YAML file, or `demo`")
     if not isinstance(content, Mapping):
         raise ConfigError(f"{path} is no recipe; expected a mapping with models and tasks")
     context = RecipeContext(path.parent, kinds or {})

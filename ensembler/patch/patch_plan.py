@@ -59,8 +59,9 @@ def warn_of_other_base(patch: Patch, model: StoredModel) -> str | None:
         is_base = patch.base_fingerprint == model.fingerprint()
     else:
         is_base = patch.base is None or Path(patch.base).name == Path(model.name).name
-    warning = f"{patch.folder} was made for {patch.base}; this is {model.folder} (expected where that was updated)"
-    return None if is_base else warning
+    if is_base:
+        return None
+    return f"{patch.folder} was made for {patch.base}; this is {model.folder} (expected where that was updated)"
 
 
 def _fit(patch: Patch, model: StoredModel) -> Patch:

@@ -58,7 +58,7 @@ def run(*arguments: object) -> str:
 
 
 def told(printed: str) -> str:
-    """What was printed but for the progress."""
+    """Return the output without the progress."""
     return "\n".join(line for line in printed.splitlines() if not line.startswith(("examples:", "measurements:")))
 
 

@@ -174,6 +174,9 @@ def test_generate_output_is_in_input_order_and_resumes(run: Run, ensemble: Path,
     again = run(*arguments, "--output", cut)
     assert (again.code, again.err.splitlines()[-1]) == (0, "nothing to do: all 4 prompts have their rows already")
     assert rows(cut) == rows(whole)
+    cut.write_text("".join(reversed(cut.read_text().splitlines(keepends=True))))  # killed before it was put in order
+    assert run(*arguments, "--output", cut).code == 0
+    assert rows(cut) == rows(whole)
     changed = run(*arguments, "--output", cut, "--alpha", 2)
     assert changed.code == 2
     assert "was begun with other settings: ensemble alpha was 0.5, now 2.0; choose another --output" in changed.error

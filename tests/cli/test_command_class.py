@@ -1,4 +1,4 @@
-"""What all commands share: a file of options, the environment, levels of notices, progress, sections, completion."""
+"""Options of all commands: a file of options, the environment, levels of notices, progress, sections, completion."""
 
 from __future__ import annotations
 
@@ -97,6 +97,9 @@ def test_options_from_a_file_the_environment_and_the_command_line(
     config.write_text(content.replace("alpha: 0.25", "alpha: [0, 0.25]"))
     monkeypatch.delenv("ENSEMBLER_GENERATE_ALPHA")
     assert [[one["alpha"] for one in row["points"]] for row in found()] == [[0, 0.25], [0, 0.25]]  # type: ignore[attr-defined]
+    config.write_text(content.replace("alpha: 0.25", "alpha: 0:1:0.5"))  # a number to the base of 60, to YAML
+    assert [[one["alpha"] for one in row["points"]] for row in found()] == 2 * [[0, 0.5, 1]]  # type: ignore[attr-defined]
+    config.write_text(content)
     monkeypatch.setenv("ENSEMBLER_GENERATE_PROMPT", "two words\nand more")
     assert [row["prompt"] for row in found()] == ["two words", "and more"]
 
@@ -120,12 +123,13 @@ def test_the_traceback_is_shown_where_it_is_asked_for(run: Run, tmp_path: Path) 
 
 
 MISTAKES = {
-    "no option": ("max-new-token: 3", "has no option 'max-new-token'; the nearest is max-new-tokens"),
+    "no option": ("max-new-token: 3", "has no option 'max-new-token'; did you mean max-new-tokens?"),
     "itself": ("config: other.yaml", "has no option 'config'"),
     "no mapping": ("- 3", "holds no options"),
-    "no yaml": ("a: [", "is no YAML"),
+    "no yaml": ("a: [", "cannot be read by --config: while parsing"),
     "a list": ("max-new-tokens: [3, 4]", "max-new-tokens is [3, 4]; expected one value"),
     "no number": ("max-new-tokens: many", "'many' is not a valid integer range"),
+    "a key twice": ("alpha: 1\nalpha: 2", "the key 'alpha' is there twice"),
     "no grid": ("alpha: much", "alpha is 'much'; expected a number, or a grid"),
 }
 

@@ -201,7 +201,7 @@ def test_a_family_without_a_cache_of_rows_is_not_drafted_for(tokenizer: PreTrain
 
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_prompts_behind_one_header(tokenizer: PreTrainedTokenizerFast, batch_size: int) -> None:
-    """What all rows begin with is read once; rounds go on behind it."""
+    """A beginning that all rows share is read once; rounds go on behind it."""
     header = random_ids(1, 40, seed=1)[0].tolist()
     model, options = make_trio(alpha=0.15), DecodingOptions(max_new_tokens=16)
     prompts = [EncodedPrompt(prompt.number, header + prompt.ids) for prompt in prompts_of(15)]
