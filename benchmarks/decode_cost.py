@@ -1,4 +1,4 @@
-"""Measure the cost of a token of an ensemble: its time over the sum of its members' own decode steps, and its peak memory.
+"""Measure the cost of a token of an ensemble: time over its members' own decode steps, peak memory.
 
     python benchmarks/decode_cost.py [MODEL] [--tokens 32] [--repeats 7]
 

@@ -1,4 +1,4 @@
-"""Tell how often each model of the demo family is right at each place of the answer: teacher-forced, position by position.
+"""Count where in the answer each model of the demo family is right: teacher-forced, position by position.
 
     python benchmarks/demo_family_positions.py [--alpha 0.5]
 
