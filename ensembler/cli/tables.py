@@ -239,7 +239,6 @@ def progress(total: int, *, label: str, num_done: int = 0) -> Iterator[Callable[
         MofNCompleteColumn(),
         console=Console(stderr=True),
         transient=True,
-        redirect_stdout=sys.stdout.isatty(),  # results in a file or a pipe are no part of the display
         disable=not is_shown,
     ) as bar:
         task = bar.add_task(label, total=total, completed=num_done)
