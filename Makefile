@@ -10,7 +10,7 @@ VLLM_STAMP := $(VLLM_VENV)/.installed
 
 LATEST_VENV := .venv-latest
 
-.PHONY: install demo test test-long test-vllm test-latest lint types kernels check-kernels bench bench-kernels bench-gpu results docs clean
+.PHONY: install demo test test-long test-suites test-vllm test-latest lint types kernels check-kernels bench bench-kernels bench-gpu results docs clean
 
 install: $(STAMP)
 
@@ -31,6 +31,13 @@ test: install
 
 test-long: install
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal -m long
+
+# The suites that transformers runs on its own models. Its source distribution lacks the one for `generate`:
+# TRANSFORMERS= the folder of a checkout of the same version adds it.
+test-suites: install
+	$(BIN)/pip install --quiet parameterized
+	$(BIN)/python tests/suites/fetch.py $(TRANSFORMERS)
+	$(BIN)/python -m pytest -o addopts=-q tests/suites/transformers_suite.py
 
 # vLLM pins another transformers than ours, so it has an environment of its own; here its build for CPUs. What it brings
 # for images and sound is built against another torch and would not load beside it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ensembler.config import MemberConfig
-from ensembler.errors import MemberError, UnsupportedPatchError
-from ensembler.files import find_folder, is_local, naming, one_line
+from ensembler.errors import MemberError, PatchError, UnsupportedPatchError
+from ensembler.files import find_folder, is_local, naming, one_line, read_json
 from ensembler.patch.formats import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -25,12 +28,34 @@ from ensembler.patch.formats import (
     PEFT_PREFIX,
     RECORD,
     Patch,
-    named_base,
+    named_bases,
+    own_names,
     read_patch,
+    why_not_plain,
 )
 from ensembler.safetensors_files import StoredTensor, listed, stored_tensors
 
 DELTAS_ALONE = "DELTAS"  # the kind of a patch that has no adapter in it
+
+# The one list of what members may have and share weights all the same: a sum with layers (`_why_not_in_layers`),
+# a LoRA with these keys, and these kinds of PEFT, whose layers stand beside the weights and are turned off exactly.
+_KEYS_BESIDE = frozenset({"use_dora", "lora_bias", "trainable_token_indices", "target_parameters"})
+_KINDS_BESIDE = frozenset(
+    {
+        *("ADALORA", "BEFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "IA3", "LILY"),
+        *("LN_TUNING", "LOHA", "LOKR", "MISS", "OFT", "OSF", "PEANUT", "PSOFT", "PVERA", "RANDLORA", "ROAD"),
+        *("SUPERTUNING", "TINYLORA", "VBLORA", "VERA", "WAVEFT"),
+    }
+)
+_KINDS_COPIED = frozenset({"TRAINABLE_TOKENS"})  # on tied weights PEFT takes one of them
+_REFUSED_KEYS = {
+    "alora_invocation_tokens": "which acts behind its invocation alone (aLoRA)",
+    "layer_replication": "which makes a model of other layers",
+    "arrow_config": "which chooses among other adapters for each token",
+}
+_REFUSED_STARTS = ("corda", "loftq", "pissa_niter")  # PEFT needs data, or draws anew, to make the base again
+
+_WRAPPERS = re.compile(r"(\.token_adapter)?\.(base_layer|original_module)\.")  # of PEFT, around a layer
 
 _logger = logging.get_logger(__name__)
 
@@ -40,12 +65,17 @@ class CheckedAdapter:
     """An adapter, or another patch, whose files fit the member's base.
 
     `kind` is PEFT's name of it. `patch`: its addition to weights; None where only PEFT knows how to merge it.
+    `needs_peft`: beside the weights it runs in PEFT's layers alone. `why_copied`: why its member needs a copy of the
+    weights of its own; None where it may share them. `notes`: a sentence each.
     """
 
     folder: Path
     kind: str
     num_parameters: int
     patch: Patch | None = None
+    needs_peft: bool = False
+    why_copied: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def deltas(self) -> Mapping[str, StoredTensor]:
@@ -56,16 +86,6 @@ class CheckedAdapter:
     def is_deltas_alone(self) -> bool:
         """Return whether it has no LoRA, and so can only be added to weights and not be kept beside them."""
         return self.kind == DELTAS_ALONE
-
-    @property
-    def is_plain_lora(self) -> bool:
-        """Return whether its layers add s·B·A to linear layers that see all rows (Hu et al. 2022).
-
-        Experts are given some tokens of some rows.
-        """
-        return self.patch is not None and not any(
-            factors.is_embedding or "expert" in name for name, factors in self.patch.low_rank.items()
-        )
 
     def without_deltas(self) -> CheckedAdapter | None:
         """Return the rest of the patch once its full deltas are in the weights; None where nothing is left."""
@@ -83,7 +103,9 @@ def resolve_adapter(role: str, config: MemberConfig) -> MemberConfig:
     if config.adapter is not None:
         raise MemberError(f"{role}: {folder} is an adapter itself; give its base as the model, or merge the two first")
     with naming(role):
-        base = named_base(folder)
+        bases = named_bases(folder)
+    # What `extract` made records its base by the path from the patch too: both may have been moved together.
+    base = next((one for one in bases if Path(one).is_dir() or (folder / one).is_dir()), next(iter(bases), None))
     if base is None:
         raise MemberError(
             f"{role}: {folder} names no base model; set base_model_name_or_path in its {ADAPTER_CONFIG}, or give the "
@@ -102,39 +124,82 @@ def resolve_adapter(role: str, config: MemberConfig) -> MemberConfig:
 def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> CheckedAdapter:
     """Compare names and shapes in the headers of an adapter or a patch with those of this base, built without memory.
 
-    Raises MemberError. A base of another name is a warning alone, since patches are meant to be carried to new bases.
+    Raises MemberError. Patches are meant to be carried to new bases, so a base of another name is a note alone.
     """
     with naming(role):
         folder = find_folder(adapter, allow_patterns=PATCH_FILES)
-        try:
-            patch = read_patch(folder)
-        except UnsupportedPatchError:
-            if (folder / DELTAS).is_file():  # PEFT would leave them out
-                raise
-            patch = None
-        if patch is not None and patch.full:
-            patch = _fit_deltas(patch, model, model_config)
-        kind, num_parameters = DELTAS_ALONE, 0
+        base = next(iter(named_bases(folder)), None)
+        is_own_base = base is None or Path(base).name == Path(model).name  # where each is on disk says nothing
+        built = _build_on_meta(folder, model, model_config)
+        patch = _read(folder, model, built, is_own_base=is_own_base)
+        num_parameters = 0 if patch is None else sum(delta.num_elements for delta in patch.full.values())
         if (folder / ADAPTER_CONFIG).is_file():
-            kind, num_parameters = _check_with_peft(folder, model, model_config)
-        base = named_base(folder) if patch is None else patch.base
-    if base is not None and _is_other(base, model):
-        word = "patch" if kind == DELTAS_ALONE else "adapter"
-        _logger.warning("%s: the %s %s was made for %s, not %s", role, word, adapter, base, model)
-    if patch is not None:
-        num_parameters += sum(delta.num_elements for delta in patch.full.values())
-    return CheckedAdapter(folder, kind, num_parameters, patch)
+            config = read_json(folder / ADAPTER_CONFIG, PatchError)
+            reason = None if patch is None else _why_not_in_layers(patch, config, built)
+            needs_peft = patch is None or reason is not None
+            names = _names_in_file(folder, as_peft=needs_peft)
+            extra, num = _check_with_peft(folder, model, built, names, is_own_base=is_own_base)
+            if needs_peft and (patch is None or not (patch.full or patch.replaced)):
+                reason = _why_not_beside(config, extra)
+            found = CheckedAdapter(folder, str(config["peft_type"]), num_parameters + num, patch, needs_peft, reason)
+        else:
+            reason = "is full deltas, which are added to them"
+            found = CheckedAdapter(folder, DELTAS_ALONE, num_parameters, patch, why_copied=reason)
+    if is_own_base:
+        return found
+    word = "patch" if found.is_deltas_alone else "adapter"
+    note = f"{role}: the {word} {adapter} was made for {base}, not {model}"
+    _logger.info_once(note)
+    return replace(found, notes=(note,))
 
 
-def _is_other(base: str, model: str) -> bool:
-    """Return whether two models have different names; where each is on disk says nothing."""
-    return Path(base).name != Path(model).name
+def _read(folder: Path, model: str, built: Any, *, is_own_base: bool) -> Patch | None:
+    """Return the addition to the weights of `model`; None where only PEFT knows it. Raises MemberError."""
+    try:
+        patch = read_patch(folder)
+    except UnsupportedPatchError:
+        if (folder / DELTAS).is_file():  # PEFT would leave them out
+            raise
+        return None
+    if is_own_base:  # as PEFT, which loads them over the base's own
+        patch = replace(patch, replaced={**patch.carried, **patch.replaced}, carried={})
+    return _fit_deltas(patch, model, built) if patch.full else patch
 
 
-def _fit_deltas(patch: Patch, model: str, model_config: Any) -> Patch:
+def _why_not_in_layers(patch: Patch, config: Mapping[str, Any], model: nn.Module) -> str | None:
+    """Return why a patch cannot act on the rows of one member in the layers of `model`; None where it can.
+
+    A LoRA adds s·B·A to linear layers and embeddings that see all rows (Hu et al. 2022); experts are given some tokens
+    of some rows. Values of its own can stand in for those of a layer that computes with them by itself.
+    """
+    is_embedding = any(factors.is_embedding for factors in patch.low_rank.values())
+    if config.get("ensure_weight_tying") and (patch.replaced or is_embedding):
+        return "trains tied weights (ensure_weight_tying)"
+    layers = dict(model.named_modules(remove_duplicate=False))
+    for name in patch.names:
+        layer = layers.get(name.rpartition(".")[0])
+        is_plain = isinstance(layer, nn.Linear | Conv1D | nn.Embedding)
+        is_norm = layer is not None and not any(layer.children()) and all(one.dim() == 1 for one in layer.parameters())
+        if ".experts." in name or not (is_plain or (is_norm and name not in patch.low_rank)):
+            return f"changes {name}, which belongs to no linear layer, embedding or norm that sees all rows"
+    return None
+
+
+def _why_not_beside(config: Mapping[str, Any], extra: str | None) -> str | None:
+    """Return why PEFT cannot run an adapter of this configuration beside weights that stay as they are, or None."""
+    if config.get("bias", "none") != "none":
+        return f"trains biases (bias={config['bias']!r})"
+    if config.get("ensure_weight_tying"):
+        return "trains tied weights (ensure_weight_tying)"
+    if extra is not None:
+        return f"holds the base's {extra}"
+    if config.get("peft_type") in _KINDS_COPIED:
+        return f"is of kind {config['peft_type']}"
+    return why_not_plain(config, _KEYS_BESIDE) if config.get("peft_type") == "LORA" else None
+
+
+def _fit_deltas(patch: Patch, model: str, base: Any) -> Patch:
     """Return the patch with its full deltas under the names of the loaded model's weights, or raise MemberError."""
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(model_config)
     shapes = {name: tuple(weight.shape) for name, weight in base.named_parameters(remove_duplicate=False)}
     renamings = [entry for entry in get_model_conversion_mapping(base) if isinstance(entry, WeightRenaming)]
     full = {}
@@ -158,30 +223,47 @@ def _fit_deltas(patch: Patch, model: str, model_config: Any) -> Patch:
     return replace(patch, full=full)
 
 
-def _check_with_peft(folder: Path, model: str, model_config: Any) -> tuple[str, int]:
-    """Return the kind of an adapter and its number of parameters; raise MemberError unless it fits the model."""
-    from peft import get_peft_model_state_dict
-
+def _names_in_file(folder: Path, *, as_peft: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of an adapter's tensors by their names: as PEFT reads them, or those of the model's modules."""
     if not (folder / ADAPTER_WEIGHTS).is_file():
         raise MemberError(f"{folder / ADAPTER_WEIGHTS} is not there; expected an adapter's weights as safetensors")
-    found = {name: tensor.shape for name, tensor in stored_tensors(folder / ADAPTER_WEIGHTS).items()}
-    adapted = _build_on_meta(folder, model, model_config)
+    stored = stored_tensors(folder / ADAPTER_WEIGHTS)
+    own = own_names(folder, stored, unwrap=False)
+    if as_peft:
+        return {name.removeprefix(PEFT_PREFIX): tensor.shape for name, tensor in stored.items()}
+    return {name: tensor.shape for name, tensor in own.items()}
+
+
+def _check_with_peft(
+    folder: Path, model: str, built: Any, found: Mapping[str, tuple[int, ...]], *, is_own_base: bool
+) -> tuple[str | None, int]:
+    """Return a tensor of the base that an adapter holds as well, and its number of parameters.
+
+    Raises MemberError unless PEFT finds the adapter to fit the model.
+    """
+    from peft import get_peft_model_state_dict
+
+    base_shapes = {name: tuple(tensor.shape) for name, tensor in built.named_parameters(remove_duplicate=False)}
+    adapted = _adapt(folder, model, built)
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    base_weights = adapted.get_base_model().named_parameters(remove_duplicate=False)
-    base_shapes = {base_name(name): tuple(tensor.shape) for name, tensor in base_weights}
+    state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
     for key, shape in found.items():
         name = base_name(key)
-        if ("embed" in name or "head" in name) and shape != base_shapes.get(name, shape):
+        rows, *others = base_shapes.get(name, shape)
+        if shape[0] != rows and list(shape[1:]) == others and len(shape) == 2:
             raise MemberError(
                 f"the adapter {folder} holds {name} in shape {shape}; {model} has it in {base_shapes[name]}: it was "
-                "made for a base with resized embeddings; save that base and name it as the model"
+                "made for a base with resized embeddings; resize it first, and name the result as the model: "
+                f"{resize_command(model, shape[0])}"
             )
     missing = sorted(state.keys() - found.keys())
-    unknown = sorted(name for name in found.keys() - state.keys() if base_name(name) not in base_shapes)
+    extra = sorted(found.keys() - state.keys())
+    unknown = [name for name in extra if base_name(name) not in base_shapes]
     if missing or unknown:
         misfit = f"lacks {missing[0]}" if missing else f"changes {unknown[0]}, which is not there"
-        base = named_base(folder)
-        hint = f"; give it its base, {base}" if base is not None and _is_other(base, model) else ""
+        if (folder / RECORD).is_file():  # `extract` writes the names on disk where PEFT has none of its own
+            raise MemberError(f"the patch {folder} {misfit} in {model}; add it to files with: ensembler patch apply")
+        hint = "" if is_own_base else f"; give it its base, {next(iter(named_bases(folder)))}"
         raise MemberError(f"the adapter {folder} was made for another base: for {model} it {misfit}{hint}")
     for name, tensor in state.items():
         if found[name] != tuple(tensor.shape):
@@ -189,30 +271,63 @@ def _check_with_peft(folder: Path, model: str, model_config: Any) -> tuple[str, 
                 f"{name} in the adapter {folder} has shape {found[name]}; for {model} it must be {tuple(tensor.shape)}"
                 ": it was made for another base"
             )
-    kind: str = adapted.active_peft_config.peft_type.value
-    return kind, sum(tensor.numel() for tensor in state.values())
+    return next(map(base_name, extra), None), sum(tensor.numel() for tensor in state.values())
+
+
+def resize_command(model: str | Path, num_tokens: int) -> str:
+    """Return the command that saves a model with embeddings of `num_tokens` rows beside itself."""
+    folder = f"{str(model).rstrip('/')}-{num_tokens}"
+    return (
+        f"python -c \"from transformers import AutoModelForCausalLM as M; m = M.from_pretrained('{model}'); "
+        f"m.resize_token_embeddings({num_tokens}); m.save_pretrained('{folder}')\""
+    )
 
 
 def base_name(name: str) -> str:
     """Return the name that a tensor of the base had before PEFT wrapped the layers."""
-    return name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
+    return _WRAPPERS.sub(".", name.removeprefix(PEFT_PREFIX))
 
 
 def _build_on_meta(folder: Path, model: str, model_config: Any) -> Any:
-    """Return the PeftModel of this adapter on this base, without memory."""
+    """Return the base without memory."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(model_config)
+    except Exception as error:  # a model's own code raises what it likes
+        raise MemberError(f"the adapter {folder} does not fit {model}: {one_line(error)}") from error
+
+
+def _adapt(folder: Path, model: str, built: Any) -> Any:
+    """Return the PeftModel of this adapter on a base without memory; raise MemberError for one that cannot be run."""
     from peft import PeftConfig, get_peft_model
 
     try:
         settings = PeftConfig.from_pretrained(folder)
-        if settings.is_prompt_learning:
+        refusal = _refusal(settings)
+        if refusal is not None:
             raise MemberError(
-                f"the adapter {folder} is of kind {settings.peft_type.value}, which adds tokens of its own; expected "
-                "one that changes weights, LoRA for example"
+                f"the adapter {folder} {refusal}; merge it into its base with PEFT, if it can be, and give the result "
+                "as the model"
             )
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*base_model_name_or_path.* was renamed")  # we warn ourselves
-            return get_peft_model(AutoModelForCausalLM.from_config(model_config), settings, low_cpu_mem_usage=True)
+            warnings.filterwarnings("ignore", message=".*base_model_name_or_path.* was renamed")  # we say so ourselves
+            return get_peft_model(built, settings, low_cpu_mem_usage=True)
     except MemberError:
         raise
     except Exception as error:  # PEFT refuses settings in its own ways: unknown modules, kinds, keys
         raise MemberError(f"the adapter {folder} does not fit {model}: {one_line(error)}") from error
+
+
+def _refusal(settings: Any) -> str | None:
+    """Return why a member cannot have an adapter of these settings at all, or None."""
+    kind, start = settings.peft_type.value, getattr(settings, "init_lora_weights", None)
+    if settings.is_prompt_learning:
+        return f"is of kind {kind}, which adds tokens of its own"
+    if kind != "LORA" and kind not in _KINDS_BESIDE | _KINDS_COPIED:
+        return f"is of kind {kind}, which members cannot have"
+    for key, reason in _REFUSED_KEYS.items():
+        if getattr(settings, key, None):
+            return f"uses {key}, {reason}"
+    if isinstance(start, str) and start.startswith(_REFUSED_STARTS):
+        return f"was started with init_lora_weights={start!r}, and its base's weights cannot be made again without more"
+    return None

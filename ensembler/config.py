@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -38,6 +38,9 @@ class MemberConfig:
     how much a strategy may put where ({'cuda:0': '20GiB', 'cpu': '60GiB'}), `offload_folder` where 'disk' is.
 
     `head`, of an image classifier that is the vision tower of `model`: a safetensors file with its linear head.
+
+    `trust_remote_code` lets the model's folder run code of its own; it is given where an ensemble is loaded, and never
+    read from a file or written to one.
     """
 
     model: str
@@ -50,6 +53,7 @@ class MemberConfig:
     offload_folder: str | None = None
     quantization: Quantization | None = None
     head: str | None = None
+    trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
         for name in ("model", "adapter", "revision", "dtype", "device", "offload_folder", "head"):
@@ -91,7 +95,12 @@ class MemberConfig:
             return cls(model=str(value))
         if not isinstance(value, Mapping):
             raise ConfigError(f"member {role!r} is {value!r}; expected a path, a hub id or a mapping with 'model'")
-        known = {entry.name for entry in fields(cls)}
+        if "trust_remote_code" in value:
+            raise ConfigError(
+                f"member {role!r} has trust_remote_code in its mapping; leave it out, and give it where members are "
+                f"loaded: trust_remote_code=[{role!r}] (--trust-remote-code {role})"
+            )
+        known = {entry.name for entry in fields(cls)} - {"trust_remote_code"}
         unknown = sorted(set(value) - known)
         if unknown:
             raise ConfigError(f"unknown key {unknown[0]!r} of member {role!r}; expected: {', '.join(sorted(known))}")
@@ -125,6 +134,7 @@ class MemberConfig:
         """Return the mapping for config.json: what differs from the defaults."""
         defaults = {entry.name: entry.default for entry in fields(self)}
         content = {key: value for key, value in asdict(self).items() if value != defaults[key]}
+        content.pop("trust_remote_code", None)
         if self.quantization is not None:
             content["quantization"] = self.quantization.to_dict()
         return content
@@ -136,15 +146,18 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
     `constant` and `slope` (by role) are the numbers of the rule 'linear' and `anchor` its anchor (default: the first
     role with a constant); `cutoff` belongs to 'contrastive'.
     `outside` says what happens to tokens that not every member holds: 'mask' forbids them, 'neutral' gives them
-    log-ratio 0. `vocab_size` is the anchor's width, `shared_vocab_size` the number of ids that all members share,
-    `max_position_embeddings` the shortest context of the members, in tokens.
+    log-ratio 0. `allow_renamed_special`: added tokens may have other names at the same ids. `vocab_size` is the
+    anchor's width, `shared_vocab_size` the number of ids that all members share, `max_position_embeddings` the shortest
+    context of the members, in tokens.
 
     Of the task 'image-classification': `classes` are the labels in the order of the logits (None: those of the anchor),
     `class_texts` the words for them in prompts by label, where these are others, `templates` the prompts of zero-shot
-    members with {} for the class, `aliases` the labels for what members call them.
+    members with {} for the class, `aliases` the labels for what members call them (a list for a name that several
+    classes have).
     """
 
     model_type: ClassVar[str] = "ensembler"
+    use_cache = True  # of forward, as in transformers; config.json has no such key
 
     task: str = TEXTS
     rule: str = "base-change"
@@ -155,6 +168,7 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
     anchor: str | None = None
     cutoff: float | None = None
     outside: str = "mask"
+    allow_renamed_special: bool = False
     vocab_size: int | None = None
     shared_vocab_size: int | None = None
     max_position_embeddings: int | None = None
@@ -164,7 +178,7 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
     classes: list[str] | None = None
     class_texts: dict[str, str] | None = None
     templates: list[str] | None = None
-    aliases: dict[str, str] | None = None
+    aliases: dict[str, str | list[str]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for key in kwargs:
@@ -209,7 +223,8 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
             if not isinstance(texts, Mapping):
                 raise ConfigError(f"{name} is {type(texts).__name__}; expected a mapping from one text to another")
             for key, value in texts.items():
-                if not _is_text(key) or not _is_text(value):
+                several = value if name == "aliases" and _is_list(value) else [value]
+                if not _is_text(key) or not all(map(_is_text, several)):
                     raise ConfigError(f"{name} has {value!r} for {key!r}; expected a text")
             setattr(self, name, dict(texts))
         if self.classes is not None:
@@ -236,12 +251,22 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
         """Return the rule with the numbers of this configuration."""
         return get_rule(self.rule, constant=self.constant, slope=self.slope, anchor=self.anchor, cutoff=self.cutoff)
 
+    def trust_code(self, roles: bool | Collection[str]) -> None:
+        """Let the members of these roles (True: all) run code of their own. Raises ConfigError for an unknown role."""
+        roles = self.members if roles is True else (roles,) if isinstance(roles, str) else roles or ()
+        for role in roles:
+            if role not in self.members:
+                raise ConfigError(
+                    f"trust_remote_code names the role {role!r}; the members are: {', '.join(self.members)}"
+                )
+            self.members[role] = replace(self.members[role], trust_remote_code=True)
+
     def change_members(self, **changes: Any) -> None:
         """Set the same fields of every member: a dtype or a device for all."""
         self.members = {role: replace(member, **changes) for role, member in self.members.items()}
 
     def replaced(self, **changes: Any) -> EnsembleConfig:
-        """Return a copy with some of rule, alpha, constant, slope, cutoff and outside changed, checked as a whole.
+        """Return a copy with some of its own keys changed (rule, alpha, outside ...), checked as a whole.
 
         What belongs to the old rule alone (the numbers of 'linear', a cutoff) is not taken over by another rule.
         """
@@ -261,6 +286,8 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
         content["members"] = {role: member.to_dict() for role, member in self.members.items()}
         if self.task == TEXTS:
             content.pop("task", None)
+        if not self.allow_renamed_special:
+            content.pop("allow_renamed_special", None)
         return {key: value for key, value in content.items() if key in _KEYS_WRITTEN and value is not None}
 
     def to_diff_dict(self) -> dict[str, Any]:

@@ -13,6 +13,9 @@ from typing import Any
 
 from ensembler.errors import HubError, InputError, MemberError, OutputError, PatchError
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+TOKENIZER_SETTINGS = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
+CHAT_TEMPLATE = "chat_template.jinja"
 _FETCHED = ["*.json", "*.safetensors", "*.jinja", "*.md", "*.model", "*.tiktoken", "*.txt", "*.py", "adapter_model.bin"]
 
 
@@ -70,10 +73,18 @@ def scratch_beside(path: Path) -> Iterator[Path]:
         yield Path(scratch)
 
 
+def other_tokenizer(folder: Path, model: Path) -> list[str]:
+    """Return the names of the tokenizer's files and the chat template in `folder`, unless `model` has the same."""
+    names = [name for name in (*TOKENIZER_FILES, *TOKENIZER_SETTINGS, CHAT_TEMPLATE) if (folder / name).is_file()]
+    contents = ((folder / name, model / name) for name in names)
+    is_same = all(other.is_file() and one.read_bytes() == other.read_bytes() for one, other in contents)
+    return [] if is_same else names
+
+
 def read_json(path: Path, error_type: type[InputError] = MemberError) -> dict[str, Any]:
     """Return the object in a JSON file; raise `error_type` where there is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise error_type(f"{path} cannot be read ({one_line(error)}); fetch or make it again") from error
     if not isinstance(content, dict):

@@ -20,18 +20,27 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from ensembler.config import EnsembleConfig, MemberConfig
-from ensembler.engine.members import TOKENIZER_FILES, TOKENIZER_SETTINGS
 from ensembler.errors import ConfigError, MemberError, OutputError
-from ensembler.files import find_file, find_folder, read_json, scratch_beside, write_whole
+from ensembler.files import (
+    CHAT_TEMPLATE,
+    TOKENIZER_FILES,
+    TOKENIZER_SETTINGS,
+    find_file,
+    find_folder,
+    read_json,
+    scratch_beside,
+    write_whole,
+)
 
 CONFIG = "config.json"
 IN_MEMORY = "<in memory>"
 HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-_OVERRIDES = ("rule", "alpha", "constant", "slope", "cutoff", "outside")  # of from_pretrained
+_OVERRIDES = ("rule", "alpha", "constant", "slope", "cutoff", "outside", "allow_renamed_special")  # of from_pretrained
 _NUMBERS_OF_RULES = ("constant", "slope", "anchor", "cutoff")
-_OPTIONS_OF_AUTO = ("_from_auto", "_commit_hash", "adapter_kwargs", "low_cpu_mem_usage")
+_OPTIONS_OF_AUTO = ("_from_auto", "_commit_hash", "adapter_kwargs", "low_cpu_mem_usage", "tqdm_class")
+_DONE_ANYWAY = ("safe_serialization", "save_peft_format", "save_original_format")  # by save_pretrained
 # Files that belong to an ensemble: where it is overwritten, those of the old anchor must not outlive it.
-_OWN_FILES = {"chat_template.jinja", "generation_config.json", *TOKENIZER_FILES, *TOKENIZER_SETTINGS}
+_OWN_FILES = {CHAT_TEMPLATE, "generation_config.json", *TOKENIZER_FILES, *TOKENIZER_SETTINGS}
 
 
 @dataclass(frozen=True)
@@ -40,19 +49,37 @@ class Copy:
 
     load: Callable[[], PreTrainedModel]
     processors: tuple[Any, ...] = ()
+    max_shard_size: int | str | None = None
 
     def save(self, folder: Path) -> None:
         model = self.load()
         generation_config = getattr(model, "generation_config", None)  # an image classifier has none
         model.generation_config = GenerationConfig()
         try:
-            model.save_pretrained(folder)
+            options = {} if self.max_shard_size is None else {"max_shard_size": self.max_shard_size}
+            model.save_pretrained(folder, **options)
         finally:
             model.generation_config = generation_config
         if generation_config is not None:
             _write_generation_config(generation_config, folder)
         for processor in self.processors:
             processor.save_pretrained(folder)
+
+
+def check_save_options(options: Mapping[str, Any]) -> None:
+    """Raise ConfigError for options of `transformers`' save_pretrained that an ensemble cannot honour."""
+    for name, value in options.items():
+        is_done = value is True if name in _DONE_ANYWAY else _asks_nothing(value)
+        if not is_done and name != "save_function":  # accelerate's, which transformers has no use for either
+            raise ConfigError(
+                f"save_pretrained of an ensemble takes no {name}={value!r:.40}; it writes config.json, and members as "
+                "they are in memory with copy_members=True"
+            )
+
+
+def _asks_nothing(value: object) -> bool:
+    """Return whether an option is off: None, False, or an empty text such as a subfolder of that name."""
+    return value is None or value is False or value == ""
 
 
 def named(member: object) -> Any:
@@ -87,7 +114,7 @@ def load(
     config: EnsembleConfig | None,
     *,
     dtype: str | torch.dtype | None,
-    device_map: str | torch.device | Mapping[str, str | torch.device] | None = None,
+    device_map: int | str | torch.device | Mapping[str, int | str | torch.device] | None = None,
     options: Mapping[str, Any],
 ) -> EnsembleConfig:
     """Return the configuration of the ensemble called `name` as `from_pretrained` takes it, changed as it asks.
@@ -95,22 +122,24 @@ def load(
     `config` stands in for the folder's own. `options`: of the rule (`rule`, `alpha` ...) and of the hub; any other
     raises ConfigError.
     """
-    given = {key: value for key, value in options.items() if value is not None}
+    given = {key: value for key, value in options.items() if not _asks_nothing(value)}
     dtype = given.pop("torch_dtype", None) if dtype is None else dtype
     unknown = [key for key in given if key not in {*_OVERRIDES, *_OPTIONS_OF_AUTO, *HUB_OPTIONS}]
     if unknown:
         raise ConfigError(f"from_pretrained of an ensemble takes no {unknown[0]!r}; set it for each member instead")
     folder = find(name, **{key: given[key] for key in HUB_OPTIONS if key in given})
     config = read(folder) if config is None else located(config, folder)
-    config = config.replaced(**{key: given[key] for key in _OVERRIDES if key in given})
+    config = config.replaced(**{key: options[key] for key in _OVERRIDES if options.get(key) is not None})
     if dtype not in (None, "auto"):
         config.change_members(dtype=str(dtype).removeprefix("torch."))
     if device_map is not None:
-        devices = device_map if isinstance(device_map, Mapping) else dict.fromkeys(config.members, device_map)
+        devices = dict(device_map) if isinstance(device_map, Mapping) else {"": device_map}
+        devices = dict.fromkeys(config.members, devices.pop("")) | devices if "" in devices else devices
         unknown = [role for role in devices if role not in config.members]
         if unknown:
             raise ConfigError(f"unknown role {unknown[0]!r}; the members are: {', '.join(config.members)}")
-        config.members |= {role: config.members[role].placed(str(device)) for role, device in devices.items()}
+        names = {role: f"cuda:{device}" if isinstance(device, int) else str(device) for role, device in devices.items()}
+        config.members |= {role: config.members[role].placed(name) for role, name in names.items()}
     return config
 
 

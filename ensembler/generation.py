@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 from ensembler_kernels import Combination
@@ -13,9 +14,10 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import GenerationMode
 
 from ensembler.config import EnsembleConfig
-from ensembler.engine.ensemble_cache import prepare_caches
+from ensembler.engine.ensemble_cache import begin_anew, prepare_caches, why_not_in_pieces
 from ensembler.engine.grid import combine_members, make_combination
 from ensembler.engine.member_set import MemberSet
+from ensembler.engine.model_runner import ModelRunner
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import ConfigError, InputError
 from ensembler.rules import Rule
@@ -25,6 +27,8 @@ _logger = logging.getLogger(__name__)
 
 _ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _LEFT_BY_GENERATE = {"tokenizer", "assistant_tokenizer"}  # generate hands its own arguments on to forward
+_IGNORED = {"token_type_ids", "cache_position"}  # by models that do not name them; tokenizers and old loops give them
+_OF_ONE_MODEL = {"inputs_embeds", "output_attentions", "output_hidden_states"}
 
 
 class FixedRule:
@@ -108,6 +112,7 @@ class EnsembleGeneration(FixedRule, GenerationMixin):  # type: ignore[misc,unuse
             prepare_caches(
                 self.member_set.runners, generation_config, prepared, GenerationMode.SAMPLE, input_ids.shape[0], room
             )
+        prepared["use_cache"] = generation_config.use_cache
         return super()._sample(input_ids, generation_config=generation_config, **prepared)
 
     def _prepare_cache_for_generation(
@@ -127,6 +132,8 @@ class EnsembleGeneration(FixedRule, GenerationMixin):  # type: ignore[misc,unuse
             )
         if generation_mode in _ONE_BY_ONE:
             return
+        if generation_mode is GenerationMode.ASSISTED_GENERATION:
+            check_unscaled(self.member_set, max_cache_length)
         reason = generation_mode.value.replace("_", " ")
         check_given_cache(given, reason)
         _logger.info("decoded by transformers' own loop: %s", reason)
@@ -134,6 +141,37 @@ class EnsembleGeneration(FixedRule, GenerationMixin):  # type: ignore[misc,unuse
             prepare_caches(
                 self.member_set.runners, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
             )
+
+    def init_continuous_batching(self, *args: Any, **options: Any) -> Any:
+        """Refused: it pages the keys and values of one model."""
+        raise InputError(
+            "an ensemble has no continuous batching in transformers (generate_batch), which pages the cache of one "
+            "model; call generate on padded batches, or serve the folder with vLLM"
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Return the arguments of `forward` for the next tokens, or for all where a member reads a text anew."""
+        if begin_anew(past_key_values, self.member_set.runners, attention_mask, next_sequence_length):
+            next_sequence_length = None
+        given = {"past_key_values": past_key_values, "attention_mask": attention_mask, **kwargs}
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **given)
+
+    def _prefill(self, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: Any, **others: Any) -> Any:
+        """Read the prompts, in pieces only where members give the same logits then."""
+        if generation_config.prefill_chunk_size is not None:
+            reason = why_not_in_pieces(self.member_set.runners)
+            if reason is not None:
+                _logger.info("prompts are read whole, whatever prefill_chunk_size is: %s", reason)
+                generation_config = copy(generation_config)
+                generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, model_kwargs, **others)
 
     @contextmanager
     def at(self, rule: Rule, alpha: float) -> Iterator[None]:
@@ -156,8 +194,34 @@ def check_given_cache(cache: object, reason: str) -> None:
         )
 
 
-def check_arguments(unused: Mapping[str, Any]) -> None:
-    """Raise InputError for arguments that an ensemble cannot honour; None and False ask for nothing."""
+def check_unscaled(members: MemberSet, length: int) -> None:
+    """Raise InputError where assistants draft texts of up to `length` tokens, and positions are scaled by a length.
+
+    What stands behind a rejected draft is taken back; the positions of what stands before it would have to be, too.
+    """
+    for runner in members.runners:
+        if runner.scale is not None and length > runner.scale.unscaled:
+            raise InputError(
+                f"an assistant drafts texts of up to {length + 1:,} tokens, and {' and '.join(runner.roles)} scales "
+                f"positions beyond {runner.scale.unscaled:,}; draft with custom_generate=Decoder('ngram') instead"
+            )
+
+
+def check_arguments(unused: Mapping[str, Any], runners: Sequence[ModelRunner] = ()) -> None:
+    """Raise InputError for arguments that an ensemble cannot honour; None and False ask for nothing.
+
+    `runners`: of the members, some of which may read what `transformers` lets others ignore.
+    """
     for name, value in unused.items():
-        if value is not None and value is not False and name not in _LEFT_BY_GENERATE:
-            raise InputError(f"an ensemble's forward takes no {name!r}; its members differ in hidden size and layers")
+        if value is None or value is False or name in _LEFT_BY_GENERATE:
+            continue
+        readers = [runner.name for runner in runners if name in runner.accepts]
+        if name in _IGNORED and not readers:
+            continue
+        if name in _OF_ONE_MODEL:
+            reason = "its members differ in hidden size and layers"
+        elif readers:
+            reason = f"of its members only {' and '.join(readers)} would read it"
+        else:
+            reason = "no member would get it; leave it out"
+        raise InputError(f"an ensemble takes no {name!r} here; {reason}")

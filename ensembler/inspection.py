@@ -11,11 +11,12 @@ from torch import nn
 
 from ensembler.config import MemberConfig
 from ensembler.engine.members import MemberFiles, group_members
-from ensembler.files import is_local
+from ensembler.files import CHAT_TEMPLATE, is_local
 from ensembler.planning.member_sizes import loaded_bytes, member_dtype, predicted_bytes, stored_parameters
 from ensembler.planning.sizes import DTYPE_BYTES
 from ensembler.preflight import CheckedEnsemble
 from ensembler.safetensors_files import fingerprint, stored_tensors, weight_files
+from ensembler.vocab import end_ids
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,19 @@ class CopySummary:
 
 
 @dataclass(frozen=True)
+class EndToken:
+    """A token that ends a text. `token` is None where the anchor has no tokenizer."""
+
+    id: int
+    token: str | None
+
+
+@dataclass(frozen=True)
 class EnsembleSummary:
     """An ensemble: its rule at α, vocabulary contract, members (the anchor first) and their copies of weights.
 
-    `notes` are differences between the members, `warnings` likely mistakes; each is one sentence.
+    `ends` are the tokens at which texts end, `notes` are differences between the members, `warnings` likely mistakes;
+    each of these is one sentence.
     """
 
     rule: str
@@ -63,6 +73,7 @@ class EnsembleSummary:
     vocabulary: str
     shared: int
     outside: str
+    ends: tuple[EndToken, ...]
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     members: tuple[MemberSummary, ...]
@@ -92,10 +103,36 @@ def summarise(checked: CheckedEnsemble) -> EnsembleSummary:
         vocabulary=contract.kind,
         shared=contract.shared,
         outside=config.outside,
-        notes=contract.notes,
+        ends=_ends(checked),
+        notes=(*contract.notes, *adapter_notes(checked)),
         warnings=role_warnings(checked),
         members=tuple(_member(checked.files[role], contract.widths[role], weights[role]) for role in rule.roles),
         copies=tuple(_copy(group) for group in group_members(checked.files)),
+    )
+
+
+def _ends(checked: CheckedEnsemble) -> tuple[EndToken, ...]:
+    """Return the ends that the ensemble can write."""
+    contract, config = checked.contract, checked.config
+    most = contract.shared if config.outside == "mask" else contract.widths[config.get_rule().anchor]
+    ends = [] if checked.generation_config is None else end_ids(checked.generation_config)
+    tokenizer = checked.tokenizer
+    return tuple(
+        EndToken(end, None if tokenizer is None else tokenizer.convert_ids_to_tokens(end)) for end in ends if end < most
+    )
+
+
+def adapter_notes(checked: CheckedEnsemble) -> tuple[str, ...]:
+    """Return a sentence for each adapter of another base, and for each chat template that is not used."""
+    anchor = checked.config.get_rule().anchor
+    adapters = {role: member.adapter for role, member in checked.files.items() if member.adapter is not None}
+    templates = [role for role, one in adapters.items() if role != anchor and (one.folder / CHAT_TEMPLATE).is_file()]
+    return (
+        *(note for one in adapters.values() for note in one.notes),
+        *(
+            f"the chat template beside the adapter of {role} is not used: chats are those of {anchor}"
+            for role in templates
+        ),
     )
 
 

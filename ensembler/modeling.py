@@ -6,13 +6,14 @@ The face of a member set and a rule: config, forward, save, load, `generate`. Me
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -25,15 +26,18 @@ from ensembler.engine.distributed import RankedMembers, World
 from ensembler.engine.ensemble_cache import EnsembleCache
 from ensembler.engine.grid import make_combination
 from ensembler.engine.member_set import MemberSet
-from ensembler.engine.members import MemberFiles, load_members, load_whole, shortest_context
+from ensembler.engine.members import MemberFiles, is_whole, load_members, load_whole, shortest_context
 from ensembler.engine.model_runner import Step
 from ensembler.engine.row_cache import RowCache
-from ensembler.errors import ConfigError, InputError
+from ensembler.errors import ConfigError, InputError, OutputError
 from ensembler.generation import EnsembleGeneration, check_arguments
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 from ensembler.vocab import VocabularyContract
 
 _logger = logging.get_logger(__name__)
+
+_OF_LOSS = ("shift_labels", "num_items_in_batch", "ignore_index")
+_COLLECTED = ("_no_split_modules", "_skip_keys_device_placement")
 
 
 class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGeneration, GenerationMixin):  # type: ignore[misc,unused-ignore]
@@ -48,7 +52,6 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
     config_class = EnsembleConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    _is_stateful: ClassVar[bool] = False
     _supports_sdpa: ClassVar[bool] = True
     _supports_flash_attn: ClassVar[bool] = True
     _supports_flex_attn: ClassVar[bool] = True
@@ -77,6 +80,8 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         self._row_alpha: Tensor | None = None
         if rule.anchor in self.members:
             self.generation_config = deepcopy(self.anchor.generation_config)
+        self._was_trained = False
+        self.post_init()
         self.eval()
 
     # -- making one ---------------------------------------------------------------------------------------------------
@@ -92,14 +97,16 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         slope: Mapping[str, float] | None = None,
         cutoff: float | None = None,
         outside: str = "mask",
+        allow_renamed_special: bool = False,
         attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
+        trust_remote_code: bool | Collection[str] = False,
     ) -> EnsembleForCausalLM:
         """Return an ensemble of `members` by role: paths, hub ids, MemberConfigs, or models that are loaded already.
 
         `constant` and `slope` are the numbers of the rule 'linear'; `cutoff` belongs to 'contrastive'; `outside` says
-        what becomes of tokens that not every member holds. Raises ConfigError, MemberError or VocabularyError before
-        any weight is loaded.
+        what becomes of tokens that not every member holds, `allow_renamed_special` that added tokens may have other
+        names. `trust_remote_code`: the roles whose models may run code of their own (True: all). Raises ConfigError,
+        MemberError or VocabularyError before any weight is loaded.
         """
         loaded = {role: member for role, member in members.items() if isinstance(member, PreTrainedModel)}
         named = {role: folders.named(member) for role, member in members.items()}
@@ -111,6 +118,7 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
             slope=None if slope is None else dict(slope),
             cutoff=cutoff,
             outside=outside,
+            allow_renamed_special=allow_renamed_special,
         )
         return cls.from_config(
             config, loaded=loaded, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
@@ -123,14 +131,16 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         *,
         loaded: Mapping[str, PreTrainedModel] | None = None,
         attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
+        trust_remote_code: bool | Collection[str] = False,
         world: World | None = None,
     ) -> EnsembleForCausalLM:
         """Return the ensemble that `config` describes; paths in it are absolute or relative to the working directory.
 
         `loaded` holds members that need no loading. Everything is checked before the first weight is read.
         """
-        checked = check_ensemble(config.replaced(), loaded, trust_remote_code=trust_remote_code)
+        config = config.replaced()
+        config.trust_code(trust_remote_code)
+        checked = check_ensemble(config, loaded)
         return cls.from_checked(checked, attn_implementation=attn_implementation, world=world)
 
     @classmethod
@@ -139,6 +149,8 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
     ) -> EnsembleForCausalLM:
         """Load the members of a checked ensemble; with a `world` of several processes each loads its part of them."""
         models, backbones = load_members(checked.files, world, attn_implementation=attn_implementation)
+        if attn_implementation is not None:
+            checked.config._attn_implementation = attn_implementation
         model = cls(checked.config, models | checked.loaded, checked.contract, backbones, world)
         model.tokenizer = checked.tokenizer
         model._files = dict(checked.files)
@@ -158,10 +170,11 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         slope: Mapping[str, float] | None = None,
         cutoff: float | None = None,
         outside: str | None = None,
+        allow_renamed_special: bool | None = None,
         dtype: str | torch.dtype | None = None,
-        device_map: str | torch.device | Mapping[str, str | torch.device] | None = None,
+        device_map: int | str | torch.device | Mapping[str, int | str | torch.device] | None = None,
         attn_implementation: str | None = None,
-        trust_remote_code: bool = False,
+        trust_remote_code: bool | Collection[str] = False,
         world: World | None = None,
         **options: Any,
     ) -> EnsembleForCausalLM:
@@ -170,11 +183,11 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         What is given overrides the folder's: the arguments of `from_members` (the numbers of the folder's rule do not
         go over to another one), `dtype` and `device_map` of all members, `config` all of config.json. `device_map`: a
         device as in torch, a strategy of accelerate ('auto' ...) for each member by itself, or a mapping from role to
-        these. `world`: the processes that share the members. The hub's options (`revision`, `token` ...) say which
-        folder; any other is refused.
+        these, where "" stands for all other roles. `world`: the processes that share the members. The hub's options
+        (`revision`, `token` ...) say which folder; any other is refused.
         """
         options |= {"rule": rule, "alpha": alpha, "constant": constant, "slope": slope}
-        options |= {"cutoff": cutoff, "outside": outside}
+        options |= {"cutoff": cutoff, "outside": outside, "allow_renamed_special": allow_renamed_special}
         config = folders.load(
             pretrained_model_name_or_path, config, dtype=dtype, device_map=device_map, options=options
         )
@@ -184,20 +197,37 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         )
 
     def save_pretrained(  # type: ignore[override,unused-ignore]
-        self, save_directory: str | Path, *, copy_members: bool = False, overwrite: bool = False
+        self,
+        save_directory: str | Path,
+        *,
+        copy_members: bool = False,
+        overwrite: bool = False,
+        max_shard_size: int | str | None = None,
+        is_main_process: bool = True,
+        **options: Any,
     ) -> None:
         """Write the folder: config.json, generation_config.json, the anchor's tokenizer; members are referenced.
 
-        `copy_members` copies them too, for a folder that stands alone; members that were passed in as objects have no
-        path and are always copied. Raises OutputError if the folder is not empty, unless `overwrite`.
+        `copy_members` copies them too, for a folder that stands alone. Members that were passed in as objects have no
+        path and are always copied, and so are all where the ensemble was in training mode. `max_shard_size`: of their
+        weights files, as in `transformers`, whose other options are refused unless they ask for nothing. Raises
+        OutputError if the folder is not empty, unless `overwrite`.
         """
+        folders.check_save_options(options)
+        if not is_main_process:
+            return
+        if hasattr(self, "peft_config"):
+            raise OutputError(
+                "the members have an adapter in their layers (get_peft_model, add_adapter); save the PeftModel, or "
+                "merge the adapter and save with copy_members=True"
+            )
         if self._row_alpha is not None:
             raise ConfigError("alpha is a tensor with one value per row; set it to a number before saving")
         config = self.config
         copies = {
-            role: folders.Copy(partial(self._whole, role), self._tokenizers(role))
+            role: folders.Copy(partial(self._whole, role), self._tokenizers(role), max_shard_size)
             for role in self.members
-            if copy_members or config.members[role].model == folders.IN_MEMORY
+            if copy_members or self._was_trained or config.members[role].model == folders.IN_MEMORY
         }
         folders.write(
             config,
@@ -227,6 +257,11 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         return member
 
     @property
+    def _is_stateful(self) -> bool:
+        """Return whether a member keeps a state that cannot be taken back: `transformers` asks before it drafts."""
+        return any(member._is_stateful for member in self.members.values())
+
+    @property
     def shortest_context(self) -> tuple[str, int] | None:
         """The role with the shortest context and its length in tokens, or None where no member sets a limit."""
         known = {role: files.model_config for role, files in self._files.items()}
@@ -248,9 +283,41 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         embeddings: nn.Module = self.anchor.get_input_embeddings()
         return embeddings
 
+    def init_weights(self) -> None:
+        """Leave the weights as they are: members come with theirs."""
+
+    def post_init(self) -> None:
+        """Collect from the members what others ask of a model: its tied weights, its modules that stay in one piece."""
+        super().post_init()
+        for role, member in self.members.items():
+            tied = getattr(member, "all_tied_weights_keys", {})
+            self.all_tied_weights_keys |= {f"members.{role}.{k}": f"members.{role}.{v}" for k, v in tied.items()}
+            for name in _COLLECTED:
+                getattr(self, name).update(getattr(member, name, None) or ())
+
+    def train(self, mode: bool = True) -> EnsembleForCausalLM:
+        """Set training mode; from then on `save_pretrained` copies all members, since their weights may change.
+
+        Raises InputError for a member whose weights could not be saved: shared, quantised or spread over devices.
+        """
+        if mode:
+            for role, member in self.members.items():
+                if not is_whole(member, self._files.get(role), self.member_set.backbones):
+                    raise InputError(
+                        f"{role} cannot be trained: its weights are shared with another member, quantised or spread "
+                        "over devices; load it without that, or train it alone"
+                    )
+            self._was_trained = True
+        super().train(mode)
+        return self
+
     def get_output_embeddings(self) -> nn.Module | None:
         """None: there is no single head."""
         return None
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Refused: each member embeds tokens by itself."""
+        raise InputError("the embeddings of an ensemble cannot be replaced; replace those of a member")
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
         """Refused: the vocabulary contract is between the members as they were loaded."""
@@ -268,36 +335,36 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         logits_to_keep: int | Tensor = 0,
         labels: Tensor | None = None,
         return_dict: bool | None = None,
-        **unused: Any,
+        **options: Any,
     ) -> CausalLMOutputWithPast:
         """Run all members on `input_ids` (rows, positions) and return combined logits (rows, kept positions, V), fp32.
 
         V is the anchor's width. `logits_to_keep`: as in `transformers`, the last positions that are wanted (0: all).
-        `labels` (rows, positions; −100 is ignored) adds the loss. Raises LogitsError where a member computed NaN; the
-        cache then is as it was before.
+        `past_key_values`: of the forward before; one is made unless `use_cache` is False. `labels` (rows, positions;
+        −100 is ignored) adds the loss; `shift_labels` and `num_items_in_batch` belong to it. Raises LogitsError where a
+        member computed NaN; the cache then is as it was before.
         """
-        check_arguments(unused)
+        for_loss = {name: options.pop(name) for name in _OF_LOSS if name in options}
+        check_arguments(options, self.member_set.runners)
         if input_ids is None:
             raise InputError("an ensemble's forward needs input_ids; its members embed tokens by themselves")
-        if past_key_values is None and use_cache:
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
             past_key_values = self.new_cache()
         step = Step(input_ids, attention_mask, position_ids, logits_to_keep if labels is None else 0)
         alpha = self.alpha_of_rows(input_ids.shape[0])
         combined = self.member_set.combined(step, past_key_values, self.combination, alpha)
         loss = None
         if labels is not None:
-            loss = nn.functional.cross_entropy(
-                combined[:, :-1].flatten(0, 1), labels[:, 1:].to(combined.device).flatten(), ignore_index=-100
-            )
+            loss = self.loss_function(logits=combined, labels=labels, vocab_size=combined.shape[-1], **for_loss)
         output = CausalLMOutputWithPast(loss=loss, logits=combined, past_key_values=past_key_values)
-        return output if return_dict is not False else output.to_tuple()
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def member_logits(self, step: Step, cache: EnsembleCache | RowCache | None = None) -> dict[str, Tensor]:
         """Return every member's own logits (rows, kept positions, V_member) by role, as `MemberSet.logits` does."""
         return self.member_set.logits(step, cache)
 
-    def new_cache(self) -> EnsembleCache:
-        """Return an empty growing cache for the members."""
+    def new_cache(self) -> EnsembleCache | None:
+        """Return an empty growing cache for the members, or None where one of them takes none."""
         return self.member_set.new_cache()
 
     def compile_members(self, backend: Any = "inductor") -> None:
@@ -311,3 +378,6 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
 
 
 AutoModelForCausalLM.register(EnsembleConfig, EnsembleForCausalLM, exist_ok=True)
+# `transformers serve` and pipeline(assistant_model=) look a folder's class up by its name in `transformers`: on the
+# type of that module, which is itself made anew when processors are loaded.
+type(transformers).EnsembleForCausalLM = EnsembleForCausalLM

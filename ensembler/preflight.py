@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ensembler.config import TEXTS, EnsembleConfig, check_roles
 from ensembler.engine.members import MemberFiles, check_member, shortest_context, split_backbones
 from ensembler.errors import ConfigError, MemberError, VocabularyError
 from ensembler.files import one_line
-from ensembler.vocab import VocabularyContract, make_contract, read_vocabulary
+from ensembler.vocab import VocabularyContract, end_ids, make_contract, read_vocabulary
 
 _logger = logging.get_logger(__name__)
 
@@ -25,7 +26,7 @@ class CheckedEnsemble:
 
     `files` holds the members that are to be loaded, `loaded` those that were passed in as models; `model_configs`
     has both, by role. `tokenizer` and `generation_config` are those of the ensemble's folder, or the anchor's; None
-    where there are none.
+    where there are none. The `eos_token_id` of the generation config has all ids that end a text.
     """
 
     config: EnsembleConfig
@@ -49,12 +50,7 @@ class CheckedEnsemble:
         return shortest_context(self.model_configs)
 
 
-def check_ensemble(
-    config: EnsembleConfig,
-    loaded: Mapping[str, PreTrainedModel] | None = None,
-    *,
-    trust_remote_code: bool = False,
-) -> CheckedEnsemble:
+def check_ensemble(config: EnsembleConfig, loaded: Mapping[str, PreTrainedModel] | None = None) -> CheckedEnsemble:
     """Check every member and the vocabulary contract, and fill in what `config` takes from them.
 
     `loaded` are members that were passed in as models, without a tokenizer. Raises ConfigError, MemberError or
@@ -68,11 +64,7 @@ def check_ensemble(
     loaded = dict(loaded or {})
     rule = config.get_rule()
     check_roles(rule, config.members)
-    files = {
-        role: check_member(role, config.members[role], trust_remote_code=trust_remote_code)
-        for role in rule.roles
-        if role not in loaded
-    }
+    files = {role: check_member(role, config.members[role]) for role in rule.roles if role not in loaded}
     for notice in split_backbones(files):
         _logger.warning(notice)
     model_configs = {role: loaded[role].config if role in loaded else files[role].model_config for role in rule.roles}
@@ -82,7 +74,8 @@ def check_ensemble(
         [
             files[role].vocabulary if role in files else read_vocabulary(role, None, model_configs[role])
             for role in rule.roles
-        ]
+        ],
+        allow_renamed_special=config.allow_renamed_special,
     )
     text_config = model_configs[rule.anchor].get_text_config(decoder=True)
     config.vocab_size, config.shared_vocab_size = contract.widths[rule.anchor], contract.shared
@@ -96,21 +89,48 @@ def check_ensemble(
     if anchor is not None:
         tokenizer = tokenizer or anchor.tokenizer
         generation_config = generation_config or anchor.generation_config()
-    _check_end(config, contract, generation_config)
+    elif generation_config is None:
+        generation_config = deepcopy(getattr(loaded[rule.anchor], "generation_config", None))
+    if generation_config is not None:
+        _check_ends(config, contract, generation_config, tokenizer)
+        _set_padding(config, contract, generation_config, tokenizer)
     return CheckedEnsemble(config, files, model_configs, contract, loaded, tokenizer, generation_config)
 
 
-def _check_end(
-    config: EnsembleConfig, contract: VocabularyContract, generation_config: GenerationConfig | None
+def _check_ends(
+    config: EnsembleConfig, contract: VocabularyContract, settings: GenerationConfig, tokenizer: Any
 ) -> None:
-    """Raise VocabularyError where every end token of the anchor is one that `outside='mask'` forbids."""
-    ends = None if generation_config is None else generation_config.eos_token_id
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    if config.outside == "mask" and ends and min(ends) >= contract.shared:
+    """Add the tokenizer's end token to those of the generation config, as vLLM and lm-eval do.
+
+    Warn of ends that `outside='mask'` forbids. Raises VocabularyError where it forbids all of the generation config.
+    """
+    anchor, own = config.get_rule().anchor, end_ids(settings)
+    is_masked = config.outside == "mask"
+    if is_masked and own and min(own) >= contract.shared:
         raise VocabularyError(
-            f"the end token {min(ends)} of {config.get_rule().anchor} is not held by every member (they share "
+            f"the end token {min(own)} of {anchor} is not held by every member (they share "
             f"{contract.shared:,} ids), so texts would never end; choose outside='neutral' (--outside neutral)"
         )
+    end = None if tokenizer is None else tokenizer.eos_token_id
+    if end is not None and end not in own and end < contract.widths[anchor]:
+        settings.eos_token_id = [*own, end]
+    forbidden = [token for token in end_ids(settings) if token >= contract.shared]
+    if is_masked and forbidden:
+        names = forbidden if tokenizer is None else map(repr, tokenizer.convert_ids_to_tokens(forbidden))
+        _logger.warning(
+            f"texts cannot end at {', '.join(map(str, names))} of {anchor}, which not every member holds; choose "
+            "outside='neutral' (--outside neutral) where they should"
+        )
+
+
+def _set_padding(
+    config: EnsembleConfig, contract: VocabularyContract, settings: GenerationConfig, tokenizer: Any
+) -> None:
+    """Put an id that every member can read in place of a padding token that there is not."""
+    for holder in (config, settings):
+        given = holder.pad_token_id
+        found = contract.padding_id(given, getattr(tokenizer, "pad_token_id", None), *end_ids(settings))
+        holder.pad_token_id = None if given is None else found
 
 
 def _read_own(kind: Any, config: EnsembleConfig, file: str) -> Any | None:

@@ -27,10 +27,6 @@ PICKLE_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 # What arithmetic in fp32 and one rounding can serve; anything else is quantised, or would lose digits on the way.
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
-# Families whose linear layers lie as (in, out), which PEFT calls fan_in_fan_out.
-_TRANSPOSED_FAMILIES = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-_TRANSPOSED_LAYERS = ("c_attn", "q_attn", "c_proj", "c_fc")
 _FINGERPRINT_BYTES = 4096
 
 
@@ -45,10 +41,28 @@ def header_bytes(path: Path) -> bytes:
         return start + file.read(length)
 
 
-def weight_map(folder: Path) -> dict[str, str]:
-    """Return the file of each tensor as a sharded model's index says it; empty where there is no index."""
-    index = folder / WEIGHTS_INDEX
-    if not index.is_file():
+def _main_file(folder: Path) -> Path | None:
+    """Return the file that says which weights are the model's: one safetensors file, or the index of several.
+
+    In the order of transformers: the one that config.json names (transformers_weights), the single file, the index;
+    an index beside a single file is not read. None where there is neither.
+    """
+    config = folder / "config.json"
+    named = read_json(config).get("transformers_weights") if config.is_file() else None
+    names = (WEIGHTS, WEIGHTS_INDEX) if named is None else (str(named),)
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def index_file(folder: Path) -> Path | None:
+    """Return the index of a sharded model; None for a model of one file."""
+    main = _main_file(folder)
+    return main if main is not None and main.suffix == ".json" else None
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Return the file of each tensor as a sharded model's index says it; empty for a model of one file."""
+    index = index_file(folder)
+    if index is None:
         return {}
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict):
@@ -58,10 +72,10 @@ def weight_map(folder: Path) -> dict[str, str]:
 
 def weight_files(folder: Path) -> list[Path]:
     """Return the safetensors files of a model folder, shards in the order of the index; empty where there are none."""
-    names = dict.fromkeys(weight_map(folder).values())
-    if not names and (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    return [folder / name for name in names]
+    main = _main_file(folder)
+    if main is None or main.suffix != ".json":
+        return [] if main is None else [main]
+    return [folder / name for name in dict.fromkeys(_weight_map(folder).values())]
 
 
 def check_folder(role: str, folder: Path) -> None:
@@ -80,7 +94,7 @@ def check_folder(role: str, folder: Path) -> None:
             raise MemberError(f"{folder} holds no {WEIGHTS}; expected safetensors weights")
         for file in files:
             if not file.is_file():
-                raise MemberError(f"{file} is named by {WEIGHTS_INDEX} and is not there; fetch it again")
+                raise MemberError(f"{file} is named by {index_file(folder)} and is not there; fetch it again")
             stored_tensors(file)
 
 
@@ -108,6 +122,15 @@ class StoredTensor:
         """(rows, columns): the first axis by all others, as it lies on disk; a single number is 1 by 1."""
         rows = self.shape[0] if self.shape else 1
         return rows, self.num_elements // rows if rows else 0
+
+    def is_zero(self) -> bool:
+        """Return whether every value is 0, from the bytes up to the first that is not."""
+        if self.values is not None:
+            return not self.values.any()
+        with reading(self.file), self.file.open("rb") as file:
+            file.seek(self.start)
+            chunks = (file.read(min(2**20, self.num_bytes - start)) for start in range(0, self.num_bytes, 2**20))
+            return not any(chunk.strip(b"\0") for chunk in chunks)
 
 
 def stored_tensors(file: Path) -> dict[str, StoredTensor]:
@@ -162,20 +185,6 @@ class StoredModel:
         """Bytes of all weights."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
-    @property
-    def has_tied_head(self) -> bool:
-        """Return whether input embedding and output head are one tensor."""
-        return not any(head in self.tensors for head in HEADS) or bool(self.config.get("tie_word_embeddings", False))
-
-    @property
-    def has_transposed_layers(self) -> bool:
-        """Return whether the model is of a family whose linear layers lie as (in, out); see `is_transposed`."""
-        return self.config.get("model_type") in _TRANSPOSED_FAMILIES
-
-    def is_transposed(self, name: str) -> bool:
-        """Return whether this tensor lies as (in, out)."""
-        return self.has_transposed_layers and name.removesuffix(".weight").rpartition(".")[2] in _TRANSPOSED_LAYERS
-
     def fingerprint(self) -> str:
         """Return the `fingerprint` of all tensors."""
         return fingerprint(self.tensors.values())
@@ -189,16 +198,14 @@ def read_model(folder: Path) -> StoredModel:
     tensors: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
         if file.parent != folder:
-            raise MemberError(f"{folder / WEIGHTS_INDEX} names {file}, which is not beside it; move the shards there")
+            raise MemberError(f"{index_file(folder)} names {file}, which is not beside it; move the shards there")
         for name, tensor in stored_tensors(file).items():
             if name in tensors:
                 raise MemberError(f"{folder}: {name} is in {tensors[name].file.name} and in {file.name}; keep one")
             tensors[name] = tensor
-    absent = [name for name in weight_map(folder) if name not in tensors]
+    absent = [name for name in _weight_map(folder) if name not in tensors]
     if absent:
-        raise MemberError(
-            f"{folder / WEIGHTS_INDEX} names {listed(absent)}, which no shard holds; fetch the model again"
-        )
+        raise MemberError(f"{index_file(folder)} names {listed(absent)}, which no shard holds; fetch the model again")
     return StoredModel(folder, tensors)
 
 

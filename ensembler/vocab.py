@@ -1,8 +1,9 @@
 """The vocabulary contract: members may be combined only where an id means the same token in all of them.
 
-Four cases, decided from tokenizer files and configs before any weight is loaded:
+Five cases, decided from tokenizer files and configs before any weight is loaded:
 
     identical   the same tokens, the same width of the vocabulary head
+    renamed     the same ids, some added tokens under other names (a distilled Qwen beside Qwen2.5); refused by default
     padded      the same tokens, heads of different widths (Qwen2.5: 151,936 and 152,064)
     extended    the same ids, extra tokens at the end (CodeLlama: 32,016 beside Llama 2: 32,000)
     different   refused; the error names the first ids that disagree
@@ -24,7 +25,8 @@ class MemberVocabulary:
     """The vocabulary of one member by its tokenizer and config.
 
     `tokens` maps token to id (None: the member came without a tokenizer); `width` is the number of logits; the special
-    tokens are texts and `substitute` is the id that stands for a token that this member does not hold.
+    tokens are texts and `substitute` is the id that stands for a token that this member does not hold. `added`: the ids
+    of tokens that were added to the tokenizer, all special ones among them.
     """
 
     role: str
@@ -34,6 +36,7 @@ class MemberVocabulary:
     eos: str | None = None
     chat_template: str | None = None
     substitute: int = 0
+    added: frozenset[int] = frozenset()
 
     @property
     def num_ids(self) -> int:
@@ -46,7 +49,7 @@ class VocabularyContract:
     """The vocabulary that the members agree on. Ids below `shared` mean the same token in every member.
 
     By role: `widths`, the number of logits; `held`, the number of ids that are tokens of this member; `substitutes`,
-    the id that stands for tokens which it does not hold.
+    the id that stands for tokens which it does not hold. `num_ids`: one more than the largest id of any tokenizer.
     """
 
     kind: str
@@ -55,14 +58,20 @@ class VocabularyContract:
     held: Mapping[str, int]
     substitutes: Mapping[str, int]
     notes: tuple[str, ...] = ()
+    num_ids: int = 0
 
     def lacks_ids(self, role: str) -> bool:
-        """Return whether another member holds ids that are no tokens of this one."""
-        return self.held[role] < max(self.held.values())
+        """Return whether there are ids that this member does not hold."""
+        return self.held[role] < max(self.num_ids, *self.held.values())
 
     def known_ids(self, role: str, ids: Any) -> Any:
         """Return a tensor of ids as the member knows them: its substitute in place of those that it does not hold."""
         return ids.where(ids < self.held[role], self.substitutes[role]) if self.lacks_ids(role) else ids
+
+    def padding_id(self, *candidates: int | None) -> int:
+        """Return the first of `candidates` that every member can read by `known_ids`, or 0."""
+        most = max(self.num_ids, *self.held.values())
+        return next((token for token in candidates if token is not None and 0 <= token < most), 0)
 
 
 def read_vocabulary(role: str, tokenizer: Any | None, config: Any) -> MemberVocabulary:
@@ -79,46 +88,90 @@ def read_vocabulary(role: str, tokenizer: Any | None, config: Any) -> MemberVoca
         eos=tokenizer.eos_token,
         chat_template=str(tokenizer.chat_template) if tokenizer.chat_template else None,
         substitute=next((token for token in candidates if token is not None and token < width), 0),
+        added=frozenset(tokenizer.added_tokens_decoder),
     )
 
 
-def make_contract(members: Sequence[MemberVocabulary]) -> VocabularyContract:
-    """Compare every member with the first, the anchor; raise VocabularyError where their ids disagree."""
-    known = [(member, member.tokens) for member in members if member.tokens is not None]
-    for other, tokens in known[1:]:
-        first, own = known[0]
-        if tokens != own:
-            _check_same_ids(first, other)
+def end_ids(generation_config: Any) -> tuple[int, ...]:
+    """Return the ids that end a text: the `eos_token_id` of a generation config (a number, a list, None or −1)."""
+    given = generation_config.eos_token_id
+    ends = [] if given is None else given if isinstance(given, list | tuple) else [given]
+    return tuple(token for token in ends if token >= 0)
+
+
+def make_contract(members: Sequence[MemberVocabulary], *, allow_renamed_special: bool = False) -> VocabularyContract:
+    """Compare every member with the first, the anchor; raise VocabularyError where their ids disagree.
+
+    With `allow_renamed_special`, an added token of another name counts as the same below the shared ids; beyond them, a
+    member does not hold what the anchor calls otherwise. Both are listed in the notes.
+    """
+    known = [member for member in members if member.tokens is not None]
     widths = {member.role: member.width for member in members}
     held = {member.role: min(member.width, member.num_ids) for member in members}
-    is_extended = len({len(tokens) for _, tokens in known}) > 1
+    shared = min(held.values())
+    renamed = []
+    for other in known[1:]:
+        conflicts = [] if other.tokens == known[0].tokens else _conflicts(known[0], other)
+        if not conflicts:
+            continue
+        _check_renamed(known[0], other, conflicts, shared, allowed=allow_renamed_special)
+        renamed.append(f"other tokens at ids of {known[0].role} and {other.role}: {_listed(conflicts)}")
+        held[other.role] = min([held[other.role], *(i for i, *_ in conflicts if i >= shared)])
+    is_extended = len({len(member.tokens or ()) for member in known}) > 1
+    kinds = {"renamed": renamed, "extended": is_extended, "padded": len(set(widths.values())) > 1}
     return VocabularyContract(
-        kind="extended" if is_extended else "padded" if len(set(widths.values())) > 1 else "identical",
-        shared=min(held.values()),
+        kind=next((kind for kind, is_so in kinds.items() if is_so), "identical"),
+        shared=shared,
         widths=widths,
         held=held,
-        substitutes={member.role: member.substitute for member in members},
-        notes=tuple(_notes(members)),
+        substitutes={one.role: one.substitute if one.substitute < held[one.role] else 0 for one in members},
+        notes=(*renamed, *_notes(members)),
+        num_ids=max(member.num_ids for member in members),
     )
 
 
-def _check_same_ids(first: MemberVocabulary, other: MemberVocabulary) -> None:
-    """Raise unless the smaller vocabulary is the beginning of the larger."""
+Conflict = tuple[int, str | None, str | None]  # an id, and the token of each of two members (None: there is none)
+
+
+def _conflicts(first: MemberVocabulary, other: MemberVocabulary) -> list[Conflict]:
+    """Return where the smaller vocabulary is not the beginning of the larger."""
     one, two = ({i: token for token, i in (member.tokens or {}).items()} for member in (first, other))
-    end = min(first.num_ids, other.num_ids)
-    differing = [i for i in range(end) if one.get(i) != two.get(i)]
-    if differing:
-        shown = ", ".join(f"{i} is {one.get(i)!r} and {two.get(i)!r}" for i in differing[:3])
-        raise VocabularyError(
-            f"the tokenizers of {first.role} and {other.role} differ in {len(differing):,} of {end:,} ids: {shown}; "
-            "members must share a vocabulary, so choose models of one tokenizer family"
-        )
+    pairs = ((i, one.get(i), two.get(i)) for i in range(min(first.num_ids, other.num_ids)))
+    return [(i, token, name) for i, token, name in pairs if token != name]
+
+
+def _check_renamed(
+    first: MemberVocabulary, other: MemberVocabulary, conflicts: Sequence[Conflict], shared: int, *, allowed: bool
+) -> None:
+    """Raise VocabularyError unless conflicts are `allowed` and none is of two ordinary tokens of all members."""
+    ordinary = [one for one in conflicts if one[0] < shared and one[0] not in first.added | other.added]
+    if allowed and not ordinary:
+        return
+    remedy = "choose models of one tokenizer family"
+    if not ordinary:
+        remedy += ", or allow these: allow_renamed_special=True (--allow-renamed-special)"
+    num_ids = min(first.num_ids, other.num_ids)
+    raise VocabularyError(
+        f"the tokenizers of {first.role} and {other.role} differ in {len(conflicts):,} of {num_ids:,} ids: "
+        f"{_listed((ordinary or conflicts)[:3])}; members must share a vocabulary, so {remedy}"
+    )
+
+
+def _listed(conflicts: Sequence[Conflict]) -> str:
+    return ", ".join(f"{i} is {one!r} and {two!r}" for i, one, two in conflicts)
 
 
 def _notes(members: Sequence[MemberVocabulary]) -> Iterator[str]:
     """Yield differences that are reported and not resolved: special tokens, chat templates, unknown tokenizers."""
     anchor = members[0]
     for member in members:
+        if member.num_ids > member.width:
+            tokens = sorted((i, token) for token, i in (member.tokens or {}).items() if i >= member.width)
+            yield (
+                f"{member.role} has {member.width:,} embeddings and none for {tokens[0][1]!r} ({tokens[0][0]})"
+                f"{f' and {len(tokens) - 1} more tokens' * (len(tokens) > 1)} of its tokenizer: it reads id "
+                f"{member.substitute} in their place"
+            )
         if member.tokens is None:
             yield f"{member.role} came without a tokenizer: only widths were compared"
         elif anchor.tokens is not None:

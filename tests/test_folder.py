@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from ensembler import EnsembleConfig, EnsembleForCausalLM, MemberConfig
 from ensembler.errors import ConfigError, InputError, OutputError
+from ensembler.folder import load as load_config
 
 IDS = random_ids(2, 6)
 
@@ -71,6 +72,17 @@ def test_options_of_other_models_that_mean_something_here(made: EnsembleForCausa
         loaded = auto.from_pretrained(tmp_path / "ens", attn_implementation="eager", **options)
         assert {member.dtype for member in loaded.members.values()} == {torch.bfloat16}
         assert {member.config._attn_implementation for member in loaded.members.values()} == {"eager"}
+
+
+def test_device_maps_mean_what_they_mean_for_one_model(made: EnsembleForCausalLM, tmp_path: Path) -> None:
+    """An empty name is the whole model, and a role's own device goes before it; a number is a GPU."""
+    made.save_pretrained(tmp_path / "ens")
+    for device_map in ({"": "cpu"}, {"": torch.device("cpu")}, {"": "meta", **dict.fromkeys(made.members, "cpu")}):
+        loaded = EnsembleForCausalLM.from_pretrained(tmp_path / "ens", device_map=device_map)
+        assert torch.equal(logits(loaded), logits(made))
+    config = load_config(tmp_path / "ens", None, dtype=None, device_map={"": 1, "source_ft": "cpu"}, options={})
+    devices = {role: member.device for role, member in config.members.items()}
+    assert devices == {**dict.fromkeys(config.members, "cuda:1"), "source_ft": "cpu"}
 
 
 def test_overwriting_leaves_no_tokenizer_files_of_the_old_anchor(

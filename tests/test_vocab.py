@@ -1,7 +1,8 @@
-"""The vocabulary contract: its four cases, what it tells, and extended and padded members end to end."""
+"""The vocabulary contract: its cases, what it tells, and extended, padded and renamed members end to end."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 from helpers.commands import SaveMember
-from helpers.tiny import EXTRA, VOCAB, make_tokenizer, member_logits, random_ids
+from helpers.tiny import EXTRA, VOCAB, TableModel, make_model, make_tokenizer, member_logits, random_ids
 from torch.testing import assert_close
 
 from ensembler import EnsembleForCausalLM, MemberConfig
 from ensembler.engine.members import check_member
 from ensembler.errors import VocabularyError
-from ensembler.vocab import MemberVocabulary, make_contract
+from ensembler.inspection import summarise
+from ensembler.preflight import check_ensemble
+from ensembler.vocab import MemberVocabulary, end_ids, make_contract
 
 TOKENS = {"a": 0, "b": 1, "c": 2, "d": 3}
 
@@ -63,6 +66,97 @@ def test_two_members_that_disagree_beyond_a_third_share_only_its_ids(order: tupl
         assert order[0] != 0
     else:
         assert contract.shared == 4
+
+
+RENAMED = {"a": 0, "b": 1, "C": 2, "d": 3}
+
+
+def test_added_tokens_of_other_names_count_as_the_same_where_that_is_allowed() -> None:
+    for added in (frozenset({2}), frozenset({2, 3})):
+        made = [vocabulary("x", TOKENS, 4, added=added), vocabulary("y", RENAMED, 4, added=added)]
+        with pytest.raises(VocabularyError, match=r"2 is 'c' and 'C'; .* \(--allow-renamed-special\)"):
+            make_contract(made)
+        contract = make_contract(made, allow_renamed_special=True)
+        assert (contract.kind, contract.shared, dict(contract.held)) == ("renamed", 4, {"x": 4, "y": 4})
+        assert contract.notes == ("other tokens at ids of x and y: 2 is 'c' and 'C'",)
+    ordinary = [vocabulary("x", TOKENS, 4), vocabulary("y", RENAMED, 4)]
+    with pytest.raises(VocabularyError, match=r"choose models of one tokenizer family$"):
+        make_contract(ordinary, allow_renamed_special=True)
+
+
+def test_beyond_the_shared_ids_a_member_does_not_hold_what_the_anchor_calls_otherwise() -> None:
+    made = [
+        vocabulary("x", {**TOKENS, "e": 4, "f": 5}, 8, substitute=5),
+        vocabulary("y", {**TOKENS, "e": 4, "g": 5, "h": 6}, 7, substitute=6),
+        vocabulary("z", TOKENS, 4),
+    ]
+    with pytest.raises(VocabularyError, match="differ in 1 of 6 ids: 5 is 'f' and 'g'"):
+        make_contract(made)
+    contract = make_contract(made, allow_renamed_special=True)
+    assert (contract.shared, dict(contract.held)) == (4, {"x": 6, "y": 5, "z": 4})
+    ids = torch.arange(7)
+    assert contract.known_ids("y", ids).tolist() == [0, 1, 2, 3, 4, 0, 0]  # its substitute lies behind, too
+    assert contract.known_ids("x", ids).tolist() == [0, 1, 2, 3, 4, 5, 5]
+
+
+def test_a_folder_keeps_that_renamed_tokens_are_allowed(save_member: SaveMember, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    vocab = tokenizer.get_vocab()
+    text = tokenizer.backend_tokenizer.to_str().replace('"<pad>"', '"<fill>"')
+    other = type(tokenizer)(tokenizer_object=type(tokenizer.backend_tokenizer).from_str(text), pad_token="<fill>")
+    assert {*vocab.items()} ^ {*other.get_vocab().items()} == {("<pad>", 3), ("<fill>", 3)}
+    members = {"reference": save_member("reference"), "aligned": save_member("aligned", seed=1, tokenizer=other)}
+    with pytest.raises(VocabularyError, match="3 is '<pad>' and '<fill>'"):
+        EnsembleForCausalLM.from_members(rule="realign", alpha=0.5, members=members)
+    model = EnsembleForCausalLM.from_members(rule="realign", alpha=0.5, members=members, allow_renamed_special=True)
+    ids = torch.tensor([[5, 3, 9]])
+    expected = sum(0.5 * member_logits(member, ids) for member in model.members.values())
+    assert_close(model(ids).logits.double(), expected, atol=1e-4, rtol=1e-5)
+    model.save_pretrained(tmp_path / "ensemble")
+    again = EnsembleForCausalLM.from_pretrained(tmp_path / "ensemble")
+    assert (again.contract.kind, again.config.allow_renamed_special) == ("renamed", True)
+    with pytest.raises(VocabularyError):
+        EnsembleForCausalLM.from_pretrained(tmp_path / "ensemble", allow_renamed_special=False)
+
+
+def with_unembedded_padding() -> Any:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    return tokenizer
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize(("padding", "pad_token_id"), [(VOCAB, 3), (VOCAB, None), (3, -1), (3, VOCAB + 9), (2, -1)])
+def test_padding_that_no_member_embeds_is_never_seen(
+    save_member: SaveMember, padding: int, pad_token_id: int | None, use_cache: bool
+) -> None:
+    """A [PAD] that was added without an embedding, and ids of configs that are no tokens; in both loops."""
+    of_config = pad_token_id if pad_token_id != VOCAB + 9 else 3
+    settings = {"tokenizer": with_unembedded_padding(), "eos_token_id": None, "pad_token_id": of_config}
+    members = {"reference": save_member("a", "llama", **settings), "aligned": save_member("b", "gpt2", 1, **settings)}
+    for folder in members.values():
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token_id": pad_token_id}))
+    model = EnsembleForCausalLM.from_members(rule="realign", alpha=0.5, members=members)
+    model.generation_config.eos_token_id = None
+    ids, mask = random_ids(2, 7), torch.ones(2, 7, dtype=torch.int64)
+    ids[1, :4], mask[1, :4] = padding, 0
+    for more in ({}, {"num_beams": 2}):
+        options = {"max_new_tokens": 5, "do_sample": False, "use_cache": use_cache, **more}
+        together = model.generate(ids, attention_mask=mask, **options)[:, 7:]
+        alone = [model.generate(row[kept][None], **options)[0, -5:] for row, kept in zip(ids, mask.bool(), strict=True)]
+        assert together.tolist() == [one.tolist() for one in alone]
+
+
+def test_a_padding_id_is_one_that_all_can_read() -> None:
+    contract = make_contract([vocabulary("x", {**TOKENS, "e": 4, "f": 5}, 5), vocabulary("y", TOKENS, 8)])
+    assert contract.num_ids == 6
+    candidates = (None, -1, 6, 5, 1)
+    assert contract.padding_id(*candidates) == 5  # no row of x and y, who read their substitutes
+    assert contract.padding_id(None, -1, 6) == 0
+    for role, width in contract.widths.items():
+        assert int(contract.known_ids(role, torch.tensor(5))) < width
+    assert "x has 5 embeddings and none for 'f' (5) of its tokenizer: it reads id 0 in their place" in contract.notes
 
 
 def test_differences_of_special_tokens_and_templates_are_noted() -> None:
@@ -208,3 +302,62 @@ def test_members_without_tokenizers_are_combined_by_width(save_member: SaveMembe
     model = EnsembleForCausalLM.from_members(rule="realign", alpha=0.5, members=members)
     assert (model.contract.kind, model.contract.shared) == ("identical", VOCAB)
     assert any("aligned came without a tokenizer" in note for note in model.contract.notes)
+
+
+@pytest.mark.parametrize(
+    ("own", "end", "found"),
+    [
+        (2, "</s>", [2]),
+        (2, "b", [2, 5]),
+        ([6, 2], "b", [6, 2, 5]),
+        (None, "b", [5]),
+        ([5, 2], "b", [5, 2]),
+        (-1, "b", [5]),
+    ],
+)
+def test_texts_end_at_the_ends_of_generation_config_and_tokenizer(
+    save_member: SaveMember, own: Any, end: str, found: list[int], tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = end
+    members = {
+        "reference": save_member("reference", tokenizer=tokenizer, eos_token_id=own),
+        "aligned": save_member("aligned", seed=1),
+    }
+    path = members["reference"] / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": own}))
+    model = EnsembleForCausalLM.from_members(rule="realign", members=members)
+    assert end_ids(model.generation_config) == tuple(found)
+    checked = check_ensemble(model.config.replaced())
+    assert [one.id for one in summarise(checked).ends] == found
+    assert [one.token for one in summarise(checked).ends] == tokenizer.convert_ids_to_tokens(found)
+    table = torch.zeros(VOCAB, VOCAB)
+    table[:, found[-1]] = 9.0
+    scripted = {"reference": TableModel(table), "aligned": TableModel(table)}
+    fake = EnsembleForCausalLM.from_members(rule="realign", members=scripted)
+    fake.generation_config = model.generation_config
+    assert fake.generate(random_ids(1, 3), max_new_tokens=6, do_sample=False)[0, 3:].tolist() == [found[-1]]
+    model.save_pretrained(tmp_path / "ensemble")
+    again = EnsembleForCausalLM.from_pretrained(tmp_path / "ensemble")
+    assert end_ids(again.generation_config) == tuple(found)
+
+
+def test_ends_behind_the_shared_ids_are_said(save_member: SaveMember, said: list[str]) -> None:
+    members = {
+        "reference": save_member("a", vocab_size=72, tokenizer=make_tokenizer(8), eos_token_id=[2, VOCAB + 1]),
+        "aligned": save_member("b", seed=1),
+    }
+    model = EnsembleForCausalLM.from_members(rule="realign", members=members)
+    (line,) = [one for one in said if "cannot end" in one]
+    assert line == (
+        "texts cannot end at 'B' of reference, which not every member holds; choose outside='neutral' (--outside "
+        "neutral) where they should"
+    )
+    assert [one.id for one in summarise(check_ensemble(model.config.replaced())).ends] == [2]
+    said.clear()
+    neutral = EnsembleForCausalLM.from_members(rule="realign", members=members, outside="neutral")
+    assert [one.id for one in summarise(check_ensemble(neutral.config.replaced())).ends] == [2, VOCAB + 1]
+    assert not [one for one in said if "cannot end" in one]
+    loaded = {"reference": make_model(vocab_size=72, eos_token_id=[2, 70]), "aligned": make_model(seed=1)}
+    EnsembleForCausalLM.from_members(rule="realign", members=loaded)
+    assert "texts cannot end at 70 of reference" in said[-1]

@@ -16,7 +16,7 @@ from ensembler.cli.ensemble_options import DEMO
 from ensembler.cli.evaluation_options import backend_options
 from ensembler.cli.figures_output import begin, finish
 from ensembler.cli.image_options import say_left_out
-from ensembler.cli.option_groups import PATH, output_option, overwrite_option, strict_option
+from ensembler.cli.option_groups import PATH, output_option, overwrite_option, strict_option, verify_option
 from ensembler.cli.ranks import naming_rank, use_own_gpu
 from ensembler.errors import RunError
 from ensembler.launch import num_ranks, this_rank
@@ -24,7 +24,6 @@ from ensembler.planning.sizes import show_size
 
 if TYPE_CHECKING:
     from ensembler.evaluation.benchmark import Bench
-    from ensembler.evaluation.recipe import Experiment
     from ensembler.evaluation.store import Store
     from ensembler.evaluation.verdict import Requirement
     from ensembler.serving.choice import BackendChoice
@@ -89,16 +88,14 @@ def _shown(num: int, level: float) -> str:
 
 
 @contextmanager
-def _warning_once(experiments: Sequence[Experiment]) -> Iterator[None]:
-    """Show each warning about members once, though runs share them; not that a patch was made for another base."""
-    all_models = [models for each in experiments for models in (each.models, *each.seeds)]
-    patches = {("target_pt", models["patch"].model) for models in all_models if "patch" in models}
+def _warning_once() -> Iterator[None]:
+    """Show each warning about members once, though runs share them."""
     shown: set[str] = set()
 
     def is_wanted(record: logging.LogRecord) -> bool:
         num_shown = len(shown)
         shown.add(record.getMessage())
-        return len(shown) > num_shown and tuple(record.args or ())[:3:2] not in patches  # role and adapter
+        return len(shown) > num_shown
 
     with ExitStack() as stack:
         for logger in map(logging.getLogger, ("ensembler.adapters", "ensembler.vision.towers")):
@@ -142,6 +139,7 @@ _running = section("Benchmark")
     help="The folder of the results; goes on where it stopped.",
 )
 @overwrite_option
+@verify_option
 @strict_option
 @output_option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @_running("--dry-run", is_flag=True, help="Check the recipe and say what would run; no weights are loaded.")
@@ -154,6 +152,7 @@ def run(
     recipe: Path,
     output: Path,
     overwrite: bool,
+    verify_weights: bool,
     strict: bool,
     as_json: bool,
     dry_run: bool,
@@ -186,12 +185,13 @@ def run(
     content = read_recipe(demo_recipe() if str(recipe) == DEMO else recipe, KINDS)
     requirements = [Requirement.parse(text, [each.methods for each in content.experiments]) for text in require]
     images = ImageModels(strict=strict)
-    with _warning_once(content.experiments):
+    with _warning_once():
         planned = Bench(
             content,
             confirm_run_unsafe_code=confirm_run_unsafe_code,
             backend=backend,
             models={ImageExperiment: images},
+            verify_weights=verify_weights,
         )
         for task in images.loaded.values():
             say_left_out(task)

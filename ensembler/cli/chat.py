@@ -15,7 +15,7 @@ import click
 
 from ensembler.cli.command_class import Command, log
 from ensembler.cli.ensemble_options import EnsembleOptions
-from ensembler.cli.option_groups import decoding_options, ensemble_options, prompt_option
+from ensembler.cli.option_groups import TEMPLATE_KWARGS, decoding_options, ensemble_options, prompt_option
 from ensembler.errors import ConfigError, InputError, PromptError
 
 if TYPE_CHECKING:
@@ -109,8 +109,15 @@ _COMMANDS = {
 @ensemble_options()
 @decoding_options
 @prompt_option("--system", metavar="TEXT", help="The system message.")
+@prompt_option("--chat-template-kwargs", **TEMPLATE_KWARGS)
 @click.pass_context
-def chat(context: click.Context, given: EnsembleOptions, decoding: DecodingOptions, system: str | None) -> None:
+def chat(
+    context: click.Context,
+    given: EnsembleOptions,
+    decoding: DecodingOptions,
+    system: str | None,
+    chat_template_kwargs: dict[str, Any] | None,
+) -> None:
     """Talk with ENSEMBLE in the anchor's chat template.
 
     Each line of standard input is a message, or a command: /help lists them. Ctrl-C ends an answer; at the prompt, or
@@ -128,9 +135,10 @@ def chat(context: click.Context, given: EnsembleOptions, decoding: DecodingOptio
     checked = check_ensemble(given.load_config())
     check_draft(checked.config.get_rule(), decoding.draft)
     tokenizer = checked.require_tokenizer()
-    chat_ids(tokenizer, [{"role": "user", "content": "?"}])  # refuses a missing template before weights are loaded
+    # Refuses a missing template, or one without such variables, before weights are loaded.
+    chat_ids(tokenizer, [{"role": "user", "content": "?"}], chat_template_kwargs)
     model = EnsembleForCausalLM.from_checked(checked)
-    conversation = Conversation(model, tokenizer, decoding, system=system)
+    conversation = Conversation(model, tokenizer, decoding, system=system, template_kwargs=chat_template_kwargs)
     log.info("%s at alpha %g; /help lists the commands", conversation.rule.name, conversation.alpha)
     code = 0
     try:

@@ -80,7 +80,7 @@ def create(
 
 def _check(config: EnsembleConfig, *, are_images: bool) -> CheckedEnsemble:
     """Check the members, and say what is assumed of them, how they differ and which roles look swapped."""
-    from ensembler.inspection import role_warnings
+    from ensembler.inspection import adapter_notes, role_warnings
 
     if are_images:
         from ensembler.vision.image_preflight import check_images
@@ -92,7 +92,7 @@ def _check(config: EnsembleConfig, *, are_images: bool) -> CheckedEnsemble:
         from ensembler.preflight import check_ensemble
 
         checked = check_ensemble(config)
-        lines = [f"Note: {note}" for note in checked.contract.notes]
+        lines = [f"Note: {note}" for note in (*checked.contract.notes, *adapter_notes(checked))]
     for line in lines:
         log.info("%s", line)
     for warning in role_warnings(checked):

@@ -32,6 +32,8 @@ class EnsembleOptions:
     slope: tuple[str, ...] = ()
     cutoff: float | None = None
     outside: str | None = None
+    allow_renamed_special: bool | None = None
+    trust_remote_code: tuple[str, ...] = ()
     dtype: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ()
     device: tuple[str, ...] = ()
@@ -74,6 +76,7 @@ class EnsembleOptions:
             "slope": _numbers("--slope", self.slope),
             "cutoff": self.cutoff,
             "outside": self.outside,
+            "allow_renamed_special": self.allow_renamed_special,
         }
         config = config.replaced(**{key: value for key, value in changes.items() if value is not None})
         return self._placed(config)
@@ -94,12 +97,14 @@ class EnsembleOptions:
             slope=_numbers("--slope", self.slope),
             cutoff=self.cutoff,
             outside=self.outside or "mask",
+            allow_renamed_special=bool(self.allow_renamed_special),
         )
         return self._placed(config)
 
     def _placed(self, config: EnsembleConfig) -> EnsembleConfig:
         """Return the configuration with the options for loading members."""
         roles = tuple(config.members)
+        config.trust_code([role.strip() for value in self.trust_remote_code for role in value.split(",")])
         for role, patch in self._patches(config).items():
             if config.members[role].adapter is not None:
                 raise ConfigError(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ensembler.cli.command_class import Decorated, log, section
-from ensembler.cli.option_groups import PATH
+from ensembler.cli.option_groups import PATH, TEMPLATE_KWARGS
 from ensembler.errors import ConfigError
 from ensembler.launch import num_ranks
 
@@ -86,6 +86,7 @@ class TaskOptions:
     apply_chat_template: str | None = None
     fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     gen_kwargs: str | None = None
     data: Path | None = None
     prompt: str | None = None
@@ -166,6 +167,7 @@ _TASK_OPTIONS = (
         default=None,
         help="Solved examples as turns of the chat, or all in one.  [default: turns]",
     ),
+    tasks_section("--chat-template-kwargs", **TEMPLATE_KWARGS),
     tasks_section("--system-instruction", metavar="TEXT", help="Put before each prompt, or as the chat's system turn."),
     tasks_section(
         "--gen-kwargs", metavar="NAME=VALUE,...", help="Settings of generation in place of the task's: temperature=0.8."

@@ -16,12 +16,14 @@ from ensembler.cli.ensemble_options import EnsembleOptions
 from ensembler.cli.evaluation_options import backend_options
 from ensembler.cli.option_groups import (
     PATH,
+    TEMPLATE_KWARGS,
     decoding_options,
     ensemble_options,
     output_option,
     overwrite_option,
     prompt_option,
     strict_option,
+    verify_option,
 )
 from ensembler.cli.ranks import launched, on_each, on_first
 from ensembler.errors import ConfigError, PromptError
@@ -46,9 +48,11 @@ _speed = section("Speed")
 @prompt_option("--data", type=PATH, metavar="FILE", help='JSON lines: {"prompt": "...", ...}; rows keep all fields.')
 @prompt_option("--chat", is_flag=True, help="Put the prompt into the anchor's chat template.")
 @prompt_option("--system", metavar="TEXT", help="The system message for --chat.")
+@prompt_option("--chat-template-kwargs", **TEMPLATE_KWARGS)
 @decoding_options
 @output_option("--output", type=PATH, metavar="FILE", help="Write JSON lines in input order; goes on where it stopped.")
 @overwrite_option
+@verify_option
 @strict_option
 @output_option("--json", "as_json", is_flag=True, help="Print a JSON line for each new row, in input order.")
 @output_option("--stream/--no-stream", default=None, help="Print tokens as they come.  [default: on a terminal]")
@@ -73,9 +77,11 @@ def generate(
     data: Path | None,
     chat: bool,
     system: str | None,
+    chat_template_kwargs: dict[str, Any] | None,
     decoding: DecodingOptions,
     output: Path | None,
     overwrite: bool,
+    verify_weights: bool,
     strict: bool,
     as_json: bool,
     stream: bool | None,
@@ -99,10 +105,12 @@ def generate(
     torchrun --nproc-per-node 3 -m ensembler generate math --device cuda --data questions.jsonl
     ensembler generate math --backend vllm --engine-arg tensor_parallel_size=2 --data questions.jsonl
     """
-    if system is not None and not chat:
-        raise ConfigError("--system was given without --chat; add --chat")
-    if overwrite and output is None:
-        raise ConfigError("--overwrite was given without --output; name the file")
+    for option, value in (("--system", system), ("--chat-template-kwargs", chat_template_kwargs)):
+        if value is not None and not chat:
+            raise ConfigError(f"{option} was given without --chat; add --chat")
+    for option, is_given in (("--overwrite", overwrite), ("--verify-weights", verify_weights)):
+        if is_given and output is None:
+            raise ConfigError(f"{option} was given without --output; name the file")
     if compiled and decoding.num_beams > 1:
         raise ConfigError("--compile is for greedy decoding and sampling: beams move caches; leave one of them out")
     from ensembler.cli.printing import Printer, print_stats, say_why_plain
@@ -149,12 +157,18 @@ def generate(
         points = make_grid(rules or (rule.name,), alphas or (checked.config.alpha,)) if has_grid else []
         tokenizer = checked.require_tokenizer()
         encoded = encode_prompts(
-            all_prompts, tokenizer, chat=chat, system=system, context=backend.shortest_context(checked), skip=skip
+            all_prompts,
+            tokenizer,
+            chat=chat,
+            system=system,
+            template_kwargs=chat_template_kwargs,
+            context=backend.shortest_context(checked),
+            skip=skip,
         )
         if not encoded:
             raise PromptError("no prompt is left to decode; mend the skipped lines")
         plain = not as_json and not explain and output is None and not has_grid
-        streamer = _streamer(stream, plain and len(encoded) == 1 and not on_vllm, decoding, tokenizer)
+        streamer = _streamer(stream, plain and len(encoded) == 1 and not on_vllm, decoding, tokenizer, chat=chat)
         fields = {one.number: one.fields for one in all_prompts}
         results: OutputFile | None = None
 
@@ -163,8 +177,11 @@ def generate(
             if output is None:
                 return frozenset()
             settings = run_settings(checked, encoded, decoding, points=points, backend=backend.describe(checked))
-            settings |= {"members": describe_ensemble(checked)["members"], "explain": explain}
+            settings |= {"members": describe_ensemble(checked, verify_weights=verify_weights)["members"]}
+            settings |= {"verify_weights": verify_weights, "explain": explain}
             settings["fields"] = digest([fields[one.number] for one in encoded])
+            if chat_template_kwargs is not None:
+                settings["chat template kwargs"] = chat_template_kwargs
             results = OutputFile(output, settings, overwrite=overwrite)
             return results.done
 
@@ -274,7 +291,9 @@ def _read(texts: tuple[str, ...], path: Path | None, skip: Callable[[str], None]
     return [Prompt(0, text, "standard input", {"prompt": text})]
 
 
-def _streamer(stream: bool | None, possible: bool, decoding: DecodingOptions, tokenizer: Any) -> Any | None:
+def _streamer(
+    stream: bool | None, possible: bool, decoding: DecodingOptions, tokenizer: Any, *, chat: bool
+) -> Any | None:
     """Return a streamer to standard output where one text is printed plainly and streaming was not refused."""
     possible = possible and decoding.num_beams == 1 and decoding.num_return_sequences == 1 and not decoding.stop
     if stream and not possible:
@@ -284,6 +303,6 @@ def _streamer(stream: bool | None, possible: bool, decoding: DecodingOptions, to
         )
     if not possible or stream is False or (stream is None and not sys.stdout.isatty()):
         return None
-    from transformers import TextStreamer
+    from ensembler.decoding.samples import TextPrinter
 
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    return TextPrinter(tokenizer, is_chat=chat)

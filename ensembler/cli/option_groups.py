@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import wraps
@@ -67,6 +68,25 @@ class RuleType(click.ParamType[Any]):
         return names[0]
 
 
+class JsonObject(click.ParamType[Any]):
+    """An object in JSON. The value is a dict."""
+
+    name = "json"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the object. Raises ConfigError for a text that is none."""
+        if isinstance(value, dict):
+            return value
+        try:
+            found = json.loads(value)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            name = "this option" if param is None else param.opts[-1]
+            raise ConfigError(f"{name} {value!r} is no JSON object; expected such as '{{\"enable_thinking\": false}}'")
+        return found
+
+
 _members, _rule, _devices = section("Members"), section("Rule"), section("Devices")
 
 
@@ -105,12 +125,24 @@ _MEMBER_OPTIONS = (
         metavar="[ROLE=]PATCH",
         help="Add a LoRA, or what `patch extract` made, to a member when it is loaded.  [default role: target_pt]",
     ),
+    _members(
+        "--trust-remote-code",
+        multiple=True,
+        metavar="ROLE,...",
+        help="Let this member's folder run code of its own; repeat it.",
+    ),
 )
 _RULE_OPTIONS = (
     _rule("--constant", multiple=True, metavar="ROLE=NUMBER", help="A constant of the rule linear; repeat it."),
     _rule("--slope", multiple=True, metavar="ROLE=NUMBER", help="A slope of the rule linear; repeat it."),
     _rule("--cutoff", type=float, help="Plausibility cut-off of the rule contrastive.  [default: 0.1]"),
     _rule("--outside", metavar="mask|neutral", help="Tokens that not every member holds: forbid, or ratio 0."),
+    _rule(
+        "--allow-renamed-special",
+        is_flag=True,
+        default=None,
+        help="Added tokens may have other names at the same ids; `inspect` lists them.",
+    ),
 )
 _DEVICE_OPTIONS = (
     _devices(
@@ -264,8 +296,18 @@ def decoding_options(function: Decorated) -> Decorated:
 
 
 prompt_option, output_option = section("Prompts"), section("Input and output")
+TEMPLATE_KWARGS: dict[str, Any] = {
+    "type": JsonObject(),
+    "metavar": "JSON",
+    "help": "Variables of the chat template: '{\"enable_thinking\": false}'.",
+}
 PATH = click.Path(path_type=Path)
 overwrite_option = output_option("--overwrite", is_flag=True, help="Begin again where --output exists.")
+verify_option = output_option(
+    "--verify-weights",
+    is_flag=True,
+    help="To go on, compare all bytes of members' weights, in place of sizes and times of their files.",
+)
 replace_option = output_option("--overwrite", is_flag=True, help="Replace --output if it exists.")
 strict_option = output_option(
     "--strict/--skip-bad",

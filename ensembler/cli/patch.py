@@ -36,8 +36,9 @@ def patch() -> None:
 @_patch("--scale2", type=float, multiple=True, help="Strength of PATCH2, one for each --also.  [default: 1]")
 @_patch("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16.  [default: each tensor keeps its own]")
 @_patch("--check", is_flag=True, help="Only say whether it fits, from the headers of the files.")
-@_patch("--force", is_flag=True, help="Do not warn when PATCH was made for another model than MODEL.")
+@_patch("--force", is_flag=True, help="Do not say that PATCH was made for another model than MODEL.")
 @_patch("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
+@_patch("--unwrap", is_flag=True, help="Leave out what torch.compile, FSDP or DDP put into the names in PATCH.")
 def apply(
     patch: str,
     to: str,
@@ -50,6 +51,7 @@ def apply(
     check: bool,
     force: bool,
     allow_pickle: bool,
+    unwrap: bool,
 ) -> None:
     """Write MODEL with PATCH added to DIR: a model like any other.
 
@@ -58,7 +60,7 @@ def apply(
     \b
     ensembler patch apply ./my-lora --to ./mistral-updated --output ./mistral-mine
     """
-    from ensembler.files import find_folder
+    from ensembler.files import find_folder, other_tokenizer
     from ensembler.patch.formats import read_patch
     from ensembler.patch.patch_plan import plan_patches
 
@@ -68,10 +70,21 @@ def apply(
         raise ConfigError(f"--scale2 is given {len(scale2)} times and --also {len(also)} times; give one for each")
     _check_dtype(dtype)
     given = zip((patch, *also), (scale, *(scale2 or [1.0] * len(also))), strict=True)
-    patches = [read_patch(find_folder(name), scale=strength, allow_pickle=allow_pickle) for name, strength in given]
+    patches = [
+        read_patch(find_folder(name), scale=strength, allow_pickle=allow_pickle, unwrap=unwrap)
+        for name, strength in given
+    ]
     model = find_folder(to)
     plan = plan_patches(patches, model)
     _print_notices(plan.notes, () if force else plan.warnings)
+    for each in patches:
+        names = other_tokenizer(each.folder, model)
+        if names:
+            log.info(
+                "Note: %s has a tokenizer or chat template of its own, and the result keeps that of %s; where the "
+                "patch was trained with it: cp %s %s",
+                *(each.folder, to, " ".join(str(each.folder / name) for name in names), output or "DIR"),
+            )
     if output is None or check:
         click.echo(f"{to}: {len(plan.names):,} of {len(plan.model.tensors):,} tensors change; everything fits")
         return
@@ -88,10 +101,8 @@ def apply(
 
 
 def _print_notices(notes: tuple[str, ...], warnings: tuple[str, ...]) -> None:
-    for note in notes:
+    for note in (*notes, *warnings):
         log.info("Note: %s", note)
-    for warning in warnings:
-        log.warning("Warning: %s", warning)
 
 
 def _check_dtype(dtype: str | None) -> None:
@@ -157,6 +168,10 @@ def extract(
         click.echo(json.dumps(done.to_dict(), indent=2))
     else:
         print_extracted(done)
+    if done.why_not_peft is not None:
+        log.info("Note: `patch apply` reads this patch, and PEFT does not: %s", done.why_not_peft)
+    if done.files:
+        log.info("Note: the tokenizer of %s is another than its base's, and lies beside the patch", finetuned)
 
 
 @patch.command()
@@ -166,7 +181,7 @@ def extract(
 @_patch("--other", metavar="PATCH2", help="Measure the residual Δθ′_i - Δθ_i, with this Δθ′_i.")
 @output_option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @output_option("--png", type=PATH, metavar="FILE", help="Draw sizes over layers and modules.")
-@_patch("--force", is_flag=True, help="Do not warn when PATCH was made for another model than --base.")
+@_patch("--force", is_flag=True, help="Do not say that PATCH was made for another model than --base.")
 @_patch("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
 def inspect(
     patch: str,

@@ -67,7 +67,7 @@ def _command(given: EnsembleOptions, proposal: Proposal) -> str:
             continue
         value = getattr(given, name)
         for each in value if isinstance(value, tuple) else () if value is None else (value,):
-            words += [f"--{name.replace('_', '-')}", str(each)]
+            words += [f"--{name.replace('_', '-')}", *([] if each is True else [str(each)])]
     methods = {role: group.quantization for group in proposal.groups for role in group.roles}
     for role, method in by_role("--quantize", given.quantize, tuple(methods)).items():
         if methods[role] is None:

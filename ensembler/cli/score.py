@@ -13,7 +13,14 @@ import click
 
 from ensembler.cli.command_class import Command, log, section
 from ensembler.cli.ensemble_options import EnsembleOptions
-from ensembler.cli.option_groups import PATH, ensemble_options, output_option, overwrite_option, strict_option
+from ensembler.cli.option_groups import (
+    PATH,
+    ensemble_options,
+    output_option,
+    overwrite_option,
+    strict_option,
+    verify_option,
+)
 from ensembler.errors import ConfigError
 from ensembler.planning.sizes import show_size
 
@@ -43,6 +50,7 @@ _scoring, _speed = section("Scores"), section("Speed")
 )
 @output_option("--output", type=PATH, metavar="FILE", help="Write JSON lines in input order; goes on where it stopped.")
 @overwrite_option
+@verify_option
 @strict_option
 @output_option("--json", "as_json", is_flag=True, help="Print a JSON line for each of --data, in input order.")
 @_scoring("--per-token", is_flag=True, help="Add the tokens and the log-prob of each to the JSON lines.")
@@ -61,6 +69,7 @@ def score(
     data: Path,
     output: Path | None,
     overwrite: bool,
+    verify_weights: bool,
     strict: bool,
     as_json: bool,
     per_token: bool,
@@ -75,7 +84,12 @@ def score(
     ensembler score math --data questions.jsonl --rule base-change,eft --output scores.jsonl --offline-members
     ensembler score math --data texts.jsonl --alpha 0.8 --top-k-logits 50 --output teacher
     """
-    options = {"overwrite": overwrite, "offline-members": offline_members, "per-token": per_token}
+    options = {
+        "overwrite": overwrite,
+        "verify-weights": verify_weights,
+        "offline-members": offline_members,
+        "per-token": per_token,
+    }
     options |= {"top-k-logits": top_k_logits is not None, "json": as_json}
     num_points = max(len(rules), 1) * max(len(alphas), 1)
     _check_options([option for option, is_given in options.items() if is_given], output, num_points)
@@ -102,10 +116,11 @@ def score(
     points = make_grid(rules or (rule.name,), alphas or (checked.config.alpha,))
     tokenizer = checked.require_tokenizer()
     requests = read_requests(data, tokenizer, context=checked.shortest_context, skip=skip)
-    _warn_of_spaces(requests)
+    _warn_of_seams(requests)
     settings: dict[str, Any] = {"batch_size": batch_size, "per_token": per_token, "top_k": top_k_logits}
+    settings["verify_weights"] = verify_weights
     if output is not None:
-        settings |= {"members": describe_ensemble(checked)["members"]}
+        settings |= {"members": describe_ensemble(checked, verify_weights=verify_weights)["members"]}
         settings = run_settings(checked.config, requests, points, settings)
     if top_k_logits is not None and output is not None:
         folder = LogitsFolder(output, settings, overwrite=overwrite)
@@ -134,7 +149,7 @@ def score(
 
 def _check_options(given: list[str], output: Path | None, num_points: int) -> None:
     """Raise ConfigError for options that do not go together."""
-    for option in ("overwrite", "offline-members", "top-k-logits"):
+    for option in ("overwrite", "verify-weights", "offline-members", "top-k-logits"):
         if option in given and output is None:
             what = "folder" if option == "top-k-logits" else "file"
             raise ConfigError(f"--{option} was given without --output; name the {what}")
@@ -150,8 +165,8 @@ def _check_options(given: list[str], output: Path | None, num_points: int) -> No
             )
 
 
-def _warn_of_spaces(requests: Sequence[ScoringRequest]) -> None:
-    """Warn of prompts that end in white space: a continuation that begins with a space has two then."""
+def _warn_of_seams(requests: Sequence[ScoringRequest]) -> None:
+    """Warn of prompts that end in white space, which a continuation may have twice then, or within a token."""
     moved = [one.source for one in requests if one.has_moved_space]
     if moved:
         log.warning(
@@ -160,6 +175,15 @@ def _warn_of_spaces(requests: Sequence[ScoringRequest]) -> None:
             len(moved),
             len(requests),
             moved[0],
+        )
+    merged = [one.source for one in requests if one.is_merged]
+    if merged:
+        log.warning(
+            "in %d of %d lines a token spans the end of the prompt, so what the continuation begins with is not "
+            "scored, as in lm-eval (the first: %s; --per-token shows the tokens); end a prompt where a word ends",
+            len(merged),
+            len(requests),
+            merged[0],
         )
 
 

@@ -13,7 +13,14 @@ from ensembler.cli.ensemble_options import DEMO, EnsembleOptions
 from ensembler.cli.evaluation_options import TaskOptions, backend_options, task_options, tasks_section
 from ensembler.cli.figures_output import begin, finish, read_batch_size
 from ensembler.cli.image_options import plan_images
-from ensembler.cli.option_groups import PATH, ensemble_options, output_option, overwrite_option, strict_option
+from ensembler.cli.option_groups import (
+    PATH,
+    ensemble_options,
+    output_option,
+    overwrite_option,
+    strict_option,
+    verify_option,
+)
 from ensembler.cli.ranks import naming_rank, use_own_gpu
 from ensembler.errors import ConfigError
 from ensembler.launch import num_ranks, this_rank
@@ -64,6 +71,7 @@ _choice, _statistics, _speed = section("Choice of alpha"), section("Statistics")
     help="The folder of the results; goes on where it stopped.",
 )
 @overwrite_option
+@verify_option
 @strict_option
 @output_option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 @output_option(
@@ -86,6 +94,7 @@ def sweep(
     seed: int,
     output: Path,
     overwrite: bool,
+    verify_weights: bool,
     strict: bool,
     as_json: bool,
     trackers: tuple[str, ...],
@@ -121,6 +130,7 @@ def sweep(
         margin=margin,
         batch_size=read_batch_size(batch_size),
         seed=seed,
+        verify_weights=verify_weights,
     )
     check_trackers(trackers)
     config = replace(given, alpha=None).load_config()
@@ -155,9 +165,10 @@ def _check_write(given: EnsembleOptions, plan: Plan) -> Path:
     """Return the folder that the chosen α is to be written into. Raises ConfigError where there is no such, or no α."""
     if given.ensemble in (None, DEMO) or not Path(given.ensemble or "").is_dir():
         raise ConfigError("--write-alpha was given without a folder to write into; name the folder of an ensemble")
-    for name in ("constant", "slope", "cutoff", "outside", "patch"):
+    for name in ("constant", "slope", "cutoff", "outside", "allow_renamed_special", "patch"):
         if getattr(given, name) not in (None, ()):
-            raise ConfigError(f"--write-alpha was given with --{name}, which the folder does not have; leave one out")
+            option = name.replace("_", "-")
+            raise ConfigError(f"--write-alpha was given with --{option}, which the folder does not have; leave one out")
     for what, num in (("tasks", len(plan.tasks)), ("rules", len(plan.run.rules))):
         if num > 1:
             raise ConfigError(

@@ -62,6 +62,8 @@ def print_summary(summary: EnsembleSummary) -> None:
     out.print(f"vocabulary  {summary.vocabulary}, {summary.shared:,} shared ids{rest}", markup=False)
     for note in summary.notes:
         out.print(f"            {note}", markup=False)
+    ends = ", ".join(f"{end.token!r} ({end.id})" if end.token else str(end.id) for end in summary.ends)
+    out.print(f"ends        {ends or 'none: texts run to their limit'}", markup=False)
     table = Table(box=None, header_style="bold", pad_edge=False)
     for name in ("role", "weight", "family", "parameters", "dtype", "device", "context"):
         table.add_column(name, justify="right" if name in ("weight", "parameters", "context") else "left")

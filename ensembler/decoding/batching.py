@@ -26,6 +26,7 @@ from ensembler.decoding.rows import Row, Text
 from ensembler.decoding.samples import StopChecker, StopInNewText, Stream
 from ensembler.engine.row_cache import RowCache, common_length
 from ensembler.modeling import EnsembleForCausalLM
+from ensembler.vocab import end_ids
 
 MIN_SHARED = 32  # tokens: below, a forward of its own costs about what it saves
 
@@ -67,7 +68,7 @@ class PrefixCache:
         """Write the prefixes of new `rows` into `cache`, where they stand from row `first` on."""
         for index, row in enumerate(rows, start=first):
             prefix = self._planned.get(row.texts[0].prompt)
-            if prefix:
+            if prefix and cache.is_unscaled(len(row.ids)):
                 cache.copy_rows([0], [index], len(prefix), self._read(prefix))
                 row.num_read = len(prefix)
 
@@ -75,7 +76,7 @@ class PrefixCache:
         """Return a cache of one row that holds the prefix."""
         if self._cache is None or self._cache.texts[0] != prefix:
             self._cache = None  # before the next is read: not both in memory
-            cache = RowCache((runner.roles for runner in self._model.member_set.runners), 1, len(prefix))
+            cache = self._model.member_set.new_row_cache(1, len(prefix))
             positions = torch.arange(len(prefix))[None]
             prefill(self._model.member_set.logits, cache, torch.tensor([prefix]), positions, self._chunk)
             cache.hold([prefix], [len(prefix)])
@@ -132,16 +133,10 @@ def pad_left(rows: Sequence[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def end_ids(model: TextLimits) -> frozenset[int]:
-    """The ids that end a text."""
-    ends = model.generation_config.eos_token_id
-    return frozenset([] if ends is None else ends if isinstance(ends, list) else [ends])
-
-
 def pad_id(model: EnsembleForCausalLM, tokenizer: Any) -> int:
-    """Any id will do where the mask is 0; the end token is what transformers takes by itself."""
-    candidates = (model.generation_config.pad_token_id, tokenizer.pad_token_id, *end_ids(model), 0)
-    return int(next(token for token in candidates if token is not None))
+    """Any id that all members can read will do where the mask is 0; transformers takes the end token by itself."""
+    settings = model.generation_config
+    return model.contract.padding_id(settings.pad_token_id, tokenizer.pad_token_id, *end_ids(settings))
 
 
 @contextmanager
@@ -204,7 +199,7 @@ def decode_queue(
         grid,
         Processors(options.processors()),
         make_seed(options.seed) if options.temperature > 0 else None,
-        StopChecker(end_ids(model), stops, whole=False),
+        StopChecker(end_ids(model.generation_config), stops, whole=False),
         own,
         chunk=options.prefill_chunk,
         keeps_rows=cache is not None,

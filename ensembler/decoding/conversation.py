@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import TextStreamer
 
-from ensembler.decoding.batching import end_ids
 from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt, chat_ids, check_length, check_text
-from ensembler.decoding.samples import make_sample
+from ensembler.decoding.samples import AnswerDecoder, TextPrinter, make_sample
 from ensembler.decoding.texts import Choice, complete_prompts, decoder_of, explain
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.engine.row_cache import RowCache
@@ -21,6 +20,7 @@ from ensembler.errors import ConfigError, OutputError, PromptError
 from ensembler.files import write_whole
 from ensembler.modeling import EnsembleForCausalLM
 from ensembler.rules import Rule
+from ensembler.vocab import end_ids
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,22 @@ class Conversation:
     """
 
     def __init__(
-        self, model: EnsembleForCausalLM, tokenizer: Any, options: DecodingOptions, *, system: str | None = None
+        self,
+        model: EnsembleForCausalLM,
+        tokenizer: Any,
+        options: DecodingOptions,
+        *,
+        system: str | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
+        """`template_kwargs`: variables of the chat template, as `enable_thinking`."""
         if options.num_return_sequences > 1:
             num = options.num_return_sequences
             raise ConfigError(f"num_return_sequences is {num}; a conversation goes on with one answer: leave it at 1")
         self._model = model
         self.tokenizer = tokenizer
         self._options = options
+        self._template_kwargs = template_kwargs
         self.rule, self.alpha = model.rule, float(model.alpha)
         self.decoder = decoder_of(options)
         self._streamer = _Streamer(tokenizer)
@@ -83,21 +91,23 @@ class Conversation:
         self.decoder.streamer = self._streamer = streamer = _Streamer(self.tokenizer)
         check_text(text, "the message")
         messages = [*self.messages, {"role": "user", "content": text}]
-        ids = chat_ids(self.tokenizer, messages)
+        prompt = EncodedPrompt(0, chat_ids(self.tokenizer, messages, self._template_kwargs), is_chat=True)
+        ids = prompt.ids
         check_length(len(ids), "the conversation", self._model.shortest_context)
         try:
             with self._model.at(self.rule, self.alpha):
                 (completion,) = complete_prompts(
                     self._model,
                     self.tokenizer,
-                    [EncodedPrompt(0, ids)],
+                    [prompt],
                     self._options,
                     decoder=self.decoder,
                     cache=self._kept_cache(len(ids)),
                 )
             (sample,) = completion.samples
         except _AnswerStopped:
-            sample = make_sample(streamer.ids, self.tokenizer, end_ids(self._model), self._options.stop)
+            decoder, ends = AnswerDecoder(self.tokenizer, ids, is_chat=True), end_ids(self._model.generation_config)
+            sample = make_sample(streamer.ids, decoder, ends, self._options.stop)
         self.messages = [*messages, {"role": "assistant", "content": sample.text}]
         self.answer = Answer(ids, sample.ids, self.rule, self.alpha, streamer.is_stopped)
         return sample.text
@@ -131,21 +141,16 @@ class _AnswerStopped(Exception):
     """Leaves the decode loop between two steps, where the cache is whole."""
 
 
-class _Streamer(TextStreamer):  # type: ignore[misc,unused-ignore]
-    """Prints an answer as it comes and keeps its `ids`; once `is_stopped` is set, the next token is the last."""
+class _Streamer(TextPrinter):
+    """Prints an answer as it comes; once `is_stopped` is set, the next token is the last."""
 
     def __init__(self, tokenizer: Any) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.ids: list[int] = []
+        super().__init__(tokenizer, is_chat=True)
         self.is_stopped = False
 
     def put(self, value: Tensor) -> None:
         """Take the prompt, then a token at a time."""
-        is_prompt = self.next_tokens_are_prompt
         super().put(value)
-        if is_prompt:
-            return
-        self.ids += value.flatten().tolist()
-        if self.is_stopped:
+        if self.ids and self.is_stopped:
             self.end()
             raise _AnswerStopped

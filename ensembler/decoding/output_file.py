@@ -30,6 +30,16 @@ def check_output(path: Path) -> None:
 
 
 _ABSENT = object()
+MEMBER_HASHES = {
+    "config": "config.json",
+    "fingerprint": "weights",
+    "weights_sha256": "weights",
+    "weight_files": "sizes or times of the weight files",
+    "commit": "commit on the hub",
+    "adapter_sha256": "adapter",
+    "head_sha256": "head",
+}
+"""Settings of members that nobody can read, by what they are of."""
 
 
 class RunSettings:
@@ -53,8 +63,8 @@ class RunSettings:
         if digest(content) == self.digest:
             return ""
         names = [name for name in {**then, **now} if then.get(name, _ABSENT) != now.get(name, _ABSENT)]
-        differences = [_difference(name, then.get(name), now.get(name)) for name in names[:3]]
-        return ", ".join(differences) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        found = list(dict.fromkeys(_difference(name, then.get(name), now.get(name)) for name in names))
+        return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
 
 
 class OutputFile:
@@ -168,6 +178,8 @@ def _flat(settings: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, A
 def _difference(name: str, then: Any, now: Any) -> str:
     if name in ("prompts", "rows", "fields"):  # a digest
         return f"the {name} are others"
+    if name.startswith("members ") and (key := name.rpartition(" ")[2]) in MEMBER_HASHES:
+        return f"the {MEMBER_HASHES[key]} of {name.split(' ')[1]} changed"
     return f"{name} was {json.dumps(then, ensure_ascii=False)}, now {json.dumps(now, ensure_ascii=False)}"
 
 

@@ -27,10 +27,11 @@ class Prompt:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as token ids."""
+    """A prompt as token ids. `is_chat`: they are of a conversation in a chat template."""
 
     number: int
     ids: list[int]
+    is_chat: bool = False
 
 
 def read_prompts(path: Path, *, skip: Report | None = None) -> list[Prompt]:
@@ -102,10 +103,11 @@ def encode_prompts(
     *,
     chat: bool = False,
     system: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
     context: tuple[str, int] | None = None,
     skip: Report | None = None,
 ) -> list[EncodedPrompt]:
-    """Return the prompts as token ids, by the tokenizer's chat template with `chat`.
+    """Return the prompts as token ids, by the tokenizer's chat template with `chat`, with these variables.
 
     `context` is the role with the shortest context and that length in tokens. An empty or too long prompt raises
     PromptError; with `skip`, it is called with the message instead.
@@ -116,36 +118,64 @@ def encode_prompts(
         try:
             check_text(prompt.text, prompt.source)
             messages = [*start, {"role": "user", "content": prompt.text}]
-            ids = chat_ids(tokenizer, messages, prompt.source) if chat else text_ids(tokenizer, prompt.text)
+            if chat:
+                ids = chat_ids(tokenizer, messages, template_kwargs, prompt.source)
+            else:
+                ids = text_ids(tokenizer, prompt.text)
             check_length(len(ids), prompt.source, context)
         except PromptError as error:
             if skip is None:
                 raise
             skip(str(error))
         else:
-            encoded.append(EncodedPrompt(prompt.number, ids))
+            encoded.append(EncodedPrompt(prompt.number, ids, chat))
     return encoded
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids of a plain text, with the special tokens that the tokenizer adds."""
-    ids: list[int] = tokenizer(text)["input_ids"]
+    """Return the ids of a plain text, with the special tokens that the tokenizer puts before it.
+
+    A text that begins with the begin token gets no second one. Special tokens that the tokenizer puts behind a text are
+    left out: the text goes on.
+    """
+    has_begin = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
+    encoded = tokenizer(text, add_special_tokens=not has_begin, return_special_tokens_mask=True)
+    ids: list[int] = list(encoded["input_ids"])
+    while ids and encoded["special_tokens_mask"][len(ids) - 1]:
+        ids.pop()
     return ids
 
 
-def chat_ids(tokenizer: Any, messages: list[dict[str, str]], source: str = "") -> list[int]:
+def chat_ids(
+    tokenizer: Any,
+    messages: list[dict[str, str]],
+    template_kwargs: Mapping[str, Any] | None = None,
+    source: str = "",
+) -> list[int]:
     """Return the ids of a conversation in the tokenizer's chat template, ready for the assistant's turn.
 
-    Raises ConfigError where there is none, PromptError where it refuses the messages, which are from `source`.
+    `template_kwargs`: variables of the template. Raises ConfigError where there is none, or a variable that it does not
+    have; PromptError where it refuses the messages, which are from `source`.
     """
     if not tokenizer.chat_template:
         raise ConfigError("the anchor's tokenizer has no chat template; add one, or choose a rule with another anchor")
+    if template_kwargs:
+        check_template_kwargs(tokenizer.get_chat_template(), template_kwargs)
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **(template_kwargs or {})
+        )
     except Exception as error:  # templates are programs of the models' authors and raise what they like
         raise PromptError(f"{source}{': ' * bool(source)}the chat template refuses these messages: {error}") from error
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def check_template_kwargs(template: str, given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a variable that a chat template does not have: it would be passed over in silence."""
+    for name in given:
+        if name not in template:
+            raise ConfigError(f"the chat template has no variable {name!r}; leave it out, or mend its name")
 
 
 def check_length(num_tokens: int, source: str, context: tuple[str, int] | None) -> None:

@@ -1,4 +1,4 @@
-"""A decoded row as a text: where it ends and why; the texts of a grid, and tokens as they come."""
+"""A decoded row as a text: how it is decoded, where it ends and why; the texts of a grid, and tokens as they come."""
 
 from __future__ import annotations
 
@@ -95,29 +95,109 @@ class Sample:
     ids: list[int]
 
 
-def make_sample(ids: list[int], tokenizer: Any, ends: frozenset[int], stops: Sequence[str]) -> Sample:
+_TAIL = 16  # tokens of a prompt behind which an answer is decoded: more do not change it
+
+
+class AnswerDecoder:
+    """Decodes the new tokens of a text behind its prompt, so that prompt and text together are the whole text.
+
+    By itself, many a tokenizer drops the space that a text begins with. The answer in a chat is decoded by itself: what
+    stands before it is the template's.
+    """
+
+    def __init__(self, tokenizer: Any, prompt_ids: Sequence[int], *, is_chat: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._before = list(prompt_ids[-_TAIL:])
+        if not self._decoded(self._before, raw=False):  # nothing but special tokens
+            self._before = list(prompt_ids)
+        self.is_chat = is_chat
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of new `ids`, without special tokens."""
+        return self._decoded(ids, raw=False) if self.is_chat else self._behind(ids, raw=False)
+
+    def raw(self, ids: Sequence[int]) -> str:
+        """Return the text of new `ids` behind the prompt, special tokens included, as a stop text is looked for."""
+        return self._behind(ids, raw=True)
+
+    def _behind(self, ids: Sequence[int], *, raw: bool) -> str:
+        before, whole = (self._decoded(one, raw=raw) for one in (self._before, [*self._before, *ids]))
+        # Bytes of an incomplete character may change how those before them are decoded.
+        return whole[len(before) :] if whole.startswith(before) else self._decoded(ids, raw=raw)
+
+    def _decoded(self, ids: Sequence[int], *, raw: bool) -> str:
+        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=not raw)
+        return text
+
+    def cut(self, ids: Sequence[int], stops: Sequence[str]) -> tuple[str, int] | None:
+        """Return the text before the first of `stops` and the number of tokens up to its end, or None without any.
+
+        A stop text may hold special tokens, and a space that the tokenizer drops at the beginning of a text.
+        """
+        whole = self.raw(ids)
+        dropped = " " * (not any(stop in whole for stop in stops))
+        cuts = [cut for cut in ((dropped + whole).find(stop) for stop in stops) if cut >= 0]
+        if not cuts:
+            return None
+        kept = whole[: max(0, min(cuts) - len(dropped))]
+        num = next(n for n in range(1, len(ids) + 1) if any(stop in dropped + self.raw(ids[:n]) for stop in stops))
+        begun = next(n for n in reversed(range(num)) if kept.startswith(self.raw(ids[:n])))
+        rest = kept[len(self.raw(ids[:begun])) :]  # of the token in which the stop text begins
+        token = self.text(ids[begun : begun + 1])
+        if not token:  # a special one, whose name is not shown
+            rest = ""
+        elif self.is_chat and not begun and self.raw(ids[:1]) == f" {token}":  # by itself it has no space
+            rest = rest.removeprefix(" ")
+        return self.text(ids[:begun]) + rest, num
+
+
+def make_sample(ids: list[int], decoder: AnswerDecoder, ends: Collection[int], stops: Sequence[str]) -> Sample:
     """Return the sample of a decoded row: cut at its end token, its text at the first of `stops`."""
     end = next((position for position, token in enumerate(ids) if token in ends), None)
     kept = ids if end is None else ids[: end + 1]
-    text = tokenizer.decode(kept, skip_special_tokens=True)
-    behind = _behind_text(kept, tokenizer) if stops else text
-    cuts = [cut for cut in (behind.find(stop) for stop in stops) if cut >= 0]
-    if cuts:
-        text = text[: max(0, min(cuts) - (len(behind) - len(text)))]
-        beginnings = (kept[:num] for num in range(1, len(kept) + 1))  # what follows in a batch is padding
-        kept = next(one for one in beginnings if any(stop in _behind_text(one, tokenizer) for stop in stops))
-    return Sample(text, len(kept), "stop" if cuts or end is not None else "length", kept)
+    found = decoder.cut(kept, stops) if stops else None
+    if found is None:
+        return Sample(decoder.text(kept), len(kept), "length" if end is None else "stop", kept)
+    text, num = found  # what follows in a batch is padding
+    return Sample(text, num, "stop", kept[:num])
 
 
-def _behind_text(ids: list[int], tokenizer: Any) -> str:
-    """The text of `ids` behind other text: by itself, many a tokenizer drops the space that it begins with.
+class TextPrinter(BaseStreamer):  # type: ignore[misc,unused-ignore]
+    """Prints a text as its tokens come: together what `make_sample` returns. `ids` are the new ones so far."""
 
-    A stop text may be found with that space, as it is by the criterion that ended the row.
-    """
-    text: str = tokenizer.decode(ids, skip_special_tokens=True)
-    before: str = tokenizer.decode(ids[:1], skip_special_tokens=True)
-    behind: str = tokenizer.decode([*ids[:1], *ids], skip_special_tokens=True)[len(before) :]
-    return behind if behind == f" {text}" else text
+    def __init__(self, tokenizer: Any, *, is_chat: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._is_chat = is_chat
+        self._decoder: AnswerDecoder | None = None
+        self._begun: list[int] = []  # tokens behind the decoder's prompt
+        self._num_printed = 0  # characters of theirs
+        self.ids: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then a token at a time."""
+        ids = value.flatten().tolist()
+        if self._decoder is None:
+            self._decoder = AnswerDecoder(self._tokenizer, ids, is_chat=self._is_chat)
+            return
+        self.ids += ids
+        self._begun += ids
+        text = self._decoder.text(self._begun)
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # a character that is not complete yet
+            return
+        self._print(text)
+        if len(self._begun) >= _TAIL and text:
+            self._decoder = AnswerDecoder(self._tokenizer, self._begun)
+            self._begun, self._num_printed = [], 0
+
+    def end(self) -> None:
+        """Print what is left, and end the line."""
+        if self._decoder is not None:
+            self._print(self._decoder.text(self._begun))
+        print(flush=True)
+
+    def _print(self, text: str) -> None:
+        print(text[self._num_printed :], end="", flush=True)
+        self._num_printed = len(text)
 
 
 class _StopStrings(StopStringCriteria):  # type: ignore[misc,unused-ignore]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +16,6 @@ from ensembler.decoding.batching import (
     TextLimits,
     batches_by_length,
     decode_queue,
-    end_ids,
     ends_only,
     pad_id,
     pad_left,
@@ -25,13 +24,14 @@ from ensembler.decoding.batching import (
 from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
-from ensembler.decoding.samples import GridOutput, Sample, make_sample, stopping_criteria
+from ensembler.decoding.samples import AnswerDecoder, GridOutput, Sample, make_sample, stopping_criteria
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.engine.model_runner import Step
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import ConfigError
 from ensembler.files import digest
 from ensembler.modeling import EnsembleForCausalLM
+from ensembler.vocab import end_ids
 
 _SEED_STEP = 1_000_003  # batches get seeds far apart, so that neighbours of a user's seed do not share any
 _WITHOUT_EFFECT = ("prefill_chunk", "draft", "draft_tokens")  # on the texts
@@ -52,7 +52,7 @@ def run_settings(
     return {
         "prompts": digest([[prompt.number, prompt.ids] for prompt in prompts]),
         "ensemble": {key: value for key, value in model.config.to_dict().items() if key != "transformers_version"},
-        "end tokens": [] if model.generation_config is None else sorted(end_ids(model)),
+        "end tokens": [] if model.generation_config is None else sorted(end_ids(model.generation_config)),
         "points": [f"{point.rule} at {point.alpha:g}" for point in points],
         **{name: value for name, value in asdict(options).items() if name not in _WITHOUT_EFFECT},
         "backend": dict(backend or {}),
@@ -127,7 +127,7 @@ def complete_prompts(
         model, tokenizer, wanted, options, decoder, batch_size, cache=cache, share_prefixes=share_prefixes
     )
     for one in decoded:
-        (samples,) = _samples(one, tokenizer, end_ids(model), options.stop)
+        (samples,) = _samples(one, tokenizer, end_ids(model.generation_config), options.stop)
         decoder.stats.num_tokens += sum(sample.num_tokens for sample in samples)
         yield Completion(one.prompt.number, one.prompt.ids, samples, one.seconds)
 
@@ -155,7 +155,7 @@ def complete_grid(
     decoder = decoder_of(options, points=points) if decoder is None else decoder
     wanted = [prompt for prompt in prompts if prompt.number not in done]
     for one in _decode(model, tokenizer, wanted, options, decoder, batch_size):
-        samples = _samples(one, tokenizer, end_ids(model), options.stop)
+        samples = _samples(one, tokenizer, end_ids(model.generation_config), options.stop)
         decoder.stats.num_tokens += sum(sample.num_tokens for of_point in samples for sample in of_point)
         yield GridCompletion(one.prompt.number, one.prompt.ids, dict(zip(points, samples, strict=True)), one.seconds)
 
@@ -165,8 +165,9 @@ def decoder_of(options: DecodingOptions, **others: Any) -> Decoder:
     return Decoder(options.draft, num_positions=options.draft_tokens, seed=options.seed, **others)
 
 
-def _samples(one: Decoded, tokenizer: Any, ends: frozenset[int], stops: Sequence[str]) -> list[list[Sample]]:
-    return [[make_sample(ids, tokenizer, ends, stops) for ids in of_point] for of_point in one.ids]
+def _samples(one: Decoded, tokenizer: Any, ends: Collection[int], stops: Sequence[str]) -> list[list[Sample]]:
+    decoder = AnswerDecoder(tokenizer, one.prompt.ids, is_chat=one.prompt.is_chat)
+    return [[make_sample(ids, decoder, ends, stops) for ids in of_point] for of_point in one.ids]
 
 
 def _decode(

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from ensembler.engine.backbone import Backbone
 from ensembler.engine.devices import out_of_memory
 from ensembler.engine.row_cache import why_not_by_row
+from ensembler.engine.scaled_positions import scaled_rotaries
 from ensembler.errors import ConfigError, RunError
 from ensembler.files import one_line
 
@@ -57,7 +58,11 @@ def why_not_compiled(model: Any, backbones: Sequence[Backbone]) -> str | None:
         return f"its quantisation ({quantizer.quantization_config.quant_method}) does not take part"
     if len(set((getattr(model, "hf_device_map", None) or {}).values())) > 1:
         return "it is spread over devices"
-    return why_not_by_row(model)
+    return _why_not_static(model) or why_not_by_row(model)
+
+
+def _why_not_static(model: Any) -> str | None:
+    return "its positions are scaled by the length of each text" if scaled_rotaries(model) else None
 
 
 def check_compiler() -> None:
@@ -192,4 +197,4 @@ def why_not_captured(model: Any) -> str | None:
     experts = getattr(model.config.get_text_config(decoder=True), "_experts_implementation", "eager")
     if has_experts and experts == "eager":
         return "its experts run in a loop over the data; load it with experts_implementation 'grouped_mm'"
-    return None
+    return _why_not_static(model)

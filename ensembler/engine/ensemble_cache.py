@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig
+from transformers.cache_utils import CacheLayerMixin
+from transformers.utils import logging
 
-from ensembler.engine.model_runner import ModelRunner
-from ensembler.errors import InputError, RunError
+from ensembler.engine.model_runner import ModelRunner, plain_model
+from ensembler.errors import RunError
 
+_logger = logging.get_logger(__name__)
 Roles = tuple[str, ...]
+_OWN_STATES = ("recurrent_gemma",)  # families whose modules keep the state of the last text
+# Families with states that pieces of a prompt go on from (tests/decoding/test_like_the_member_alone.py).
+_GOING_ON = ("qwen3_next",)
+
+
+@dataclass(frozen=True)
+class Anew:
+    """The models, by `roles`, that read a text anew in the next step; the others read its last `num_new` tokens."""
+
+    roles: frozenset[Roles]
+    num_new: int
 
 
 class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
@@ -21,11 +36,14 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
 
     Everything that `transformers` does to a cache (reorder for beam search, crop for speculation, repeat, select,
     reset) it does to `layers`, and so to all members at once. The cache of members on a shared backbone holds a block
-    of rows for each: what picks rows picks them in every block.
+    of rows for each: what picks rows picks them in every block. `num_tokens`: that it holds, for members that keep a
+    state and count none; `anew`: who reads them again in the next step.
     """
 
     def __init__(self, caches: Mapping[Roles, Cache]) -> None:
         self.caches = dict(caches)
+        self.num_tokens = 0
+        self.anew: Anew | None = None
         self._broken = False
         super().__init__(layers=[])
 
@@ -42,6 +60,12 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
     def is_compileable(self) -> bool:
         """False: members make their own masks, and are compiled (if at all) one by one."""
         return False
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Return the tokens that it holds."""
+        if any(map(_counts_tokens, self.caches.values())):
+            return super().get_seq_length(layer_idx)
+        return self.num_tokens
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows of every block in the order of `beam_idx` (rows,)."""
@@ -68,7 +92,8 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
         """
         if self._broken:
             raise RunError("this cache was left uneven by a failed step and cannot be used; start from a new one")
-        lengths = {roles: cache.get_seq_length() for roles, cache in self.caches.items()}
+        counting = {roles: cache for roles, cache in self.caches.items() if _counts_tokens(cache)}
+        lengths = {roles: cache.get_seq_length() for roles, cache in counting.items()}
         return {roles: length.clone() if isinstance(length, Tensor) else length for roles, length in lengths.items()}
 
     def restore(self, lengths: Mapping[Roles, int | Tensor]) -> None:
@@ -79,13 +104,61 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
         """
         for roles, cache in self.caches.items():
             for layer in cache.layers:
-                self._broken = not _cropped(layer, int(lengths[roles])) or self._broken
+                self._broken = not _cropped(layer, int(lengths.get(roles, 0))) or self._broken
         self._broken = self._broken or any(self.is_linear)
 
     def reset(self) -> None:
         """Empty all layers; a broken cache is whole again."""
         super().reset()
-        self._broken = False
+        self.num_tokens, self.anew, self._broken = 0, None, False
+
+
+def has_cache(runner: ModelRunner) -> bool:
+    """Return whether a model takes a cache of `transformers`, and keeps nothing of a text elsewhere."""
+    model: Any = plain_model(runner.model)
+    is_taken = runner.cache_name in runner.accepts and model._supports_default_dynamic_cache()
+    return bool(is_taken) and model.config.model_type not in _OWN_STATES
+
+
+def why_not_in_pieces(runners: Sequence[ModelRunner]) -> str | None:
+    """Return which member would give other logits for a prompt that is read in pieces, and why; None without any.
+
+    It is of these caches: on a RowCache none would.
+    """
+    for runner in runners:
+        roles, model = " and ".join(runner.roles), plain_model(runner.model)
+        if not has_cache(runner):
+            return f"{roles} takes no cache"
+        if runner.scale is not None:
+            return f"{roles} scales positions by the length of what is read"
+        if model._is_stateful and model.config.model_type not in _GOING_ON:
+            return f"{roles} keeps a state, and does not go on from it with several tokens"
+    return None
+
+
+def begin_anew(cache: object, runners: Sequence[ModelRunner], mask: Tensor | None, num_new: int | None) -> bool:
+    """Empty the caches of members that read a text anew where it has grown to this length, as alone they do.
+
+    `mask` (rows, past + new), or None where all is seen, is that of the step that follows, of `num_new` tokens. Where
+    this returns True it has to be given all tokens, of which the other members read the new ones.
+    """
+    rereading = {one.roles: one.scale.reread_at for one in runners if one.scale and one.scale.reread_at}
+    if not rereading or not isinstance(cache, EnsembleCache) or not num_new:
+        return False
+    num_past = int(cache.get_seq_length())
+    past = [num_past] if mask is None else mask[:, :-num_new].sum(1).tolist()
+    texts = [num_past + num_new] if mask is None else mask.sum(1).tolist()
+    passed = [
+        roles
+        for roles, num in rereading.items()
+        if any(before <= num < after for before, after in zip(past, texts, strict=True))
+    ]
+    if not num_past or not passed:
+        return False
+    for roles in passed:
+        cache.caches[roles].reset()
+    cache.anew = Anew(frozenset(passed), num_new)
+    return True
 
 
 def prepare_caches(
@@ -98,30 +171,47 @@ def prepare_caches(
 ) -> None:
     """Let every member prepare the cache it would prepare alone (dynamic, static, quantised), and join them.
 
-    They are put into `model_kwargs` as `past_key_values`. Raises InputError for a member that keeps none.
+    They are put into `model_kwargs` as `past_key_values`. Where a member takes none, there is none for any: all read
+    each text again at every token.
     """
     caches: dict[Roles, Cache] = {}
     for runner in runners:
-        model: Any = runner.model
+        model: Any = plain_model(runner.model)
+        if not has_cache(runner):
+            roles, kind = " and ".join(runner.roles), type(model).__name__
+            _logger.warning_once(f"{roles} ({kind}) takes no cache: every token costs a forward of the whole text")
+            generation_config.use_cache = model_kwargs["use_cache"] = False
+            return
         own = {**model_kwargs, "past_key_values": None}
         model._prepare_cache_for_generation(
             generation_config, own, generation_mode, batch_size * len(runner.roles), max_cache_length
         )
-        if own["past_key_values"] is None:
-            kind = type(model).__name__
-            roles = " and ".join(runner.roles)
-            raise InputError(f"{roles} ({kind}) keeps no key-value cache; call generate with use_cache=False")
-        caches[runner.roles] = own["past_key_values"]
+        caches[runner.roles] = own[runner.cache_name]
     model_kwargs["past_key_values"] = EnsembleCache(caches)
 
 
 def _in_every_block(indices: Tensor, num_blocks: int, cache: Cache) -> Tensor:
     """Rows of one member as rows of all blocks of its cache."""
-    num_rows = next((layer.keys.shape[0] for layer in cache.layers if layer.is_initialized), 0) // num_blocks
-    if num_blocks == 1 or not num_rows:
+    if num_blocks == 1:
+        return indices
+    num_rows = next((num for layer in cache.layers if (num := _num_rows(layer))), 0) // num_blocks
+    if not num_rows:
         return indices
     rows = torch.arange(num_rows, device=indices.device)[indices]
     return torch.cat([rows + block * num_rows for block in range(num_blocks)])
+
+
+def _num_rows(layer: Any) -> int:
+    """Return the rows of a layer with keys, or with states alone; 0 where it holds nothing yet."""
+    states = [getattr(layer, "keys", None)]
+    for by_number in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
+        states += by_number.values()
+    return next((one.shape[0] for one in states if one is not None), 0)
+
+
+def _counts_tokens(cache: Cache) -> bool:
+    """Return whether a cache has a layer of keys and values: states do not count."""
+    return not cache.layers or any(isinstance(layer, CacheLayerMixin) for layer in cache.layers)
 
 
 def _cropped(layer: Any, length: int) -> bool:

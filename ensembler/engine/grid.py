@@ -114,7 +114,8 @@ def make_combination(
 def weights_for(combination: Combination, alpha: float | Tensor, logits: Tensor) -> Weights:
     """Return the weights for `logits` (rows, V) or (rows, positions, V) at `alpha`, a number or one for each row."""
     if not isinstance(alpha, Tensor):
-        return _weights_of_number(combination, float(alpha), logits.device)
+        make = _weights_of_number.__wrapped__ if torch.compiler.is_compiling() else _weights_of_number
+        return make(combination, float(alpha), logits.device)  # a traced tensor must not be kept
     if alpha.dim() and logits.dim() == 3:
         alpha = alpha.repeat_interleave(logits.shape[1])
     return Weights.of((combination, alpha), device=logits.device)
@@ -132,7 +133,7 @@ def combine_members(
 @lru_cache(maxsize=64)
 def _weights_of_number(combination: Combination, alpha: float, device: torch.device) -> Weights:
     """The same at every step of a text."""
-    with torch.inference_mode(mode=False):  # kept for calls that differentiate, too
+    with torch.inference_mode(False):  # kept for calls that differentiate, too
         return Weights.of((combination, alpha), device=device)
 
 

@@ -22,10 +22,11 @@ from transformers import DynamicCache
 from ensembler.engine.backbone import Backbone
 from ensembler.engine.cuda_graphs import CudaRecorder, StepGraphs, compile_steps, why_not_compiled
 from ensembler.engine.devices import send
-from ensembler.engine.ensemble_cache import EnsembleCache
+from ensembler.engine.ensemble_cache import EnsembleCache, has_cache
 from ensembler.engine.grid import combine_members
 from ensembler.engine.model_runner import ModelRunner, Step, check_nan, grouped, plain_model, plan_runners
 from ensembler.engine.row_cache import Masks, RowCache, Slots, bucket, why_not_by_row
+from ensembler.engine.scaled_positions import PositionScale, text_lengths
 from ensembler.errors import InputError
 from ensembler.vocab import VocabularyContract
 
@@ -58,6 +59,8 @@ class MemberSet:
     @property
     def runners(self) -> list[ModelRunner]:
         """The runners of the members; planned anew when a model was replaced or its weights have moved."""
+        if torch.compiler.is_compiling():  # traced weights have no address, and must not be kept
+            return self._planned or plan_runners(dict(self._models.items()), self.backbones, self._contract)
         if not self._planned or self._planned_for != self._models_and_weights():
             self._planned = plan_runners(dict(self._models.items()), self.backbones, self._contract)
             self._planned_for = self._models_and_weights()
@@ -74,8 +77,13 @@ class MemberSet:
         weights = [(probe.data_ptr(), probe.dtype, probe.device) for probe in probes]
         return [*map(id, self._models.values()), *weights]
 
-    def new_cache(self) -> EnsembleCache:
-        """Return an empty growing cache for each model, with sliding windows as its config says."""
+    def new_cache(self) -> EnsembleCache | None:
+        """Return an empty growing cache for each model, with sliding windows as its config says.
+
+        None where a member takes no cache: all of them read each text again at every token then.
+        """
+        if not all(map(has_cache, self.runners)):
+            return None
         return EnsembleCache({one.roles: DynamicCache(config=one.model.config) for one in self.runners})
 
     def why_not_by_row(self) -> str | None:
@@ -100,7 +108,16 @@ class MemberSet:
             kept.empty()
             return kept
         del kept  # before the next is allocated
-        return RowCache([runner.roles for runner in self.runners], num_rows, room, self._plan)
+        return self.new_row_cache(num_rows, room)
+
+    def new_row_cache(self, num_rows: int, room: int) -> RowCache:
+        """Return an empty RowCache of exactly this size."""
+        return RowCache([one.roles for one in self.runners], num_rows, room, self._plan, self.scales)
+
+    @property
+    def scales(self) -> list[PositionScale]:
+        """The scales of the members whose positions depend on the length of a text."""
+        return [runner.scale for runner in self.runners if runner.scale is not None]
 
     def keep(self, cache: RowCache) -> None:
         """Keep a cache that nobody needs any more for the next call: graphs find its buffers where they were."""
@@ -163,7 +180,7 @@ class MemberSet:
         with self._advancing(cache):
             logits = self.logits(step, cache)
             combined = combine_members(logits, combination, alpha, self._contract)
-            if combined.isnan().any():
+            if not torch.compiler.is_compiling() and combined.isnan().any():  # a traced value is not known
                 check_nan(logits)
         return combined
 
@@ -206,7 +223,19 @@ class MemberSet:
             with self._timed(runner.name):
                 here = steps[runner.device]
                 own = None if cache is None else cache.caches[runner.roles]
-                logits |= runner.run(here, here.attention_mask, own)
+                if cache is not None and cache.anew is not None and runner.roles not in cache.anew.roles:
+                    here = here.last(cache.anew.num_new)
+                if runner.rotaries and here.lengths is None:
+                    here = replace(here, lengths=_text_lengths(here, own))
+                moved = here if has_cache(runner) else here.without_left_padding()
+                found = runner.run(moved, moved.attention_mask, own)
+                logits |= found if moved is here else {role: here.moved_back(values) for role, values in found.items()}
+        if cache is not None:
+            num = step.input_ids.shape[1]
+            if cache.anew is not None:
+                num, cache.anew = cache.anew.num_new, None
+                logits = {role: values[:, -num:] for role, values in logits.items()}
+            cache.num_tokens += num
         return _in_order(logits, runners)
 
     # -- on a RowCache ------------------------------------------------------------------------------------------------
@@ -226,7 +255,19 @@ class MemberSet:
         if static:
             padded = step.padded(min(bucket(positions.shape[0], 1), cache.num_rows), bucket(positions.shape[1], 1))
             logits |= self._run_static(padded, cache, static, positions.shape)
-        for device, eager in _by_device([runner for runner in runners if runner not in static]):
+        eager = [runner for runner in runners if runner not in static]
+        if step.lengths is None:
+            self._reread(step, cache, eager)
+            step = replace(step, lengths=positions + 1)
+        logits |= self._run_eagerly(step, cache, eager)
+        cache.longest = max(cache.longest, last + 1)
+        return _in_order(logits, runners)
+
+    def _run_eagerly(self, step: Step, cache: RowCache, runners: Sequence[ModelRunner]) -> dict[str, Tensor]:
+        positions = step.position_ids
+        assert positions is not None
+        logits: dict[str, Tensor] = {}
+        for device, eager in _by_device(runners):
             here = send(positions, device)
             slots = Slots.of(positions, here, cache.room, step.first_row)
             masks = Masks(here, slots)
@@ -234,7 +275,20 @@ class MemberSet:
             for runner in eager:
                 with self._timed(runner.name):
                     logits |= self._run_one(runner, own, cache, slots, masks)
-        return _in_order(logits, runners)
+        return logits
+
+    def _reread(self, step: Step, cache: RowCache, runners: Sequence[ModelRunner]) -> None:
+        """Read rows anew that pass the length at which the models' own `generate` drops their cache."""
+        assert step.position_ids is not None
+        for runner in runners:
+            if runner.scale is None or runner.scale.reread_at is None:
+                continue
+            num = runner.scale.reread_at
+            for row, position in enumerate(step.position_ids[:, 0].tolist(), start=step.first_row):
+                if position == num:
+                    ids, positions = torch.tensor([list(cache.texts[row][:num])]), torch.arange(num)[None]
+                    again = Step(ids, None, positions, 1, row, lengths=torch.tensor([[num + 1]]))
+                    self._run_eagerly(again, cache, [runner])
 
     def _run_one(
         self, runner: ModelRunner, step: Step, cache: RowCache, slots: Slots, masks: Masks
@@ -305,6 +359,12 @@ class MemberSet:
 
     def _timed(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self.timer is None else self.timer(name)
+
+
+def _text_lengths(step: Step, cache: Any) -> Tensor:
+    num, mask = step.input_ids.shape[1], step.attention_mask
+    num_past = mask.shape[1] - num if mask is not None else 0 if cache is None else int(cache.get_seq_length())
+    return text_lengths(num, num_past, step.position_ids, mask)
 
 
 def _by_device(runners: Sequence[ModelRunner]) -> list[tuple[torch.device, list[ModelRunner]]]:

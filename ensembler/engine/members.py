@@ -30,7 +30,7 @@ from ensembler.config import IMAGES, EnsembleConfig, MemberConfig
 from ensembler.engine.backbone import Backbone
 from ensembler.engine.devices import check_device_names, check_devices, out_of_memory, placement_options
 from ensembler.errors import MemberError, RunError
-from ensembler.files import find_file, is_local, naming, not_found, one_line
+from ensembler.files import CHAT_TEMPLATE, TOKENIZER_FILES, find_file, is_local, naming, not_found, one_line
 from ensembler.patch.addition import add_deltas, merge_adapter
 from ensembler.quantization import Quantization
 from ensembler.safetensors_files import check_folder
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 
 _logger = logging.get_logger(__name__)
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-TOKENIZER_SETTINGS = ("added_tokens.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")
+# Names of the longest text in configs of models.
+_LENGTHS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 DUAL_ENCODERS = frozenset(MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES)  # such as CLIP, by model type
 
 
@@ -55,7 +55,6 @@ class MemberFiles:
     model_config: Any
     tokenizer: Any | None
     adapter: CheckedAdapter | None = None
-    trust_remote_code: bool = False
 
     @property
     def vocabulary(self) -> MemberVocabulary:
@@ -79,9 +78,14 @@ class MemberFiles:
 
 
 def context_length(model_config: Any) -> int | None:
-    """Return `max_position_embeddings` of a model config, or None where it has none."""
-    length = getattr(model_config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return int(length) if length else None
+    """Return the longest text of a model in tokens, by the name that its config has for it; None where it has none.
+
+    A dynamic NTK reaches `factor` times as far as `max_position_embeddings`, where its scaling begins.
+    """
+    config = model_config.get_text_config(decoder=True)
+    length = next((int(number) for name in _LENGTHS if (number := getattr(config, name, None))), None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    return length and int(length * (rope.get("factor", 1) if rope.get("rope_type") == "dynamic" else 1))
 
 
 def shortest_context(model_configs: Mapping[str, Any]) -> tuple[str, int] | None:
@@ -90,23 +94,23 @@ def shortest_context(model_configs: Mapping[str, Any]) -> tuple[str, int] | None
     return min(((role, length) for role, length in lengths.items() if length), key=lambda one: one[1], default=None)
 
 
-def check_member(role: str, config: MemberConfig, *, trust_remote_code: bool = False) -> MemberFiles:
+def check_member(role: str, config: MemberConfig) -> MemberFiles:
     """Find and check a member's files: configs, tokenizer, safetensors headers, adapter shapes. Loads no weights.
 
     Raises MemberError or ConfigError.
     """
     check_device_names(role, config)
     config = resolve_adapter(role, config.absolute()).absolute()
-    options = {"revision": config.revision, "trust_remote_code": trust_remote_code}
-    model_config = read_model_config(role, config.model, revision=config.revision, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    model_config = read_model_config(role, config.model, **options)
     if getattr(model_config, "is_encoder_decoder", False):
         raise MemberError(f"{role}: {config.model} is an encoder-decoder model; expected a causal language model")
-    _check_kind(role, config, model_config, trust_remote_code=trust_remote_code)
+    _check_kind(role, config, model_config)
     tokenizer = _load_tokenizer(role, config, options)
     adapter = None
     if config.adapter is not None:
         adapter = check_adapter(role, config.adapter, config.model, model_config)
-    return MemberFiles(role, config, model_config, tokenizer, adapter, trust_remote_code)
+    return MemberFiles(role, config, model_config, tokenizer, adapter)
 
 
 def read_model_config(role: str, model: str, *, revision: str | None, **options: Any) -> Any:
@@ -125,14 +129,30 @@ def read_model_config(role: str, model: str, *, revision: str | None, **options:
         try:
             return AutoConfig.from_pretrained(model, revision=revision, **options)
         except (OSError, ValueError, KeyError) as error:
+            if _ASKS_FOR_TRUST in str(error):
+                raise _own_code(role, model) from error
             raise not_found(model, error) from error
 
 
-def _check_kind(role: str, config: MemberConfig, model_config: Any, *, trust_remote_code: bool) -> None:
+_ASKS_FOR_TRUST = "trust_remote_code=True"  # in the errors of transformers
+
+
+def _own_code(role: str, model: str) -> MemberError:
+    return MemberError(
+        f"{model} runs code of its own, which nobody has allowed; read its .py files, and let this member run "
+        f"them with --trust-remote-code {role} (trust_remote_code=[{role!r}])"
+    )
+
+
+def _check_kind(role: str, config: MemberConfig, model_config: Any) -> None:
     """Raise MemberError unless `transformers`, or the model's own code, makes a causal language model of the config."""
     own_code = getattr(model_config, "auto_map", None) or {}
-    if type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING or (trust_remote_code and "AutoModelForCausalLM" in own_code):
+    has_own_code = "AutoModelForCausalLM" in own_code
+    if type(model_config) in MODEL_FOR_CAUSAL_LM_MAPPING or (config.trust_remote_code and has_own_code):
         return
+    if has_own_code:
+        with naming(role):
+            raise _own_code(role, config.model)
     kind = model_config.model_type
     if type(model_config) in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING or kind in DUAL_ENCODERS:
         raise MemberError(
@@ -147,36 +167,48 @@ def group_members(files: Mapping[str, MemberFiles]) -> list[tuple[MemberFiles, .
     Members share a backbone where they differ in their adapters alone: the same model, dtype, quantisation and place.
     """
     groups: dict[str, list[MemberFiles]] = {}
-    # Without any adapter the same model in two roles is two models, as was asked for; deltas change the weights.
-    changed = [role for role, member in files.items() if member.adapter and member.adapter.is_deltas_alone]
-    adapted = [member.config for role, member in files.items() if member.adapter and role not in changed]
-    shared = {(config.model, config.revision) for config in adapted}
+    kinds: dict[str, str] = {}  # on one copy PEFT runs adapters of one kind
+    # Without any adapter the same model in two roles is two models, as was asked for.
+    sharing = [member.config for member in files.values() if member.adapter and not member.adapter.why_copied]
+    shared = {(config.model, config.revision) for config in sharing}
     for role, member in files.items():
-        is_alone = role in changed or (member.config.model, member.config.revision) not in shared
-        backbone = {**member.config.to_dict(), "adapter": None, "role": role if is_alone else ""}
-        groups.setdefault(json.dumps(backbone, sort_keys=True), []).append(member)
+        config, adapter = member.config, member.adapter
+        backbone = json.dumps({**config.to_dict(), "adapter": None}, sort_keys=True)
+        is_alone = (config.model, config.revision) not in shared or (adapter is not None and bool(adapter.why_copied))
+        if adapter is not None and adapter.needs_peft and not is_alone:
+            is_alone = kinds.setdefault(backbone, adapter.kind) != adapter.kind
+        groups.setdefault(role if is_alone else backbone, []).append(member)
     return [tuple(members) for members in groups.values()]
 
 
 def split_backbones(files: Mapping[str, MemberFiles]) -> list[str]:
-    """Say where members that differ in their adapter could share weights and do not, since a setting differs too."""
+    """Say why members that differ in their adapter do not share weights."""
     groups = group_members(files)
-    found = []
+    found: dict[str, None] = {}
     for index, group in enumerate(groups):
         for other in groups[index + 1 :]:
+            both = (*group, *other)
             one, two = group[0].config, other[0].config
-            if (one.model, one.revision) != (two.model, two.revision):
+            if (one.model, one.revision) != (two.model, two.revision) or not any(member.adapter for member in both):
                 continue
-            if not any(member.adapter for member in (*group, *other)):
+            copied = [member for member in both if member.adapter and member.adapter.why_copied]
+            for member in copied:
+                assert member.adapter is not None
+                found[
+                    f"{member.role} has a copy of the weights of its own: its adapter {member.adapter.why_copied}"
+                ] = None
+            if copied:
                 continue
             names = [entry.name for entry in fields(MemberConfig) if entry.name != "adapter"]
             different = [name for name in names if getattr(one, name) != getattr(two, name)]
-            roles = " and ".join(member.role for member in (*group, *other))
-            found.append(
+            roles = " and ".join(member.role for member in both)
+            found[
                 f"{roles} have the same model and do not share its weights: they differ in {', '.join(different)}; "
                 "give both the same to load it once"
-            )
-    return found
+                if different
+                else f"{roles} do not share the weights of their model: PEFT runs adapters of one kind on one copy"
+            ] = None
+    return list(found)
 
 
 @dataclass(frozen=True)
@@ -218,13 +250,12 @@ def load_group(group: Sequence[MemberFiles], *, attn_implementation: str | None 
                 "ensembler plan"
             ) from error
         raise MemberError(f"{names}: {config.model} cannot be loaded: {one_line(error)}") from error
-    if not backbone.batched and len(group) > 1:
-        kinds = ", ".join(sorted({member.adapter.kind for member in group if member.adapter is not None}))
+    by_peft = {member.role: member.adapter.kind for member in group if member.adapter and member.adapter.needs_peft}
+    if by_peft and len(group) > 1:
         _logger.warning(
-            "%s share their weights and not their forward: an adapter (%s) is not plain LoRA, so each member runs by "
-            "itself",
+            "%s share their weights and not their forward: PEFT runs the adapter of %s",
             names,
-            kinds,
+            " and ".join(f"{role} ({kind})" for role, kind in by_peft.items()),
         )
     return LoadedGroup(backbone.views, backbone)
 
@@ -252,13 +283,17 @@ def load_members(
     return models, [group.backbone for group in loaded if group.backbone is not None]
 
 
+def is_whole(model: PreTrainedModel, files: MemberFiles | None, backbones: Sequence[Backbone]) -> bool:
+    """Return whether a member is one model with weights of its own: neither shared nor quantised nor spread."""
+    plain = getattr(model, "_orig_mod", model)
+    shared = any(view is plain for backbone in backbones for view in backbone.views.values())
+    return files is None or not (shared or files.config.quantization or files.config.device_map)
+
+
 def load_whole(model: PreTrainedModel, files: MemberFiles | None, backbones: Sequence[Backbone]) -> PreTrainedModel:
     """Return a member as one model with its adapter merged: read again where it is shared, quantised or spread."""
-    plain: PreTrainedModel = getattr(model, "_orig_mod", model)  # of a compiled one the model itself
-    if files is None:
-        return plain
-    shared = any(view is plain for backbone in backbones for view in backbone.views.values())
-    if not shared and files.config.quantization is None and files.config.device_map is None:
+    if files is None or is_whole(model, files, backbones):
+        plain: PreTrainedModel = getattr(model, "_orig_mod", model)  # of a compiled one the model itself
         return plain
     config = replace(files.config.placed("cpu"), quantization=None)
     return load_group([replace(files, config=config)]).models[files.role]
@@ -276,7 +311,7 @@ def _load_model(files: MemberFiles, attn_implementation: str | None) -> PreTrain
         use_safetensors=True,
         output_loading_info=True,
         attn_implementation=attn_implementation,
-        trust_remote_code=files.trust_remote_code,
+        trust_remote_code=config.trust_remote_code,
         **options,
     )
     if report["missing_keys"]:
@@ -299,14 +334,26 @@ def _bitsandbytes(quantization: Quantization, dtype: str, model_config: Any) -> 
 
 
 def _load_tokenizer(role: str, config: MemberConfig, options: Mapping[str, Any]) -> Any | None:
-    """The tokenizer beside the adapter, where fine-tuning left one there, or beside the model; None without any."""
+    """The tokenizer beside the adapter, where fine-tuning left one there, or beside the model; None without any.
+
+    A chat template beside the adapter belongs to it in any case.
+    """
     source = config.model
     with naming(role):
-        if config.adapter is not None and find_file(config.adapter, "tokenizer.json"):
-            source = config.adapter
+        template = None
+        if config.adapter is not None:
+            if any(find_file(config.adapter, name) for name in TOKENIZER_FILES):
+                source = config.adapter
+            template = find_file(config.adapter, CHAT_TEMPLATE)
         if not any(find_file(source, name, revision=config.revision) for name in TOKENIZER_FILES):
             return None  # transformers would make one up
     try:
-        return AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
     except Exception as error:  # tokenizers raises bare Exceptions for files that it cannot read
+        if _ASKS_FOR_TRUST in str(error):
+            with naming(role):
+                raise _own_code(role, source) from error
         raise MemberError(f"{role}: the tokenizer in {source} cannot be read: {one_line(error)}") from error
+    if template is not None:
+        tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer

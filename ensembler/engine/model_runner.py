@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -18,6 +18,7 @@ from ensembler.engine.backbone import Backbone
 from ensembler.engine.cuda_graphs import why_not_captured
 from ensembler.engine.devices import out_of_memory, send
 from ensembler.engine.row_cache import MaskKind
+from ensembler.engine.scaled_positions import PositionScale, at_lengths, scaled_rotaries
 from ensembler.errors import EnsemblerError, LogitsError, RunError
 from ensembler.files import one_line
 from ensembler.vocab import VocabularyContract
@@ -72,6 +73,8 @@ class Step:
     `position_ids` (rows or 1, positions) or None; `logits_to_keep`: how many last positions go through the
     head (0: all), or which. On a RowCache there is no mask: `position_ids` (rows, positions) say where each token
     stands, −1 is padding, and rows of the cache are read from `first_row` on. Ids and positions are on the CPU then.
+    `lengths` (rows, positions or 1) int64 on the CPU: of the text that each token is read for, where positions are
+    scaled by it (None: up to the token on a RowCache, else up to the last token that is seen).
     """
 
     input_ids: Tensor
@@ -79,11 +82,37 @@ class Step:
     position_ids: Tensor | None = None
     logits_to_keep: int | Tensor = 0
     first_row: int = 0
+    lengths: Tensor | None = None
 
     def to(self, device: torch.device) -> Step:
-        """Return the same on a device; nothing is copied where it is there already."""
+        """Return the same on a device, but for `lengths`; nothing is copied where it is there already."""
         there: dict[str, Any] = {k: send(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **there)
+        return replace(self, **{**there, "lengths": self.lengths})
+
+    def last(self, num: int) -> Step:
+        """Return the same for the last `num` tokens of each row, behind all others."""
+        positions = None if self.position_ids is None else self.position_ids[:, -num:]
+        return replace(self, input_ids=self.input_ids[:, -num:], position_ids=positions)
+
+    def without_left_padding(self) -> Step:
+        """Return whole texts with their padding on the right, and all logits: for a model that ignores masks."""
+        if self.attention_mask is None or bool(self.attention_mask[:, 0].all()):
+            return self
+        order = self._order(self.attention_mask.argmax(1, keepdim=True))
+        ids, mask = self.input_ids.gather(1, order), self.attention_mask.gather(1, order)
+        return replace(self, input_ids=ids, attention_mask=mask, position_ids=None, logits_to_keep=0)
+
+    def moved_back(self, logits: Tensor) -> Tensor:
+        """Return the logits that are kept, from those (rows, positions, V) of `without_left_padding`."""
+        assert self.attention_mask is not None
+        order = self._order(-self.attention_mask.argmax(1, keepdim=True)).to(logits.device)
+        keep = self.logits_to_keep
+        order = order[:, slice(-keep, None) if isinstance(keep, int) else keep]
+        return logits.gather(1, order[..., None].expand(-1, -1, logits.shape[-1]))
+
+    def _order(self, first: Tensor) -> Tensor:
+        num = self.input_ids.shape[1]
+        return (torch.arange(num, device=first.device) + first) % num
 
     def padded(self, num_rows: int, num: int) -> Step:
         """Return the same on `num_rows` rows of a RowCache, with `num` tokens each: −1 is their position."""
@@ -113,6 +142,11 @@ class ModelRunner:
         return frozenset(inspect.signature(plain_model(self.model).forward).parameters)
 
     @cached_property
+    def cache_name(self) -> str:
+        """The name of the cache among the arguments of the model's forward: Mamba has one of its own."""
+        return next((name for name in ("past_key_values", "cache_params") if name in self.accepts), "past_key_values")
+
+    @cached_property
     def probe(self) -> Tensor | None:
         """One of the model's weights, which shows whether they have moved."""
         return next(self.model.parameters(), None)
@@ -124,12 +158,28 @@ class ModelRunner:
         first = next((device for device in devices if str(device) not in ("cpu", "disk")), None)
         if first is not None:
             return torch.device("cuda", first) if isinstance(first, int) else torch.device(first)
-        return torch.device("cpu") if devices or self.probe is None else self.probe.device
+        if devices or self.probe is None:
+            return torch.device("cpu")
+        if self.probe.is_meta:  # offloaded by accelerate, whose hooks say where the model computes
+            hooks = (getattr(module, "_hf_hook", None) for module in self.model.modules())
+            found = (getattr(hook, "execution_device", None) for hook in hooks)
+            return torch.device(next((one for one in found if one is not None), "cpu"))
+        return self.probe.device
 
     @cached_property
     def mask_kind(self) -> MaskKind:
         """The masks that the model takes on a RowCache."""
         return MaskKind.of(plain_model(self.model))
+
+    @cached_property
+    def rotaries(self) -> list[nn.Module]:
+        """The rotary embeddings of the model that take their frequencies from the length of a text."""
+        return scaled_rotaries(self.model)
+
+    @cached_property
+    def scale(self) -> PositionScale | None:
+        """The scale of the model's positions, or None where they have none."""
+        return PositionScale.of(plain_model(self.model), self.rotaries)
 
     @cached_property
     def why_not_captured(self) -> str | None:
@@ -158,19 +208,36 @@ class ModelRunner:
     def _run(self, step: Step, mask: Any, cache: Any, call: Callable[..., Any]) -> dict[str, Tensor]:
         num, rows, keep = len(self.roles), step.input_ids.shape[0], step.logits_to_keep
         optional = {
-            "attention_mask": _repeated(mask, num, rows),
+            "attention_mask": self._mask(_repeated(mask, num, rows), step, cache),
             "position_ids": _repeated(step.position_ids, num, rows),
             "logits_to_keep": keep,
+            self.cache_name: cache,
         }
         accepted = {name: value for name, value in optional.items() if name in self.accepts}
         known = [self.contract.known_ids(role, step.input_ids) for role in self.roles]
         ids = known[0] if num == 1 else torch.cat(known)
-        with nullcontext() if self.backbone is None else self.backbone.through(self.roles, num * rows):
-            output = call(input_ids=ids, past_key_values=cache, use_cache=cache is not None, **accepted)
+        through = nullcontext() if self.backbone is None else self.backbone.through(self.roles, num * rows)
+        lengths = _repeated(step.lengths, num, rows)
+        with through, at_lengths(self.rotaries, lengths) if self.rotaries else nullcontext():
+            output = call(input_ids=ids, use_cache=cache is not None, **accepted)
         logits: Tensor = output.logits
         if "logits_to_keep" not in accepted:
             logits = logits[:, slice(-keep, None) if isinstance(keep, int) else keep]
         return dict(zip(self.roles, torch.split(logits, rows), strict=True))
+
+    def _mask(self, mask: Any, step: Step, cache: Any) -> Any:
+        """Return a mask (rows, past + positions) as the model's own `generate` hands it over, any other as it is."""
+        if cache is None or not isinstance(mask, Tensor) or mask.dim() != 2:
+            return mask
+        if self.cache_name == "cache_params":  # a state knows the past
+            return mask if mask.shape[1] == step.input_ids.shape[1] else None
+        model: Any = plain_model(self.model)
+        make = getattr(model, "create_masks_for_generate", None)
+        if make is None or not cache.is_compileable:
+            return mask
+        like = torch.empty((mask.shape[0], step.input_ids.shape[1], 0), dtype=model.dtype, device=mask.device)
+        positions = step.position_ids
+        return make(model.config, like, mask, past_key_values=cache, position_ids=positions)
 
 
 def plan_runners(
@@ -190,7 +257,7 @@ def plan_runners(
             runners.append(ModelRunner((role,), model, contract))
             continue
         views = [one for one in models if shared.views.get(one) is plain_model(models[one])]
-        batch = tuple(one for one in views if shared.batched and models[one] is shared.views[one])
+        batch = tuple(one for one in views if one in shared.batched and models[one] is shared.views[one])
         if len(batch) > 1:
             runners.append(ModelRunner(batch, shared.model, contract, shared))
             views = [one for one in views if one not in batch]

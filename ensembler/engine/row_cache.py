@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from ensembler.engine.scaled_positions import PositionScale
+
 Roles = tuple[str, ...]
 
 # Families whose logits on a row cache are those of their own growing caches (tests/test_row_cache.py). They take masks
@@ -40,9 +42,6 @@ def why_not_by_row(model: PreTrainedModel) -> str | None:
         return f"{type(model).__name__} has not been tried on it"
     if config._attn_implementation not in _ATTENTIONS:
         return f"its attention ({config._attn_implementation}) takes no mask per row; load it with attention 'sdpa'"
-    rope = str(getattr(config, "rope_parameters", None))
-    if "'dynamic'" in rope or "'longrope'" in rope:
-        return "its positions are scaled by the length of a forward"
     if config.model_type == "falcon" and config.alibi:
         return "it makes ALiBi's biases from a mask in 2-D"
     return None
@@ -159,14 +158,19 @@ class RowCache:
 
     Of each row all members have read the first `lengths` tokens of `texts`: the loop sets both, and what stands behind
     them counts for nothing. `caches` has one for each model, by the roles that it serves; a model that serves several
-    members keeps a block of rows for each. `plan`: number of the plan of runners that it was made for.
+    members keeps a block of rows for each. `plan`: number of the plan of runners that it was made for. `scales`: those
+    of the members whose positions have one; `longest`: the tokens of the longest text that it ever held.
     """
 
-    def __init__(self, roles: Iterable[Roles], num_rows: int, room: int, plan: int = 0) -> None:
+    def __init__(
+        self, roles: Iterable[Roles], num_rows: int, room: int, plan: int = 0, scales: Sequence[PositionScale] = ()
+    ) -> None:
         self.caches = {one: ModelRowCache(len(one), num_rows, room) for one in roles}
         self.num_rows = num_rows
         self.room = room
         self.plan = plan
+        self.scales = tuple(scales)
+        self.longest = 0
         self.lengths = [0] * num_rows
         self.texts: list[Sequence[int]] = [()] * num_rows
         self.version = object()  # of the buffers: another when they have moved, and in each copy
@@ -186,8 +190,18 @@ class RowCache:
 
     def num_held(self, row: int, ids: Sequence[int]) -> int:
         """Return how many tokens of a text a row holds; its last is read again, for the logits behind it."""
+        if not self.is_unscaled(max(self.longest, len(ids))):
+            return 0
         held = self.texts[row][: self.lengths[row]] if row < self.num_rows else ()
         return min(common_length([held, ids]), len(ids) - 1)
+
+    def is_unscaled(self, length: int) -> bool:
+        """Return whether a text of `length` tokens may begin with what was read for another one."""
+        return all(length <= scale.unscaled for scale in self.scales)
+
+    def next_reread(self, num_read: int) -> int | None:
+        """Return the length behind which a text that has `num_read` tokens will be read anew, or None."""
+        return min((at for one in self.scales if (at := one.reread_at or 0) > num_read), default=None)
 
     def reserve(self, num_rows: int, room: int) -> None:
         """Make room for more or longer texts: buffers that are too small move to larger ones, of a power of two."""
@@ -195,7 +209,7 @@ class RowCache:
             return
         num_rows = self.num_rows if num_rows <= self.num_rows else bucket(num_rows, 1)
         room = self.room if room <= self.room else bucket(room)
-        larger = RowCache(self.caches, num_rows, room, self.plan)
+        larger = RowCache(self.caches, num_rows, room, self.plan, self.scales)
         larger.copy_rows(range(self.num_rows), range(self.num_rows), self.room, self)  # all is as it was if this fails
         self.caches, self.num_rows, self.room, self.version = larger.caches, num_rows, room, object()
         self.lengths += [0] * (num_rows - len(self.lengths))
@@ -204,7 +218,8 @@ class RowCache:
     def copied(self, num_rows: int) -> RowCache:
         """Return a cache of the first `num_rows` rows, just long enough for them."""
         length = max(self.lengths[:num_rows])
-        copied = RowCache(self.caches, num_rows, length, self.plan)
+        copied = RowCache(self.caches, num_rows, length, self.plan, self.scales)
+        copied.longest = self.longest
         copied.copy_rows(range(num_rows), range(num_rows), length, self)
         copied.hold(self.texts[:num_rows], self.lengths[:num_rows])
         return copied

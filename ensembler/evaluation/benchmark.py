@@ -55,7 +55,7 @@ class Bench:
     """All studies of a recipe, planned. Raises ConfigError, MemberError, VocabularyError, PatchError or PromptError.
 
     `models`: what loads the models and tasks of experiments of other kinds than language models on texts, by kind; it
-    has the methods of `TextModels`.
+    has the methods of `TextModels`. `verify_weights`: see `describe_ensemble`.
     """
 
     def __init__(
@@ -65,9 +65,11 @@ class Bench:
         confirm_run_unsafe_code: bool = False,
         backend: BackendChoice | None = None,
         models: Mapping[type[Experiment], Any] | None = None,
+        verify_weights: bool = False,
     ) -> None:
         self.recipe = recipe
         self.backend = backend or BackendChoice()
+        self._verify_weights = verify_weights
         self._models: dict[type[Experiment], Any] = {
             Experiment: TextModels(self.backend, confirm_run_unsafe_code),
             **(models or {}),
@@ -100,7 +102,7 @@ class Bench:
         for run, checked, answerer in found:  # tasks after all members, since their data may have to be fetched
             tasks = models.tasks(experiment, answerer)
             experiment.check_published({task.name: [metric.key for metric in task.metrics] for task in tasks})
-            plans.append(Plan(run, checked, answerer, tasks, _options(experiment, run)))
+            plans.append(Plan(run, checked, answerer, tasks, _options(experiment, run, self._verify_weights)))
         return experiment_study(experiment, plans)
 
     @property
@@ -132,7 +134,7 @@ def _combined(faults: Mapping[str, InputError]) -> InputError:
     return type(error)(f"experiment {first}: {error}{more}")
 
 
-def _options(experiment: Experiment, run: Run) -> PlanOptions:
+def _options(experiment: Experiment, run: Run, verify_weights: bool) -> PlanOptions:
     """Return the options of a run; examples drawn from the reported ones are taken out of all runs' alike."""
     validation = None if experiment.validation is None else str(experiment.validation)
     is_drawn = validation is not None and validation.isdecimal()
@@ -143,4 +145,5 @@ def _options(experiment: Experiment, run: Run) -> PlanOptions:
         margin=experiment.margin,
         batch_size=experiment.batch_size,
         seed=experiment.seed,
+        verify_weights=verify_weights,
     )

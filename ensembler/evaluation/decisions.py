@@ -25,6 +25,7 @@ from ensembler.evaluation.statistics import (
     check_paired,
     crossed_interval,
     is_binary,
+    least_p,
     mean_interval,
     paired_numbers,
     seeds_matter,
@@ -42,18 +43,21 @@ def detectable_effect(comparison: Comparison, *, level: float = 0.05, power: flo
     For McNemar's test it is computed from the exact power of the test, which falls as methods disagree more: with the
     upper limit of Wilson's interval of the disagreement, since that of few rows may be found too small, or the
     difference itself where that is larger; inf for so few rows that the test never rejects. For other tests it is that
-    of a t test with the comparison's standard error and degrees of freedom; NaN where the standard error is 0 or NaN.
+    of a t test with the comparison's standard error and degrees of freedom; NaN where the standard error is 0, inf for
+    one row, or for a bootstrap of too few.
     """
     _check(level, power)
     interval = comparison.difference
     if comparison.only_a is not None and comparison.only_b is not None:
         disagreement = wilson(comparison.only_a + comparison.only_b, interval.num_rows)[1]
         return _smallest_shown(interval.num_rows, disagreement, level, power)
+    degrees = interval.num_rows - 1 if interval.degrees_of_freedom is None else interval.degrees_of_freedom
+    if degrees == 0 or (interval.method.endswith("bootstrap") and least_p(degrees + 1) > level):
+        return math.inf
     if not 0 < interval.standard_error < math.inf:
         return math.nan
     # The power is averaged over quantiles of the estimated standard error. statsmodels' solve_power returns where it
     # begins for few degrees of freedom and a low level, and scipy's noncentral t is NaN there or takes minutes.
-    degrees = interval.degrees_of_freedom or interval.num_rows - 1
     critical = float(stats.t.isf(level / 2, degrees))
     found = critical * np.sqrt(stats.chi2.ppf((np.arange(2000) + 0.5) / 2000, degrees) / degrees)
     mean = optimize.brentq(lambda mean: power - stats.norm.cdf(mean - found).mean(), 0, found.max() + 40)
@@ -91,7 +95,7 @@ def equivalence(
 
     Of rows between 0 and 1, p is at least (1 − margin)^n for n rows or clusters, the probability that none of n differs
     when a share `margin` of all rows does. NaN where all differences are alike, and within the margin, and rows have
-    other values; and for an aggregate that no resample changes.
+    other values; and for an aggregate that no resample changes. Of one, p is at least 0.5^n.
 
     Raises ConfigError as `compare`, and for a margin that is not above 0, or not below 1 for rows of 0 and 1.
     """
@@ -104,7 +108,8 @@ def equivalence(
         found = of_a - of_b
         if not np.isfinite(found).all() or found.min() == found.max():
             return math.nan
-        return (max(int((found >= margin).sum()), int((found <= -margin).sum())) + 1) / (len(found) + 1)
+        p_value = (max(int((found >= margin).sum()), int((found <= -margin).sum())) + 1) / (len(found) + 1)
+        return max(p_value, 0.5 ** num_units(len(a), groups))
     x, y = paired_numbers(a, b)
     groups = number_clusters(clusters, x.shape[1])
     if seeds_matter(x - y):

@@ -43,7 +43,7 @@ class PlanOptions:
     "perplexity", by the likelihood of the reported documents' prompts, without labels. `metric`: a key of the tasks'
     metrics instead of their first. `cluster`: a field of the documents; those with one value are counted together.
     `margin`: the largest difference, in the unit of the table, within which methods count as alike. `seed`: of the draw
-    of validation documents and of the bootstrap. Raises ConfigError.
+    of validation documents and of the bootstrap. `verify_weights`: see `describe_ensemble`. Raises ConfigError.
     """
 
     validation: str | None = None
@@ -54,6 +54,7 @@ class PlanOptions:
     margin: float | None = None
     batch_size: int | str = 8
     seed: int = 0
+    verify_weights: bool = False
 
     def __post_init__(self) -> None:
         if self.select not in ("metric", "perplexity"):
@@ -165,7 +166,7 @@ class Plan:
         """All that answers depend on, as JSON: a store is gone on with only where they are the same."""
         options = self.options
         return {
-            **self.answerer.describe(),
+            **self.answerer.describe(verify_weights=options.verify_weights),
             "rules": list(self.run.rules),
             "alphas": list(self.run.alphas),
             "tasks": {task.task.name: self._task_settings(task) for task in self.tasks},

@@ -193,11 +193,17 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
         return tqdm(total=total, disable=hidden, desc=f"Running {kind} requests")
 
     def _fitted(self, texts: Any, context: Sequence[int], continuation: Sequence[int]) -> EncodedRequest:
-        """Cut the context on the left to fit into the members' shortest one. Raises PromptError."""
+        """Cut the context on the left to fit into the members' shortest one. Raises PromptError.
+
+        In a window of a text, a begin token that the tokenizer adds is not scored behind the begin token.
+        """
+        if texts is None and list(continuation[:1]) == list(context) == [self.prefix_token_id]:
+            continuation = continuation[1:]
         if not context:
             raise PromptError("the prompt is no token of its own; give it some text")
         if not continuation:
-            raise PromptError(f"the answer {texts[1]!r} is no token of its own; give it more text")
+            name = "the text" if texts is None else f"the answer {texts[1]!r}"
+            raise PromptError(f"{name} is no token of its own; give it more text")
         if len(continuation) > self.max_length:
             raise PromptError(
                 f"the answer has {len(continuation):,} tokens; the context ends at {self.max_length:,}: shorten it"
@@ -301,7 +307,7 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
         return EncodedRequest((tuple(ids[-room:]),), len(ids) > room, max_new_tokens)
 
     def _cut(self, sample: Sample, stop: Sequence[str]) -> str:
-        text, think_end = sample.text, self.think_end_token
+        text, think_end = self.tok_decode(sample.ids), self.think_end_token  # by itself, as in HFLM
         if isinstance(think_end, int):
             if think_end in sample.ids:
                 text = self.tok_decode(sample.ids[len(sample.ids) - sample.ids[::-1].index(think_end) :])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -19,7 +20,8 @@ class PromptSettings:
 
     `num_fewshot` changes tasks that do not fix it to 0. `limit`: so many documents of each split from its start, or a
     share of them below 1. `gen_kwargs`: in place of the task's, as "temperature=0.8,do_sample=true" or a mapping.
-    `fewshot_as_multiturn`: by default where there is a chat template.
+    `fewshot_as_multiturn`: by default where there is a chat template. `chat_template_kwargs`: its variables (lm-eval's
+    model argument chat_template_args).
     """
 
     num_fewshot: int | None = None
@@ -28,6 +30,7 @@ class PromptSettings:
     apply_chat_template: bool | str | None = False
     fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.num_fewshot is not None and self.num_fewshot < 0:
@@ -38,6 +41,8 @@ class PromptSettings:
         object.__setattr__(self, "fewshot_as_multiturn", bool(chat) if turns is None else turns)
         if turns and not chat:
             raise ConfigError("fewshot_as_multiturn was given without apply_chat_template; add it")
+        if self.chat_template_kwargs and not chat:
+            raise ConfigError("chat_template_kwargs was given without apply_chat_template; add it")
         given = self.gen_kwargs
         if isinstance(given, str) and not all(one.find("=") > 0 for one in given.split(",")):
             raise ConfigError(f"{given!r} are no settings of generation; give NAME=VALUE,... (temperature=0.8)")
@@ -61,6 +66,8 @@ class PromptSettings:
         """Return, as JSON, those that lm-eval's task does not hold: limit, and the style of prompts if it is given."""
         names = ("apply_chat_template", "fewshot_as_multiturn", "system_instruction")
         style = {name: getattr(self, name) for name in names}
+        if self.chat_template_kwargs:
+            style["chat_template_kwargs"] = json.dumps(self.chat_template_kwargs, sort_keys=True)
         return {"limit": self.limit, **({"style": style} if list(style.values()) != [False, False, None] else {})}
 
 

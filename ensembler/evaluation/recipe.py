@@ -152,7 +152,7 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
     role; `models` has those of the first. `methods`: by default all that the models allow. `alphas`: the grid that
     validation chooses from; `alpha` fixes it for a method. `validation`: a number of documents or a split.
     `num_fewshot`, `limit`, `apply_chat_template`, `fewshot_as_multiturn`, `system_instruction` and `gen_kwargs`: as in
-    lm-eval.
+    lm-eval. `chat_template_kwargs`: variables of the chat template. `allow_renamed_special`: of `EnsembleConfig`.
 
     `cluster`: a field of the documents; those that share its value count together in intervals and tests. `margin`:
     the difference up to which methods are tested to be alike, in the unit of the report's table. `published`: figures
@@ -178,6 +178,8 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
     fewshot_as_multiturn: Flag = Field(default_factory=lambda data: bool(data.get("apply_chat_template")))
     system_instruction: Text | None = None
     gen_kwargs: Mapping[str, Any] | Text | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+    allow_renamed_special: Flag = False
     batch_size: Count = 8
     seed: CountFrom0 = 0
     cluster: Text | None = None

@@ -6,6 +6,7 @@ again are padded on the left, with a mask, so that what follows stands right beh
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, count, pairwise
@@ -89,7 +90,10 @@ def can_share_contexts(model_configs: Iterable[Any]) -> bool:
 
 def _keeps_rows(config: Any) -> bool:
     kind = type(config)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING or MODEL_FOR_CAUSAL_LM_MAPPING[kind]._is_stateful:
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return False
+    model = MODEL_FOR_CAUSAL_LM_MAPPING[kind]
+    if model._is_stateful or "past_key_values" not in inspect.signature(model.forward).parameters:
         return False
     rope = str(getattr(config.get_text_config(decoder=True), "rope_parameters", None))
     layers = DynamicCache(config=config).layers
@@ -110,24 +114,33 @@ def make_batches(requests: Sequence[ScoringRequest], batch_size: int, *, share_c
     for start in range(0, len(ordered), batch_size):
         together = tuple(ordered[start : start + batch_size])
         slots = count()  # number the tokens of all continuations, in the order of requests and continuations
-        forks = [_rows(*window, slots) for request in together for window in request.windows()]
+        windows = [window for request in together for window in request.windows()]
+        forks = [_rows(*window, slots, share_contexts=share_contexts) for window in windows]
         passes = _passes(forks, batch_size, share_contexts)
         batches.append(Batch(together, tuple(replace(one, number=next(numbers)) for one in passes)))
     return batches
 
 
-def _rows(context: tuple[int, ...], continuations: Sequence[tuple[int, ...]], slots: Iterator[int]) -> list[_Row]:
+def _rows(
+    context: tuple[int, ...],
+    continuations: Sequence[tuple[int, ...]],
+    slots: Iterator[int],
+    *,
+    share_contexts: bool,
+) -> list[_Row]:
     """Return the rows that are read for a context and its continuations, whose last tokens nothing follows.
 
-    What another row begins with is no row of its own. Where rows begin alike, the first of them has the targets, so
-    that each of the logits is stored once: of choices of one token each, all share the context's last one.
+    With `share_contexts`, what another row begins with is no row of its own, and where rows begin alike, the first of
+    them has the targets, so that each of the logits is stored once. Else a row scores what it is read for alone: of
+    choices of one token each, all share the context in any case.
     """
     texts = sorted({context + continuation[:-1] for continuation in continuations})
     # Sorted, a beginning stands right before what it begins.
-    rows = [one for one, after in pairwise(texts) if after[: len(one)] != one] + texts[-1:]
+    rows = [one for one, after in pairwise(texts) if not share_contexts or after[: len(one)] != one] + texts[-1:]
     targets: list[list[tuple[int, int, int]]] = [[] for _ in rows]
     for continuation in continuations:
-        text, owner = context + continuation, 0
+        text = context + continuation
+        owner = 0 if share_contexts else rows.index(text[:-1])
         for position, token in enumerate(continuation, len(context) - 1):
             while rows[owner][position] != text[position]:
                 owner += 1
@@ -188,9 +201,10 @@ def _make_pass(rows: Sequence[_Row], *, is_forked: bool = False, behind: tuple[P
         for position, token, slot in row.targets
     ]
     indices, columns, tokens, slots = torch.tensor(targets).T.contiguous()
+    lengths = torch.tensor([[row.start + len(row.ids)] for row in rows])
     kept, columns = columns.unique(return_inverse=True)
     taken, needed = (indices * len(kept) + columns).unique(return_inverse=True)
-    step = Step(ids, mask, None if mask is None else positions.clamp(min=0), logits_to_keep=kept)
+    step = Step(ids, mask, None if mask is None else positions.clamp(min=0), logits_to_keep=kept, lengths=lengths)
     return Pass(step, taken, tokens, needed, slots, parents, is_forked)
 
 

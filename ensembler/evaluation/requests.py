@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ensembler.decoding.prompts import Report, check_utf8, read_lines
+from ensembler.decoding.prompts import Report, check_utf8, read_lines, text_ids
 from ensembler.errors import PromptError
 from ensembler.extras import require
 
@@ -24,7 +24,8 @@ class ScoringRequest:
 
     `number`: of the line in the input (from 0); `source` names it in messages. `window`: the one continuation is a text
     of any length behind a begin token, read in windows of so many tokens at most. `has_moved_space`: white space at the
-    prompt's end was moved to the continuations. `fields`: all of the line. Raises PromptError.
+    prompt's end was moved to the continuations. `is_merged`: a token spans the end of the prompt, so that what a
+    continuation begins with is not scored. `fields`: all of the line. Raises PromptError.
     """
 
     number: int
@@ -34,6 +35,7 @@ class ScoringRequest:
     has_choices: bool = False
     window: int | None = None
     has_moved_space: bool = False
+    is_merged: bool = False
     fields: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -43,7 +45,8 @@ class ScoringRequest:
             raise PromptError(f"{self.source} has no continuation; give one or more")
         if () in self.continuations:
             which = f"choice {self.continuations.index(())}" if self.has_choices else "the continuation"
-            raise PromptError(f"{self.source}: {which} is no token of its own; give it more text")
+            remedy = "end the prompt where a word ends" if self.is_merged else "give it more text"
+            raise PromptError(f"{self.source}: {which} is no token of its own; {remedy}")
 
     @property
     def num_positions(self) -> int:
@@ -121,10 +124,11 @@ def encode_request(
 ) -> ScoringRequest:
     """Return a prompt and its continuations as token ids; without a prompt, the one continuation is a text.
 
-    The prompt and a continuation are encoded as one text and parted where the prompt's own tokens end. White space
-    at the prompt's end goes to the continuation, to whose first word the tokenizer would join it. An empty
-    prompt is the tokenizer's begin token, or its end token where there is none. `context`: the role with the shortest
-    context and that length in tokens, which is the window of a text. Raises PromptError for what cannot be scored.
+    The prompt and a continuation are encoded as one text and parted behind as many tokens as the prompt has by itself,
+    as in lm-eval. White space at the prompt's end goes to the continuation, to whose first word the tokenizer would
+    join it. An empty prompt is the tokenizer's begin token, or its end token where there is none. `context`: the role
+    with the shortest context and that length in tokens, which is the window of a text. Raises PromptError for what
+    cannot be scored.
     """
     for index, text in enumerate(continuations):
         if not text:
@@ -132,36 +136,31 @@ def encode_request(
             raise PromptError(f"{source}: {name} is empty; give it some text")
     for text in (prompt or "", *continuations):
         check_utf8(text, source)
-    first, found = _encode(tokenizer, prompt or "", continuations, source)
+    first, found, is_merged = _encode(tokenizer, prompt or "", continuations, source)
     role, length = context or ("", None)
     window = length if prompt is None else None
     has_moved = prompt is not None and prompt != prompt.rstrip()
-    request = ScoringRequest(number, tuple(first), tuple(map(tuple, found)), source, has_choices, window, has_moved)
+    ids = tuple(first), tuple(map(tuple, found))
+    request = ScoringRequest(number, *ids, source, has_choices, window, has_moved, is_merged)
     if length is not None and request.num_positions > length:
         limit = f"the context of {role} ends at {length:,}"
         raise PromptError(f"{source} has {request.num_positions:,} tokens to read; {limit}: shorten the prompt")
     return request
 
 
-def _encode(tokenizer: Any, prompt: str, texts: Sequence[str], source: str) -> tuple[list[int], list[list[int]]]:
-    """Return the ids of the prompt, or the begin token, and of the continuations."""
+def _encode(tokenizer: Any, prompt: str, texts: Sequence[str], source: str) -> tuple[list[int], list[list[int]], bool]:
+    """Return the ids of the prompt, or the begin token, and of the continuations; whether tokens span their seam."""
     head = prompt.rstrip()
     texts = [prompt[len(head) :] + text for text in texts]
     if head:
-        first = _ids(tokenizer, head)
-        return first, [_ids(tokenizer, head + text)[len(first) :] for text in texts]
+        first, wholes = text_ids(tokenizer, head), [text_ids(tokenizer, head + text) for text in texts]
+        is_merged = any(whole[: len(first)] != first for whole in wholes)
+        return first, [whole[len(first) :] for whole in wholes], is_merged
     begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if begin is None:
         raise PromptError(f"{source} has an empty prompt and the tokenizer no begin token; give it some text")
     found = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    return [begin], [ids[1:] if ids[:1] == [begin] else ids for ids in found]
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    """Return the ids with the special tokens that the tokenizer adds, but no second begin token."""
-    has_begin = bool(tokenizer.bos_token) and text.startswith(tokenizer.bos_token)
-    ids: list[int] = tokenizer(text, add_special_tokens=not has_begin)["input_ids"]
-    return ids
+    return [begin], [ids[1:] if ids[:1] == [begin] else ids for ids in found], False
 
 
 def group_by_context(

@@ -81,15 +81,29 @@ def num_units(num_rows: int, groups: Groups | None) -> int:
     return num_rows if groups is None else int(groups.max()) + 1
 
 
+def spread(found: Numbers) -> float:
+    """Return the standard deviation of resamples, 0 of those alike but for rounding; NaN unless all are finite."""
+    if not np.isfinite(found).all():
+        return math.nan
+    return _unless_rounding(float(found.std(ddof=1)), found)
+
+
+def _unless_rounding(error: float, values: Numbers) -> float:
+    return error if error > _ROUNDING * np.abs(values).max() else 0.0
+
+
 def standard_error(values: Numbers, groups: Groups | None = None) -> float:
     """Return the standard error of the mean of `values` (n,); cluster-robust where `groups` (n,) numbers clusters.
 
-    s / √n, NaN of one row. Of clusters: Liang and Zeger 1986, Biometrika 73:13, with the correction G / (G − 1) for G
-    clusters; recommended for evaluations by Miller 2024, arXiv 2411.00640. Clusters of one row each give s / √n.
+    s / √n, 0 of rows that are alike but for rounding, NaN of one row. Of clusters: Liang and Zeger 1986, Biometrika
+    73:13, with the correction G / (G − 1) for G clusters; recommended for evaluations by Miller 2024, arXiv 2411.00640.
+    Clusters of one row each give s / √n.
     """
+    if len(values) < 2:
+        return math.nan
     if groups is None:
-        return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    ols = require("statsmodels.regression.linear_model", "eval").OLS
-    fit = ols(values, np.ones(len(values))).fit(cov_type="cluster", cov_kwds={"groups": groups})
-    error = float(fit.bse[0])
-    return error if error > _ROUNDING * np.abs(values).max() else 0.0
+        error = float(values.std(ddof=1)) / math.sqrt(len(values))
+    else:
+        ols = require("statsmodels.regression.linear_model", "eval").OLS
+        error = float(ols(values, np.ones(len(values))).fit(cov_type="cluster", cov_kwds={"groups": groups}).bse[0])
+    return _unless_rounding(error, values)

@@ -58,8 +58,8 @@ class ScoredRequest:
     def to_row(self, points: Sequence[GridPoint], tokenizer: Any | None = None) -> dict[str, Any]:
         """Return one line of the output file: lists over `points`, for the continuation or for each of the choices.
 
-        A number that is not finite is null, since JSON has no infinity. With a `tokenizer`, the single tokens and
-        their log-probs are added.
+        A number that is not finite is null, since JSON has no infinity. `merged` is there and true where a token spans
+        the end of the prompt. With a `tokenizer`, the single tokens and their log-probs are added.
         """
         bodies = []
         for score, ids in zip(self.scores, self.request.continuations, strict=True):
@@ -76,7 +76,8 @@ class ScoredRequest:
             bodies.append(body)
         whole = {"choices": bodies} if self.request.has_choices else bodies[0]
         rules, alphas = [point.rule for point in points], [point.alpha for point in points]
-        return {"number": self.request.number, "rule": rules, "alpha": alphas, **whole}
+        merged = {"merged": True} if self.request.is_merged else {}
+        return {"number": self.request.number, "rule": rules, "alpha": alphas, **merged, **whole}
 
 
 def run_settings(

@@ -26,6 +26,7 @@ from ensembler.evaluation.resampling import (
     number_clusters,
     resampled_aggregates,
     resampled_means,
+    spread,
     standard_error,
 )
 from ensembler.extras import require
@@ -41,8 +42,9 @@ class Interval:
     """An estimate and its 95 % interval.
 
     `method` is 'Wilson', 't', 'bootstrap' or 'Newcombe'; of rows in clusters 'clustered t' or 'clustered bootstrap', of
-    several seeds 'seeds × documents' or 'seeds × clusters'. `standard_error`: of a mean that of lm-eval, s / √n; NaN
-    where one row is all there is. `degrees_of_freedom`: of Student's t; of a clustered bootstrap clusters − 1.
+    several seeds 'seeds × documents' or 'seeds × clusters'. The edges are infinite where there are too few rows for
+    any, and NaN where the rows show no spread. `standard_error`: of a mean that of lm-eval, s / √n; NaN where one row
+    is all there is. `degrees_of_freedom`: of Student's t; of a clustered bootstrap clusters − 1.
     """
 
     estimate: float
@@ -96,7 +98,8 @@ def metric_interval(
 
     With an `aggregate`, its percentile bootstrap of `num_resamples`. `clusters` labels each row: rows of a cluster are
     not independent, so the standard error is cluster-robust, with t of clusters − 1 degrees of freedom, and a bootstrap
-    draws clusters. Where all rows are 0, or all 1, the interval is Wilson's of as many rows as there are clusters.
+    draws clusters. Where all rows are 0, or all 1, the interval is Wilson's of as many rows as there are clusters. A
+    bootstrap of fewer than six rows, or clusters, bounds nothing.
 
     Of two or three seeds that differ much the interval is somewhat too narrow: it covers about 90 % where the rows'
     share of the variance is small. Raises ConfigError for no rows, rows that are no finite numbers, or fewer than two
@@ -162,8 +165,8 @@ def seeds_matter(table: Numbers) -> bool:
 
 
 def _t_interval(mean: float, error: float, degrees: float, num_rows: int, method: str) -> Interval:
-    """Return the interval of a mean by Student's t of `degrees` of freedom; unbounded for 0 of them."""
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, degrees)) * error if degrees > 0 else math.inf
+    """Return the interval of a mean by Student's t of `degrees` of freedom: unbounded for 0, NaN for no error."""
+    reach = float(stats.t.ppf((1 + LEVEL) / 2, degrees)) * (error or math.nan) if degrees > 0 else math.inf
     return Interval(mean, mean - reach, mean + reach, error, num_rows, method, degrees)
 
 
@@ -172,7 +175,15 @@ def _t_p_value(interval: Interval) -> float:
     degrees = interval.degrees_of_freedom or 0.0
     if interval.standard_error > 0:
         return float(2 * stats.t.sf(abs(interval.estimate) / interval.standard_error, degrees))
-    return min(1.0, 2 * 0.5 ** (degrees + 1)) if interval.estimate else 1.0
+    return least_p(degrees + 1) if interval.estimate else 1.0
+
+
+def least_p(num_units: float) -> float:
+    """Return the two-sided p of the sign test where all of `num_units` rows, or clusters, favour one method.
+
+    Rows that are all there is can say no more: one gives p = 1, and fewer than six never one of 5 %.
+    """
+    return min(1.0, 2 * math.pow(0.5, num_units))
 
 
 def wilson(num_right: int, num_rows: int) -> tuple[float, float]:
@@ -218,9 +229,9 @@ def compare(
     x, y = x.mean(axis=0), y.mean(axis=0)
     if groups is not None:
         interval = mean_interval(x - y, groups)
-        if is_binary(x) and is_binary(y) and not (x - y).any():  # Wilson's limit of a share of clusters that differ
-            reach = wilson(0, num_units(len(x), groups))[1]
-            interval = replace(interval, low=-reach, high=reach)
+        if is_binary(x) and is_binary(y) and not np.ptp(x - y):  # Wilson's limit of a share of clusters that differ
+            reach, mean = wilson(0, num_units(len(x), groups))[1], interval.estimate
+            interval = replace(interval, low=max(-1.0, mean - reach), high=min(1.0, mean + reach))
         return Comparison(interval, _t_p_value(interval), "clustered paired t")
     return _paired_binary(x, y) if is_binary(x) and is_binary(y) else _paired_means(x - y, seed, num_resamples)
 
@@ -334,17 +345,25 @@ def _paired_means(differences: Numbers, seed: int, num_resamples: int) -> Compar
 
 
 def _compared(difference: float, found: Numbers, num_rows: int, groups: Groups | None = None) -> Comparison:
-    """p is the level at which the percentile interval begins to hold 0, so that the two never disagree."""
+    """p is the level at which the percentile interval begins to hold 0, so that the two never disagree.
+
+    It is at least that of the sign test: resamples of few rows are alike, however many are drawn.
+    """
     beyond = min(int((found <= 0).sum()), int((found >= 0).sum()))
-    p_value = min(1.0, 2 * (beyond + 1) / (len(found) + 1)) if np.isfinite(found).all() else math.nan
+    p_value = max(min(1.0, 2 * (beyond + 1) / (len(found) + 1)), least_p(num_units(num_rows, groups)))
+    p_value = p_value if np.isfinite(found).all() else math.nan
     test = "paired bootstrap" if groups is None else "clustered paired bootstrap"
     return Comparison(_percentiles(difference, found, num_rows, groups), p_value, test)
 
 
 def _percentiles(estimate: float, found: Numbers, num_rows: int, groups: Groups | None) -> Interval:
-    """NaN edges where a resample gave no finite number."""
+    """NaN edges where a resample gave no finite number, or all gave one number."""
     method, degrees = ("bootstrap", None) if groups is None else ("clustered bootstrap", int(groups.max()))
-    if not np.isfinite(found).all():
-        return Interval(estimate, math.nan, math.nan, math.nan, num_rows, method, degrees)
-    low, high = (float(edge) for edge in np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
-    return Interval(estimate, low, high, float(found.std(ddof=1)), num_rows, method, degrees)
+    units = num_units(num_rows, groups)
+    error = spread(found) if units > 1 else math.nan
+    low, high = math.nan, math.nan
+    if least_p(units) > 1 - LEVEL and np.isfinite(found).all():
+        low, high = -math.inf, math.inf
+    elif error > 0:
+        low, high = (float(edge) for edge in np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]))
+    return Interval(estimate, low, high, error, num_rows, method, degrees)

@@ -16,6 +16,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ensembler.decoding.output_file import MEMBER_HASHES
 from ensembler.errors import ConfigError, OutputError, StoreError
 from ensembler.evaluation.results_file import (
     APPLICATION,
@@ -42,22 +43,18 @@ _OPTIONS = {  # settings that are keys of a recipe, and options of a sweep
     "alphas": "alphas",
     "rules": "rules",
     "seed": "seed",
+    "verify_weights": "verify_weights",
     "batch size": "batch_size",
     "limit": "limit",
     "fewshot": "num_fewshot",
     "apply_chat_template": "apply_chat_template",
     "fewshot_as_multiturn": "fewshot_as_multiturn",
     "system_instruction": "system_instruction",
+    "chat_template_kwargs": "chat_template_kwargs",
 }
 _SWEEP_OPTIONS = {"alphas": "alpha", "rules": "rule"}  # that are called otherwise than the key of a recipe
 _HASHED = {  # settings that cannot be read, by what they are of
-    "members": {
-        "config": "config.json",
-        "fingerprint": "weights",
-        "commit": "commit on the hub",
-        "adapter_sha256": "adapter",
-        "head_sha256": "head",
-    },
+    "members": MEMBER_HASHES,
     "tasks": {
         "config": "settings (YAML file, metric, generation)",
         "documents": "documents or prompts",

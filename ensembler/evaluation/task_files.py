@@ -13,6 +13,7 @@ from typing import Any
 
 from ensembler.decoding.prompts import Report, check_utf8, read_lines
 from ensembler.errors import ConfigError, PromptError
+from ensembler.evaluation.last_number import NONE, last_number, last_numbers
 from ensembler.evaluation.lm_eval_settings import PromptSettings, silence_lm_eval
 from ensembler.evaluation.tasks import TextTask
 from ensembler.extras import require
@@ -52,7 +53,6 @@ def _as_text(value: Any) -> str:
 
 METRICS = ("acc", "exact_match", "flexible_number", "perplexity")
 _MADE = ("_prompt", "_choices", "_target", "_answer")  # fields of a document that are made of the row's
-_NUMBER = {"regex_pattern": r"(-?[$0-9.,]{2,})|(-?[0-9]+)", "group_select": -1}  # flexible-extract of lm-eval's GSM8K
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,8 @@ class TaskFile:
             raise PromptError(f"{source}: the answer is empty; give it some text")
         if self.metric != "flexible_number":
             return answer.strip() if self.metric == "exact_match" else answer
-        require("lm_eval.filters", "eval")  # which registers them
-        extract = require("lm_eval.api.registry", "eval").get_filter("regex")(**_NUMBER)
-        number = str(extract.apply([[answer]], [{}])[0][0])
-        if number == extract.fallback:
+        number = last_number(answer)
+        if number == NONE:
             raise PromptError(
                 f"{source}: the answer {answer[-40:]!r} holds no number; give one, or --metric exact_match"
             )
@@ -139,8 +137,7 @@ def make_task_from_file(
 
     - acc: the choice of the highest log-prob is the right one
     - exact_match: the generated line, without white space around it, is the answer
-    - flexible_number: the last number of the generated text is the last of the answer (lm-eval's flexible-extract
-      of GSM8K)
+    - flexible_number: the last number of the generated text is that of the answer, see `last_number`
     - perplexity: of the answer after the prompt, per word and byte as lm-eval has it: word_perplexity, byte_perplexity,
       bits_per_byte
 
@@ -188,14 +185,13 @@ def _settings(metric: str, answers: Sequence[str], delimiter: str, max_new_token
         }
     is_text = metric == "exact_match"
     end = "\n" if is_text and all("\n" not in answer for answer in answers) else "\n\n"
-    extract = {"function": "remove_whitespace"} if is_text else {"function": "regex", **_NUMBER}
-    ignored = {} if is_text else {"regexes_to_ignore": [",", "\\$", "(?s).*#### ", "\\.$"]}
+    extract = {"function": "remove_whitespace"} if is_text else {"function": "custom", "filter_fn": last_numbers}
     return {
         "output_type": "generate_until",
         "generation_kwargs": {"until": [end], "do_sample": False, "max_gen_toks": max_new_tokens},
         "fewshot_config": {"doc_to_target": "_target" if is_text else "_answer"},  # the way to the number is shown, too
         "filter_list": [{"name": "none", "filter": [extract, {"function": "take_first"}]}],
-        "metric_list": [{"metric": "exact_match", **ignored}],
+        "metric_list": [{"metric": "exact_match"}],
     }
 
 
@@ -213,6 +209,8 @@ def _choices(template: str, row: Mapping[str, Any], source: str) -> list[str]:
         values = _look_up(names[0], row, source)
         if not isinstance(values, list):
             raise PromptError(f"{source}: {template.strip()} is no list of choices; give one, or --choices 'a,b'")
+        if None in values:
+            raise PromptError(f"{source} has null among the choices {values}; give each some text")
         choices = [_as_text(value) for value in values]
     else:
         choices = [fill(part.strip(), row, source) for part in template.split(",")]

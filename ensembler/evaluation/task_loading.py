@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from traceback import walk_tb
-from typing import Any
+from typing import Any, cast
 
 from ensembler.errors import ConfigError, EnsemblerError
 from ensembler.evaluation.lm_eval_settings import PromptSettings, silence_lm_eval
@@ -102,6 +102,14 @@ class _Loader:
         except EnsemblerError:
             raise
         except Exception as error:  # data sets, templates and functions of the task's authors
+            for frame, _ in walk_tb(error.__traceback__):
+                _check_splits(frame.f_locals.get("self"))
+                if isinstance(error, IndexError) and isinstance(choices := frame.f_locals.get("test_choice"), list):
+                    answer = frame.f_locals.get("test_target")  # of the first document, which lm-eval tries
+                    raise ConfigError(
+                        f"task {name}: the right answer {answer!r} of its first document is no index of the choices "
+                        f"{choices}; mend its data or its doc_to_target"
+                    ) from error
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(
                 f"task {name} could not be loaded: {reason[:300]}; check its YAML file and its data{_fields(error)}"
@@ -111,6 +119,7 @@ class _Loader:
         return tasks
 
     def _check(self, task: Any) -> None:
+        _check_splits(task)
         if getattr(task, "MULTIMODAL", False):
             raise ConfigError(f"task {task.task_name} shows pictures or sounds; give a task of texts alone")
         functions = getattr(task, "_metric_fn_list", {})
@@ -118,6 +127,17 @@ class _Loader:
             raise ConfigError(f"metric {unknown[0]} of task {task.task_name} is not known to lm-eval; name another")
         if getattr(task, "UNSAFE_CODE", False) and not self._confirmed:
             raise ConfigError(_unsafe(task.task_name))
+
+
+def _check_splits(task: Any) -> None:
+    """Raise ConfigError where a task of lm-eval's names a split that its data lack; let anything else pass."""
+    data, config = getattr(task, "dataset", None), cast("Any", getattr(task, "config", None))
+    for key in ("test_split", "validation_split", "training_split", "fewshot_split"):
+        split = getattr(config, key, None)
+        if isinstance(data, Mapping) and split is not None and split not in data:
+            raise ConfigError(
+                f"task {config.task} has {key}: {split}, which its data lack; give one of {', '.join(data)}"
+            )
 
 
 def _fields(error: Exception) -> str:

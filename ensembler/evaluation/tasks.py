@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -12,11 +13,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ensembler.decoding.prompts import check_template_kwargs
 from ensembler.errors import ConfigError, RunError
 from ensembler.evaluation.documents import Answer, Document, Metric, from_json, to_json
+from ensembler.evaluation.fewshot_examples import Examples
 from ensembler.evaluation.lm_eval_settings import PromptSettings, silence_lm_eval, silence_output
 from ensembler.extras import require
 from ensembler.files import digest
+
+_logger = logging.getLogger(__name__)
 
 _LOCAL = ("json", "csv", "parquet", "text", "arrow")
 _TEMPLATES = ("doc_to_text", "doc_to_target", "doc_to_choice")
@@ -38,14 +43,21 @@ def _check_fields(task: Any, doc: Any, source: str) -> None:
 
 
 def _check_gold(task: Any, documents: list[Document]) -> None:
-    """Raise ConfigError where no document names a right answer among its choices: lm-eval counts all as wrong."""
-    if not any(document.choices for document in documents) or any(document.gold for document in documents):
+    """Warn of documents whose right answer is none of their choices, since lm-eval counts them as wrong.
+
+    Raises ConfigError where all are such.
+    """
+    without = [document for document in documents if document.choices and not document.gold]
+    if not without:
         return
-    first = documents[0]
-    raise ConfigError(
+    first = without[0]
+    fault = (
         f"{first.name}: the right answer {task.doc_to_target(first.requests[0].doc)!r} is neither one of the choices "
-        f"{list(first.choices)} nor an index of them; the same goes for all other documents"
+        f"{list(first.choices)} nor an index of them"
     )
+    if len(without) == len(documents):
+        raise ConfigError(f"{fault}; the same goes for all other documents")
+    _logger.warning("%s; %d of %d documents are such, and count as wrong", fault, len(without), len(documents))
 
 
 _SPLITS = {"test": "test_docs", "validation": "validation_docs", "train": "training_docs"}
@@ -65,6 +77,7 @@ class TextTask:
     settings: PromptSettings = field(default_factory=PromptSettings)
     chat: Callable[..., str] | None = None
     _known: dict[str, list[Document]] = field(default_factory=dict, repr=False)
+    _leaked: dict[str, bool] = field(default_factory=dict, repr=False)  # documents drawn as their own examples: mended?
 
     def __post_init__(self) -> None:
         self.settings.apply(self.task)
@@ -81,7 +94,10 @@ class TextTask:
         if template is None:
             raise ConfigError("the anchor's tokenizer has no chat template; leave --apply-chat-template out")
         model.tokenizer.chat_template = template  # lm-eval chooses by name, and then writes with the default one
-        return replace(self, chat=model.apply_chat_template, _known={})
+        if self.settings.chat_template_kwargs:
+            check_template_kwargs(template, self.settings.chat_template_kwargs)
+            model.chat_template_args = {**model.chat_template_args, **self.settings.chat_template_kwargs}
+        return replace(self, chat=model.apply_chat_template, _known={}, _leaked={})
 
     @property
     def name(self) -> str:
@@ -100,8 +116,15 @@ class TextTask:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """The number of few-shot examples, for readers of the figures."""
-        return (f"{self.num_fewshot} examples in each prompt",)
+        """The number of few-shot examples, for readers of the figures, and where they are not those of lm-eval."""
+        notes = [f"{self.num_fewshot} examples in each prompt"]
+        for is_mended, such in (
+            (True, "in lm-eval's prompts; here other examples take their place"),
+            (False, "here as in lm-eval's prompts, since another split has them too"),
+        ):
+            if num := sum(one is is_mended for one in self._leaked.values()):
+                notes.append(f"{num:,} questions stand among their own solved examples {such}")
+        return tuple(notes)
 
     @cached_property
     def splits(self) -> dict[str, int]:
@@ -136,8 +159,9 @@ class TextTask:
     def documents(self, split: str | None = None) -> list[Document]:
         """Return the documents of a split with their requests, prompts made by lm-eval.
 
-        Two calls give the same prompts: few-shot examples are drawn anew with lm-eval's seed. In the split that lm-eval
-        evaluates they are those that it draws; in another one, an example is never shown to itself. Raises ConfigError.
+        Two calls give the same prompts: few-shot examples are drawn anew with lm-eval's seed. They are those that
+        lm-eval draws. An example that asks the document's own question is replaced by another, unless it is of another
+        split than the one that lm-eval evaluates; there is a warning of either. Raises ConfigError.
         """
         split = split or self.default_split
         if split not in self.splits:
@@ -150,6 +174,8 @@ class TextTask:
             _check_gold(self.task, documents)
             self._check_metrics(documents[0])
             self._known[split] = documents
+            for note in self.notes[1:]:
+                _logger.warning("task %s: %s", self.name, note)
         return self._known[split]
 
     def identity(self, document: Document) -> str:
@@ -216,7 +242,10 @@ class TextTask:
             _check_fields(self.task, doc, f"{self.name}/{split}/{index}")
             instances = self._instances(doc, split, index)
             has_choices = self.task.OUTPUT_TYPE == "multiple_choice" and self.task.config.doc_to_choice is not None
-            choices = tuple(map(str, self.task.doc_to_choice(doc))) if has_choices else ()
+            choices = tuple(self.task.doc_to_choice(doc)) if has_choices else ()
+            if None in choices:
+                raise ConfigError(f"{self.name}/{split}/{index} has null among its choices; give it some text")
+            choices = tuple(map(str, choices))
             content = json.loads(json.dumps(doc, default=require("lm_eval.utils", "eval").handle_non_serializable))
             prompt, gold = str(instances[0].args[0]), _gold(self.task, doc, choices)
             yield Document(self.name, split, index, content, prompt, tuple(instances), choices, gold)
@@ -224,8 +253,9 @@ class TextTask:
     def _instances(self, doc: Any, split: str, index: int, num_fewshot: int | None = None) -> list[Any]:
         """The calls of `Task.build_all_requests`, which knows of one split only."""
         sampler = getattr(self.task, "sampler", None)
-        if sampler is not None and split != self.default_split:
-            self.task.sampler = _OtherDocuments(sampler, doc)
+        if sampler is not None:
+            is_evaluated = split == self.default_split
+            self.task.sampler = examples = Examples.of(self.task, doc, index, evaluated=split if is_evaluated else None)
         chat = {"apply_chat_template": self.chat is not None, "chat_template": self.chat}
         try:
             context = self.task.fewshot_context(
@@ -247,6 +277,8 @@ class TextTask:
         finally:
             if sampler is not None:
                 self.task.sampler = sampler
+        if sampler is not None and examples.num_found:
+            self._leaked[f"{self.name}/{split}/{index}"] = examples.replaces
         return sorted(made, key=lambda instance: instance.idx) if isinstance(made, list) else [made]
 
     def _check_metrics(self, document: Document) -> None:
@@ -290,18 +322,6 @@ class TextTask:
         return self.task.aggregation().get(name, require("lm_eval.api.metrics", "eval").mean)
 
 
-@dataclass(frozen=True)
-class _OtherDocuments:
-    """A sampler of few-shot examples, as lm-eval calls it, that never gives `doc`."""
-
-    sampler: Any
-    doc: Any
-
-    def sample(self, n: int, eval_doc: Any = None) -> Any:
-        """Return `n` other documents."""
-        return self.sampler.sample(n=n, eval_doc=self.doc)
-
-
 def _responses(instance: Any, answer: Any) -> list[Any]:
     """An answer as the responses that lm-eval keeps: one for each repeat."""
     repeats = instance.repeats or 1
@@ -318,7 +338,10 @@ def _gold(task: Any, doc: Any, choices: Sequence[str]) -> str | None:
         target = task.doc_to_text(doc) if getattr(task, "multiple_input", 0) else task.doc_to_target(doc)
         targets = target if isinstance(target, list) else [target]
         if choices:
-            targets = [choices[one] if isinstance(one, int) else choices[choices.index(one)] for one in targets]
+            indices = [one if isinstance(one, int) else choices.index(one) for one in targets]
+            if min(indices) < 0:  # as hidden labels are written
+                return None
+            targets = [choices[one] for one in indices]
         return " | ".join(map(str, targets)) or None
     except Exception:  # any task may refuse; the text is for people to read
         return None

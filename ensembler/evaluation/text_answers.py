@@ -42,11 +42,11 @@ class TextAnswerer:
             length = self.backend.max_length(self.checked)
             return GridLM(self.checked, points=(), max_length=length, seed=self.seed)
 
-    def describe(self) -> dict[str, Any]:
-        """Return the ensemble, the backend and versions, as JSON."""
+    def describe(self, *, verify_weights: bool = False) -> dict[str, Any]:
+        """Return the ensemble, the backend and versions, as JSON; see `describe_ensemble`."""
         return {
             "versions": versions(),
-            "ensemble": describe_ensemble(self.checked),
+            "ensemble": describe_ensemble(self.checked, verify_weights=verify_weights),
             "backend": self.backend.describe(self.checked),
         }
 

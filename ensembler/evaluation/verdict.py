@@ -57,11 +57,13 @@ def tell_difference(each: Difference, task: TaskFigures) -> str:
     """Say which method is better or worse than the other, by how much, with the interval."""
     interval, percent = each.comparison.difference, task.is_percent
     sign = 1 if interval.estimate > 0 else -1
-    edges = (sign * interval.estimate, *sorted((sign * interval.low, sign * interval.high)))
-    size, low, high = (show_number(edge, percent=percent) for edge in edges)
+    size = show_points(sign * interval.estimate, task)
+    if not math.isnan(interval.low):
+        low, high = (show_number(edge, percent=percent) for edge in sorted((sign * interval.low, sign * interval.high)))
+        size += f" ({low} to {high})"
     better = "better" if (sign > 0) == task.higher_is_better else "worse"
     names = f"{task.label(each.method)} is {better} than {task.label(each.against)}"
-    return f"{names} by {size}{' points' if percent else ''} ({low} to {high})"
+    return f"{names} by {size}"
 
 
 def _alike(each: Difference, task: TaskFigures) -> str:
@@ -75,9 +77,10 @@ def _unclear(each: Difference, task: TaskFigures) -> str:
     if math.isnan(each.comparison.p_value):
         return f"the difference between {pair} could not be tested ({each.comparison.test})"
     text = f"no difference seen between {pair}"
-    these = f"these {each.comparison.difference.num_rows:,} documents"
+    num = each.comparison.difference.num_rows
+    these = f"these {num:,} documents" if num > 1 else "this one document"
     if math.isinf(each.detectable):
-        text += f"; {these} are too few to show one of any size"
+        text += f"; {these} {'are' if num > 1 else 'is'} too few to show one of any size"
     elif math.isfinite(each.detectable):
         text += f"; {these} would have shown one of {show_points(each.detectable, task)}"
     return text if each.p_equivalent is None else f"{text}; {_alike(each, task)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 
@@ -165,17 +165,19 @@ def patched_tensors(plan: PatchPlan) -> Iterator[tuple[str, Tensor]]:
 def merge_adapter(model: PreTrainedModel, adapter: CheckedAdapter) -> PreTrainedModel:
     """Add the update to the weights, so that one forward costs what the base costs; return the model.
 
-    θ′ + Δθ in fp32, rounded once (PortLLM, eq. 6): the weights that `patch apply` would write. What is no sum with the
-    weights (DoRA ...), or concerns one of two tied layers, is left to PEFT. Raises PatchError where a value is damaged.
+    θ′ + Δθ in fp32, rounded once (PortLLM, eq. 6): the weights that `patch apply` would write. Tied layers of which a
+    LoRA or a trained value concerns one are no longer tied. What is no sum with the weights (DoRA ...) is left to PEFT.
+    Raises PatchError where a value is damaged.
     """
     if adapter.patch is None:
         return _merge_with_peft(model, adapter)
     weights = _weights(model)
-    if not _is_sum(model, weights, adapter.patch):
+    if not adapter.patch.names <= weights.keys():
         add_deltas(model, adapter)
         return _merge_with_peft(model, adapter)
+    _untie(model, {id(weights[name]) for name in (*adapter.patch.low_rank, *adapter.patch.replaced)})
     patch = adapter.patch.oriented(lambda name: isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D))
-    _add(weights, patch, patch.names)
+    _add(_weights(model), patch, patch.names)
     return model
 
 
@@ -200,18 +202,13 @@ def _weights(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return dict(model.named_parameters(remove_duplicate=False))
 
 
-def _is_sum(model: PreTrainedModel, weights: Mapping[str, nn.Parameter], patch: Patch) -> bool:
-    """Return whether every weight is there under its name, and none that is trained apart is tied to another layer."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    is_tied = head is not None and head.weight is embeddings.weight
-    if not patch.names <= weights.keys():
-        return False
-    return not is_tied or all(weights[name] is not head.weight for name in (*patch.low_rank, *patch.replaced))
-
-
 def _add(weights: Mapping[str, Tensor], patch: Patch, names: Iterable[str]) -> None:
+    tied: set[int] = set()  # deltas of both names of a tensor are one change
     for name in names:
         weight = weights[name]
+        if id(weight) in tied:
+            continue
+        tied.add(id(weight))
         if weight.is_meta or not weight.is_floating_point():
             where = "on disk or offloaded" if weight.is_meta else f"quantised ({weight.dtype})"
             raise ValueError(
@@ -223,22 +220,28 @@ def _add(weights: Mapping[str, Tensor], patch: Patch, names: Iterable[str]) -> N
 
 def _merge_with_peft(model: PreTrainedModel, adapter: CheckedAdapter) -> PreTrainedModel:
     from peft import PeftModel
-    from peft.utils.constants import EMBEDDING_LAYER_NAMES
 
     adapted = PeftModel.from_pretrained(model, adapter.folder)
-    targets = {name.rpartition(".")[2] for name in adapted.base_model.targeted_module_names}
-    if targets & set(EMBEDDING_LAYER_NAMES):
-        _untie(model)
+    layers = [model.get_submodule(name) for name in adapted.base_model.targeted_module_names]
+    _untie(model, {id(weight) for layer in layers for weight in layer.parameters()})
     merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     return merged
 
 
-def _untie(model: PreTrainedModel) -> None:
-    """Give the head weights of its own: an update of the one layer is none of the other."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    head, embeddings = (getattr(layer, "base_layer", layer) for layer in (head, embeddings))
-    if head is None or head.weight is not embeddings.weight:
-        return
-    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-    for config in (model.config, model.config.get_text_config(decoder=True)):
-        config.tie_word_embeddings = False
+def _untie(model: PreTrainedModel, changed: Collection[int]) -> None:
+    """Give layers that share a weight one each where it is among the `changed` ids: an update of one is none of others.
+
+    The config says so too, for those who save the model or tie it again.
+    """
+    seen: set[int] = set()
+    is_apart = False
+    for layer in model.modules():
+        for name, weight in list(layer.named_parameters(recurse=False)):
+            if id(weight) in seen and id(weight) in changed:
+                setattr(layer, name, nn.Parameter(weight.detach().clone(), requires_grad=False))
+                is_apart = True
+            seen.add(id(weight))
+    if is_apart:
+        for config in (model.config, model.config.get_text_config(decoder=True)):
+            config.tie_word_embeddings = False
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)

@@ -32,10 +32,10 @@ from ensembler.patch.patch_plan import PatchPlan, plan_patches
 from ensembler.safetensors_files import (
     FLOATS,
     ITEM_BYTES,
-    WEIGHTS_INDEX,
     StoredTensor,
     fingerprint,
     header_bytes,
+    index_file,
     stored_tensors,
     weight_files,
 )
@@ -63,7 +63,7 @@ shape and the first 4 KiB of every tensor in the order of names.
 # Weights in other formats would still be those without the patch.
 _WEIGHT_ENDINGS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot"),
-    *(".tflite", ".bin.index.json"),
+    *(".tflite", ".bin.index.json", ".safetensors.index.json"),
 )
 
 
@@ -157,12 +157,15 @@ def make_header(entries: dict[str, object], *, length: int = 0) -> bytes:
 def _copy_other_files(model: Path, made: Path) -> None:
     """Copy everything of the model but its weights, its card, config.json, and an adapter's configuration.
 
-    transformers would load a model with the latter in its folder as that adapter on the adapter's own base.
+    transformers would load a model with the latter in its folder as that adapter on the adapter's own base. Of indices
+    the one that is read is copied.
     """
+    index = index_file(model)
 
     def left_out(folder: str, names: list[str]) -> set[str]:
         top = ("config.json", _CARD, ADAPTER_CONFIG) if Path(folder) == model else ()
-        return {name for name in names if name.startswith(".") or name.endswith(_WEIGHT_ENDINGS) or name in top}
+        weights = {name for name in names if name.endswith(_WEIGHT_ENDINGS) and Path(folder, name) != index}
+        return weights | {name for name in names if name.startswith(".") or name in top}
 
     mode = made.stat().st_mode  # a model that may only be read is no reason for a result that cannot be finished
     shutil.copytree(model, made, ignore=left_out, dirs_exist_ok=True, copy_function=_copy)
@@ -186,10 +189,11 @@ def _write_config(model: Path, made: Path, num_bytes: int, dtype: str | None) ->
     if dtype is None:
         _copy(model / "config.json", made / "config.json")
         return
-    if (made / WEIGHTS_INDEX).is_file():
-        index = read_json(made / WEIGHTS_INDEX)
-        index["metadata"] = {**index.get("metadata", {}), "total_size": num_bytes}
-        (made / WEIGHTS_INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    index = index_file(model)
+    if index is not None:
+        content = read_json(index)
+        content["metadata"] = {**content.get("metadata", {}), "total_size": num_bytes}
+        (made / index.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     config = read_json(model / "config.json")
     for settings in [config, *(value for value in config.values() if isinstance(value, dict))]:
         for key in ("dtype", "torch_dtype"):

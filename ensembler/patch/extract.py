@@ -10,10 +10,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +22,21 @@ import torch
 from torch import Tensor
 
 from ensembler import __version__
+from ensembler.adapters import resize_command
 from ensembler.errors import ConfigError, PatchError
-from ensembler.files import check_not_input, reading
+from ensembler.files import check_not_input, other_tokenizer, reading
 from ensembler.patch.addition import DTYPES, read_tensor
 from ensembler.patch.apply import make_header, new_folder
 from ensembler.patch.formats import ADAPTER_WEIGHTS, DELTAS, PEFT_PREFIX, RECORD
-from ensembler.safetensors_files import FLOATS, HEADS, StoredModel, StoredTensor, listed, read_model
+from ensembler.patch.model_layout import ModelLayout, read_layouts
+from ensembler.patch.peft_check import why_not_read_by_peft
+from ensembler.safetensors_files import FLOATS, StoredModel, StoredTensor, listed, read_model
 
 # Measured on two cores: up to here the exact decomposition takes a second or less.
 _EXACT_SIZE = 1024
 _OVERSAMPLING = 16
 _NUM_ITERATIONS = 4
 _HEADER_BYTES = 160  # of one tensor beside its name: dtype, shape and offsets, with room to spare
-# Last names of embeddings: embed_tokens, embed_in, word_embeddings, tok_embeddings, wte, wpe ...
-_EMBEDDING = re.compile(r"emb|^w[tp]e$")
 _ENDINGS = {
     "linear": (".lora_A.weight", ".lora_B.weight"),
     "transposed": (".lora_A.weight", ".lora_B.weight"),
@@ -91,11 +93,17 @@ class KeptDelta:
 
 @dataclass(frozen=True)
 class Extracted:
-    """An extraction: tensors that differ, the number that do not, the share of all energy that is kept."""
+    """An extraction: tensors that differ, the number that do not, the share of all energy that is kept.
+
+    `why_not_peft`: why PEFT cannot load the LoRA, which `patch apply` reads all the same; None where it can. `files`:
+    the tokenizer of the fine-tuned model, which is not its base's, copied beside the patch.
+    """
 
     out: Path
     kept: tuple[KeptDelta, ...]
     num_equal: int
+    why_not_peft: str | None = None
+    files: tuple[str, ...] = ()
 
     @property
     def energy(self) -> float:
@@ -105,7 +113,8 @@ class Extracted:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of the patch's record and of --json."""
-        return {"energy": self.energy, "num_equal": self.num_equal, "kept": [asdict(kept) for kept in self.kept]}
+        kept = [asdict(kept) for kept in self.kept]
+        return {"energy": self.energy, "num_equal": self.num_equal, "why_not_peft": self.why_not_peft, "kept": kept}
 
 
 def extract_patch(
@@ -129,10 +138,14 @@ def extract_patch(
     _check_limit(rank, energy, full)
     check_not_input(out, base, finetuned)
     old, new = read_model(base), read_model(finetuned)
-    _check_versions(old, new)
+    layout = read_layouts(old)[0]
+    old, new = (replace(model, tensors=_needed(model, other, layout)) for model, other in ((old, new), (new, old)))
+    _check_versions(old, new, layout)
     torch_dtype = DTYPES[FLOATS[dtype]]
-    kinds = {} if full else _low_rank_kinds(old)
-    factor_names = [f"{name}{ending}" for name, kind in kinds.items() for ending in _ENDINGS[kind]]
+    kinds = {} if full else _low_rank_kinds(old, layout)
+    modules = {disk: name for name, disk in layout.stored.items()}  # PEFT goes by names in the loaded model
+    modules = {name: modules.get(name, name).removesuffix(".weight") for name in kinds}
+    factor_names = [f"{PEFT_PREFIX}{modules[name]}{ending}" for name in kinds for ending in _ENDINGS[kinds[name]]]
     num_bytes = sum(tensor.num_elements for tensor in new.tensors.values()) * torch_dtype.itemsize if full else 0
     kept: list[KeptDelta] = []
     with new_folder(out, num_bytes, overwrite=overwrite) as made:
@@ -146,7 +159,7 @@ def extract_patch(
                     kind = kinds[name]
                     left, right, share = truncate(delta if kind == "linear" else delta.T, rank=rank, energy=energy)
                     for ending, factor in zip(_ENDINGS[kind], (right, left), strict=True):
-                        add_factor(f"{PEFT_PREFIX}{name.removesuffix('.weight')}{ending}", factor.to(torch_dtype))
+                        add_factor(f"{PEFT_PREFIX}{modules[name]}{ending}", factor.to(torch_dtype))
                     kept.append(KeptDelta(name, left.shape[1], share, delta.double().norm().item()))
                 elif delta is not None:
                     add_delta(name, delta.reshape(stored.shape).to(torch_dtype))
@@ -155,9 +168,24 @@ def extract_patch(
                     advance(stored.num_bytes)
         if not kept:
             raise PatchError(f"{finetuned} and {base} have the same weights; there is nothing to extract")
-        extracted = Extracted(out, tuple(kept), len(new.tensors) - len(kept))
-        _write_settings(made, extracted, old, new, transposed="transposed" in kinds.values())
+        extracted = Extracted(out, tuple(kept), len(new.tensors) - len(kept), files=_copy_tokenizer(old, new, made))
+        ranks = {modules[each.name]: each.rank for each in kept if each.rank is not None}
+        if ranks:
+            _write_config(made, old, ranks, transposed="transposed" in kinds.values())
+            extracted = replace(extracted, why_not_peft=why_not_read_by_peft(made, old.folder))
+        _write_record(made, extracted, old, new)
     return extracted
+
+
+def _copy_tokenizer(old: StoredModel, new: StoredModel, made: Path) -> tuple[str, ...]:
+    """Copy the tokenizer of the fine-tuned model beside the patch where it differs from its base's; return its files.
+
+    As beside a LoRA that was trained, a member with the patch then reads texts as the fine-tuned model does.
+    """
+    names = other_tokenizer(new.folder, old.folder)
+    for name in names:
+        shutil.copyfile(new.folder / name, made / name)
+    return tuple(names)
 
 
 def _check_limit(rank: int | None, energy: float | None, full: bool) -> None:
@@ -169,21 +197,26 @@ def _check_limit(rank: int | None, energy: float | None, full: bool) -> None:
         raise ConfigError(f"the energy is {energy:g}; expected a share above 0 and up to 1, such as 0.95")
 
 
-def _check_versions(old: StoredModel, new: StoredModel) -> None:
+def _check_versions(old: StoredModel, new: StoredModel, layout: ModelLayout) -> None:
     """Raise PatchError unless both have the same tensors in the same shapes."""
     for first, second in ((old, new), (new, old)):
         absent = sorted(first.tensors.keys() - second.tensors.keys())
         if absent:
-            raise PatchError(
-                f"{second.folder} has no {listed(absent)}, which the other model has; give two versions of one "
-                "architecture"
+            is_tied = any(layout.find(name) in layout.tied for name in absent)
+            hint = (
+                "give two that both tie their head, or both not" if is_tied else "give two versions of one architecture"
             )
+            raise PatchError(f"{second.folder} has no {listed(absent)}, which the other model has; {hint}")
     for name, tensor in new.tensors.items():
         before = old.tensors[name]
         if tensor.shape != before.shape:
+            hint = "; there is no difference to take, give two versions of one architecture and one vocabulary"
+            if layout.find(name) in layout.token_weights:
+                smaller, rows = (old, tensor.shape[0]) if tensor.shape > before.shape else (new, before.shape[0])
+                command = resize_command(smaller.folder, rows)
+                hint = f"; resize the smaller vocabulary first: {command}"
             raise PatchError(
-                f"{name} has shape {tensor.shape} in {new.folder} and {before.shape} in {old.folder}; there is no "
-                "difference to take, give two versions of one architecture and one vocabulary"
+                f"{name} has shape {tensor.shape} in {new.folder} and {before.shape} in {old.folder}{hint}"
             )
         if tensor.dtype != before.dtype and not {tensor.dtype, before.dtype} <= set(FLOATS.values()):
             raise PatchError(
@@ -191,23 +224,37 @@ def _check_versions(old: StoredModel, new: StoredModel) -> None:
             )
 
 
-def _low_rank_kinds(base: StoredModel) -> dict[str, str]:
-    """Return the tensors that a LoRA can hold: 'linear', 'transposed' or 'embedding', by shape, name and family."""
-    is_tied = base.has_tied_head
-    kinds = {}
-    for name, tensor in base.tensors.items():
-        module, _, last = name.rpartition(".")
-        if len(tensor.shape) != 2 or last != "weight" or (name in HEADS and (is_tied or name != "lm_head.weight")):
-            continue  # a head of another name has been renamed on its way to disk, and PEFT would not find it
-        is_embedding = _EMBEDDING.search(module.rpartition(".")[2]) is not None
-        if base.has_transposed_layers:
-            if base.is_transposed(name):
-                kinds[name] = "transposed"
-        elif not is_embedding:
-            kinds[name] = "linear"
-        elif not is_tied:
-            kinds[name] = "embedding"
-    return kinds
+def _needed(model: StoredModel, other: StoredModel, layout: ModelLayout) -> dict[str, StoredTensor]:
+    """Return a model's tensors but those that the other lacks and nobody misses: not loaded, or a tied one's copy."""
+    shared = model.tensors.keys() & other.tensors.keys()
+    needed = {}
+    for name, tensor in model.tensors.items():
+        loaded = layout.find(name)
+        if name in shared:
+            needed[name] = tensor
+            continue
+        others = [] if loaded is None else [place for place in layout.on_disk(loaded) if place in shared]
+        is_copy = any(torch.equal(read_tensor(tensor), read_tensor(model.tensors[place])) for place in others)
+        is_unused = layout.is_known and loaded is None and name not in layout.fused
+        if not is_copy and not is_unused:
+            needed[name] = tensor
+    return needed
+
+
+def _low_rank_kinds(base: StoredModel, layout: ModelLayout) -> dict[str, str]:
+    """Return the tensors that a LoRA can hold, as the class has them: 'linear', 'transposed' or 'embedding'.
+
+    Experts that are fused when they are loaded are linear layers on disk, and PEFT reads LoRAs of them.
+    """
+    names = [name for name in layout.stored if name not in layout.tied]
+    if layout.is_known:
+        kinds = {layout.stored[name]: layout.kinds[name] for name in names if name in layout.kinds}
+    else:
+        kinds = {layout.stored[name]: "linear" for name in names if name not in layout.token_weights}
+    kinds |= dict.fromkeys(layout.fused, "linear")
+    return {
+        name: kind for name, kind in kinds.items() if len(base.tensors[name].shape) == 2 and name.endswith(".weight")
+    }
 
 
 def _difference(old: StoredTensor, new: StoredTensor) -> Tensor | None:
@@ -255,11 +302,8 @@ def _safetensors_writer(path: Path, names: Iterable[str]) -> Iterator[Callable[[
         path.unlink()
 
 
-def _write_settings(made: Path, extracted: Extracted, old: StoredModel, new: StoredModel, *, transposed: bool) -> None:
-    """Write the record, whose fingerprints know both models under any name, and what PEFT needs to load the factors.
-
-    PEFT gets the commonest rank, patterns for the others, and α = r everywhere, so that the scale is 1.
-    """
+def _write_record(made: Path, extracted: Extracted, old: StoredModel, new: StoredModel) -> None:
+    """Write how this was made; its fingerprints know both models under any name."""
     # A hub id as it is, a folder by its path from the patch, so that both can be moved together.
     base = old.name if "/" in old.name else os.path.relpath(old.folder.resolve(), extracted.out.resolve())
     record = {
@@ -271,16 +315,21 @@ def _write_settings(made: Path, extracted: Extracted, old: StoredModel, new: Sto
         **extracted.to_dict(),
     }
     (made / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    ranks = {kept.name.removesuffix(".weight"): kept.rank for kept in extracted.kept if kept.rank is not None}
-    if not ranks:
-        return
+
+
+def _write_config(made: Path, old: StoredModel, ranks: Mapping[str, int], *, transposed: bool) -> None:
+    """Write what PEFT needs to load the factors of modules with these ranks.
+
+    It gets the commonest rank, patterns for the others, and α = r everywhere, so that the scale is 1; and the base by a
+    name that can be loaded from any folder.
+    """
     from peft import LoraConfig
 
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {re.escape(module): other for module, other in ranks.items() if other != rank}
     LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
+        base_model_name_or_path=old.name if "/" in old.name else str(old.folder.resolve()),
         r=rank,
         lora_alpha=rank,
         rank_pattern=others,

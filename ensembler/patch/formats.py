@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,25 @@ DELTAS = "deltas.safetensors"
 RECORD = "patch.json"
 PATCH_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER_PICKLE, DELTAS, RECORD)
 PEFT_PREFIX = "base_model.model."
+
+_NOT_GATHERED = (
+    "DeepSpeed ZeRO-3 or FSDP saved it before the weights were gathered; gather them and save the adapter again"
+)
+# What training puts around a model, by the name that this leaves in those of the tensors.
+_WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "module": "DataParallel or DeepSpeed",
+    "base_model.model": "a second PeftModel",
+}
+_WRAPPED = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(module)\.|"
+    r"(?<=^base_model\.model\.)(module|base_model\.model)\."
+)
+_ADAPTER_NAME = re.compile(r"(lora_(?:embedding_)?[AB]|modules_to_save)\.default(?=\.|$)")
+# Modules that PEFT trains whole for these tasks; its first versions did not write them down.
+_TASK_HEADS = dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")) | {"QUESTION_ANS": ("qa_outputs",)}
 
 # Keys of an adapter's configuration that leave its arithmetic alone, or that are obeyed here.
 _KNOWN_KEYS = {
@@ -72,15 +92,16 @@ class LowRank:
 class Patch:
     """Δθ by tensor name, to be added `scale` times: LoRA factors, full deltas, and `replaced` values.
 
-    PEFT saves modules_to_save and trained biases as values that stand instead of the model's, not as deltas. `targets`
-    are the modules that the adapter's configuration says it changes (None: it does not say), `base` the model it was
-    made for.
+    PEFT saves modules_to_save and trained biases as values that stand instead of the model's, not as deltas; `carried`
+    are the base's own beside them, which nothing trained and which are no part of the patch. `targets` are the modules
+    that the adapter's configuration says it changes (None: it does not say), `base` the model it was made for.
     """
 
     folder: Path
     low_rank: Mapping[str, LowRank]
     full: Mapping[str, StoredTensor]
     replaced: Mapping[str, StoredTensor]
+    carried: Mapping[str, StoredTensor]
     base: str | None
     base_fingerprint: str | None
     targets: tuple[str, ...] | str | None
@@ -96,22 +117,28 @@ class Patch:
         """The weights files of the patch."""
         return [path for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE, DELTAS) if (path := self.folder / name).is_file()]
 
-    def oriented(self, is_transposed: Callable[[str], bool]) -> Patch:
+    def zero_names(self) -> list[str]:
+        """Return the weights whose LoRA is zero, as it is before training, from the bytes of the factors."""
+        return [name for name, factors in self.low_rank.items() if factors.b.is_zero() or factors.a.is_zero()]
+
+    def oriented(self, is_transposed: Callable[[str], bool | None]) -> Patch:
         """Return the patch with its factors turned as the layers are whose weights `is_transposed` knows by name.
 
         PEFT goes by the kind of each layer too: where a LoRA has layers of both kinds, the one fan_in_fan_out that it
         saves is that of the last layer.
         """
-        low_rank = {
-            name: factors if factors.is_embedding else replace(factors, transposed=is_transposed(name))
-            for name, factors in self.low_rank.items()
-        }
+        low_rank = dict(self.low_rank)
+        for name, factors in low_rank.items():
+            turned = is_transposed(name)
+            if turned is not None and not factors.is_embedding:
+                low_rank[name] = replace(factors, transposed=turned)
         return replace(self, low_rank=low_rank)
 
 
-def read_patch(folder: Path, *, scale: float = 1.0, allow_pickle: bool = False) -> Patch:
+def read_patch(folder: Path, *, scale: float = 1.0, allow_pickle: bool = False, unwrap: bool = False) -> Patch:
     """Return the patch in `folder`, from headers alone (a pickle is loaded, and only where it is allowed).
 
+    `unwrap`: take the names that wrappers of training leave (torch.compile, FSDP ...) out of those of the tensors.
     Raises PatchError where there is no patch or a damaged one, UnsupportedPatchError for a kind that cannot be added to
     weights, MemberError for a weights file that is not whole.
     """
@@ -122,12 +149,13 @@ def read_patch(folder: Path, *, scale: float = 1.0, allow_pickle: bool = False) 
     record = read_json(folder / RECORD, PatchError) if (folder / RECORD).is_file() else {}
     low_rank: dict[str, LowRank] = {}
     replaced: dict[str, StoredTensor] = {}
-    notes: tuple[str, ...] = ()
+    carried: dict[str, StoredTensor] = {}
     config: dict[str, Any] = {}
     if (folder / ADAPTER_CONFIG).is_file():
         config = read_json(folder / ADAPTER_CONFIG, PatchError)
         _check_config(folder, config)
-        low_rank, replaced, notes = _read_lora(folder, config, _adapter_tensors(folder, allow_pickle=allow_pickle))
+        tensors = own_names(folder, _adapter_tensors(folder, allow_pickle=allow_pickle), unwrap=unwrap)
+        low_rank, replaced, carried = _read_lora(folder, config, tensors)
     full = stored_tensors(folder / DELTAS) if (folder / DELTAS).is_file() else {}
     if not low_rank and not replaced and not full:
         below = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
@@ -143,30 +171,36 @@ def read_patch(folder: Path, *, scale: float = 1.0, allow_pickle: bool = False) 
         _check_float(folder, name, tensor)
     base = record.get("base") or config.get("base_model_name_or_path") or None
     fingerprint = record.get("base_fingerprint")
-    return Patch(folder, low_rank, full, replaced, base, fingerprint, _targets(config), notes, scale)
+    notes = _notes(replaced, carried)
+    return Patch(folder, low_rank, full, replaced, carried, base, fingerprint, _targets(config), notes, scale)
 
 
-def named_base(folder: Path) -> str | None:
-    """Return the base model that an adapter's configuration or a patch's record names; raise PatchError if damaged."""
-    for name, key in ((ADAPTER_CONFIG, "base_model_name_or_path"), (RECORD, "base")):
-        if (folder / name).is_file():
-            return read_json(folder / name, PatchError).get(key) or None
-    return None
+def named_bases(folder: Path) -> list[str]:
+    """Return the base model that an adapter's configuration and a patch's record name; raise PatchError if damaged."""
+    files = ((folder / ADAPTER_CONFIG, "base_model_name_or_path"), (folder / RECORD, "base"))
+    named = (read_json(file, PatchError).get(key) for file, key in files if file.is_file())
+    return [str(base) for base in named if base]
+
+
+def why_not_plain(config: Mapping[str, Any], allowed: Container[str] = ()) -> str | None:
+    """Return why an adapter's configuration is not that of a plain LoRA, or None; keys in `allowed` are no reason."""
+    kind, start = config.get("peft_type"), config.get("init_lora_weights", True)
+    if kind != "LORA":
+        return f"is of kind {kind!r}; only LORA is a sum with the weights"
+    if config.get("use_dora") and "use_dora" not in allowed:
+        return "is a DoRA (use_dora), whose update depends on the base's norms"
+    if start not in _PLAIN_STARTS:
+        return f"was started with init_lora_weights={start!r}, which changes the base's weights"
+    unknown = {key: value for key, value in config.items() if key not in {*_KNOWN_KEYS, "use_dora"}}
+    found = (key for key, value in unknown.items() if value not in _UNSET and key not in allowed)
+    return next((f"uses {key}={unknown[key]!r}, which is not supported" for key in found), None)
 
 
 def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Raise UnsupportedPatchError for a kind, or a key, that would change the arithmetic."""
-    kind, start = config.get("peft_type"), config.get("init_lora_weights", True)
-    unknown = {key: value for key, value in config.items() if key not in _KNOWN_KEYS}
-    reasons = [f"uses {key}={value!r}, which is not supported" for key, value in unknown.items() if value not in _UNSET]
-    if kind != "LORA":
-        reasons = [f"is of kind {kind!r}; only LORA is a sum with the weights"]
-    elif config.get("use_dora"):
-        reasons = ["is a DoRA (use_dora), whose update depends on the base's norms"]
-    elif start not in _PLAIN_STARTS:
-        reasons = [f"was started with init_lora_weights={start!r}, which changes the base's weights"]
-    if reasons:
-        raise UnsupportedPatchError(f"{folder} {reasons[0]}; give a plain LoRA, or convert it to one with PEFT first")
+    reason = why_not_plain(config)
+    if reason is not None:
+        raise UnsupportedPatchError(f"{folder} {reason}; give a plain LoRA, or convert it to one with PEFT first")
 
 
 def _targets(config: Mapping[str, Any]) -> tuple[str, ...] | str | None:
@@ -204,31 +238,67 @@ def _adapter_tensors(folder: Path, *, allow_pickle: bool) -> dict[str, StoredTen
         raise PatchError(f"{pickle} cannot be read: {' '.join(str(error).split())[:200]}") from error
 
 
+def own_names(folder: Path, tensors: Mapping[str, StoredTensor], *, unwrap: bool) -> dict[str, StoredTensor]:
+    """Return an adapter's tensors under the names of its model's modules; raise PatchError for those of a wrapper."""
+    if not tensors:
+        raise PatchError(f"{folder} holds a weights file without tensors: {_NOT_GATHERED}")
+    own = {}
+    for name, tensor in tensors.items():
+        path = name
+        while found := _WRAPPED.search(path):
+            if not unwrap:
+                wrapper = found[0].removesuffix(".")
+                raise PatchError(
+                    f"{folder} was saved with the wrapper of {_WRAPPERS[wrapper]}: {name} has {wrapper!r} in its name; "
+                    "save the adapter from the model inside, or leave that out with: ensembler patch apply --unwrap"
+                )
+            path = path[: found.start()] + path[found.end() :]
+        own[_ADAPTER_NAME.sub(r"\1", path.removeprefix(PEFT_PREFIX))] = tensor
+    return own
+
+
 def _read_lora(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
-) -> tuple[dict[str, LowRank], dict[str, StoredTensor], tuple[str, ...]]:
-    """Return factors by the name of their weight, replaced values, and notes on tensors that are not additions."""
+) -> tuple[dict[str, LowRank], dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """Return factors by the name of their weight, replaced values, and the base's own that nothing trained."""
     factors: dict[str, dict[str, StoredTensor]] = {}
-    replaced, carried, notes = {}, [], []
-    for name, tensor in tensors.items():
-        path = name.removeprefix(PEFT_PREFIX)
+    replaced, carried = {}, {}
+    for path, tensor in tensors.items():
         ending = next((ending for ending in _FACTORS if path.endswith(ending)), None)
+        name = path.replace(".base_layer.", ".").replace(".original_module.", ".").replace(".modules_to_save.", ".")
         if ending is not None:
             factors.setdefault(path.removesuffix(ending), {})[_FACTORS[ending]] = tensor
         elif "lora_" in path or "token_adapter" in path:
-            raise UnsupportedPatchError(f"{folder} holds {name}, which is not supported; give a plain LoRA")
-        elif path.endswith(".base_layer.weight"):
-            carried.append(path.removesuffix(".base_layer.weight"))
+            raise UnsupportedPatchError(f"{folder} holds {path}, which is not supported; give a plain LoRA")
+        elif ".original_module." not in path and _is_trained(config, name):
+            replaced[name] = tensor
         else:
-            replaced[path.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = tensor
+            carried[name] = tensor
+    low_rank = {f"{module}.weight": _low_rank(folder, config, module, pair) for module, pair in factors.items()}
+    return low_rank, replaced, {name: tensor for name, tensor in carried.items() if name not in replaced}
+
+
+def _is_trained(config: Mapping[str, Any], name: str) -> bool:
+    """Return whether an adapter's configuration has this tensor trained whole, by modules_to_save or as a bias."""
+    if name.endswith(".bias") and config.get("bias", "none") != "none":
+        return True
+    saved: Any = config.get("modules_to_save") or _TASK_HEADS.get(str(config.get("task_type")), ())
+    modules = accumulate(name.split(".")[:-1], "{}.{}".format)
+    return any(module.endswith(tuple(saved)) for module in modules)
+
+
+def _notes(replaced: Mapping[str, StoredTensor], carried: Mapping[str, StoredTensor]) -> tuple[str, ...]:
+    notes = []
     if carried:
-        notes.append(f"the base's own {listed(carried)}, which the patch carries along, is left out")
+        notes.append(
+            f"the base's own {listed(carried)}, which the patch carries along and did not train (modules_to_save in "
+            f"{ADAPTER_CONFIG} does not name it), is left out"
+        )
     if replaced:
         notes.append(
             f"{listed(replaced)}: trained as a whole (modules_to_save, bias), so it replaces the model's own value"
         )
-    low_rank = {f"{module}.weight": _low_rank(folder, config, module, pair) for module, pair in factors.items()}
-    return low_rank, replaced, tuple(notes)
+    return tuple(notes)
 
 
 def _low_rank(folder: Path, config: Mapping[str, Any], module: str, pair: Mapping[str, StoredTensor]) -> LowRank:
@@ -239,7 +309,9 @@ def _low_rank(folder: Path, config: Mapping[str, Any], module: str, pair: Mappin
             raise PatchError(f"{folder}: {module} has no {name}; fetch the patch again")
         _check_float(folder, module, pair[name])
     a, b = pair[first], pair[second]
-    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or a.shape[0] == 0:
+    if not a.num_elements or not b.num_elements:
+        raise PatchError(f"{folder}: {module} has an empty {first} or {second}: {_NOT_GATHERED}")
+    if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
         raise UnsupportedPatchError(
             f"{folder}: {module} has {first} of shape {a.shape} and {second} of shape {b.shape}; expected (r, in) and "
             "(out, r) of a linear layer or an embedding"

@@ -1,15 +1,20 @@
-"""Check from headers alone that patches fit a model, and plan their addition. No torch."""
+"""Check from headers alone that patches fit a model, and plan their addition."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ensembler.errors import PatchError
 from ensembler.patch.formats import Patch
-from ensembler.safetensors_files import FLOATS, HEADS, StoredModel, listed, read_model
+from ensembler.safetensors_files import FLOATS, StoredModel, listed, read_model
+
+if TYPE_CHECKING:
+    from ensembler.patch.model_layout import ModelLayout
 
 _FUSED = ("qkv_proj", "query_key_value", "gate_up_proj", "c_attn", "Wqkv", "attn_qkv", "in_proj")
 
@@ -22,16 +27,21 @@ class PatchPlan:
     patches: tuple[Patch, ...]
     warnings: tuple[str, ...]
 
-    @property
+    @cached_property
     def names(self) -> list[str]:
-        """The tensors that change."""
-        changed = set().union(*(patch.names for patch in self.patches))
+        """The tensors that change: a LoRA of zeros changes none."""
+        zero = [set(patch.zero_names()) for patch in self.patches]
+        changed = set().union(*(patch.names - same for patch, same in zip(self.patches, zero, strict=True)))
         return [name for name in self.model.tensors if name in changed]
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Notes on what the patches hold besides additions, a line each."""
-        return tuple(note for patch in self.patches for note in patch.notes)
+        found = [note for patch in self.patches for note in patch.notes]
+        for patch in self.patches:
+            if zero := patch.zero_names():
+                found.append(f"{patch.folder}: the LoRA of {listed(zero)} is 0, as before training: it changes nothing")
+        return tuple(found)
 
 
 def plan_patches(patches: Sequence[Patch], model: Path) -> PatchPlan:
@@ -39,8 +49,11 @@ def plan_patches(patches: Sequence[Patch], model: Path) -> PatchPlan:
 
     Raises PatchError (a module, shape, dtype or kind that does not fit) or MemberError (a file that is not whole).
     """
+    from ensembler.patch.model_layout import read_layouts  # torch, which reading a patch needs not
+
     stored = read_model(model)
-    fitted = [_fit(patch, stored) for patch in patches]
+    layouts = read_layouts(stored)
+    fitted = [_fit(patch, stored, layouts) for patch in patches]
     for number, patch in enumerate(fitted):
         others = set().union(*(other.names for other in [*fitted[:number], *fitted[number + 1 :]]))
         both = sorted(others & patch.replaced.keys())
@@ -64,54 +77,79 @@ def warn_of_other_base(patch: Patch, model: StoredModel) -> str | None:
     return f"{patch.folder} was made for {patch.base}; this is {model.folder} (expected where that was updated)"
 
 
-def _fit(patch: Patch, model: StoredModel) -> Patch:
-    """Return the patch with its factors turned as the model's layers are; raise PatchError unless it fits."""
+def _fit(patch: Patch, model: StoredModel, layouts: Sequence[ModelLayout]) -> Patch:
+    """Return the patch under the model's names on disk, its factors turned as the layers are.
+
+    It has to fit one of the classes that load the model, and none may tie what it changes apart; raises PatchError.
+    """
     if patch.replaced and patch.scale != 1:
         raise PatchError(
             f"{patch.folder} replaces {listed(patch.replaced)} (modules_to_save, bias), which has no strength; it can "
             "be added at scale 1 only"
         )
-    if model.has_transposed_layers:
-        patch = patch.oriented(model.is_transposed)
-    _check_names(patch, model)
-    shapes: dict[str, tuple[int, ...]] = {name: factors.shape for name, factors in patch.low_rank.items()}
-    shapes |= {name: stored.shape for name, stored in {**patch.full, **patch.replaced}.items()}
-    for name, shape in shapes.items():
-        tensor = model.tensors[name]
-        if tensor.dtype not in FLOATS.values():
-            raise PatchError(
-                f"{name} in {model.folder} is stored as {tensor.dtype}; expected one of {', '.join(FLOATS)}; give the "
-                "model in one of them, before any quantisation"
-            )
-        if shape != tensor.shape:
-            factors = patch.low_rank.get(name)
-            is_turned = factors is not None and not factors.transposed and shape[::-1] == tensor.shape
-            hint = ', unless its adapter_config.json should say "fan_in_fan_out": true' if is_turned else ""
-            raise PatchError(
-                f"{patch.folder}: {name} changes a tensor of shape {shape}; in {model.folder} it has shape "
-                f"{tensor.shape}: it was made for another model{hint}"
-            )
-    return patch
+    for layout in layouts:
+        _check_ties(patch, model, layout)
+    misfits: list[PatchError] = []
+    for layout in layouts:
+        try:
+            return _fit_class(patch, model, layout)
+        except PatchError as misfit:
+            misfits.append(misfit)
+    raise misfits[0]
 
 
-def _check_names(patch: Patch, model: StoredModel) -> None:
-    if model.has_tied_head:
-        # One tensor in two roles: adding what was learned for one would change the other.
-        apart = sorted(name for name in patch.names if name in HEADS)
-        apart += [name for name, factors in patch.low_rank.items() if factors.is_embedding]
-        apart += [name for name in patch.replaced if "embed" in name]
-        if apart:
+def _fit_class(patch: Patch, model: StoredModel, layout: ModelLayout) -> Patch:
+    loaded = {name: layout.find(name) or name for name in (*patch.names, *patch.carried)}
+    places = {name: _places(name, found, patch, model, layout) for name, found in loaded.items()}
+    _check_names(patch, model, layout, loaded, places)
+    kinds = {places[name][0]: layout.kinds.get(loaded[name]) for name in patch.low_rank}
+    placed = replace(
+        patch,
+        low_rank={places[name][0]: factors for name, factors in patch.low_rank.items()},
+        replaced={places[name][0]: stored for name, stored in patch.replaced.items()},
+        full={place: stored for name, stored in patch.full.items() for place in places[name]}
+        | {name: stored for name, stored in patch.full.items() if name in model.tensors},
+        carried={places[name][0]: stored for name, stored in patch.carried.items() if places[name]},
+    ).oriented(lambda name: None if kinds[name] is None else kinds[name] == "transposed")
+    tokens = {place for name in layout.token_weights for place in layout.on_disk(name)}
+    _check_shapes(placed, model, tokens)
+    return placed
+
+
+def _places(name: str, loaded: str, patch: Patch, model: StoredModel, layout: ModelLayout) -> list[str]:
+    """Return the tensors on disk that hold a weight. Those that are turned when loaded take deltas from disk alone."""
+    is_on_disk = name in model.tensors and (loaded not in layout.weights or name in patch.full)
+    return layout.on_disk(loaded) or ([name] if is_on_disk else [])
+
+
+def _check_ties(patch: Patch, model: StoredModel, layout: ModelLayout) -> None:
+    """Raise PatchError where a LoRA or a trained value concerns one of two tied layers: both would change."""
+    for name in sorted({*patch.low_rank, *patch.replaced}):
+        loaded = layout.find(name) or name
+        others = [other for other in layout.tied.get(loaded, ()) if other != loaded]
+        if others:
+            has_copy = len(layout.on_disk(loaded)) > 1
+            hint = ' (its files hold both: "tie_word_embeddings": false in its config.json keeps them apart)'
             raise PatchError(
-                f"{patch.folder} changes {apart[0]}, and {model.folder} ties its input embedding to its output head, "
-                "so both would change; give a model that is not tied, or a patch without it"
+                f"{patch.folder} changes {name}, and {model.folder} ties it to {listed(others)}, so both would change; "
+                f"give a model that is not tied{hint if has_copy else ''}, or a patch without it"
             )
-    missing = sorted(name for name in patch.names if name not in model.tensors)
+
+
+def _check_names(
+    patch: Patch,
+    model: StoredModel,
+    layout: ModelLayout,
+    loaded: Mapping[str, str],
+    places: Mapping[str, Sequence[str]],
+) -> None:
+    missing = sorted(name for name in patch.names if not places[name])
     if missing:
         raise PatchError(
             f"{patch.folder} changes {len(missing):,} of {len(patch.names):,} tensors that {model.folder} does not "
-            f"have: {listed(missing)}; {_why_missing(missing, model)}"
+            f"have: {listed(missing)}; {_why_missing(missing, model, layout)}"
         )
-    extra = [name for name in _targeted(patch, model) if name not in patch.names]
+    extra = sorted(_targeted(patch, model, layout, {loaded[name] for name in patch.names}))
     if extra:
         raise PatchError(
             f"{model.folder} has {len(extra):,} matrices that {patch.folder} says it changes and holds nothing for: "
@@ -119,32 +157,78 @@ def _check_names(patch: Patch, model: StoredModel) -> None:
         )
 
 
-def _why_missing(missing: Sequence[str], model: StoredModel) -> str:
-    """Return the likeliest reason: quantised, another prefix, several modules in one matrix, another architecture."""
+def _check_shapes(patch: Patch, model: StoredModel, tokens: Collection[str]) -> None:
+    """Raise PatchError where a shape or a dtype does not fit; `tokens` are the tensors with a row for each token."""
+    shapes: dict[str, tuple[int, ...]] = {name: factors.shape for name, factors in patch.low_rank.items()}
+    shapes |= {name: stored.shape for name, stored in {**patch.full, **patch.replaced}.items()}
+    for name, stored in patch.carried.items():
+        if name in tokens and stored.shape > model.tensors[name].shape:  # trained on tokens that the model lacks
+            shapes.setdefault(name, stored.shape)
+    for name, shape in shapes.items():
+        tensor, folder = model.tensors[name], model.folder
+        if tensor.dtype == "F64":
+            raise PatchError(
+                f"{name} in {folder} is float64, and sums are taken in float32; save the model in that first: "
+                + _command(f"M.from_pretrained('{folder}', dtype='float32').save_pretrained('{folder}-float32')")
+            )
+        if tensor.dtype not in FLOATS.values():
+            raise PatchError(
+                f"{name} in {folder} is stored as {tensor.dtype}; expected one of {', '.join(FLOATS)}; give the model "
+                "in one of them, before any quantisation"
+            )
+        if name in tokens and shape[1:] == tensor.shape[1:] and shape > tensor.shape:
+            rows = shape[0]
+            raise PatchError(
+                f"{patch.folder} was trained with {rows:,} tokens, and {folder} has {tensor.shape[0]:,}; resize it "
+                f"first, and add the patch to the result: "
+                + _command(
+                    f"m = M.from_pretrained('{folder}'); m.resize_token_embeddings({rows}); "
+                    f"m.save_pretrained('{folder}-{rows}')"
+                )
+            )
+        if shape != tensor.shape:
+            raise PatchError(
+                f"{patch.folder}: {name} changes a tensor of shape {shape}; in {folder} it has shape {tensor.shape}: "
+                "it was made for another model"
+            )
+
+
+def _command(code: str) -> str:
+    return f'python -c "from transformers import AutoModelForCausalLM as M; {code}"'
+
+
+def _why_missing(missing: Sequence[str], model: StoredModel, layout: ModelLayout) -> str:
+    """Return the likeliest reason: quantised, several modules in one matrix, another architecture or class."""
     folder = model.folder.name
     if model.config.get("quantization_config"):
         return f"{folder} is quantised; give the model before that"
-    for name in missing:
-        tail = re.search(r"[^.]+\.\d+\..*", name)
-        found = tail and next((other for other in model.tensors if f".{other}".endswith(f".{tail[0]}")), None)
-        if found:
-            return (
-                f"{folder} calls {name} {found}; load it with the class that the patch was trained with, "
-                "AutoModelForCausalLM for most, and save it again"
-            )
     parents = {name.rsplit(".", 2)[0] for name in missing}
     for name in model.tensors:
         if name.rsplit(".", 2)[0] in parents and any(word in name for word in _FUSED):
             return f"{folder} keeps several of them in one matrix, such as {name}; give a patch made for that"
+    if not layout.is_known:
+        return f"the class of {folder} is not one of transformers, so that a patch has to use the names in its files"
     return "it was made for another architecture"
 
 
-def _targeted(patch: Patch, model: StoredModel) -> list[str]:
-    """Return the matrices of the model that the patch's target_modules match, as PEFT matches them."""
+def _targeted(patch: Patch, model: StoredModel, layout: ModelLayout, found: set[str]) -> list[str]:
+    """Return the matrices that the patch's target_modules match, as PEFT matches them, and that are not in `found`.
+
+    They are layers of the class; those of its text model where the patch stays within it; and experts that are fused
+    when loaded where the patch names one of them, since it is then older than that.
+    """
     targets = patch.targets
     if targets is None:
         return []
-    matrices = {name: name.removesuffix(".weight") for name, tensor in model.tensors.items() if len(tensor.shape) == 2}
+    if layout.is_known:
+        names = {name for name in layout.kinds if name in layout.stored}
+        if all(name.startswith(f"{layout.decoder}.") for name in found):
+            names = {name for name in names if name.startswith(f"{layout.decoder}.") or name in layout.token_weights}
+        if layout.fused & found:
+            names |= {name for name in layout.fused if len(model.tensors[name].shape) == 2}
+    else:
+        names = {name for name, tensor in model.tensors.items() if len(tensor.shape) == 2}
+    matrices = {name: name.removesuffix(".weight") for name in names - found}
     if isinstance(targets, str):
         try:
             return [name for name, module in matrices.items() if re.fullmatch(targets, module)]

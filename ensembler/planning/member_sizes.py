@@ -62,7 +62,7 @@ def measure_group(group: Sequence[MemberFiles], anchor: str) -> GroupSizes:
         roles=tuple(member.role for member in group),
         name=config.model,
         model=measure_model(
-            first.model_config, member_dtype(first), role=first.role, trust_remote_code=first.trust_remote_code
+            first.model_config, member_dtype(first), role=first.role, trust_remote_code=first.config.trust_remote_code
         ),
         adapters={member.role: member.adapter.num_parameters for member in group if member.adapter is not None},
         quantization=config.quantization,

@@ -38,6 +38,10 @@ def require_vllm() -> None:
 def check_servable(checked: CheckedEnsemble, *, num_ranks: int = 1) -> None:
     """Raise ConfigError or MemberError with what vLLM cannot run as members of one model, on so many parallel ranks."""
     for role, member in checked.config.members.items():
+        if member.trust_remote_code:
+            raise ConfigError(
+                f"{role} runs code of its own, which vLLM's members cannot; the transformers backend runs it"
+            )
         if member.quantization is not None:
             raise ConfigError(
                 f"{role} is quantised when loaded ({member.quantization}); vLLM's members are loaded as they are: "

@@ -13,11 +13,11 @@ from typing import Any, Self
 
 from transformers import GenerationConfig
 
-from ensembler.decoding.batching import end_ids, room_for
+from ensembler.decoding.batching import room_for
 from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.drafting import AUTO, NONE
 from ensembler.decoding.prompts import EncodedPrompt
-from ensembler.decoding.samples import make_sample
+from ensembler.decoding.samples import AnswerDecoder, make_sample
 from ensembler.decoding.texts import Completion
 from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError, RunError
@@ -26,6 +26,7 @@ from ensembler.folder import write
 from ensembler.preflight import CheckedEnsemble
 from ensembler.serving.choice import VLLM, BackendChoice, common_dtype
 from ensembler.serving.vllm_serve import LOAD_FORMAT
+from ensembler.vocab import end_ids
 
 _EXTENSION = "ensembler.serving.vllm_model.PointSetter"
 
@@ -138,17 +139,18 @@ def complete_in_engine(
     """
     check_options(options)
     seed = secrets.randbits(62) if options.seed is None else options.seed
-    ends = end_ids(engine)
+    ends = end_ids(engine.generation_config)
     start = time.perf_counter()
     params = [_params(engine, prompt, options, ends, seed) for prompt in prompts]
     for index, output in engine.run([prompt.ids for prompt in prompts], params):
         prompt = prompts[index]
         rows = [list(one.token_ids) for one in sorted(output.outputs, key=lambda one: one.index)]
-        samples = [make_sample(ids, tokenizer, ends, options.stop) for ids in rows]
+        decoder = AnswerDecoder(tokenizer, prompt.ids, is_chat=prompt.is_chat)
+        samples = [make_sample(ids, decoder, ends, options.stop) for ids in rows]
         yield Completion(prompt.number, prompt.ids, samples, time.perf_counter() - start)
 
 
-def _params(engine: Engine, prompt: EncodedPrompt, options: DecodingOptions, ends: frozenset[int], seed: int) -> Any:
+def _params(engine: Engine, prompt: EncodedPrompt, options: DecodingOptions, ends: Sequence[int], seed: int) -> Any:
     from vllm import SamplingParams
 
     sampling = options.temperature > 0
@@ -161,6 +163,7 @@ def _params(engine: Engine, prompt: EncodedPrompt, options: DecodingOptions, end
         repetition_penalty=options.repetition_penalty if options.repetition_penalty is not None else 1.0,
         seed=(seed + prompt.number * _SEED_STEP) % 2**62 if sampling else None,
         stop=list(options.stop),
+        skip_special_tokens=False,  # a stop text may be one
         stop_token_ids=sorted(ends),
         ignore_eos=True,  # the ends are those of the folder, no others
         max_tokens=room_for(engine, len(prompt.ids), options.max_new_tokens),

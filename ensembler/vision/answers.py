@@ -96,9 +96,9 @@ class ImageAnswerer:
     def __init__(self, checked: CheckedImages) -> None:
         self.checked = checked
 
-    def describe(self) -> dict[str, Any]:
-        """Return the ensemble, the backend and versions, as JSON."""
-        ensemble = describe_images(self.checked)
+    def describe(self, *, verify_weights: bool = False) -> dict[str, Any]:
+        """Return the ensemble, the backend and versions, as JSON; see `describe_ensemble`."""
+        ensemble = describe_images(self.checked, verify_weights=verify_weights)
         return {"versions": versions("pillow"), "ensemble": ensemble, "backend": {"name": "transformers"}}
 
     def encode(self, document: Document) -> EncodedDocument:
@@ -141,7 +141,15 @@ class ImageAnswerer:
         return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-_OF_TEXTS = ("num_fewshot", "apply_chat_template", "fewshot_as_multiturn", "system_instruction", "gen_kwargs")
+_OF_TEXTS = (
+    "num_fewshot",
+    "apply_chat_template",
+    "fewshot_as_multiturn",
+    "system_instruction",
+    "gen_kwargs",
+    "chat_template_kwargs",
+    "allow_renamed_special",
+)
 
 
 class ImageSettings(BaseModel, frozen=True, extra="forbid"):
@@ -236,12 +244,12 @@ def answer_prepared(
     ]
 
 
-def describe_images(checked: CheckedImages) -> dict[str, Any]:
+def describe_images(checked: CheckedImages, *, verify_weights: bool = False) -> dict[str, Any]:
     """Return the rule's numbers, the classes, and each member with the hashes of its weights, head and processor.
 
     Heads that are made from texts go by their prompts and their tokenizer as well.
     """
-    described = describe_ensemble(checked)
+    described = describe_ensemble(checked, verify_weights=verify_weights)
     prompts = [checked.config.templates or list(DEFAULT_TEMPLATES), checked.config.class_texts]
     for role, member in checked.files.items():
         found = described["members"][role]

@@ -34,7 +34,7 @@ def as_images(
     """Return the same members as an ensemble of image classifiers, with the classes and prompts of files.
 
     `classes`: labels as a text file with one on each line, a JSON list, or a JSON object from label to the words for it
-    in prompts. `templates`: prompts, one on each line. `aliases`: a JSON object. Raises ConfigError.
+    in prompts. `templates`: prompts, one on each line. `aliases`: a JSON object, see `agree`. Raises ConfigError.
     """
     config = config.replaced(task=IMAGES)
     for key, path in (("classes", classes), ("templates", templates), ("aliases", aliases)):
@@ -53,39 +53,71 @@ def as_images(
 def _read(path: Path, *, is_json: bool) -> Any:
     """Return the JSON of a file, or its lines that are not empty. Raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if is_json else [line.strip() for line in text.splitlines() if line.strip()]
+        text = path.read_text(encoding="utf-8-sig")
+        content = json.loads(text) if is_json else [line.strip() for line in text.split("\n") if line.strip()]
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path} is no JSON file: {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not is_json and not content:
-        raise ConfigError(f"{path} is empty; expected one name or prompt on each line")
+    if not content:
+        raise ConfigError(f"{path} is empty; expected one name or prompt on each line, or in JSON a list or an object")
     return content
 
 
 def agree(
-    classes: Sequence[str] | None, members: Mapping[str, Sequence[str] | None], aliases: Mapping[str, str] | None
+    classes: Sequence[str] | None,
+    members: Mapping[str, Sequence[str] | None],
+    aliases: Mapping[str, str | list[str]] | None,
 ) -> tuple[str, ...]:
     """Return the classes of an ensemble: those given, or those of its first member that names them.
 
     `members`: by role, the anchor first, the names of each one's logits in their order; None where a member has none of
-    its own and takes the ensemble's. Raises ClassesError, which names the classes that differ.
+    its own and takes the ensemble's. `aliases`: labels by what members call them; a name that a member has for several
+    classes has a list of labels, in the order of the classes. Raises ClassesError, which names the classes that differ.
     """
     named = {} if classes is None else {"the list of classes": tuple(classes)}
     for role, names in members.items():
         if names is not None:
-            named[role] = tuple((aliases or {}).get(name, name) for name in names)
+            named[role] = _renamed(role, names, aliases or {})
     if not named:
         raise ClassesError(f"none of {', '.join(members)} names its classes; give them with --classes FILE")
+    for owner, names in named.items():
+        _check_unique(owner, names, members.get(owner))
     first, expected = next(iter(named.items()))
-    twice = next((name for name in expected if expected.count(name) > 1), None)
-    if twice is not None:
-        raise ClassesError(f"{first} has the class {twice!r} twice; give each class a name of its own")
     for role, names in named.items():
         if names != expected:
             raise ClassesError(_difference(first, expected, role, names))
     return expected
+
+
+def _renamed(role: str, names: Sequence[str], aliases: Mapping[str, str | list[str]]) -> tuple[str, ...]:
+    """Return a member's labels by its names for them. Raises ClassesError."""
+    rest: dict[str, list[str]] = {}
+    for name, labels in aliases.items():
+        if isinstance(labels, list) and (num := names.count(name)) and not (num == 1 and name in labels):
+            if num != len(labels):
+                raise ClassesError(
+                    f"aliases has {len(labels)} labels for {name!r}, which {role} has {num} classes of; give one label "
+                    "for each"
+                )
+            rest[name] = list(labels)
+    own = {name: label for name, label in aliases.items() if isinstance(label, str)}
+    return tuple(rest[name].pop(0) if name in rest else own.get(name, name) for name in names)
+
+
+def _check_unique(owner: str, labels: Sequence[str], own: Sequence[str] | None) -> None:
+    """Raise ClassesError where two classes have one label; `own` are the names that a member has for its classes."""
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is None:
+        return
+    indices = [index for index, label in enumerate(labels) if label == twice]
+    remedy = "give each class a label of its own"
+    if own is not None and len({own[index] for index in indices}) == 1:
+        example = {own[indices[0]]: [f"{own[indices[0]]} ({number + 1})" for number in range(len(indices))]}
+        remedy = f"give --aliases FILE with a label for each of them, such as {json.dumps(example)}"
+    raise ClassesError(
+        f"{owner} has the class {twice!r} {len(indices)} times ({', '.join(map(str, indices))}); {remedy}"
+    )
 
 
 def _difference(first: str, expected: Sequence[str], role: str, names: Sequence[str]) -> str:

@@ -92,19 +92,27 @@ class EnsembleForImageClassification(folders.PushedFolder, FixedRule, PreTrained
         return cls.from_checked(check_images(config))
 
     def save_pretrained(  # type: ignore[override,unused-ignore]
-        self, save_directory: str | Path, *, copy_members: bool = False, overwrite: bool = False
+        self,
+        save_directory: str | Path,
+        *,
+        copy_members: bool = False,
+        overwrite: bool = False,
+        max_shard_size: int | str | None = None,
+        **options: Any,
     ) -> None:
         """Write the folder: config.json; members and heads are referenced, or copied too with `copy_members`.
 
-        Raises OutputError if the folder is not empty, unless `overwrite`.
+        `max_shard_size`: of their weights files, as in `transformers`, whose other options are refused unless they ask
+        for nothing. Raises OutputError if the folder is not empty, unless `overwrite`.
         """
+        folders.check_save_options(options)
         copies = {}
         for role, member in self._files.items() if copy_members else ():
             processors = [member.processor]
             if member.kind == ZERO_SHOT:  # its head is made with the tokenizer
                 name, revision = member.config.model, member.config.revision
                 processors.append(AutoTokenizer.from_pretrained(name, revision=revision))
-            copies[role] = folders.Copy(partial(load_model, member), tuple(processors))
+            copies[role] = folders.Copy(partial(load_model, member), tuple(processors), max_shard_size)
         folders.write(self.config, Path(save_directory), copies=copies, overwrite=overwrite)
 
     @property

@@ -112,6 +112,8 @@ def _check_member(role: str, config: MemberConfig) -> ImageMember:
     for name, remedy in _REFUSED.items():
         if getattr(config, name) is not None:
             raise MemberError(f"{role}: an image classifier takes no {name}; {remedy}")
+    if config.trust_remote_code:
+        raise MemberError(f"{role}: an image classifier may not run code of its own; leave --trust-remote-code out")
     config = config.absolute()
     model_config = read_model_config(role, config.model, revision=config.revision)
     with naming(role):

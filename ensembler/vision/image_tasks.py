@@ -202,7 +202,7 @@ def load_image_task(
     folder: Path,
     classes: Sequence[str],
     *,
-    aliases: Mapping[str, str] | None = None,
+    aliases: Mapping[str, str | list[str]] | None = None,
     validation: str | None = None,
     limit: float | None = None,
     seed: int = 0,
@@ -257,9 +257,16 @@ def _check(image: ImageSource) -> ImageSource | ImageError:
     return replace(image, digest=hashlib.sha256(content).hexdigest())
 
 
-def _class_names(folder: Path, labels: Set[str], classes: Sequence[str], aliases: Mapping[str, str]) -> dict[str, str]:
+def _class_names(
+    folder: Path, labels: Set[str], classes: Sequence[str], aliases: Mapping[str, str | list[str]]
+) -> dict[str, str]:
     """Return the ensemble's classes by the labels of images. Raises ClassesError."""
-    found = {label: aliases.get(label, label) for label in sorted(labels)}
+    found = {}
+    for label in sorted(labels):
+        name = aliases.get(label, label)
+        if isinstance(name, list) and label not in name:
+            raise ClassesError(f"{folder} has images of {label!r}, which may be {quoted(name)}; rename its folder")
+        found[label] = label if isinstance(name, list) else name
     unknown = [label for label, name in found.items() if name not in classes]
     if unknown:
         raise ClassesError(

@@ -283,15 +283,6 @@ def test_a_dry_run_says_which_differences_the_documents_can_show(models: dict[st
     assert "tiny_choice, 5 test examples: none if the two disagree on 30 % or less" in printed
 
 
-def test_only_the_patch_is_meant_for_another_model(models: dict[str, Any], task: Path, said: list[str]) -> None:
-    adapter, other = models["patch"], models["direct"]
-    write_recipe(Path("r.yaml"), recipe({**models, "source_ft": {"model": other, "adapter": adapter}}, task, limit=3))
-    run("r.yaml", "--dry-run")
-    assert [line for line in said if "was made for" in line] == [
-        f"source_ft: the adapter {adapter} was made for {models['source_pt']}, not {other}"
-    ]
-
-
 def test_two_folders_side_by_side(models: dict[str, Any], task: Path) -> None:
     write_recipe(Path("r.yaml"), recipe(models, task, methods=["source_ft", "patch"]))
     run("r.yaml", "--output", "a")

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from helpers.commands import Run, SaveMember
 from helpers.tiny import make_tokenizer
-from transformers import TextStreamer
+from torch import Tensor
+
+from ensembler.decoding.samples import TextPrinter
 
 TEMPLATE = "{% for m in messages %}{{ m.content + ' ' }}{% endfor %}"
 STOPPED = "answer stopped; Ctrl-C again ends the chat"
@@ -116,16 +118,17 @@ def test_a_mistake_is_one_line_and_the_chat_goes_on(run: Run, ensemble: Path) ->
 def interrupt(monkeypatch: pytest.MonkeyPatch, *at: int) -> None:
     """Let Ctrl-C be pressed when the streamer gets these of its tokens."""
     taken = 0
-    print_text = TextStreamer.on_finalized_text
+    put = TextPrinter.put
 
-    def press(self: TextStreamer, text: str, stream_end: bool = False) -> None:
+    def press(self: TextPrinter, value: Tensor) -> None:
         nonlocal taken
-        taken += 1
-        print_text(self, text, stream_end)
-        for _ in range(at.count(taken)):
-            signal.raise_signal(signal.SIGINT)
+        put(self, value)
+        if self.ids:  # it was not the prompt
+            taken += 1
+            for _ in range(at.count(taken)):
+                signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(TextStreamer, "on_finalized_text", press)
+    monkeypatch.setattr(TextPrinter, "put", press)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal")

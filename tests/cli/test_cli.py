@@ -197,7 +197,7 @@ def test_what_changed_beneath_an_output_is_named(run: Run, ensemble: Path, promp
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert "members target_pt fingerprint was " in run(*arguments).error
+    assert "other settings: the weights of target_pt changed" in run(*arguments).error
     rows_before = out.read_text()
     resumed = run(*arguments, "--overwrite")
     assert resumed.code == 0

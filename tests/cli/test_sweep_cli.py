@@ -10,6 +10,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -189,6 +190,51 @@ def test_changed_documents_members_and_versions_are_noticed(members: list[str], 
     with closing(sqlite3.connect(f"out/{FILE}")) as connection, connection:
         connection.execute("UPDATE settings SET value = json_set(value, '$.ensembler', '0.0.1') WHERE key = 'versions'")
     assert 'another run: the version of ensembler is "0.0.1" there' in refused(*flags)
+
+
+def test_weight_files_that_were_touched_are_noticed_unless_their_bytes_count(
+    members: list[str], tmp_path: Path
+) -> None:
+    flags = [*members, *questions(tmp_path, 12), "--alpha", "0,1", "--output"]
+    run(*flags, "times")
+    run(*flags, "bytes", "--verify-weights")
+    weights = Path(members[1]) / "model.safetensors"
+    before = weights.stat()
+    os.utime(weights, ns=(1, 1))
+    try:
+        changed = "another run: the sizes or times of the weight files of source_ft changed. Run"
+        assert changed in refused(*flags, "times")
+        run(*flags, "bytes", "--verify-weights")
+    finally:
+        os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    run(*flags, "times")
+    assert "another run: --verify-weights is false there and true here" in refused(*flags, "times", "--verify-weights")
+
+
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_next_to_no_rows_show_nothing(num_rows: int, members: list[str], tmp_path: Path) -> None:
+    """No interval without a width, no p below that of the sign test, and numbers that JSON and the page can hold."""
+    rows = [{"q": f"{number} abc", "a": "de fg"} for number in range(num_rows)]
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    flags = [*members, "--data", data, "--prompt", "{q}", "--answer", "{a}", "--alpha", "0,1"]
+    for metric in ("perplexity", "exact_match"):
+        printed = run(*flags, "--metric", metric, "--margin", 0.5, "--output", metric)
+        assert "nan" not in printed
+        task = summary(metric)
+        for interval in (*(method["test"] for method in task["methods"]), *(point["test"] for point in task["curve"])):
+            assert interval["low"] is None or interval["high"] - interval["low"] > 0.1
+        assert all(each["comparison"]["p_value"] >= 2 * 0.5**num_rows for each in task["differences"])
+        assert Path(metric, "report.html").read_text().count("nan") == 0
+
+
+def test_flexible_number_from_a_command_line_of_its_own(tmp_path: Path, members: list[str]) -> None:
+    """In a process that has loaded nothing else: lm-eval registers its filters when they are imported."""
+    data = write_rows(tmp_path / "sums.jsonl", [{"q": f"{i} + 4 =", "a": f"so it is {i + 4}."} for i in range(3)])
+    flags = ["--prompt", "{q}", "--answer", "{a}", "--metric", "flexible_number", "--gen-kwargs", "max_gen_toks=2"]
+    command = [sys.executable, "-m", "ensembler", "sweep", *members, "--data", str(data), *flags, "--alpha", "0,1"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert found.returncode == 0, found.stderr
+    assert summary()["metric"] == "exact_match"
 
 
 def test_a_run_without_rows_does_not_block_its_folder(

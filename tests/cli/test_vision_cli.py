@@ -258,6 +258,28 @@ def test_aliases_make_members_agree(tmp_path: Path, run: Any) -> None:
     assert torch.isfinite(model(model.prepare(random_images(2))).logits).all()
 
 
+def test_files_with_a_byte_order_mark_and_odd_line_ends(tmp_path: Path, run: Any) -> None:
+    """As editors on Windows write them. A line ends at a line feed alone; null is no name."""
+    vit = save_vit(tmp_path / "vit", 1)
+    trio = ["--source-ft", vit, "--source-pt", vit, "--target-pt", vit, "--task", "image-classification"]
+    classes, templates, aliases = (tmp_path / name for name in ("classes.txt", "templates.txt", "aliases.json"))
+    odd = ["c\u2028t", "d\x85g", "o\x0bl", *CLASSES[3:]]
+    classes.write_bytes(("\ufeff" + "\r\n".join(odd) + "\r\n").encode())
+    templates.write_bytes("\ufeffa {}\n\nan {}".encode())
+    aliases.write_bytes(("\ufeff" + json.dumps(dict(zip(CLASSES, odd, strict=True)))).encode())
+    done = run("create", tmp_path / "out", *trio, "--classes", classes, "--templates", templates, "--aliases", aliases)
+    assert done.code == 0, done.err
+    config = EnsembleForImageClassification.from_pretrained(tmp_path / "out").config
+    assert (config.classes, config.templates) == (odd, ["a {}", "an {}"])
+    listed = tmp_path / "classes.json"
+    for content in ([*CLASSES[:6], None], {**dict.fromkeys(CLASSES[:6], "x"), CLASSES[6]: None}, None, "cat"):
+        listed.write_text(json.dumps(content))
+        refused = run("create", tmp_path / "bad", *trio, "--classes", listed)
+        assert refused.code == 2
+        assert str(listed) in refused.error, refused.error
+        assert not (tmp_path / "bad").exists()
+
+
 def test_without_pillow_the_pip_line_is_told(tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     vit = save_vit(tmp_path / "vit", 1)
     monkeypatch.setitem(sys.modules, "PIL.Image", None)

@@ -246,21 +246,3 @@ def test_a_reset_mends_a_broken_cache() -> None:
         step(model, MORE, cache)
     cache.reset()
     assert_close(step(model, IDS, cache)[0], step(model, IDS)[0])
-
-
-def test_a_member_without_key_value_cache_is_told(trio: dict[str, PreTrainedModel]) -> None:
-    """A recurrent member: refused with a cache, and right without one."""
-    from transformers import MambaConfig, MambaForCausalLM
-
-    torch.manual_seed(0)
-    mamba = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
-    members = {"reference": trio["source_ft"], "aligned": mamba}
-    model = EnsembleForCausalLM.from_members(rule="realign", alpha=0.5, members=members)
-    with pytest.raises(InputError, match=r"aligned .MambaForCausalLM. keeps no key-value cache"):
-        model.generate(IDS, max_new_tokens=2)
-    with torch.no_grad():
-        logits = model(IDS).logits
-        expected = 0.5 * (members["reference"](IDS).logits + mamba(IDS).logits)
-    assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-    output = model.generate(IDS, max_new_tokens=3, use_cache=False, eos_token_id=None, pad_token_id=3)
-    assert output.shape == (2, 7)

@@ -264,3 +264,11 @@ def test_beams_are_refused(run: Run, members: list[str]) -> None:
     result = run("generate", *members, "--prompt", "a", "--compile", "--num-beams", 2)
     assert "--compile is for greedy decoding and sampling" in result.error
     assert result.code == 2
+
+
+def test_the_whole_ensemble_may_be_compiled() -> None:
+    """As any model of `transformers`, by `torch.compile` around it."""
+    members = {"source_ft": make_model("llama"), "source_pt": make_model("qwen2"), "target_pt": make_model("gpt2")}
+    model, ids = EnsembleForCausalLM.from_members(members=members, alpha=0.5), random_ids(2, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="eager")(ids).logits, model(ids).logits)

@@ -19,7 +19,7 @@ from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.texts import complete_prompts
-from ensembler.engine.backbone import AdaptedLinear, Routing
+from ensembler.engine.backbone import LayerAdapters, Routing
 from ensembler.engine.distributed import World
 from ensembler.engine.row_cache import ModelRowCache
 from ensembler.errors import RunError
@@ -41,18 +41,17 @@ class Transposing(nn.Module):
 @torch.no_grad()
 def test_an_update_is_added_to_an_output_of_any_layout() -> None:
     torch.manual_seed(0)
-    routing, base = Routing(), Transposing(8)
-    layer = AdaptedLinear(base, routing)
+    routing, layer = Routing(), Transposing(8)
     down, up = torch.randn(2, 8), torch.randn(8, 2)
-    layer.add("tuned", down, up, 0.5)
+    LayerAdapters.of(layer, routing).add("tuned", down, up, 0.5)
     x = torch.randn(4, 3, 8)
-    assert not base(x).is_contiguous()
+    assert not layer(x).is_contiguous()
     with routing.through(("tuned", "plain"), 4):
         found = layer(x)
-    expected = base(x)
+    expected = layer(x)
     expected[:2] += 0.5 * x[:2] @ down.T @ up.T
     torch.testing.assert_close(found, expected)
-    assert (found[:2] - base(x)[:2]).abs().max() > 0.1
+    assert (found[:2] - layer(x)[:2]).abs().max() > 0.1
 
 
 def decoded(model: EnsembleForCausalLM) -> Iterator[tuple[int, list[int]]]:
@@ -219,14 +218,14 @@ def test_ranks_are_divided_by_bytes() -> None:
     assert sorted([*first, *second]) == [0, 1, 2, 3, 4]
 
 
-def test_only_the_layers_of_an_adapter_are_wrapped(tmp_path: Any) -> None:
+def test_only_the_layers_of_an_adapter_are_changed(tmp_path: Any) -> None:
     from helpers.adapter_cases import make_pair, save_adapter, save_base
 
     base = save_base(tmp_path / "base")
     pair = make_pair(base, save_adapter(base, tmp_path / "adapter"), make_model("gpt2", 3))
-    wrapped = {
+    changed = {
         name.rpartition(".")[2]
         for name, module in pair.shared.members["source_pt"].named_modules()
-        if isinstance(module, AdaptedLinear)
+        if isinstance(getattr(module, "adapters", None), LayerAdapters)
     }
-    assert wrapped == {"q_proj", "v_proj", "down_proj"}
+    assert changed == {"q_proj", "v_proj", "down_proj"}

@@ -15,11 +15,11 @@ from helpers.tiny import make_model, member_logits, random_ids
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ensembler import EnsembleForCausalLM, MemberConfig
 from ensembler.config import EnsembleConfig
-from ensembler.engine.members import MemberFiles, check_member, group_members, load_group
+from ensembler.engine.members import MemberFiles, check_member, context_length, group_members, load_group
 from ensembler.errors import ConfigError, EnsemblerError, MemberError
 from ensembler.preflight import check_ensemble
 from ensembler.safetensors_files import stored_tensors
@@ -322,3 +322,20 @@ def test_an_adapter_whose_base_is_not_there(save_member: SaveMember, tmp_path: P
         write(adapter, "adapter_config.json", json.dumps({**settings, "base_model_name_or_path": value}))
         with pytest.raises(MemberError, match=message):
             check_member("x", MemberConfig(str(adapter)))
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "expected"),
+    [
+        ("llama", {"max_position_embeddings": 40}, 40),
+        ("gpt2", {"n_positions": 40}, 40),
+        ("mpt", {"max_seq_len": 40}, 40),
+        ("ctrl", {"n_positions": 40}, 40),
+        ("bloom", {}, None),
+        ("mamba", {}, None),
+        ("llama", {"max_position_embeddings": 40, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, 80),
+        ("llama", {"max_position_embeddings": 40, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}, 40),
+    ],
+)
+def test_the_longest_text_by_the_names_of_families(family: str, settings: dict[str, Any], expected: int | None) -> None:
+    assert context_length(AutoConfig.for_model(family, **settings)) == expected

@@ -120,7 +120,7 @@ def test_a_single_quantised_member_keeps_its_adapter_beside(base: Path, adapter:
     patched = PeftModel.from_pretrained(quantised(base, method), adapter).eval()
     tol = 0.02 if "8bit" in method else 1e-4
     assert_close(last_logits(model, IDS), last_logits(patched, IDS), atol=tol, rtol=tol)
-    assert any("down_aligned" in name for name, _ in model.named_buffers())
+    assert any("down_aligned" in name for name, _ in model.named_parameters())
 
 
 def test_a_quantised_ensemble_survives_the_folder(base: Path, adapter: Path, tmp_path: Path) -> None:

@@ -110,7 +110,7 @@ def test_seeds_and_no_standard_error() -> None:
     seeded = compare(a, b)
     assert detectable_effect(seeded) > 3 * seeded.difference.standard_error  # two to four degrees of freedom
     assert math.isnan(detectable_effect(compare([0.5, 0.25], [0.5, 0.25])))
-    assert math.isnan(detectable_effect(compare([0.5], [0.25])))
+    assert detectable_effect(compare([0.5], [0.25])) == math.inf
     assert math.isnan(detectable_effect(compare([1, 0], [1, 0], clusters="ab")))
 
 
@@ -160,6 +160,9 @@ def test_rows_that_do_not_differ() -> None:
     assert equivalence([0.5, 0.25], [0.5, 0.25], 0.1) == pytest.approx(0.81)
     assert math.isnan(equivalence([-3.0, -4.0], [-3.0, -4.0], 0.1))
     assert math.isnan(equivalence([0, 1, 1], [0, 1, 1], 0.1, np.mean, num_resamples=50))
+    assert equivalence([0.5, 0.6, 0.7], [0.5, 0.61, 0.7], 0.3, np.mean) == 0.125  # three rows say no more
+    assert detectable_effect(compare([0.5, 0.6, 0.7], [0.5, 0.61, 0.7], np.mean)) == math.inf
+    assert detectable_effect(compare([0.5] * 7 + [1], [0.3] * 8, np.mean)) < math.inf
     assert equivalence([1] * 12, [0] * 12, 0.1, clusters="aaabbbcccddd") == 1.0
     assert equivalence([5.0, 6.0], [3.0, 4.0], 1.0) == 1.0
 

@@ -162,8 +162,9 @@ def test_a_context_is_read_once_where_that_saves_tokens() -> None:
 
     (alone,) = make_batches([short], 3, share_contexts=True)  # two tokens are not worth a forward
     assert not any(one.is_forked for one in alone.passes)
-    (plain,) = make_batches([FORKED], 3)
-    assert [one.step.input_ids.shape for one in plain.passes] == [(3, 42)]
+    (plain,) = make_batches([FORKED], 3)  # each row is one that a member alone would read
+    assert [one.step.input_ids.shape for one in plain.passes] == [(3, 42), (1, 41)]
+    assert [one.step.lengths.tolist() for one in plain.passes] == [[[40], [42], [42]], [[41]]]
 
 
 def test_contexts_of_one_length_need_no_mask() -> None:

@@ -23,6 +23,7 @@ from ensembler.evaluation.statistics import (  # noqa: E402
     mcnemar,
     mean_interval,
     metric_interval,
+    wilson,
 )
 
 
@@ -181,7 +182,10 @@ def test_order_and_side_do_not_matter(pairs: list[tuple[float, float]], chance: 
     assert mirrored.p_value == found.p_value
     assert (mirrored.only_a, mirrored.only_b) == (found.only_b, found.only_a)
     low, high = found.difference.low, found.difference.high
-    assert (mirrored.difference.low, mirrored.difference.high) == pytest.approx((-high, -low), abs=1e-9)
+    assert (mirrored.difference.low, mirrored.difference.high) == pytest.approx((-high, -low), abs=1e-9, nan_ok=True)
+    if math.isnan(low):  # all differences are alike
+        assert math.isnan(high)
+        return
     slack = 1e-9 * max(1.0, abs(low), abs(high))
     assert low - slack <= high
     if found.test == "exact McNemar":
@@ -255,7 +259,61 @@ def test_one_row_and_undefined_resamples_have_no_edges() -> None:
     assert mean_interval(np.array([0.5])).low == -math.inf
     found = compare([(1, 1), (0, 1)], [(1, 0), (0, 0)], lambda rows: math.nan if len(set(rows)) == 1 else f1(rows))
     assert math.isnan(found.p_value)
-    assert math.isnan(found.difference.high)
+    assert not math.isfinite(found.difference.high)
+
+
+# -- too little to say anything ---------------------------------------------------------------------------------------
+
+
+def total(rows: Sequence[float]) -> float:
+    """An aggregate of numbers that is no mean to `compare`."""
+    return float(np.mean(rows))
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 5, 6, 20, 60])
+@pytest.mark.parametrize("kind", ["mean", "aggregate", "clustered mean", "clustered aggregate"])
+def test_no_p_is_smaller_than_the_rows_allow(kind: str, num: int) -> None:
+    """One method is better in each row, or cluster of three: the sign test of them is the most that can be said."""
+    if kind.startswith("clustered") and num == 1:
+        pytest.skip("one cluster is refused")
+    generator = np.random.default_rng(num)
+    for spread in (0.0, 0.3):
+        each = 2 + spread * generator.random(num)
+        clusters = np.repeat(np.arange(num), 3).tolist() if kind.startswith("clustered") else None
+        a = (np.repeat(each, 3) if clusters else each).tolist()
+        aggregate = total if kind.endswith("aggregate") else None
+        found = compare(a, [0.0] * len(a), aggregate, clusters=clusters)
+        own = metric_interval(a, aggregate, clusters=clusters)
+        assert found.difference.estimate == pytest.approx(own.estimate)
+        for interval in (found.difference, own):
+            assert not interval.high - interval.low < 1e-12, (spread, interval)
+        if spread == 0.0 or aggregate is not None:
+            assert found.p_value >= min(1.0, 2 * 0.5**num)
+        if num == 1:
+            assert (found.p_value, own.low, own.high) == (1.0, -math.inf, math.inf)
+            assert math.isnan(own.standard_error)
+        if aggregate is not None and num < 6:
+            assert (found.difference.low, found.difference.high) == (-math.inf, math.inf)
+        if aggregate is not None and num >= 6 and spread:
+            assert (found.p_value <= 0.05, found.difference.low > 0) == (True, True)
+
+
+def test_rows_that_are_alike_but_for_rounding_have_no_standard_error() -> None:
+    for value in (0.1, 0.2, 0.7, -3.3):
+        for rows in ([value] * 3, [value] * 70, [[value] * 7, [value] * 7]):
+            found = metric_interval(rows)
+            assert (found.standard_error, math.isnan(found.low), math.isnan(found.high)) == (0.0, True, True)
+            num = np.array(rows).shape[-1]
+            p_value = compare(rows, np.zeros_like(rows)).p_value
+            assert p_value == pytest.approx(2 * 0.5**num if num < 50 else 2 / (NUM_RESAMPLES + 1))
+        assert metric_interval([value] * 40, total).standard_error == 0.0
+
+
+def test_clusters_that_are_all_right_are_not_certain() -> None:
+    clusters = [0, 0, 1, 1, 2, 2]
+    found = compare([1] * 6, [0] * 6, clusters=clusters).difference
+    assert (found.low, found.high) == pytest.approx((1 - wilson(0, 3)[1], 1.0))
+    assert compare([0] * 6, [1] * 6, clusters=clusters).difference.low == -1.0
 
 
 def test_scipy_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from helpers.task_cases import figures, figures_of, recorded, run_lm_eval, write
 
 from ensembler.errors import ConfigError, PromptError
 from ensembler.evaluation.documents import Document
+from ensembler.evaluation.last_number import last_number
 from ensembler.evaluation.lm_eval_settings import PromptSettings
 from ensembler.evaluation.task_files import field_names, fill, make_task_from_file
 from ensembler.evaluation.tasks import TextTask
@@ -107,6 +110,18 @@ def test_a_space_before_the_answer(tmp_path: Path) -> None:
         assert context + text == expected
 
 
+def test_null_is_no_choice(tmp_path: Path) -> None:
+    data = write_rows(
+        tmp_path / "d.jsonl", [{"q": "x", "c": ["a", "null"], "a": 0}, {"q": "x", "c": ["a", None], "a": 0}]
+    )
+    with pytest.raises(PromptError, match=r"d.jsonl:2 has null among the choices \['a', None\]; give each some text"):
+        make_task_from_file(data, prompt="{q}", choices="{c}", answer="{a}")
+    skipped: list[str] = []
+    task = make_task_from_file(data, prompt="{q}", choices="{c}", answer="{a}", skip=skipped.append)
+    assert [document.choices for document in task.documents()] == [("a", "null")]
+    assert len(skipped) == 1
+
+
 def test_few_shot_examples_are_other_rows(data: Path) -> None:
     task = make(data, choices="{options}", answer="{label}", settings=PromptSettings(num_fewshot=2))
     for row, contexts in zip(ROWS, pairs(task), strict=True):
@@ -143,7 +158,7 @@ def test_exact_match(data: Path) -> None:
 def test_flexible_number(data: Path) -> None:
     task = make(data, metric="flexible_number")
     documents = task.documents()
-    assert [document.gold for document in documents] == ["12", "1,004", "$5."]
+    assert [document.gold for document in documents] == ["12", "1004", "5"]
     for index, text, value in (
         (0, "2 + 10 = 12", 1.0),
         (0, "it is $12.", 1.0),
@@ -151,8 +166,54 @@ def test_flexible_number(data: Path) -> None:
         (0, "none", 0.0),
         (1, "so #### 1004", 1.0),
         (2, "5", 1.0),
+        (2, "it costs $5.00.", 1.0),
+        (2, "5 ... or so", 1.0),
     ):
         assert task.measure(documents[index], [[text]])[0] == {"exact_match": value}, text
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("the order costs $29.00.", "29"),
+        ("profit of $70,000.", "70000"),
+        ("72, altogether.", "72"),
+        ("72 ...", "72"),
+        ("72...", "72"),
+        ("25 dollars and, well,.", "25"),
+        ("it is −3 degrees, not 4 or -3", "-3"),
+        ("10-7", "7"),
+        ("(10)-7", "7"),
+        ("a loss of -$1,234.50", "-1234.5"),
+        ("half: .5", "0.5"),
+        ("-0.0", "0"),
+        ("007", "7"),
+        ("1\u202f000\u00a0000", "1000000"),
+        ("3,4,5", "5"),
+        ("1,2345", "2345"),
+        ("\\boxed{25}", "25"),
+        ("25%", "25"),
+        ("none", "[invalid]"),
+        ("", "[invalid]"),
+    ],
+)
+def test_the_last_number_of_a_text(text: str, number: str) -> None:
+    assert last_number(text) == number
+
+
+def test_numbers_that_are_written_otherwise_are_the_same() -> None:
+    generator = random.Random(0)
+    for _ in range(300):
+        cents = generator.randrange(-(10**9), 10**9)
+        sign, (whole, part) = "-" if cents < 0 else "", divmod(abs(cents), 100)
+        expected = f"{sign}{whole}.{part:02d}".rstrip("0").rstrip(".") if cents else "0"
+        for written in (
+            f"{sign}{whole}.{part:02d}",
+            f"{sign}${whole:,}.{part:02d}",
+            f"so 3 x {sign}{whole:,}.{part:02d}000.",
+        ):
+            assert last_number(written) == expected, written
+        assert Decimal(last_number(f"{cents / 100:.2f} ...")) * 100 == cents
 
 
 def test_perplexity(data: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -329,7 +329,7 @@ def change(folder: Path, old: str, new: str) -> str:
         ("{{question}}", "{{[question, query][question == 'q']}}", r"no prompt could be .*has question, choices"),
         ("multiple_choice", "single_choice", "could not be loaded: Got invalid output_type 'single_choice'"),
         ("{{question}}", "{{question", "could not be loaded: "),
-        ("test_split: test", "test_split: dev", "could not be loaded: "),
+        ("test_split: test", "test_split: dev", "has test_split: dev, which its data lack; give one of test, train"),
         ("test_split: test\n", "", "must have valid or test docs"),
         ("metric: acc_norm", "metric: no_such_metric", "no_such_metric of task tiny_choice is not known"),
         ("metric: acc_norm", "metric: bleu", "metric bleu of task tiny_choice does not fit its output"),

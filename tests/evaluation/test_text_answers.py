@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from ensembler.evaluation.provenance import describe_ensemble
 from ensembler.evaluation.text_answers import TextAnswerer
 from ensembler.patch.extract import extract_patch
 from ensembler.preflight import check_ensemble
+from ensembler.safetensors_files import stored_tensors
 
 TEXTS = ["", " ", "a", "<s>", "ab cd", " ab", "a\n", "a  ", "<s>ab", "x</s>y", "The 9", "é", "\n\n", "yes", " no, 7 "]
 
@@ -211,11 +214,33 @@ def test_the_largest_batch_fits_with_all_rows_of_its_texts(
     assert found == sizes[-1][0] // num_rows > 1
 
 
-def described(base: Path, **settings: Any) -> dict[str, Any]:
+def described(base: Path, *, verify_weights: bool = False, **settings: Any) -> dict[str, Any]:
     """What rows say of an ensemble with one member that has these settings."""
     members = {"source_ft": MemberConfig(str(base), **settings), "source_pt": MemberConfig(str(base))}
-    found = describe_ensemble(check_ensemble(EnsembleConfig(members={**members, "target_pt": members["source_pt"]})))
-    return dict(found["members"]["source_ft"])
+    checked = check_ensemble(EnsembleConfig(members={**members, "target_pt": members["source_pt"]}))
+    return dict(describe_ensemble(checked, verify_weights=verify_weights)["members"]["source_ft"])
+
+
+def test_weights_that_were_replaced_are_noticed_wherever_they_differ(tmp_path: Path) -> None:
+    """Behind the 4 KiB of the fingerprint by the times of files, or by their bytes; a copy keeps the times."""
+    base = save_base(tmp_path / "base", intermediate_size=128)
+    copied = Path(shutil.copytree(base, tmp_path / "elsewhere" / "base"))
+    by_times, by_bytes = described(base), described(base, verify_weights=True)
+    assert described(copied) == by_times
+    assert described(copied, verify_weights=True) == by_bytes
+    file = base / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    large = next(one for one in stored_tensors(file).values() if one.num_bytes > 4096)
+    content[large.start + large.num_bytes - 1] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(1, 1))
+    assert described(base)["fingerprint"] == by_times["fingerprint"]
+    assert described(base) != by_times
+    assert described(base, verify_weights=True) != by_bytes
+    shutil.copyfile(copied / "model.safetensors", file)
+    os.utime(file, ns=(2, 2))
+    assert described(base) != by_times  # the same bytes, written anew
+    assert described(base, verify_weights=True) == by_bytes
 
 
 def test_an_adapter_goes_by_its_files_wherever_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,15 +8,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.tiny import make_model, make_tokenizer
+from helpers.tiny import make_model, make_tokenizer, random_ids
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ensembler import EnsembleForCausalLM, MemberConfig
 
 ALPHA = 0.7
+IDS = random_ids(2, 7)
+PADDED = torch.cat([torch.tensor([[3, 3], [17, 30]]), IDS], 1)
+MASK = (PADDED != 3).long()
+TOGETHER = [("source_ft", "source_pt"), ("target_pt",)]
+NUM_NEW = 9
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampling": {"do_sample": True, "temperature": 0.8},
+    "nucleus": {"do_sample": True, "top_p": 0.8, "num_return_sequences": 3},
+    "beams": {"num_beams": 3},
+    "beams returned": {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.5},
+    "beam sample": {"num_beams": 3, "do_sample": True},
+    "static": {"cache_implementation": "static"},
+    "static beams": {"cache_implementation": "static", "num_beams": 3},
+    "no cache": {"use_cache": False},
+    "no cache, beams": {"use_cache": False, "num_beams": 3},
+    "chunks": {"prefill_chunk_size": 4},
+    "repetition": {"repetition_penalty": 1.4},
+    "guidance": {"guidance_scale": 1.5},
+}
 LLAMA_TARGETS = ("q_proj", "v_proj", "down_proj")
+LORAS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "rank_pattern": {"rank_pattern": {"down_proj": 2, "layers.1.self_attn.q_proj": 7}},
+    "alpha_pattern": {"alpha_pattern": {"q_proj": 24}, "rank_pattern": {"v_proj": 1}, "use_rslora": True},
+    "lm_head": {"target_modules": ["q_proj", "lm_head"]},
+    "all-linear": {"target_modules": "all-linear"},
+    "one layer": {"layers_to_transform": [1], "exclude_modules": ["v_proj"]},
+    "rank above width": {"r": 40},
+}
 TARGETS: dict[str, tuple[str, ...]] = {
     "gpt2": ("c_attn", "c_proj"),
     "gpt_neox": ("query_key_value", "dense_4h_to_h"),
@@ -122,3 +153,24 @@ def last_logits(model: PreTrainedModel, ids: Tensor, **inputs: Any) -> Tensor:
     """Logits of a forward without gradients."""
     logits: Tensor = model(input_ids=ids, **inputs).logits
     return logits
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Within 1e-5 of the largest logit.
+
+    Which order a product is summed in depends on the CPU, and sliding windows of padded rows amplify what rounding
+    leaves.
+    """
+    scale = max(1.0, expected.abs().max().item())
+    assert_close(actual / scale, expected / scale, atol=1e-5, rtol=0)
+
+
+def assert_equal(pair: Pair, ids: Tensor = IDS, **inputs: Any) -> None:
+    assert_same(last_logits(pair.shared, ids, **inputs), last_logits(pair.copies, ids, **inputs))
+
+
+def tokens(model: PreTrainedModel, ids: Tensor, seed: int = 11, **options: Any) -> list[list[int]]:
+    torch.manual_seed(seed)
+    options = {"attention_mask": (ids != 3).long(), "max_new_tokens": NUM_NEW, "eos_token_id": None, **options}
+    result: list[list[int]] = model.generate(ids, pad_token_id=3, **options).tolist()
+    return result

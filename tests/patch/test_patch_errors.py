@@ -26,6 +26,7 @@ from ensembler.patch.formats import read_patch
 from ensembler.patch.patch_plan import plan_patches
 
 Damage = Callable[[Path, Path], Any]
+PREFIX = "base_model.model."
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 
@@ -43,6 +44,14 @@ def again(**settings: Any) -> Damage:
         save_lora(lora, **settings)
 
     return damage
+
+
+def renamed(start: str, new: str) -> Callable[[dict[str, torch.Tensor]], Any]:
+    return lambda tensors: {new + name.removeprefix(start): tensor for name, tensor in tensors.items()}
+
+
+def in_float64(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.double() for name, tensor in tensors.items()}
 
 
 def other_kind(kind: Any) -> Damage:
@@ -152,7 +161,25 @@ BAD: dict[str, tuple[Damage, str]] = {
     "cut header": (cut(lambda m, p: m / WEIGHTS, 0.01), "not a whole safetensors file"),
     "a damaged shape": (damaged_shape, r"of shape \(64, 17\)"),
     "quantised": (quantised, "stored as I8"),
-    "not turned": (config(fan_in_fan_out=True), "made for another model"),
+    "float64": (lambda m, p: edit_tensors(m / WEIGHTS, in_float64), r"is float64, .*: python -c .*dtype='float32'"),
+    "no tensors": (lambda m, p: save_file({}, p / FACTORS), "without tensors: DeepSpeed ZeRO-3 or FSDP"),
+    "empty tensors": (
+        factors(lambda t: {name: torch.empty(0) for name in t}),
+        "has an empty lora_A or lora_B: DeepSpeed",
+    ),
+    "compiled": (factors(renamed("", "_orig_mod.")), r"wrapper of torch\.compile: _orig_mod\.base_model.*--unwrap"),
+    "compiled inside": (factors(renamed(PREFIX, f"{PREFIX}_orig_mod.")), r"wrapper of torch\.compile: base_model"),
+    "fsdp": (factors(renamed(PREFIX, f"{PREFIX}_fsdp_wrapped_module.")), r"wrapper of FSDP: .* has '_fsdp_wrapped"),
+    "ddp": (factors(renamed("", "module.")), "wrapper of DataParallel or DeepSpeed: module"),
+    "adapted twice": (factors(renamed(PREFIX, PREFIX * 2)), "wrapper of a second PeftModel"),
+    "more tokens": (
+        again(size={"vocab_size": 66}, target_modules=["q_proj", "embed_tokens"]),
+        r"trained with 66 tokens, and .* has 64; resize it first, .*: python -c .*resize_token_embeddings\(66\)",
+    ),
+    "more tokens, whole": (
+        again(size={"vocab_size": 66}, target_modules=["q_proj"], save={"save_embedding_layers": True}),
+        r"trained with 66 tokens, and .* has 64; resize it first",
+    ),
     "an adapter as the model": (adapter_as_model, "is an adapter"),
     "no config": (lambda m, p: (m / "config.json").unlink(), "no config.json"),
     "a lost shard": (lost_shard, "is named by .* and is not there"),
@@ -166,8 +193,9 @@ def test_bad_input_is_told_before_anything_is_written(case: str, tmp_path: Path)
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora")
     damage(model, lora)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    scale = 1.0 if "tokens" in case else 0.5
     with pytest.raises(InputError, match=message) as caught:
-        apply_patches([read_patch(lora, scale=0.5)], model, tmp_path / "out")
+        apply_patches([read_patch(lora, scale=scale)], model, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 

@@ -554,6 +554,77 @@ def test_classes_are_a_contract(tmp_path: Path) -> None:
         make(CLASSES, classes=[*CLASSES[:6], "cow"])
 
 
+TWO_CRANES = ("goose", "crane", "owl", "maillot", "crane", "maillot", "crane")
+CRANES = {"crane": ["bird", "machine", "crane"], "maillot": ["maillot", "tank suit"]}
+UNIQUE = ("goose", "bird", "owl", "maillot", "machine", "tank suit", "crane")
+
+
+def test_classes_of_one_name_get_labels_of_their_own(tmp_path: Path) -> None:
+    """As ImageNet's two cranes and two maillots: the k-th of a name gets its k-th label, in every member."""
+    two, other = save_vit(tmp_path / "two", 1, TWO_CRANES), save_vit(tmp_path / "other", 2, UNIQUE)
+
+    def make(target: Path, **more: Any) -> EnsembleForImageClassification:
+        members = {"source_ft": two, "source_pt": two, "target_pt": target}
+        return EnsembleForImageClassification.from_members(members=members, alpha=0.0, **more)
+
+    for target in (two, other):
+        model = make(target, aliases=CRANES)
+        assert model.classes == UNIQUE
+        assert make(target, aliases=CRANES, classes=UNIQUE).classes == UNIQUE
+        model.save_pretrained(tmp_path / f"saved {target.name}")
+        again = EnsembleForImageClassification.from_pretrained(tmp_path / f"saved {target.name}")
+        assert again.classes == UNIQUE
+        images = random_images(2)
+        assert torch.equal(again(again.prepare(images)).logits, model(model.prepare(images)).logits)
+    for more in ({}, {"classes": UNIQUE}):
+        remedy = (
+            r'give --aliases FILE with a label for each of them, such as \{"crane": \["crane \(1\)", "crane \(2\)", "cr'
+        )
+        with pytest.raises(ClassesError, match=rf"source_ft has the class 'crane' 3 times \(1, 4, 6\); {remedy}"):
+            make(two, **more)
+    with pytest.raises(
+        ClassesError, match=r"the list of classes has the class 'crane' 3 times .*; give each class a la"
+    ):
+        make(two, aliases=CRANES, classes=TWO_CRANES)
+    with pytest.raises(ClassesError, match="aliases has 2 labels for 'crane', which source_ft has 3 classes of"):
+        make(two, aliases={**CRANES, "crane": ["a", "b"]})
+    with pytest.raises(ClassesError, match=r"source_ft has the class 'x' 2 times \(0, 2\); give each class a label of"):
+        make(two, aliases={**CRANES, "goose": "x", "owl": "x"})
+    with pytest.raises(ConfigError, match=r"aliases has \['a', None, 'c'\] for 'crane'; expected a text"):
+        make(two, aliases={"crane": ["a", None, "c"]})
+
+
+def zero_shot_of(folder: Path, classes: Any, **more: Any) -> EnsembleForImageClassification:
+    return EnsembleForImageClassification.from_members(
+        rule="linear", members={"a": folder}, constant={"a": 1.0}, classes=classes, **more
+    )
+
+
+@pytest.mark.parametrize("save", [save_clip, save_siglip])
+def test_prompts_that_the_text_tower_cannot_read_whole_are_refused(save: Any, tmp_path: Path) -> None:
+    """Cut, the two classes would be one; at the tower's length exactly they are not."""
+    dual = save(tmp_path / "dual", 1)
+    room = 30 if save is save_clip else 32  # of 32 tokens, a character each; CLIP's hold begin and end
+    whole = [letter * room for letter in "ab"]
+    model = zero_shot_of(dual, whole, templates=["{}"])
+    weight = model.towers[0].heads["a"].weight
+    assert not torch.equal(weight[0], weight[1])
+    refused = rf"^a: '{'a' * room}ab' has 34 tokens; the text tower of .*dual reads 32: shorten it, or give the class"
+    with pytest.raises(MemberError, match=refused):
+        zero_shot_of(dual, ["cat", "a" * room + "ab"], templates=["{}"])
+    with pytest.raises(MemberError, match="has 34 tokens"):
+        zero_shot_of(dual, ["cat", "dog"], templates=["{}", "{}" + "a" * (room - 1)])
+    shortened = zero_shot_of(dual, ["cat", "a" * 99], templates=["{}"], class_texts={"a" * 99: "aa"})
+    assert shortened.classes == ("cat", "a" * 99)
+
+
+def test_classes_that_the_text_tower_reads_alike_are_refused(tmp_path: Path) -> None:
+    clip = save_clip(tmp_path / "clip", 1)
+    alike = "^a: 'crane' and 'crane' are the same tokens to the text tower of .*clip; give the class other words"
+    with pytest.raises(MemberError, match=alike):
+        zero_shot_of(clip, ["bird", "owl", "machine"], class_texts={"bird": "crane", "machine": "crane"})
+
+
 def test_zero_shot_members_need_classes(tmp_path: Path) -> None:
     with pytest.raises(ClassesError, match="none of a names its classes; give them with --classes FILE"):
         EnsembleForImageClassification.from_members(

@@ -256,6 +256,9 @@ def test_what_cannot_be_a_task_is_refused(pictures: Path, tmp_path: Path) -> Non
     with pytest.raises(ClassesError, match=r"images of 'tiger', which the ensemble lacks \(its classes: 'cat', 'dog'"):
         load(pictures)
     assert load(pictures, aliases={"tiger": "cat"}).documents()[-1].gold == "cat"
+    with pytest.raises(ClassesError, match=r"images of 'tiger', which may be 'cat', 'dog'; rename its folder"):
+        load(pictures, aliases={"tiger": ["cat", "dog"]})
+    assert load(pictures / "test" / "..", aliases={"owl": ["owl", "dog"], "tiger": "cat"}).documents()[-1].gold == "cat"
     (tmp_path / "empty").mkdir()
     with pytest.raises(ImageError, match="holds no images"):
         load(tmp_path / "empty")
