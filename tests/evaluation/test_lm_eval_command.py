@@ -163,7 +163,10 @@ def test_the_command_in_one_process_and_in_two(folder: Path, tmp_path: Path, run
     one = run(*command_line(tmp_path / "one"))
     assert one.code == 0, one.err
     model = EnsembleForCausalLM.from_pretrained(demo_folder(), alpha=0.7)
-    expected = by_lm_eval(HFLM(pretrained=model, tokenizer=str(demo_folder()), device="cpu"), folder, DEMO, limit=5)
+    tokenizer = str(demo_folder())
+    expected = by_lm_eval(HFLM(pretrained=model, tokenizer=tokenizer, device="cpu"), folder, DEMO, limit=5)
+    once = HFLM(pretrained=model, tokenizer=tokenizer, device="cpu", add_bos_token=False)  # else texts begin twice
+    expected |= by_lm_eval(once, folder, ["tiny_text"], limit=5)
     swept = run(
         *("sweep", "demo", "--alpha", "0.7", "--limit", "5", "--output", tmp_path / "swept", "--json"),
         *(part for name in DEMO for part in ("--task", name)),

@@ -167,7 +167,7 @@ def test_choices_of_one_token_are_one_sequence_and_one_position() -> None:
 
 def test_choices_that_begin_alike_share_positions_and_passes_keep_their_size() -> None:
     request = ScoringRequest(0, (5,), ((1, 2, 3), (1, 2, 4), (1, 6, 3), (1,), (9, 9)), "it")
-    (batch,) = make_batches([request], 2)
+    (batch,) = make_batches([request], 2, share_contexts=True)
     # behind the context: 1 2, 1 6, 9; positions: after 5, 5 1, 5 1 2, 5 1 6, 5 9
     assert [one.step.input_ids.tolist() for one in batch.passes] == [[[5, 1, 2], [5, 1, 6]], [[5, 9]]]
     assert [len(one.taken) for one in batch.passes] == [4, 1]

@@ -73,6 +73,12 @@ def answerer_of(tokenizer: PreTrainedTokenizerFast, folder: Path, max_length: in
     return TextAnswerer(check_ensemble(EnsembleConfig(members=members)))
 
 
+def begun_once(whole: list[int], scored: list[int]) -> tuple[list[int], list[int]]:
+    """A text to which HFLM and its tokenizer each give a begin token: ours scores none behind the first."""
+    is_twice = len(whole) == len(scored) + 1 and whole[:2] == [1, 1]
+    return (whole[1:], scored[1:]) if is_twice else (whole, scored)
+
+
 @pytest.mark.parametrize("make", [make_tokenizer, with_begin])
 def test_tokens_are_those_of_hflm(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answerer = answerer_of(make(), tmp_path, 10)
@@ -92,7 +98,8 @@ def test_tokens_are_those_of_hflm(make: Any, tmp_path: Path, monkeypatch: pytest
         getattr(hflm, kind)(list(asked.requests), disable_tqdm=True)
         tokens = [one.tokens for one in answerer.encode_requests(asked)]
         found = [([*context, *continuation], list(continuation)) for context, continuation in tokens]
-        assert found == seen
+        is_text = kind == "loglikelihood_rolling"
+        assert found == ([begun_once(*one) for one in seen] if is_text else seen)
         seen.clear()
     for text in filter(None, TEXTS):
         (prompt,) = answerer.encode_requests(document("generate_until", (text, {"max_gen_toks": 4})))
