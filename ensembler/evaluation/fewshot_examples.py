@@ -11,26 +11,27 @@ from typing import Any, Self
 class Examples:
     """A sampler of few-shot examples, as lm-eval calls it, that draws what lm-eval's draws and looks for `doc` there.
 
-    Another document that asks and answers the same is `doc`, too. `replaces`: another takes its place. `num_found`: how
-    often it was drawn.
+    Another document that asks and answers the same is `doc`, too. `asked`: what is known of the task's documents, since
+    examples are drawn many times. `replaces`: another takes its place. `num_found`: how often it was drawn.
     """
 
     task: Any
     doc: Any
     sampler: Any
     seed: int
+    asked: dict[str, str]
     replaces: bool
     num_found: int = 0
 
     @classmethod
-    def of(cls, task: Any, doc: Any, index: int, *, evaluated: str | None) -> Self:
+    def of(cls, task: Any, doc: Any, index: int, asked: dict[str, str], *, evaluated: str | None) -> Self:
         """Return the sampler for the document `doc` of lm-eval's `task`, the `index`-th of its split.
 
         `evaluated`: the split, "test" or "validation", where it is the one that lm-eval evaluates. Its prompts are
         those of lm-eval where examples come from another split, though they may hold the question.
         """
         is_foreign = evaluated is not None and _split_of_examples(task) != getattr(task.config, f"{evaluated}_split")
-        return cls(task, doc, task.sampler, index, replaces=not is_foreign)
+        return cls(task, doc, task.sampler, index, asked, replaces=not is_foreign)
 
     def sample(self, n: int, eval_doc: Any = None) -> list[Any]:
         """Return `n` documents. Raises ValueError where there are too few."""
@@ -45,11 +46,14 @@ class Examples:
 
     def _asked(self, doc: Any) -> str:
         """Return question, choices and answer as one text; the document itself where it is made of other fields."""
-        try:
-            choices = self.task.doc_to_choice(doc) if self.task.config.doc_to_choice is not None else None
-            return repr((self.task.doc_to_text(doc), choices, self.task.doc_to_target(doc)))
-        except Exception:  # templates and functions are programs of the task's authors
-            return repr(doc)
+        whole = repr(doc)
+        if whole not in self.asked:
+            try:
+                choices = self.task.doc_to_choice(doc) if self.task.config.doc_to_choice is not None else None
+                self.asked[whole] = repr((self.task.doc_to_text(doc), choices, self.task.doc_to_target(doc)))
+            except Exception:  # templates and functions are programs of the task's authors
+                self.asked[whole] = whole
+        return self.asked[whole]
 
 
 def _split_of_examples(task: Any) -> str | None:

@@ -78,6 +78,7 @@ class TextTask:
     chat: Callable[..., str] | None = None
     _known: dict[str, list[Document]] = field(default_factory=dict, repr=False)
     _leaked: dict[str, bool] = field(default_factory=dict, repr=False)  # documents drawn as their own examples: mended?
+    _asked: dict[str, str] = field(default_factory=dict, repr=False)  # what `Examples` has read of documents
 
     def __post_init__(self) -> None:
         self.settings.apply(self.task)
@@ -97,7 +98,7 @@ class TextTask:
         if self.settings.chat_template_kwargs:
             check_template_kwargs(template, self.settings.chat_template_kwargs)
             model.chat_template_args = {**model.chat_template_args, **self.settings.chat_template_kwargs}
-        return replace(self, chat=model.apply_chat_template, _known={}, _leaked={})
+        return replace(self, chat=model.apply_chat_template, _known={}, _leaked={}, _asked={})
 
     @property
     def name(self) -> str:
@@ -255,7 +256,8 @@ class TextTask:
         sampler = getattr(self.task, "sampler", None)
         if sampler is not None:
             is_evaluated = split == self.default_split
-            self.task.sampler = examples = Examples.of(self.task, doc, index, evaluated=split if is_evaluated else None)
+            evaluated = split if is_evaluated else None
+            self.task.sampler = examples = Examples.of(self.task, doc, index, self._asked, evaluated=evaluated)
         chat = {"apply_chat_template": self.chat is not None, "chat_template": self.chat}
         try:
             context = self.task.fewshot_context(
