@@ -35,7 +35,7 @@ test-long: install
 # The suites that transformers runs on its own models. Its source distribution lacks the one for `generate`:
 # TRANSFORMERS= the folder of a checkout of the same version adds it.
 test-suites: install
-	$(BIN)/pip install --quiet parameterized
+	$(BIN)/pip install --quiet --constraint constraints.txt parameterized
 	$(BIN)/python tests/suites/fetch.py $(TRANSFORMERS)
 	$(BIN)/python -m pytest -o addopts=-q tests/suites/transformers_suite.py
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,17 +26,21 @@ from ensembler.patch.formats import (
     PEFT_PREFIX,
     RECORD,
     Patch,
+    base_name,
     named_bases,
     own_names,
     read_patch,
     why_not_plain,
 )
+from ensembler.patch.model_layout import token_weights
+from ensembler.patch.patch_plan import resize_command
+from ensembler.patch.peft_check import adapt_on_meta
 from ensembler.safetensors_files import StoredTensor, listed, stored_tensors
 
 DELTAS_ALONE = "DELTAS"  # the kind of a patch that has no adapter in it
 
-# The one list of what members may have and share weights all the same: a sum with layers (`_why_not_in_layers`),
-# a LoRA with these keys, and these kinds of PEFT, whose layers stand beside the weights and are turned off exactly.
+# Adapters with which members still share their weights: a sum with layers (`_why_not_in_layers`), a LoRA with these
+# keys, and these kinds of PEFT, whose layers stand beside the weights and are turned off exactly.
 _KEYS_BESIDE = frozenset({"use_dora", "lora_bias", "trainable_token_indices", "target_parameters"})
 _KINDS_BESIDE = frozenset(
     {
@@ -54,8 +56,6 @@ _REFUSED_KEYS = {
     "arrow_config": "which chooses among other adapters for each token",
 }
 _REFUSED_STARTS = ("corda", "loftq", "pissa_niter")  # PEFT needs data, or draws anew, to make the base again
-
-_WRAPPERS = re.compile(r"(\.token_adapter)?\.(base_layer|original_module)\.")  # of PEFT, around a layer
 
 _logger = logging.get_logger(__name__)
 
@@ -121,16 +121,19 @@ def resolve_adapter(role: str, config: MemberConfig) -> MemberConfig:
     return replace(config, model=base, adapter=config.model)
 
 
-def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> CheckedAdapter:
+def check_adapter(
+    role: str, adapter: str, model: str, model_config: Any, *, trust_remote_code: bool = False
+) -> CheckedAdapter:
     """Compare names and shapes in the headers of an adapter or a patch with those of this base, built without memory.
 
-    Raises MemberError. Patches are meant to be carried to new bases, so a base of another name is a note alone.
+    `trust_remote_code`: run the base's own code for that. Patches are meant to be carried to new bases, so a base of
+    another name is a note alone. Raises MemberError.
     """
     with naming(role):
         folder = find_folder(adapter, allow_patterns=PATCH_FILES)
         base = next(iter(named_bases(folder)), None)
         is_own_base = base is None or Path(base).name == Path(model).name  # where each is on disk says nothing
-        built = _build_on_meta(folder, model, model_config)
+        built = _build_on_meta(folder, model, model_config, trust_remote_code=trust_remote_code)
         patch = _read(folder, model, built, is_own_base=is_own_base)
         num_parameters = 0 if patch is None else sum(delta.num_elements for delta in patch.full.values())
         if (folder / ADAPTER_CONFIG).is_file():
@@ -138,7 +141,8 @@ def check_adapter(role: str, adapter: str, model: str, model_config: Any) -> Che
             reason = None if patch is None else _why_not_in_layers(patch, config, built)
             needs_peft = patch is None or reason is not None
             names = _names_in_file(folder, as_peft=needs_peft)
-            extra, num = _check_with_peft(folder, model, built, names, is_own_base=is_own_base)
+            left_out = set() if patch is None or needs_peft else set(patch.carried)
+            extra, num = _check_with_peft(folder, model, built, names, left_out, is_own_base=is_own_base)
             if needs_peft and (patch is None or not (patch.full or patch.replaced)):
                 reason = _why_not_beside(config, extra)
             found = CheckedAdapter(folder, str(config["peft_type"]), num_parameters + num, patch, needs_peft, reason)
@@ -235,27 +239,33 @@ def _names_in_file(folder: Path, *, as_peft: bool) -> dict[str, tuple[int, ...]]
 
 
 def _check_with_peft(
-    folder: Path, model: str, built: Any, found: Mapping[str, tuple[int, ...]], *, is_own_base: bool
+    folder: Path, model: str, built: Any, found: Mapping[str, tuple[int, ...]], left_out: Set[str], *, is_own_base: bool
 ) -> tuple[str | None, int]:
     """Return a tensor of the base that an adapter holds as well, and its number of parameters.
 
-    Raises MemberError unless PEFT finds the adapter to fit the model.
+    `left_out`: the base's own tensors in the adapter that are not used, of any size up to that of the model's. Raises
+    MemberError unless PEFT finds the adapter to fit the model.
     """
     from peft import get_peft_model_state_dict
 
     base_shapes = {name: tuple(tensor.shape) for name, tensor in built.named_parameters(remove_duplicate=False)}
+    tokens = token_weights(built)
     adapted = _adapt(folder, model, built)
     state = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     state = {name.removeprefix(PEFT_PREFIX): tensor for name, tensor in state.items()}
     for key, shape in found.items():
         name = base_name(key)
-        rows, *others = base_shapes.get(name, shape)
-        if shape[0] != rows and list(shape[1:]) == others and len(shape) == 2:
+        expected = base_shapes.get(name, shape)
+        if shape == expected:
+            continue
+        misfit = f"the adapter {folder} holds {name} in shape {shape}; {model} has it in {expected}: it was made for"
+        if name in tokens and shape[1:] == expected[1:] and shape > expected:
             raise MemberError(
-                f"the adapter {folder} holds {name} in shape {shape}; {model} has it in {base_shapes[name]}: it was "
-                "made for a base with resized embeddings; resize it first, and name the result as the model: "
+                f"{misfit} a base with resized embeddings; resize it first, and name the result as the model: "
                 f"{resize_command(model, shape[0])}"
             )
+        if name not in left_out:
+            raise MemberError(f"{misfit} another base")
     missing = sorted(state.keys() - found.keys())
     extra = sorted(found.keys() - state.keys())
     unknown = [name for name in extra if base_name(name) not in base_shapes]
@@ -274,32 +284,18 @@ def _check_with_peft(
     return next(map(base_name, extra), None), sum(tensor.numel() for tensor in state.values())
 
 
-def resize_command(model: str | Path, num_tokens: int) -> str:
-    """Return the command that saves a model with embeddings of `num_tokens` rows beside itself."""
-    folder = f"{str(model).rstrip('/')}-{num_tokens}"
-    return (
-        f"python -c \"from transformers import AutoModelForCausalLM as M; m = M.from_pretrained('{model}'); "
-        f"m.resize_token_embeddings({num_tokens}); m.save_pretrained('{folder}')\""
-    )
-
-
-def base_name(name: str) -> str:
-    """Return the name that a tensor of the base had before PEFT wrapped the layers."""
-    return _WRAPPERS.sub(".", name.removeprefix(PEFT_PREFIX))
-
-
-def _build_on_meta(folder: Path, model: str, model_config: Any) -> Any:
+def _build_on_meta(folder: Path, model: str, model_config: Any, *, trust_remote_code: bool) -> Any:
     """Return the base without memory."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(model_config)
+            return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
     except Exception as error:  # a model's own code raises what it likes
         raise MemberError(f"the adapter {folder} does not fit {model}: {one_line(error)}") from error
 
 
 def _adapt(folder: Path, model: str, built: Any) -> Any:
     """Return the PeftModel of this adapter on a base without memory; raise MemberError for one that cannot be run."""
-    from peft import PeftConfig, get_peft_model
+    from peft import PeftConfig
 
     try:
         settings = PeftConfig.from_pretrained(folder)
@@ -309,9 +305,7 @@ def _adapt(folder: Path, model: str, built: Any) -> Any:
                 f"the adapter {folder} {refusal}; merge it into its base with PEFT, if it can be, and give the result "
                 "as the model"
             )
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*base_model_name_or_path.* was renamed")  # we say so ourselves
-            return get_peft_model(built, settings, low_cpu_mem_usage=True)
+        return adapt_on_meta(built, settings)
     except MemberError:
         raise
     except Exception as error:  # PEFT refuses settings in its own ways: unknown modules, kinds, keys

@@ -36,6 +36,15 @@ class _Finder:
         return spec
 
 
+def register_name(model_class: type) -> None:
+    """Let `transformers` find a class by its name, as `transformers serve` and pipeline(assistant_model=) look it up.
+
+    They ask the module, which is made anew when processors are loaded; what is set on its type stays. All lazy modules
+    of `transformers` are of that type, so all of them know the name.
+    """
+    setattr(type(import_module("transformers")), model_class.__name__, model_class)
+
+
 def register_when_loaded() -> None:
     """Register ensembles with `AutoConfig` as soon as `transformers` loads it; at once where it has."""
     if AUTO_CONFIG in sys.modules:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ HUB_OPTIONS = ("revision", "token", "cache_dir", "force_download", "local_files_
 _OVERRIDES = ("rule", "alpha", "constant", "slope", "cutoff", "outside", "allow_renamed_special")  # of from_pretrained
 _NUMBERS_OF_RULES = ("constant", "slope", "anchor", "cutoff")
 _OPTIONS_OF_AUTO = ("_from_auto", "_commit_hash", "adapter_kwargs", "low_cpu_mem_usage", "tqdm_class")
-_DONE_ANYWAY = ("safe_serialization", "save_peft_format", "save_original_format")  # by save_pretrained
+_ALWAYS_TRUE = ("safe_serialization", "save_peft_format", "save_original_format")  # options of save_pretrained
 # Files that belong to an ensemble: where it is overwritten, those of the old anchor must not outlive it.
 _OWN_FILES = {CHAT_TEMPLATE, "generation_config.json", *TOKENIZER_FILES, *TOKENIZER_SETTINGS}
 
@@ -69,16 +69,16 @@ class Copy:
 def check_save_options(options: Mapping[str, Any]) -> None:
     """Raise ConfigError for options of `transformers`' save_pretrained that an ensemble cannot honour."""
     for name, value in options.items():
-        is_done = value is True if name in _DONE_ANYWAY else _asks_nothing(value)
+        is_done = value is True if name in _ALWAYS_TRUE else _is_off(value)
         if not is_done and name != "save_function":  # accelerate's, which transformers has no use for either
             raise ConfigError(
-                f"save_pretrained of an ensemble takes no {name}={value!r:.40}; it writes config.json, and members as "
-                "they are in memory with copy_members=True"
+                f"save_pretrained of an ensemble takes no {name}={value!r:.40}; leave it out: it writes config.json, "
+                "and with copy_members=True members as they are in memory, in safetensors files"
             )
 
 
-def _asks_nothing(value: object) -> bool:
-    """Return whether an option is off: None, False, or an empty text such as a subfolder of that name."""
+def _is_off(value: object) -> bool:
+    """Return whether an option asks for nothing: None, False, or an empty text such as a subfolder of that name."""
     return value is None or value is False or value == ""
 
 
@@ -122,12 +122,12 @@ def load(
     `config` stands in for the folder's own. `options`: of the rule (`rule`, `alpha` ...) and of the hub; any other
     raises ConfigError.
     """
-    given = {key: value for key, value in options.items() if not _asks_nothing(value)}
+    given = {key: value for key, value in options.items() if not _is_off(value)}
     dtype = given.pop("torch_dtype", None) if dtype is None else dtype
     unknown = [key for key in given if key not in {*_OVERRIDES, *_OPTIONS_OF_AUTO, *HUB_OPTIONS}]
     if unknown:
         raise ConfigError(f"from_pretrained of an ensemble takes no {unknown[0]!r}; set it for each member instead")
-    folder = find(name, **{key: given[key] for key in HUB_OPTIONS if key in given})
+    folder = find(name, **{key: options[key] for key in HUB_OPTIONS if options.get(key) is not None})
     config = read(folder) if config is None else located(config, folder)
     config = config.replaced(**{key: options[key] for key in _OVERRIDES if options.get(key) is not None})
     if dtype not in (None, "auto"):
@@ -184,10 +184,11 @@ def write(
     """Write an ensemble's folder, with the anchor's tokenizer and generation settings; `copies`: members to save in it.
 
     Everything is made beside the folder and moved into it when it is complete, config.json last: an interrupted write
-    leaves nothing that looks like an ensemble. `overwrite` replaces an ensemble's own files, and nothing else.
+    leaves nothing that looks like an ensemble. `overwrite` replaces an ensemble's own files, and nothing else. Without
+    it the folder may hold other files, such as a Trainer's checkpoints. Raises OutputError where files are in the way.
     """
     folder = folder.expanduser().resolve()
-    _check_free(folder, overwrite=overwrite)
+    _check_free(folder, {CONFIG, *_OWN_FILES, *(copies or ())}, overwrite=overwrite)
 
     def relative(name: str) -> str:
         """A path below the folder's parent as a relative one, so that both can be moved together; others absolute."""
@@ -271,12 +272,25 @@ class PushedFolder:
                     )
 
 
-def _check_free(folder: Path, *, overwrite: bool) -> None:
-    """Raise OutputError unless `folder` is new or empty, or holds an ensemble that may be overwritten."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+def is_begun(folder: Path) -> bool:
+    """Return whether a model's configuration is in a folder."""
+    return (folder.expanduser() / CONFIG).exists()
+
+
+def _check_free(folder: Path, names: Collection[str], *, overwrite: bool) -> None:
+    """Raise OutputError unless `folder` is new or without these `names`, or an ensemble that may be overwritten."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file; choose another name")
+    if not folder.exists() or not any(folder.iterdir()):
         return
     if not overwrite:
-        raise OutputError(f"{folder} exists already and is not empty; choose another name or add --overwrite")
+        found = sorted(name for name in names if (folder / name).exists())
+        if not found:
+            return
+        raise OutputError(
+            f"{folder} exists already and has {', '.join(found)}; choose another name, or replace an ensemble with "
+            "--overwrite (overwrite=True)"
+        )
     try:
         read(folder)
     except ConfigError as error:

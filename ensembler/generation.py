@@ -14,7 +14,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import GenerationMode
 
 from ensembler.config import EnsembleConfig
-from ensembler.engine.ensemble_cache import begin_anew, prepare_caches, why_not_in_pieces
+from ensembler.engine.ensemble_cache import prepare_caches, roles_to_reread, why_not_in_pieces
 from ensembler.engine.grid import combine_members, make_combination
 from ensembler.engine.member_set import MemberSet
 from ensembler.engine.model_runner import ModelRunner
@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 _ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 _LEFT_BY_GENERATE = {"tokenizer", "assistant_tokenizer"}  # generate hands its own arguments on to forward
 _IGNORED = {"token_type_ids", "cache_position"}  # by models that do not name them; tokenizers and old loops give them
-_OF_ONE_MODEL = {"inputs_embeds", "output_attentions", "output_hidden_states"}
+_OF_SINGLE_MODELS = {"inputs_embeds", "output_attentions", "output_hidden_states"}
 
 
 class FixedRule:
@@ -158,7 +158,9 @@ class EnsembleGeneration(FixedRule, GenerationMixin):  # type: ignore[misc,unuse
         **kwargs: Any,
     ) -> Any:
         """Return the arguments of `forward` for the next tokens, or for all where a member reads a text anew."""
-        if begin_anew(past_key_values, self.member_set.runners, attention_mask, next_sequence_length):
+        roles = roles_to_reread(past_key_values, self.member_set.runners, attention_mask, next_sequence_length)
+        if roles:
+            past_key_values.read_anew(roles, next_sequence_length)
             next_sequence_length = None
         given = {"past_key_values": past_key_values, "attention_mask": attention_mask, **kwargs}
         return super().prepare_inputs_for_generation(input_ids, next_sequence_length, **given)
@@ -218,9 +220,9 @@ def check_arguments(unused: Mapping[str, Any], runners: Sequence[ModelRunner] = 
         readers = [runner.name for runner in runners if name in runner.accepts]
         if name in _IGNORED and not readers:
             continue
-        if name in _OF_ONE_MODEL:
+        if name in _OF_SINGLE_MODELS:
             reason = "its members differ in hidden size and layers"
-        elif readers:
+        elif 0 < len(readers) < len(runners):
             reason = f"of its members only {' and '.join(readers)} would read it"
         else:
             reason = "no member would get it; leave it out"

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from ensembler import folder as folders
+from ensembler.auto_classes import register_name
 from ensembler.config import EnsembleConfig, MemberConfig, check_roles
 from ensembler.engine.backbone import Backbone
 from ensembler.engine.distributed import RankedMembers, World
@@ -210,8 +210,9 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
 
         `copy_members` copies them too, for a folder that stands alone. Members that were passed in as objects have no
         path and are always copied, and so are all where the ensemble was in training mode. `max_shard_size`: of their
-        weights files, as in `transformers`, whose other options are refused unless they ask for nothing. Raises
-        OutputError if the folder is not empty, unless `overwrite`.
+        weights files, as in `transformers`, whose other options are refused unless they ask for nothing. Other files
+        of the folder stay. Raises OutputError if it holds a model; an ensemble is replaced with `overwrite`, or where
+        this one was in training mode: a Trainer saves to the same folder again and again.
         """
         folders.check_save_options(options)
         if not is_main_process:
@@ -235,7 +236,7 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
             tokenizer=self.tokenizer,
             generation_config=self.generation_config,
             copies=copies,
-            overwrite=overwrite,
+            overwrite=overwrite or (self._was_trained and folders.is_begun(Path(save_directory))),
         )
 
     def _whole(self, role: str) -> PreTrainedModel:
@@ -378,6 +379,4 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
 
 
 AutoModelForCausalLM.register(EnsembleConfig, EnsembleForCausalLM, exist_ok=True)
-# `transformers serve` and pipeline(assistant_model=) look a folder's class up by its name in `transformers`: on the
-# type of that module, which is itself made anew when processors are loaded.
-type(transformers).EnsembleForCausalLM = EnsembleForCausalLM
+register_name(EnsembleForCausalLM)

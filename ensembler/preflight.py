@@ -102,25 +102,27 @@ def _check_ends(
 ) -> None:
     """Add the tokenizer's end token to those of the generation config, as vLLM and lm-eval do.
 
-    Warn of ends that `outside='mask'` forbids. Raises VocabularyError where it forbids all of the generation config.
+    Warn of ends that `outside='mask'` forbids. Raises VocabularyError where it forbids all.
     """
     anchor, own = config.get_rule().anchor, end_ids(settings)
-    is_masked = config.outside == "mask"
-    if is_masked and own and min(own) >= contract.shared:
-        raise VocabularyError(
-            f"the end token {min(own)} of {anchor} is not held by every member (they share "
-            f"{contract.shared:,} ids), so texts would never end; choose outside='neutral' (--outside neutral)"
-        )
     end = None if tokenizer is None else tokenizer.eos_token_id
     if end is not None and end not in own and end < contract.widths[anchor]:
         settings.eos_token_id = [*own, end]
-    forbidden = [token for token in end_ids(settings) if token >= contract.shared]
-    if is_masked and forbidden:
-        names = forbidden if tokenizer is None else map(repr, tokenizer.convert_ids_to_tokens(forbidden))
-        _logger.warning(
-            f"texts cannot end at {', '.join(map(str, names))} of {anchor}, which not every member holds; choose "
-            "outside='neutral' (--outside neutral) where they should"
+    ends = end_ids(settings)
+    forbidden = [token for token in ends if token >= contract.shared]
+    if config.outside != "mask" or not forbidden:
+        return
+    found = forbidden if tokenizer is None else map(repr, tokenizer.convert_ids_to_tokens(forbidden))
+    names = ", ".join(map(str, found))
+    if len(forbidden) == len(ends):
+        raise VocabularyError(
+            f"no end token of {anchor} ({names}) is held by every member (they share {contract.shared:,} ids), so "
+            "texts would never end; choose outside='neutral' (--outside neutral)"
         )
+    _logger.warning(
+        f"texts cannot end at {names} of {anchor}, which not every member holds; choose outside='neutral' (--outside "
+        "neutral) where they should"
+    )
 
 
 def _set_padding(

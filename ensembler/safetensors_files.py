@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -47,10 +47,16 @@ def _main_file(folder: Path) -> Path | None:
     In the order of transformers: the one that config.json names (transformers_weights), the single file, the index;
     an index beside a single file is not read. None where there is neither.
     """
+    named = _named_file(folder)
+    names = (WEIGHTS, WEIGHTS_INDEX) if named is None else (named,)
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _named_file(folder: Path) -> str | None:
+    """Return the weights file that config.json names (transformers_weights), or None."""
     config = folder / "config.json"
     named = read_json(config).get("transformers_weights") if config.is_file() else None
-    names = (WEIGHTS, WEIGHTS_INDEX) if named is None else (str(named),)
-    return next((folder / name for name in names if (folder / name).is_file()), None)
+    return None if named is None else str(named)
 
 
 def index_file(folder: Path) -> Path | None:
@@ -87,6 +93,12 @@ def check_folder(role: str, folder: Path) -> None:
             gguf = "; GGUF files are not read, give the model's safetensors" if any(folder.glob("*.gguf")) else ""
             raise MemberError(f"{folder} has no config.json, so it is not a model folder{gguf}")
         files = weight_files(folder)
+        named = _named_file(folder)
+        if not files and named is not None:
+            raise MemberError(
+                f"{folder / 'config.json'} names {named} as its weights (transformers_weights), which is not there; "
+                "fetch it, or take the entry out"
+            )
         if not files:
             pickles = [name for name in PICKLE_WEIGHTS if (folder / name).exists()]
             if pickles:
@@ -127,10 +139,21 @@ class StoredTensor:
         """Return whether every value is 0, from the bytes up to the first that is not."""
         if self.values is not None:
             return not self.values.any()
+        return not any(chunk.strip(b"\0") for chunk in self._chunks())
+
+    def has_values_of(self, other: StoredTensor) -> bool:
+        """Return whether both files hold the same bytes for the two, of one dtype and shape; reads up to the first
+        difference.
+        """
+        if (self.dtype, self.shape) != (other.dtype, other.shape):
+            return False
+        return all(mine == theirs for mine, theirs in zip(self._chunks(), other._chunks(), strict=True))
+
+    def _chunks(self) -> Iterator[bytes]:
         with reading(self.file), self.file.open("rb") as file:
             file.seek(self.start)
-            chunks = (file.read(min(2**20, self.num_bytes - start)) for start in range(0, self.num_bytes, 2**20))
-            return not any(chunk.strip(b"\0") for chunk in chunks)
+            for start in range(0, self.num_bytes, 2**20):
+                yield file.read(min(2**20, self.num_bytes - start))
 
 
 def stored_tensors(file: Path) -> dict[str, StoredTensor]:

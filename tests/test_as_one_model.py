@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import remove_hook_from_submodules
 from helpers.adapter_cases import save_adapter
 from helpers.commands import SaveMember
 from helpers.tiny import VOCAB, make_model, make_tokenizer, random_ids, tables
@@ -20,7 +21,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, Trainer,
 
 from ensembler import EnsembleForCausalLM
 from ensembler.engine.ensemble_cache import EnsembleCache
-from ensembler.errors import ConfigError, InputError, LogitsError, OutputError
+from ensembler.errors import ConfigError, InputError, LogitsError, OutputError, RunError
 
 ROLES = ("source_ft", "source_pt", "target_pt")
 Make = Callable[[], EnsembleForCausalLM]
@@ -118,6 +119,10 @@ def test_what_transformers_lets_models_ignore(on_backbone: EnsembleForCausalLM) 
     model = EnsembleForCausalLM.from_members(rule="realign", alpha=1.0, members=members)
     with pytest.raises(InputError, match=r"no 'token_type_ids' here; of its members only aligned would read it"):
         model(ids, **given)
+    members = {"reference": make_model("gpt2", 1), "aligned": make_model("gpt2", 2)}
+    model = EnsembleForCausalLM.from_members(rule="realign", alpha=1.0, members=members)
+    with pytest.raises(InputError, match=r"no 'token_type_ids' here; no member would get it; leave it out"):
+        model(ids, **given)
 
 
 @pytest.mark.parametrize(
@@ -161,11 +166,18 @@ def test_trainer_trains_and_saves_what_it_trained(tmp_path: Path, save_member: S
     model = EnsembleForCausalLM.from_members(rule="base-change", alpha=0.5, members=members)
     ids = random_ids(4, 6)
     before = model(ids, labels=ids).loss.item()
-    trainer(model, tmp_path / "out", max_steps=4, learning_rate=1e-2, save_steps=4).train()
-    model.eval()
+    trained = trainer(model, tmp_path / "out", max_steps=4, learning_rate=1e-2, save_steps=4)
+    for folder in ("out/checkpoint-4", "out", "out"):  # which has the checkpoint in it, then an ensemble too
+        trained.train() if folder != "out" else trained.save_model()
+        model.eval()
+        loaded = EnsembleForCausalLM.from_pretrained(tmp_path / folder)
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert model(ids, labels=ids).loss.item() < before - 0.1
-    loaded = EnsembleForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-4")
-    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="Can't find a valid checkpoint"):
+        trained.train(resume_from_checkpoint=True)
+    loaded.alpha = 0.1
+    with pytest.raises(OutputError, match=r"exists already and has config\.json.*; choose another name"):
+        loaded.save_pretrained(tmp_path / "out")  # it was not trained
 
 
 def test_training_shared_weights_is_refused(on_backbone: EnsembleForCausalLM, tmp_path: Path) -> None:
@@ -229,7 +241,7 @@ def test_options_of_saving(base_change: EnsembleForCausalLM, tmp_path: Path) -> 
     base_change.save_pretrained(tmp_path / "other", is_main_process=False, save_function=torch.save, state_dict=None)
     assert not (tmp_path / "other").exists()
     for name, value in {"safe_serialization": False, "state_dict": {}, "push_to_hub": True, "variant": "x"}.items():
-        with pytest.raises(ConfigError, match=f"save_pretrained of an ensemble takes no {name}"):
+        with pytest.raises(ConfigError, match=f"save_pretrained of an ensemble takes no {name}=.*; leave it out"):
             base_change.save_pretrained(tmp_path / "other", **{name: value})
 
 
@@ -302,6 +314,21 @@ def test_offloading_keeps_a_members_own_tensors(tmp_path: Path, save_member: Sav
             cpu_offload(model, execution_device=torch.device("cpu"))
         found.append(model(ids).logits)
     assert torch.equal(*found)
+
+
+def test_offloading_does_not_compute_with_memory_that_is_away(tmp_path: Path, save_member: SaveMember) -> None:
+    """The member has biases of its own, and the weights of their layers are away when they are used."""
+    base = save_member("base", "qwen2", 5)
+    adapter = save_adapter(base, tmp_path / "adapter", bias="all")
+    members = {"reference": base, "aligned": {"model": str(base), "adapter": str(adapter)}}
+    model = EnsembleForCausalLM.from_members(rule="realign", alpha=1.0, members=members)
+    ids = random_ids(2, 5)
+    expected = model(ids).logits
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(RunError, match=r"aligned replaces the bias of a layer whose weight is on disk or offloaded"):
+        model(ids)
+    remove_hook_from_submodules(model)
+    assert torch.equal(model(ids).logits, expected)
 
 
 def test_an_adapter_of_peft(make: Make, tmp_path: Path) -> None:

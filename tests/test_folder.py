@@ -14,6 +14,7 @@ from helpers.tiny import make_model, make_tokenizer, random_ids
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from ensembler import EnsembleConfig, EnsembleForCausalLM, MemberConfig
+from ensembler import folder as folders
 from ensembler.errors import ConfigError, InputError, OutputError
 from ensembler.folder import load as load_config
 
@@ -294,6 +295,35 @@ def test_overwriting_does_not_delete_what_is_no_ensemble(
         with pytest.raises(InputError):
             made.save_pretrained(place, overwrite=True)
         assert files_below(place) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "target_pt"])
+def test_an_ensemble_is_written_beside_files_that_are_not_in_its_way(
+    made: EnsembleForCausalLM, tmp_path: Path, name: str
+) -> None:
+    place = tmp_path / "ens"
+    (place / "checkpoint-4" / "target_pt").mkdir(parents=True)
+    (place / "notes.txt").write_text("a")
+    (place / name).write_text("{}")
+    before = files_below(place)
+    with pytest.raises(OutputError, match=f"exists already and has {name}; choose another name"):
+        made.save_pretrained(place, copy_members=True)
+    assert files_below(place) == before
+    (place / name).unlink()
+    made.save_pretrained(place, copy_members=True)
+    assert torch.equal(logits(EnsembleForCausalLM.from_pretrained(place)), logits(made))
+    assert (place / "notes.txt").read_text() == "a"
+    assert (place / "checkpoint-4" / "target_pt").is_dir()
+
+
+def test_options_of_the_hub_go_to_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """token=False says that no token may be sent."""
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(folders, "find_file", lambda *names, **options: asked.update(options))
+    given = {"token": False, "local_files_only": True, "force_download": False, "revision": None}
+    with pytest.raises(ConfigError):
+        EnsembleForCausalLM.from_pretrained("someone/model", **given)
+    assert asked == {"token": False, "local_files_only": True, "force_download": False}
 
 
 def test_saving_twice_gives_the_same_bytes(made: EnsembleForCausalLM, tmp_path: Path) -> None:

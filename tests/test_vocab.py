@@ -258,17 +258,23 @@ def test_padded_widths(save_member: SaveMember, widths: tuple[int, int], outside
         assert_close(outer, z[0][..., shared:] if outside == "neutral" else torch.full_like(outer, -math.inf))
 
 
-def test_an_end_token_that_would_be_forbidden_is_refused(save_member: SaveMember) -> None:
-    """A chat fine-tune whose texts end with a token that its base does not have."""
+def test_ends_that_would_all_be_forbidden_are_refused(save_member: SaveMember, said: list[str]) -> None:
+    """A chat fine-tune whose texts end with tokens that its base does not have; the tokenizer's end counts too."""
     tokenizer = make_tokenizer(8)
+    tokenizer.eos_token = "A"
     members = {
         "reference": save_member("reference", vocab_size=72, tokenizer=tokenizer, eos_token_id=VOCAB + 1),
         "aligned": save_member("aligned", seed=1),
     }
-    with pytest.raises(VocabularyError, match=rf"the end token {VOCAB + 1} of reference .*--outside neutral"):
+    with pytest.raises(VocabularyError, match=r"no end token of reference \('B', 'A'\) is held .*--outside neutral"):
         EnsembleForCausalLM.from_members(rule="realign", members=members)
     model = EnsembleForCausalLM.from_members(rule="realign", members=members, outside="neutral")
     assert model(random_ids(1, 4)).logits[0, -1, VOCAB + 1] > -math.inf
+    tokenizer.eos_token = "</s>"
+    tokenizer.save_pretrained(members["reference"])
+    model = EnsembleForCausalLM.from_members(rule="realign", members=members)
+    assert end_ids(model.generation_config) == (VOCAB + 1, 2)
+    assert "texts cannot end at 'B' of reference" in said[-1]
 
 
 def test_substitute_stands_for_a_token_hidden_by_padding(save_member: SaveMember) -> None:

@@ -57,6 +57,13 @@ CASES: dict[str, Callable[[Path, Path, Path], None]] = {
 }
 
 
+def test_a_file_that_config_names_and_is_not_there(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    edit_json(folder / "config.json", transformers_weights="other.safetensors")
+    with pytest.raises(MemberError, match=r"config\.json names other\.safetensors .* which is not there; fetch it"):
+        read_model(folder)
+
+
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_model_is_what_transformers_reads(case: str, dtype: str | None, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def _warning_once() -> Iterator[None]:
         return len(shown) > num_shown
 
     with ExitStack() as stack:
-        for logger in map(logging.getLogger, ("ensembler.adapters", "ensembler.vision.towers")):
+        for logger in map(logging.getLogger, ("ensembler.engine.members", "ensembler.vision.towers")):
             logger.addFilter(is_wanted)
             stack.callback(logger.removeFilter, is_wanted)
         yield

@@ -177,8 +177,9 @@ def generate(
             if output is None:
                 return frozenset()
             settings = run_settings(checked, encoded, decoding, points=points, backend=backend.describe(checked))
-            settings |= {"members": describe_ensemble(checked, verify_weights=verify_weights)["members"]}
-            settings |= {"verify_weights": verify_weights, "explain": explain}
+            described = describe_ensemble(checked, verify_weights=verify_weights)
+            settings |= {key: described[key] for key in ("verify_weights", "members")}
+            settings["explain"] = explain
             settings["fields"] = digest([fields[one.number] for one in encoded])
             if chat_template_kwargs is not None:
                 settings["chat template kwargs"] = chat_template_kwargs

@@ -306,7 +306,8 @@ overwrite_option = output_option("--overwrite", is_flag=True, help="Begin again 
 verify_option = output_option(
     "--verify-weights",
     is_flag=True,
-    help="To go on, compare all bytes of members' weights, in place of sizes and times of their files.",
+    help="From the first run on: compare all bytes of members' weights to go on, in place of sizes and times of their "
+    "files. Members on the hub go by their commit.",
 )
 replace_option = output_option("--overwrite", is_flag=True, help="Replace --output if it exists.")
 strict_option = output_option(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 
@@ -36,7 +37,6 @@ def patch() -> None:
 @_patch("--scale2", type=float, multiple=True, help="Strength of PATCH2, one for each --also.  [default: 1]")
 @_patch("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16.  [default: each tensor keeps its own]")
 @_patch("--check", is_flag=True, help="Only say whether it fits, from the headers of the files.")
-@_patch("--force", is_flag=True, help="Do not say that PATCH was made for another model than MODEL.")
 @_patch("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
 @_patch("--unwrap", is_flag=True, help="Leave out what torch.compile, FSDP or DDP put into the names in PATCH.")
 def apply(
@@ -49,7 +49,6 @@ def apply(
     scale2: tuple[float, ...],
     dtype: str | None,
     check: bool,
-    force: bool,
     allow_pickle: bool,
     unwrap: bool,
 ) -> None:
@@ -76,14 +75,15 @@ def apply(
     ]
     model = find_folder(to)
     plan = plan_patches(patches, model)
-    _print_notices(plan.notes, () if force else plan.warnings)
+    _print_notes(*plan.notes, *plan.warnings)
     for each in patches:
         names = other_tokenizer(each.folder, model)
         if names:
+            command = shlex.join(["cp", *(str(each.folder / name) for name in names), str(output or "DIR")])
             log.info(
                 "Note: %s has a tokenizer or chat template of its own, and the result keeps that of %s; where the "
-                "patch was trained with it: cp %s %s",
-                *(each.folder, to, " ".join(str(each.folder / name) for name in names), output or "DIR"),
+                "patch was trained with it: %s",
+                *(each.folder, to, command),
             )
     if output is None or check:
         click.echo(f"{to}: {len(plan.names):,} of {len(plan.model.tensors):,} tensors change; everything fits")
@@ -100,8 +100,8 @@ def apply(
     log.info("%s: %s, %s in %.1f s", output, changed, show_size(num_bytes), seconds)
 
 
-def _print_notices(notes: tuple[str, ...], warnings: tuple[str, ...]) -> None:
-    for note in (*notes, *warnings):
+def _print_notes(*notes: str) -> None:
+    for note in notes:
         log.info("Note: %s", note)
 
 
@@ -181,7 +181,6 @@ def extract(
 @_patch("--other", metavar="PATCH2", help="Measure the residual Δθ′_i - Δθ_i, with this Δθ′_i.")
 @output_option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @output_option("--png", type=PATH, metavar="FILE", help="Draw sizes over layers and modules.")
-@_patch("--force", is_flag=True, help="Do not say that PATCH was made for another model than --base.")
 @_patch("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
 def inspect(
     patch: str,
@@ -190,7 +189,6 @@ def inspect(
     other: str | None,
     as_json: bool,
     png: Path | None,
-    force: bool,
     allow_pickle: bool,
 ) -> None:
     """Show how large PATCH is, module by module: Table 1 of PortLLM for any model.
@@ -212,7 +210,7 @@ def inspect(
     assert mine is not None
     with progress(len(mine.names), label="measuring") as advance:
         report = inspect_patch(mine, model=model, base=old, other=theirs, advance=advance)
-    _print_notices(report.notes, () if force else report.warnings)
+    _print_notes(*report.notes, *report.warnings)
     if png is not None:
         save_heatmap(report, png)
     if as_json:

@@ -118,9 +118,9 @@ def score(
     requests = read_requests(data, tokenizer, context=checked.shortest_context, skip=skip)
     _warn_of_seams(requests)
     settings: dict[str, Any] = {"batch_size": batch_size, "per_token": per_token, "top_k": top_k_logits}
-    settings["verify_weights"] = verify_weights
     if output is not None:
-        settings |= {"members": describe_ensemble(checked, verify_weights=verify_weights)["members"]}
+        described = describe_ensemble(checked, verify_weights=verify_weights)
+        settings |= {key: described[key] for key in ("verify_weights", "members")}
         settings = run_settings(checked.config, requests, points, settings)
     if top_k_logits is not None and output is not None:
         folder = LogitsFolder(output, settings, overwrite=overwrite)

@@ -110,7 +110,7 @@ class DecodeLoop:
             requests = [
                 TokenRequest(text, row, offset, index * num + offset)
                 for index, row in enumerate(self.rows)
-                for offset in range(min(1 + len(row.drafts), self._most(row)))
+                for offset in range(min(1 + len(row.drafts), self._num_readable(row)))
                 for text in row.texts
             ]
             guesses = self.drafter.peek(logits, self.rows) if self.drafter is not None and num == 1 else None
@@ -146,7 +146,7 @@ class DecodeLoop:
             if drafter is not None and num > 1:
                 with timed(self._meter, "draft"):
                     for row in self.rows:
-                        row.drafts = look_up(row.ids, min(num, self._most(row)) - 1) if row.texts else []
+                        row.drafts = look_up(row.ids, min(num, self._num_readable(row)) - 1) if row.texts else []
             num = 1 + max(len(row.drafts) for row in self.rows)
             with timed(self._meter, "step" if num == 1 else "verify"):
                 return self._run_members(self._newest(0, num), self.cache, None)
@@ -166,13 +166,13 @@ class DecodeLoop:
         ids, positions = [], []
         for row in self.rows:
             tokens = [row.ids[-1], *row.drafts][offset : offset + num] if row.texts else []
-            tokens = tokens[: max(self._most(row) - offset, 0)]
+            tokens = tokens[: max(self._num_readable(row) - offset, 0)]
             start = len(row.ids) - 1 + offset
             ids.append(tokens + [0] * (num - len(tokens)))
             positions.append([*range(start, start + len(tokens)), *[-1] * (num - len(tokens))])
         return Step(torch.tensor(ids), position_ids=torch.tensor(positions))
 
-    def _most(self, row: Row) -> int:
+    def _num_readable(self, row: Row) -> int:
         """Return how many tokens of a row may be read at once, up to where a member reads it anew."""
         reread = self.cache.next_reread(len(row.ids) - 1)
         return row.room if reread is None else min(row.room, reread - len(row.ids) + 1)

@@ -42,6 +42,11 @@ MEMBER_HASHES = {
 """Settings of members that nobody can read, by what they are of."""
 
 
+def name_verification(was_verified: bool) -> str:
+    """Name the one difference between a run begun with --verify-weights, or without it, and one that is not."""
+    return "with --verify-weights (add it)" if was_verified else "without --verify-weights (leave it out)"
+
+
 class RunSettings:
     """All that the results of a run depend on, as JSON; kept beside them to name what another run has changed."""
 
@@ -62,6 +67,9 @@ class RunSettings:
             return f"which ones is not known, as {path.name} is missing or damaged"
         if digest(content) == self.digest:
             return ""
+        was_verified = bool(then.get("verify_weights"))
+        if was_verified != bool(now.get("verify_weights")):  # all hashes of weights differ with it
+            return name_verification(was_verified)
         names = [name for name in {**then, **now} if then.get(name, _ABSENT) != now.get(name, _ABSENT)]
         found = list(dict.fromkeys(_difference(name, then.get(name), now.get(name)) for name in names))
         return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ensembler.errors import ConfigError, PromptError
 
+_OF_CONVERSATION = ("messages", "add_generation_prompt")  # variables that a chat template always gets
 Report = Callable[[str], None]
 Line = TypeVar("Line")
 
@@ -172,9 +173,18 @@ def chat_ids(
 
 
 def check_template_kwargs(template: str, given: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a variable that a chat template does not have: it would be passed over in silence."""
+    """Raise ConfigError for a variable that a chat template does not read, or that it gets from each conversation."""
+    from jinja2 import TemplateError, meta
+    from transformers.utils.chat_template_utils import _compile_jinja_template  # no public name has its extensions
+
+    try:
+        read = meta.find_undeclared_variables(_compile_jinja_template(template).environment.parse(template))
+    except TemplateError as error:
+        raise ConfigError(f"the chat template cannot be read ({error}); mend it") from error
     for name in given:
-        if name not in template:
+        if name in _OF_CONVERSATION:
+            raise ConfigError(f"the chat template gets {name!r} from the conversation; leave it out of its variables")
+        if name not in read:
             raise ConfigError(f"the chat template has no variable {name!r}; leave it out, or mend its name")
 
 

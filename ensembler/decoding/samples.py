@@ -129,13 +129,17 @@ class AnswerDecoder:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=not raw)
         return text
 
+    def _dropped(self, ids: Sequence[int]) -> str:
+        """Return the space that `raw` drops of new `ids`, and shows where they stand behind a text; else ''."""
+        once, twice = (self._decoded(one, raw=True) for one in (ids[:1], [*ids[:1], *ids[:1]]))
+        return " " if twice == f"{once} {once}" and self.raw(ids[:1]) == once else ""
+
     def cut(self, ids: Sequence[int], stops: Sequence[str]) -> tuple[str, int] | None:
         """Return the text before the first of `stops` and the number of tokens up to its end, or None without any.
 
         A stop text may hold special tokens, and a space that the tokenizer drops at the beginning of a text.
         """
-        whole = self.raw(ids)
-        dropped = " " * (not any(stop in whole for stop in stops))
+        whole, dropped = self.raw(ids), self._dropped(ids)
         cuts = [cut for cut in ((dropped + whole).find(stop) for stop in stops) if cut >= 0]
         if not cuts:
             return None

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from ensembler.adapters import CheckedAdapter, base_name
+from ensembler.adapters import CheckedAdapter
 from ensembler.errors import OutputError, RunError
 from ensembler.patch.addition import deltas_added, read_tensor
+from ensembler.patch.formats import base_name
 
 
 class Routing:
@@ -66,13 +68,13 @@ class LayerAdapters(nn.Module):
 
     def add(self, role: str, down: Tensor, up: Tensor, scaling: float) -> None:
         """Add a LoRA: A (r, in), of an embedding Aᵀ (tokens, r); B (out, r); its scaling s."""
-        self.register_parameter(f"down_{role}", nn.Parameter(down))
-        self.register_parameter(f"up_{role}", nn.Parameter(up))
+        self.register_parameter(f"down_{role}", nn.Parameter(down, requires_grad=False))
+        self.register_parameter(f"up_{role}", nn.Parameter(up, requires_grad=False))
         self._scaling[role] = scaling
 
     def add_own(self, role: str, name: str, value: Tensor) -> None:
         """Let `value` stand in for the layer's tensor `name`."""
-        self.register_parameter(f"own_{name}_{role}", nn.Parameter(value))
+        self.register_parameter(f"own_{name}_{role}", nn.Parameter(value, requires_grad=False))
         self._own.setdefault(role, []).append(name)
 
     def _change(self, layer: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
@@ -98,6 +100,13 @@ class LayerAdapters(nn.Module):
             mine: Tensor = part(y)
             if role in self._own:
                 own = {name: getattr(self, f"own_{name}_{role}") for name in self._own[role]}
+                others = chain(layer.named_parameters(recurse=False), layer.named_buffers(recurse=False))
+                away = next((name for name, tensor in others if tensor.is_meta and name not in own), None)
+                if away is not None:  # its memory would be read as it happens to be
+                    raise RunError(
+                        f"the adapter of {role} replaces the {' and '.join(own)} of a layer whose {away} is on disk or "
+                        "offloaded; keep that on a device"
+                    )
                 inputs = tuple(map(part, args)), {name: part(value) for name, value in kwargs.items()}
                 with self._routing.through((), 0):  # without these adapters
                     mine.copy_(functional_call(_unhooked(layer), own, *inputs, tie_weights=False))
@@ -215,6 +224,12 @@ def _attach(model: PreTrainedModel, role: str, adapter: CheckedAdapter, routing:
         raise ValueError(
             f"the adapter of {role} holds {away}, and the base's is on disk or offloaded; keep it on a device"
         )
+    packed = next((name for name in (*replaced, *adapter.deltas) if _is_packed(known[name])), None)
+    if packed is not None:
+        raise ValueError(
+            f"the adapter of {role} holds {packed}, and the base's is quantised; load the base without quantization, "
+            "or merge the adapter into its model: ensembler patch apply"
+        )
     own = dict(replaced)
     for name, value in deltas_added(known, adapter).items():  # of the weight itself, in all layers that are tied to it
         own |= {other: value for other, tensor in known.items() if tensor is known[name]}
@@ -255,9 +270,14 @@ def _view(model: PreTrainedModel, backbone: Backbone, role: str) -> PreTrainedMo
     return view
 
 
+def _is_packed(weight: Tensor) -> bool:
+    """Return whether a weight is quantised: integers, or floats of less than 16 bits."""
+    return not weight.is_floating_point() or weight.dtype.itemsize < 2
+
+
 def _like(layer: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
     """Return device and dtype of the adapter of a layer: those of its weights, unless those are quantised or away."""
     weight: Any = layer.weight
     hook = getattr(layer, "_hf_hook", None)  # accelerate's: the weights may be elsewhere between two forwards
     device = weight.device if hook is None or hook.execution_device is None else hook.execution_device
-    return {"device": device, "dtype": weight.dtype if weight.dtype.is_floating_point else dtype}
+    return {"device": device, "dtype": dtype if _is_packed(weight) else weight.dtype}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ _GOING_ON = ("qwen3_next",)
 
 
 @dataclass(frozen=True)
-class Anew:
+class Rereading:
     """The models, by `roles`, that read a text anew in the next step; the others read its last `num_new` tokens."""
 
     roles: frozenset[Roles]
@@ -37,13 +37,13 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
     Everything that `transformers` does to a cache (reorder for beam search, crop for speculation, repeat, select,
     reset) it does to `layers`, and so to all members at once. The cache of members on a shared backbone holds a block
     of rows for each: what picks rows picks them in every block. `num_tokens`: that it holds, for members that keep a
-    state and count none; `anew`: who reads them again in the next step.
+    state and count none; `rereading`: the members that read them again in the next step.
     """
 
     def __init__(self, caches: Mapping[Roles, Cache]) -> None:
         self.caches = dict(caches)
         self.num_tokens = 0
-        self.anew: Anew | None = None
+        self.rereading: Rereading | None = None
         self._broken = False
         super().__init__(layers=[])
 
@@ -85,6 +85,12 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
         chosen.batch_select_indices(indices)
         return chosen
 
+    def read_anew(self, roles: Iterable[Roles], num_new: int) -> None:
+        """Empty the caches of `roles`; the next step has to be given all tokens, `num_new` of them new."""
+        self.rereading = Rereading(frozenset(roles), num_new)
+        for each in self.rereading.roles:
+            self.caches[each].reset()
+
     def lengths(self) -> dict[Roles, int | Tensor]:
         """Return the number of tokens in each cache; that of a static one as a copy on its device.
 
@@ -110,7 +116,7 @@ class EnsembleCache(Cache):  # type: ignore[misc,unused-ignore]
     def reset(self) -> None:
         """Empty all layers; a broken cache is whole again."""
         super().reset()
-        self.num_tokens, self.anew, self._broken = 0, None, False
+        self.num_tokens, self.rereading, self._broken = 0, None, False
 
 
 def has_cache(runner: ModelRunner) -> bool:
@@ -136,29 +142,26 @@ def why_not_in_pieces(runners: Sequence[ModelRunner]) -> str | None:
     return None
 
 
-def begin_anew(cache: object, runners: Sequence[ModelRunner], mask: Tensor | None, num_new: int | None) -> bool:
-    """Empty the caches of members that read a text anew where it has grown to this length, as alone they do.
+def roles_to_reread(
+    cache: object, runners: Sequence[ModelRunner], mask: Tensor | None, num_new: int | None
+) -> list[Roles]:
+    """Return the models that read a text anew where it has grown to this length, as alone they do.
 
-    `mask` (rows, past + new), or None where all is seen, is that of the step that follows, of `num_new` tokens. Where
-    this returns True it has to be given all tokens, of which the other members read the new ones.
+    `mask` (rows, past + new), or None where all is seen, is that of the step that follows, of `num_new` tokens.
     """
     rereading = {one.roles: one.scale.reread_at for one in runners if one.scale and one.scale.reread_at}
     if not rereading or not isinstance(cache, EnsembleCache) or not num_new:
-        return False
+        return []
     num_past = int(cache.get_seq_length())
     past = [num_past] if mask is None else mask[:, :-num_new].sum(1).tolist()
     texts = [num_past + num_new] if mask is None else mask.sum(1).tolist()
-    passed = [
+    if not num_past:
+        return []
+    return [
         roles
         for roles, num in rereading.items()
         if any(before <= num < after for before, after in zip(past, texts, strict=True))
     ]
-    if not num_past or not passed:
-        return False
-    for roles in passed:
-        cache.caches[roles].reset()
-    cache.anew = Anew(frozenset(passed), num_new)
-    return True
 
 
 def prepare_caches(

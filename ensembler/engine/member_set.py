@@ -223,17 +223,17 @@ class MemberSet:
             with self._timed(runner.name):
                 here = steps[runner.device]
                 own = None if cache is None else cache.caches[runner.roles]
-                if cache is not None and cache.anew is not None and runner.roles not in cache.anew.roles:
-                    here = here.last(cache.anew.num_new)
+                if cache is not None and cache.rereading is not None and runner.roles not in cache.rereading.roles:
+                    here = here.last(cache.rereading.num_new)
                 if runner.rotaries and here.lengths is None:
-                    here = replace(here, lengths=_text_lengths(here, own))
+                    here = replace(here, lengths=_lengths_of_step(here, own))
                 moved = here if has_cache(runner) else here.without_left_padding()
                 found = runner.run(moved, moved.attention_mask, own)
                 logits |= found if moved is here else {role: here.moved_back(values) for role, values in found.items()}
         if cache is not None:
             num = step.input_ids.shape[1]
-            if cache.anew is not None:
-                num, cache.anew = cache.anew.num_new, None
+            if cache.rereading is not None:
+                num, cache.rereading = cache.rereading.num_new, None
                 logits = {role: values[:, -num:] for role, values in logits.items()}
             cache.num_tokens += num
         return _in_order(logits, runners)
@@ -361,7 +361,7 @@ class MemberSet:
         return nullcontext() if self.timer is None else self.timer(name)
 
 
-def _text_lengths(step: Step, cache: Any) -> Tensor:
+def _lengths_of_step(step: Step, cache: Any) -> Tensor:
     num, mask = step.input_ids.shape[1], step.attention_mask
     num_past = mask.shape[1] - num if mask is not None else 0 if cache is None else int(cache.get_seq_length())
     return text_lengths(num, num_past, step.position_ids, mask)

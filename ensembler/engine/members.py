@@ -109,7 +109,9 @@ def check_member(role: str, config: MemberConfig) -> MemberFiles:
     tokenizer = _load_tokenizer(role, config, options)
     adapter = None
     if config.adapter is not None:
-        adapter = check_adapter(role, config.adapter, config.model, model_config)
+        adapter = check_adapter(
+            role, config.adapter, config.model, model_config, trust_remote_code=config.trust_remote_code
+        )
     return MemberFiles(role, config, model_config, tokenizer, adapter)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,18 @@ def config_hash(model_config: Any) -> str:
     return digest(settings, _HASH)
 
 
+def _state(path: Path) -> list[int]:
+    """Return the size of a file and the time of its last change in ns."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+@cache
+def _weights_digest(path: Path, num_bytes: int, time_ns: int) -> str:
+    """Return the SHA-256 of a weights file, which is read once while its size and time stay: runs share members."""
+    return file_digest(path)
+
+
 def _describe(files: MemberFiles, verify_weights: bool) -> dict[str, Any]:
     config = files.config
     described = {key: value for key, value in config.to_dict().items() if key not in _NOT_COMPUTED}
@@ -61,10 +74,10 @@ def _describe(files: MemberFiles, verify_weights: bool) -> dict[str, Any]:
         paths = sorted({tensor.file for tensor in stored.tensors.values()})
         described["fingerprint"] = stored.fingerprint()[:_HASH]
         if verify_weights:
-            described["weights_sha256"] = digest({path.name: file_digest(path) for path in paths}, _HASH)
+            digests = {path.name: _weights_digest(path, *_state(path)) for path in paths}
+            described["weights_sha256"] = digest(digests, _HASH)
         else:
-            times = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
-            described["weight_files"] = digest(times, _HASH)
+            described["weight_files"] = digest({path.name: _state(path) for path in paths}, _HASH)
     else:
         described["commit"] = getattr(files.model_config, "_commit_hash", None)
     if config.adapter is not None and files.adapter is not None:

@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensembler.decoding.output_file import MEMBER_HASHES
+from ensembler.decoding.output_file import MEMBER_HASHES, name_verification
 from ensembler.errors import ConfigError, OutputError, StoreError
 from ensembler.evaluation.results_file import (
     APPLICATION,
@@ -43,7 +43,6 @@ _OPTIONS = {  # settings that are keys of a recipe, and options of a sweep
     "alphas": "alphas",
     "rules": "rules",
     "seed": "seed",
-    "verify_weights": "verify_weights",
     "batch size": "batch_size",
     "limit": "limit",
     "fewshot": "num_fewshot",
@@ -230,6 +229,10 @@ def _differences(there: Any, here: Any, *keys: str) -> Iterator[str]:
         one, other = there or {}, here or {}
         if keys and keys[-1] in ("runs", *_HASHED) and one.keys() != other.keys():
             yield _difference(list(one), list(other), keys)
+            return
+        verified = [bool(each.get("verify_weights")) for each in (one, other)]
+        if one and other and verified[0] != verified[1]:  # all hashes of weights differ with it
+            yield f"it was begun {name_verification(verified[0])}"
             return
         different = [key for key in {**one, **other} if one.get(key) != other.get(key)]
         hashed = _HASHED.get(keys[-2], {}) if len(keys) > 1 else {}

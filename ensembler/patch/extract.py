@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from ensembler import __version__
-from ensembler.adapters import resize_command
 from ensembler.errors import ConfigError, PatchError
-from ensembler.files import check_not_input, other_tokenizer, reading
+from ensembler.files import check_not_input, other_tokenizer
 from ensembler.patch.addition import DTYPES, read_tensor
 from ensembler.patch.apply import make_header, new_folder
 from ensembler.patch.formats import ADAPTER_WEIGHTS, DELTAS, PEFT_PREFIX, RECORD
 from ensembler.patch.model_layout import ModelLayout, read_layouts
+from ensembler.patch.patch_plan import resize_command
 from ensembler.patch.peft_check import why_not_read_by_peft
 from ensembler.safetensors_files import FLOATS, StoredModel, StoredTensor, listed, read_model
 
@@ -225,7 +225,7 @@ def _check_versions(old: StoredModel, new: StoredModel, layout: ModelLayout) -> 
 
 
 def _needed(model: StoredModel, other: StoredModel, layout: ModelLayout) -> dict[str, StoredTensor]:
-    """Return a model's tensors but those that the other lacks and nobody misses: not loaded, or a tied one's copy."""
+    """Return a model's tensors, without those that the other lacks where they are not loaded or copy a tied one."""
     shared = model.tensors.keys() & other.tensors.keys()
     needed = {}
     for name, tensor in model.tensors.items():
@@ -233,8 +233,8 @@ def _needed(model: StoredModel, other: StoredModel, layout: ModelLayout) -> dict
         if name in shared:
             needed[name] = tensor
             continue
-        others = [] if loaded is None else [place for place in layout.on_disk(loaded) if place in shared]
-        is_copy = any(torch.equal(read_tensor(tensor), read_tensor(model.tensors[place])) for place in others)
+        others = [] if loaded is None else [each for each in layout.on_disk(loaded) if each in shared]
+        is_copy = any(tensor.has_values_of(model.tensors[each]) for each in others)
         is_unused = layout.is_known and loaded is None and name not in layout.fused
         if not is_copy and not is_unused:
             needed[name] = tensor
@@ -260,12 +260,7 @@ def _low_rank_kinds(base: StoredModel, layout: ModelLayout) -> dict[str, str]:
 def _difference(old: StoredTensor, new: StoredTensor) -> Tensor | None:
     """Return new - old in fp32 as a matrix, or None where the two are equal."""
     if old.dtype not in FLOATS.values():
-        contents = []
-        for stored in (old, new):
-            with reading(stored.file), stored.file.open("rb") as file:
-                file.seek(stored.start)
-                contents.append(file.read(stored.num_bytes))
-        if contents[0] != contents[1]:
+        if not new.has_values_of(old):
             raise PatchError(f"{new.name} is {new.dtype} and differs; only floats have a difference that can be added")
         return None
     delta = read_tensor(new).float() - read_tensor(old).float()

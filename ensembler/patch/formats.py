@@ -42,6 +42,7 @@ _WRAPPED = re.compile(
     r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^(module)\.|"
     r"(?<=^base_model\.model\.)(module|base_model\.model)\."
 )
+_PEFT_LAYERS = re.compile(r"(\.token_adapter)?\.(base_layer|original_module)\.")  # around a layer of the base
 _ADAPTER_NAME = re.compile(r"(lora_(?:embedding_)?[AB]|modules_to_save)\.default(?=\.|$)")
 # Modules that PEFT trains whole for these tasks; its first versions did not write them down.
 _TASK_HEADS = dict.fromkeys(("SEQ_CLS", "TOKEN_CLS"), ("classifier", "score")) | {"QUESTION_ANS": ("qa_outputs",)}
@@ -257,6 +258,11 @@ def own_names(folder: Path, tensors: Mapping[str, StoredTensor], *, unwrap: bool
     return own
 
 
+def base_name(name: str) -> str:
+    """Return the name that a tensor of the base had before PEFT wrapped the layers."""
+    return _PEFT_LAYERS.sub(".", name.removeprefix(PEFT_PREFIX))
+
+
 def _read_lora(
     folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> tuple[dict[str, LowRank], dict[str, StoredTensor], dict[str, StoredTensor]]:
@@ -265,7 +271,7 @@ def _read_lora(
     replaced, carried = {}, {}
     for path, tensor in tensors.items():
         ending = next((ending for ending in _FACTORS if path.endswith(ending)), None)
-        name = path.replace(".base_layer.", ".").replace(".original_module.", ".").replace(".modules_to_save.", ".")
+        name = base_name(path).replace(".modules_to_save.", ".")
         if ending is not None:
             factors.setdefault(path.removesuffix(ending), {})[_FACTORS[ending]] = tensor
         elif "lora_" in path or "token_adapter" in path:

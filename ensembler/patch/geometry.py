@@ -141,14 +141,16 @@ def inspect_patch(
         raise ConfigError("a base needs a model: θ′ - θ is taken between the two; give the model with --to")
     updated = old = None
     warnings: tuple[str, ...] = ()
+    old_names: dict[str, str] = {}
     if base is not None:
         plan = plan_patches([patch], base)
         old, warnings = plan.model, plan.warnings
+        old_names = {_source(plan.patches[0], name): name for name in _measured(plan.patches[0])}
     if model is not None:
         plan = plan_patches([patch], model)
         updated, patch = plan.model, plan.patches[0]
         other = None if other is None else plan_patches([other], model).patches[0]
-    names = [name for name in [*patch.low_rank, *patch.full] if name not in patch.replaced]
+    names = _measured(patch)
     if not names:
         raise PatchError(f"{patch.folder} only replaces {listed(patch.replaced)}; there is no delta to measure")
     if other is not None:
@@ -159,11 +161,21 @@ def inspect_patch(
             )
     modules = []
     for name in names:
-        weights = [None if stored is None else stored.tensors[name] for stored in (updated, old)]
-        modules.append(_measure(name, patch, other, *weights))
+        weight = None if updated is None else updated.tensors[name]
+        before = None if old is None else old.tensors[old_names[_source(patch, name)]]
+        modules.append(_measure(name, patch, other, weight, before))
         if advance is not None:
             advance(1)
     return PatchReport(tuple(modules), patch.notes, warnings)
+
+
+def _measured(patch: Patch) -> list[str]:
+    return [name for name in [*patch.low_rank, *patch.full] if name not in patch.replaced]
+
+
+def _source(patch: Patch, name: str) -> str:
+    """Return the tensor in the patch's own files that changes `name`: the two models may call that otherwise."""
+    return patch.low_rank[name].a.name if name in patch.low_rank else patch.full[name].name
 
 
 def _measure(

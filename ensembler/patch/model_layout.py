@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from ensembler.safetensors_files import StoredModel
 
 # Classes that adapters are trained on, beside the one that saved the model.
-_MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+MAPPINGS = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
 # Layers that PEFT gives a LoRA, with the way that their weight lies: (out, in), (in, out), (tokens, width).
 _KINDS: dict[type[nn.Module], str] = {nn.Linear: "linear", Conv1D: "transposed", nn.Embedding: "embedding"}
 
@@ -39,7 +39,8 @@ class ModelLayout:
     `weights`: all names in the loaded model. `stored`: name on disk of each that lies there as it is when loaded.
     `fused`: tensors on disk that are put together or turned when they are loaded. `kinds`: 'linear', 'transposed'
     (in, out) or 'embedding' of the weights of such layers. `tied`: the names of one tensor, for each of them.
-    `token_weights`: those with a row for each token. `decoder`: the module that a text model alone is called.
+    `token_weights`: those with a row for each token. `unused`: tensors on disk that are not loaded. `text_model`: of a
+    model of images and text, the prefix of names in its text model alone, and the prefix that they have in this one.
     `is_known`: transformers has the class; otherwise names are those on disk.
     """
 
@@ -49,7 +50,8 @@ class ModelLayout:
     kinds: Mapping[str, str]
     tied: Mapping[str, tuple[str, ...]]
     token_weights: frozenset[str]
-    decoder: str = ""
+    unused: frozenset[str] = frozenset()
+    text_model: tuple[str, str] | None = None
     rename: Callable[[str], str] = str
     is_known: bool = True
 
@@ -58,7 +60,11 @@ class ModelLayout:
 
         Older versions of the class, and its text model alone, call it otherwise.
         """
-        names = (name, self.rename(name), f"{self.decoder}.{name.partition('.')[2]}")
+        if name in self.unused:
+            return None
+        names = [name, self.rename(name)]
+        if self.text_model is not None and name.startswith(self.text_model[0]):
+            names.append(self.text_model[1] + name.removeprefix(self.text_model[0]))
         return next((each for each in names if each in self.weights), None)
 
     def on_disk(self, name: str) -> list[str]:
@@ -76,7 +82,7 @@ def read_layouts(model: StoredModel) -> list[ModelLayout]:
     except Exception:  # unknown types, code of its own, damaged settings: each raises what it likes
         return [_as_stored(model)]
     classes = [getattr(transformers, name, None) for name in config.architectures or ()]
-    classes += [mapping.get(type(config), None) for mapping in _MAPPINGS]
+    classes += [mapping.get(type(config), None) for mapping in MAPPINGS]
     layouts = []
     for kind in dict.fromkeys(classes):
         if isinstance(kind, type) and issubclass(kind, PreTrainedModel):
@@ -111,27 +117,48 @@ def layout_of(model: PreTrainedModel, tensors: Iterable[str] = ()) -> ModelLayou
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     prefix = model.base_model_prefix
     loaded = {name: rename_source_key(name, renamings, converters, prefix, built) for name in sorted(tensors)}
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    rows = {id(end.weight) for end in ends if isinstance(getattr(end, "weight", None), nn.Parameter)}
-    decoder = model.get_decoder()
+    plain = {disk: name for disk, (name, converter) in loaded.items() if converter is None}
     return ModelLayout(
         weights=frozenset(weights),
-        stored={name: disk for disk, (name, converter) in loaded.items() if converter is None and name in weights},
-        fused=frozenset(disk for disk, (_, converter) in loaded.items() if converter is not None),
+        stored={name: disk for disk, name in plain.items() if name in weights},
+        fused=frozenset(loaded.keys() - plain.keys()),
         kinds=kinds,
         tied={name: tuple(names) for names in same.values() if len(names) > 1 for name in names},
-        token_weights=frozenset(name for name, weight in weights.items() if id(weight) in rows),
-        decoder=next((name for name, module in model.named_modules() if module is decoder), ""),
+        token_weights=token_weights(model),
+        unused=frozenset(disk for disk, name in plain.items() if name not in weights),
+        text_model=_text_model(model),
         rename=lambda name: rename_source_key(name, renamings, [], prefix, built)[0],
     )
 
 
+def token_weights(model: PreTrainedModel) -> frozenset[str]:
+    """Return the names of the weights with a row for each token: those of the embedding and of the head."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    rows = {id(end.weight) for end in ends if isinstance(getattr(end, "weight", None), nn.Parameter)}
+    parameters = model.named_parameters(remove_duplicate=False)
+    return frozenset(name for name, weight in parameters if id(weight) in rows)
+
+
+def _text_model(model: PreTrainedModel) -> tuple[str, str] | None:
+    """Return the prefix of names in the text model of a model of images and text, alone and in it; None for others."""
+    decoder = model.get_decoder()
+    if model.config.get_text_config(decoder=True) is model.config or not isinstance(decoder, PreTrainedModel):
+        return None
+    inside = next((name for name, module in model.named_modules() if module is decoder), None)
+    return None if not inside else (f"{decoder.base_model_prefix}.", f"{inside}.")
+
+
 def _as_stored(model: StoredModel) -> ModelLayout:
-    """Return a layout by the files alone; a model that does not say otherwise ties what has a row for each token."""
+    """Return a layout by the files alone. All weights with a row for each token count as tied where the config says so.
+
+    Where it says nothing they are tied unless the files hold two with different values: a head of its own.
+    """
     text = model.config.get("text_config") or model.config
     width = text.get("vocab_size")
     ends = [name for name, each in model.tensors.items() if len(each.shape) == 2 and each.shape[0] == width]
-    is_tied = False not in (text.get("tie_word_embeddings"), model.config.get("tie_word_embeddings"))
+    said = [is_tied for each in (text, model.config) if (is_tied := each.get("tie_word_embeddings")) is not None]
+    tensors = [model.tensors[name] for name in ends]
+    is_tied = all(said) if said else all(tensor.has_values_of(tensors[0]) for tensor in tensors[1:])
     return ModelLayout(
         weights=frozenset(model.tensors),
         stored={name: name for name in model.tensors},

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -80,7 +82,8 @@ def warn_of_other_base(patch: Patch, model: StoredModel) -> str | None:
 def _fit(patch: Patch, model: StoredModel, layouts: Sequence[ModelLayout]) -> Patch:
     """Return the patch under the model's names on disk, its factors turned as the layers are.
 
-    It has to fit one of the classes that load the model, and none may tie what it changes apart; raises PatchError.
+    Raises PatchError unless it fits one of the classes that load the model, or where any of them ties a weight that it
+    changes by itself.
     """
     if patch.replaced and patch.scale != 1:
         raise PatchError(
@@ -100,23 +103,23 @@ def _fit(patch: Patch, model: StoredModel, layouts: Sequence[ModelLayout]) -> Pa
 
 def _fit_class(patch: Patch, model: StoredModel, layout: ModelLayout) -> Patch:
     loaded = {name: layout.find(name) or name for name in (*patch.names, *patch.carried)}
-    places = {name: _places(name, found, patch, model, layout) for name, found in loaded.items()}
-    _check_names(patch, model, layout, loaded, places)
-    kinds = {places[name][0]: layout.kinds.get(loaded[name]) for name in patch.low_rank}
-    placed = replace(
+    on_disk = {name: _names_on_disk(name, found, patch, model, layout) for name, found in loaded.items()}
+    _check_names(patch, model, layout, loaded, on_disk)
+    kinds = {on_disk[name][0]: layout.kinds.get(loaded[name]) for name in patch.low_rank}
+    fitted = replace(
         patch,
-        low_rank={places[name][0]: factors for name, factors in patch.low_rank.items()},
-        replaced={places[name][0]: stored for name, stored in patch.replaced.items()},
-        full={place: stored for name, stored in patch.full.items() for place in places[name]}
+        low_rank={on_disk[name][0]: factors for name, factors in patch.low_rank.items()},
+        replaced={on_disk[name][0]: stored for name, stored in patch.replaced.items()},
+        full={each: stored for name, stored in patch.full.items() for each in on_disk[name]}
         | {name: stored for name, stored in patch.full.items() if name in model.tensors},
-        carried={places[name][0]: stored for name, stored in patch.carried.items() if places[name]},
+        carried={on_disk[name][0]: stored for name, stored in patch.carried.items() if on_disk[name]},
     ).oriented(lambda name: None if kinds[name] is None else kinds[name] == "transposed")
-    tokens = {place for name in layout.token_weights for place in layout.on_disk(name)}
-    _check_shapes(placed, model, tokens)
-    return placed
+    tokens = {each for name in layout.token_weights for each in layout.on_disk(name)}
+    _check_shapes(fitted, model, tokens)
+    return fitted
 
 
-def _places(name: str, loaded: str, patch: Patch, model: StoredModel, layout: ModelLayout) -> list[str]:
+def _names_on_disk(name: str, loaded: str, patch: Patch, model: StoredModel, layout: ModelLayout) -> list[str]:
     """Return the tensors on disk that hold a weight. Those that are turned when loaded take deltas from disk alone."""
     is_on_disk = name in model.tensors and (loaded not in layout.weights or name in patch.full)
     return layout.on_disk(loaded) or ([name] if is_on_disk else [])
@@ -128,11 +131,17 @@ def _check_ties(patch: Patch, model: StoredModel, layout: ModelLayout) -> None:
         loaded = layout.find(name) or name
         others = [other for other in layout.tied.get(loaded, ()) if other != loaded]
         if others:
-            has_copy = len(layout.on_disk(loaded)) > 1
-            hint = ' (its files hold both: "tie_word_embeddings": false in its config.json keeps them apart)'
+            hint = ""
+            if len(layout.on_disk(loaded)) > 1:
+                hint = ' (its files hold both: "tie_word_embeddings": false in its config.json keeps them apart)'
+            elif not layout.is_known:
+                hint = (
+                    ' (its class is not one of transformers: where it does not tie them, say "tie_word_embeddings": '
+                    "false in its config.json)"
+                )
             raise PatchError(
                 f"{patch.folder} changes {name}, and {model.folder} ties it to {listed(others)}, so both would change; "
-                f"give a model that is not tied{hint if has_copy else ''}, or a patch without it"
+                f"give a model that is not tied{hint}, or a patch without it"
             )
 
 
@@ -141,9 +150,16 @@ def _check_names(
     model: StoredModel,
     layout: ModelLayout,
     loaded: Mapping[str, str],
-    places: Mapping[str, Sequence[str]],
+    on_disk: Mapping[str, Sequence[str]],
 ) -> None:
-    missing = sorted(name for name in patch.names if not places[name])
+    given: dict[str, str] = {}
+    for name in sorted(patch.names):
+        first = given.setdefault(loaded[name], name)
+        if first != name:
+            raise PatchError(
+                f"{patch.folder} holds {first} and {name}, and both are {loaded[name]} in {model.folder}; take one out"
+            )
+    missing = sorted(name for name in patch.names if not on_disk[name])
     if missing:
         raise PatchError(
             f"{patch.folder} changes {len(missing):,} of {len(patch.names):,} tensors that {model.folder} does not "
@@ -169,7 +185,7 @@ def _check_shapes(patch: Patch, model: StoredModel, tokens: Collection[str]) -> 
         if tensor.dtype == "F64":
             raise PatchError(
                 f"{name} in {folder} is float64, and sums are taken in float32; save the model in that first: "
-                + _command(f"M.from_pretrained('{folder}', dtype='float32').save_pretrained('{folder}-float32')")
+                + _command(f'm = M.from_pretrained({_quoted(folder)}, dtype="float32")', f"{folder}-float32")
             )
         if tensor.dtype not in FLOATS.values():
             raise PatchError(
@@ -177,14 +193,9 @@ def _check_shapes(patch: Patch, model: StoredModel, tokens: Collection[str]) -> 
                 "in one of them, before any quantisation"
             )
         if name in tokens and shape[1:] == tensor.shape[1:] and shape > tensor.shape:
-            rows = shape[0]
             raise PatchError(
-                f"{patch.folder} was trained with {rows:,} tokens, and {folder} has {tensor.shape[0]:,}; resize it "
-                f"first, and add the patch to the result: "
-                + _command(
-                    f"m = M.from_pretrained('{folder}'); m.resize_token_embeddings({rows}); "
-                    f"m.save_pretrained('{folder}-{rows}')"
-                )
+                f"{patch.folder} was trained with {shape[0]:,} tokens, and {folder} has {tensor.shape[0]:,}; resize it "
+                f"first, and add the patch to the result: {resize_command(folder, shape[0])}"
             )
         if shape != tensor.shape:
             raise PatchError(
@@ -193,8 +204,20 @@ def _check_shapes(patch: Patch, model: StoredModel, tokens: Collection[str]) -> 
             )
 
 
-def _command(code: str) -> str:
-    return f'python -c "from transformers import AutoModelForCausalLM as M; {code}"'
+def resize_command(model: str | Path, num_tokens: int) -> str:
+    """Return the command that saves a model with embeddings of `num_tokens` rows beside itself."""
+    code = f"m = M.from_pretrained({_quoted(model)}); m.resize_token_embeddings({num_tokens})"
+    return _command(code, f"{str(model).rstrip('/')}-{num_tokens}")
+
+
+def _command(code: str, out: str) -> str:
+    """Return a shell command that makes the model `m` by `code` and saves it in `out`."""
+    code = f"from transformers import AutoModelForCausalLM as M; {code}; m.save_pretrained({_quoted(out)})"
+    return shlex.join(["python", "-c", code])
+
+
+def _quoted(name: str | Path) -> str:
+    return json.dumps(str(name), ensure_ascii=False)  # a literal of Python too, without single quotes
 
 
 def _why_missing(missing: Sequence[str], model: StoredModel, layout: ModelLayout) -> str:
@@ -214,16 +237,17 @@ def _why_missing(missing: Sequence[str], model: StoredModel, layout: ModelLayout
 def _targeted(patch: Patch, model: StoredModel, layout: ModelLayout, found: set[str]) -> list[str]:
     """Return the matrices that the patch's target_modules match, as PEFT matches them, and that are not in `found`.
 
-    They are layers of the class; those of its text model where the patch stays within it; and experts that are fused
-    when loaded where the patch names one of them, since it is then older than that.
+    These are layers of the class, or of its text model alone where all changes lie in that. Experts that are fused when
+    loaded count where the patch changes one of them: it was then made with an older class, which had them as layers.
     """
     targets = patch.targets
     if targets is None:
         return []
     if layout.is_known:
         names = {name for name in layout.kinds if name in layout.stored}
-        if all(name.startswith(f"{layout.decoder}.") for name in found):
-            names = {name for name in names if name.startswith(f"{layout.decoder}.") or name in layout.token_weights}
+        inside = "" if layout.text_model is None else layout.text_model[1]
+        if all(name.startswith(inside) for name in found):
+            names = {name for name in names if name.startswith(inside) or name in layout.token_weights}
         if layout.fused & found:
             names |= {name for name in layout.fused if len(model.tensors[name].shape) == 2}
     else:

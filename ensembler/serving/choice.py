@@ -40,7 +40,8 @@ def check_servable(checked: CheckedEnsemble, *, num_ranks: int = 1) -> None:
     for role, member in checked.config.members.items():
         if member.trust_remote_code:
             raise ConfigError(
-                f"{role} runs code of its own, which vLLM's members cannot; the transformers backend runs it"
+                f"{role} was allowed to run code of its own, which vLLM's members cannot; leave out "
+                "--trust-remote-code, or --backend vllm"
             )
         if member.quantization is not None:
             raise ConfigError(

@@ -103,7 +103,7 @@ class EnsembleForImageClassification(folders.PushedFolder, FixedRule, PreTrained
         """Write the folder: config.json; members and heads are referenced, or copied too with `copy_members`.
 
         `max_shard_size`: of their weights files, as in `transformers`, whose other options are refused unless they ask
-        for nothing. Raises OutputError if the folder is not empty, unless `overwrite`.
+        for nothing. Raises OutputError if the folder holds a model, unless `overwrite`.
         """
         folders.check_save_options(options)
         copies = {}

@@ -189,6 +189,8 @@ def test_what_changed_beneath_an_output_is_named(run: Run, ensemble: Path, promp
     arguments = ("generate", ensemble, "--data", prompts, "--max-new-tokens", 3, "--output", out)
     assert run(*arguments).code == 0
     assert "explain was false, now true" in run(*arguments, "--explain").error
+    without = "other settings: without --verify-weights (leave it out); choose"
+    assert without in run(*arguments, "--verify-weights").error
     before = prompts.read_text()
     prompts.write_text(before.replace('{"prompt": "a"}', '{"prompt": "a", "id": 7}'))
     assert "the fields are others" in run(*arguments).error
@@ -267,7 +269,7 @@ MISTAKES = {
     "loud and quiet": (["inspect", "ENSEMBLE", "-q", "-v"], "--quiet and --verbose were both given"),
     "top-p": (["generate", "ENSEMBLE", "--prompt", "a", "--top-p", "0.5"], "top_p needs sampling"),
     "stream": (["generate", "ENSEMBLE", "--prompt", "a", "--stream", "--json"], "--stream prints one text"),
-    "existing": (["create", "ENSEMBLE", "MEMBERS"], "exists already and is not empty"),
+    "existing": (["create", "ENSEMBLE", "MEMBERS"], "exists already and has config.json, "),
     "folder and member": (["inspect", "ENSEMBLE", "--source-ft", "x"], "give the folder, or the members alone"),
     "a member as ensemble": (["inspect", "MEMBER"], "not an ensemble"),
     "an ensemble as member": (["inspect", "--source-ft", "ENSEMBLE", "REST"], "a member has to be one model"),

@@ -217,6 +217,16 @@ def test_an_interrupted_member_goes_on(
     assert not left.exists()
 
 
+def test_verified_weights_belong_to_the_first_run(run: Run, command: list[object], tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    assert run(*command, "--output", out).code == 0
+    said = "begun with other settings: without --verify-weights (leave it out); choose another"
+    assert said in run(*command, "--output", out, "--verify-weights").error
+    assert run(*command, "--output", out, "--verify-weights", "--overwrite").code == 0
+    assert "with --verify-weights (add it); choose another" in run(*command, "--output", out).error
+    assert run(*command, "--output", out, "--verify-weights").code == 0
+
+
 def test_overwrite_begins_anew(run: Run, command: list[object], tmp_path: Path) -> None:
     out, left = tmp_path / "out.jsonl", tmp_path / "out.jsonl.members"
     left.mkdir()

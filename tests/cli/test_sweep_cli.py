@@ -208,7 +208,9 @@ def test_weight_files_that_were_touched_are_noticed_unless_their_bytes_count(
     finally:
         os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
     run(*flags, "times")
-    assert "another run: --verify-weights is false there and true here" in refused(*flags, "times", "--verify-weights")
+    without, with_it = "without --verify-weights (leave it out). Run", "with --verify-weights (add it). Run"
+    assert f"another run: it was begun {without}" in refused(*flags, "times", "--verify-weights")
+    assert f"another run: it was begun {with_it}" in refused(*flags, "bytes")
 
 
 @pytest.mark.parametrize("num_rows", [1, 2])

@@ -120,6 +120,32 @@ def test_stop_texts_of_any_kind_cut_where_they_are_found(before: str) -> None:
     assert found >= 5
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_stop_texts_that_an_answer_may_lack_cut_it_like_a_string(kind: str) -> None:
+    """Many with a space; behind prompts, and behind nothing, where the tokenizer drops a space."""
+    tokenizer, chance = KINDS[kind](), random.Random(f"stops {kind}")
+    letters = "ab 7." if kind == "characters" else "ab  \n7.é東😀"
+    num_lacking = num_spaces = 0
+    for _ in range(300):
+        prompt, answer = "x" + random_text(chance, 5, letters), random_text(chance, 8, letters)
+        ids = text_ids(tokenizer, f"\n{answer}" if "\n" in letters else answer)
+        if "\n" in letters:
+            ids = ids[len(text_ids(tokenizer, "\n")) :]
+        stops = tuple(chance.choice(["", " "]) + random_text(chance, 2, letters) for _ in range(2))
+        cuts = [answer.index(stop) for stop in stops if stop in answer]
+        expected = answer[: min(cuts)] if cuts else answer
+        for before in (text_ids(tokenizer, prompt), []):
+            sample = make_sample(ids, AnswerDecoder(tokenizer, before), (), stops)
+            is_dropped = kind.startswith("spaced") and not before and expected.startswith(" ")
+            assert sample.text == (expected[1:] if is_dropped else expected), (prompt, answer, stops)
+            assert sample.finish_reason == ("stop" if cuts else "length")
+            assert cuts or sample.num_tokens == len(ids)
+        num_lacking += not cuts
+        num_spaces += any(stop[0] == " " and stop[1:] and answer.startswith(stop[1:]) for stop in stops)
+    assert num_lacking > 100
+    assert num_spaces > 10
+
+
 def counting(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> EnsembleForCausalLM:
     """Members that write these tokens one behind the other, round and round."""
     ids = tokenizer.convert_tokens_to_ids(tokens)
@@ -158,7 +184,10 @@ def test_ids_of_a_text_have_one_begin_token_and_no_end(kind: str) -> None:
         assert text_ids(tokenizer, "ab</s>")[-1] == 2  # the text's own
 
 
-TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if short %} 7{% endif %}"
+TEMPLATE = (  # with the tags that transformers adds, and names that are no variables
+    "{# a note on short_one #}{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    "{% for i in range(9) %}{% if i %}{% break %}{% endif %}{% endfor %}{% if short == 'word' or short %} 7{% endif %}"
+)
 
 
 def test_variables_of_a_chat_template() -> None:
@@ -169,5 +198,12 @@ def test_variables_of_a_chat_template() -> None:
     assert tokenizer.decode(chat_ids(tokenizer, messages, {"short": False})) == "ab"
     (prompt,) = encode_prompts([Prompt(0, "ab", "it")], tokenizer, chat=True, template_kwargs={"short": True})
     assert (tokenizer.decode(prompt.ids), prompt.is_chat) == ("ab 7", True)
-    with pytest.raises(ConfigError, match="the chat template has no variable 'shrot'; leave it out"):
-        chat_ids(tokenizer, messages, {"shrot": True})
+    for name in ("shrot", "sho", "content", "m", "short_one", "note", "word", "range"):
+        with pytest.raises(ConfigError, match=f"the chat template has no variable '{name}'; leave it out"):
+            chat_ids(tokenizer, messages, {name: True})
+    for name in ("messages", "add_generation_prompt"):
+        with pytest.raises(ConfigError, match=f"the chat template gets '{name}' from the conversation; leave it out"):
+            chat_ids(tokenizer, messages, {name: False})
+    tokenizer.chat_template = "{% if short %}"
+    with pytest.raises(ConfigError, match="the chat template cannot be read"):
+        chat_ids(tokenizer, messages, {"short": True})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,12 @@ def test_other_settings_and_existing_files_are_refused_and_left_alone(tmp_path: 
         OutputFile(path, {"seed": 2, "stop": ["a"]})
     with pytest.raises(OutputError, match="the prompts are others"):
         OutputFile(path, {"seed": 1, "prompts": "a1b2"})
+    for begun, advice in ((False, "without --verify-weights (leave it out)"), (True, "with --verify-weights (add it)")):
+        verified = tmp_path / f"{begun}.jsonl"
+        with OutputFile(verified, {"verify_weights": begun, "members": {"a": {"weight_files": 1}}}) as results:
+            results.append({"number": 0})
+        with pytest.raises(OutputError, match=re.escape(f"begun with other settings: {advice}; choose another")):
+            OutputFile(verified, {"verify_weights": not begun, "members": {"a": {"weights_sha256": 2}}, "seed": 2})
     with pytest.raises(OutputError, match="is not a folder"):
         OutputFile(tmp_path / "none" / "out.jsonl", {})
     assert path.read_bytes() == before

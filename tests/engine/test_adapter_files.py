@@ -26,7 +26,7 @@ from helpers.adapter_cases import (
 from helpers.commands import Run
 from helpers.patch_cases import edit_tensors
 from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
@@ -140,6 +140,27 @@ def test_resized_embeddings_are_refused_before_loading(tmp_path: Path) -> None:
         ) as caught:
             EnsembleForCausalLM.from_members(rule="realign", members=members)
         assert "\n" not in str(caught.value)
+
+
+def test_what_was_not_trained_may_be_smaller_than_in_the_model(tmp_path: Path, pair_target: PreTrainedModel) -> None:
+    """The embedding of a base with fewer padded rows, which the adapter carries along; trained rows have to fit."""
+    wide = save_base(tmp_path / "wide", vocab_size=72)
+    plain, carrying = (
+        save_adapter(save_base(tmp_path / "base"), tmp_path / name, save={"save_embedding_layers": is_saved})
+        for name, is_saved in (("plain", False), ("carrying", True))
+    )
+    assert len(load_file(carrying / "adapter_model.safetensors")) > len(load_file(plain / "adapter_model.safetensors"))
+    expected = last_logits(PeftModel.from_pretrained(alone(wide), plain).eval(), IDS)
+    for other in (pair_target, str(wide)):  # merged, and beside shared weights
+        members = {"reference": other, "aligned": MemberConfig(str(wide), adapter=str(carrying))}
+        model = EnsembleForCausalLM.from_members(rule="realign", alpha=0.5, members=members)
+        assert_close(last_logits(model.members["aligned"], IDS), expected, atol=1e-5, rtol=1e-5)
+    for module, base in (("lm_head", wide), ("up_proj", save_base(tmp_path / "broad", intermediate_size=64))):
+        config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=[module])
+        trained = save_adapter(tmp_path / "base", tmp_path / module, config)
+        with pytest.raises(MemberError, match="made for another base") as caught:
+            check_member("x", MemberConfig(str(base), adapter=str(trained)))
+        assert "resize" not in str(caught.value)
 
 
 @pytest.mark.parametrize("target_modules", [["lm_head", "q_proj"], ["embed_tokens", "q_proj"]])

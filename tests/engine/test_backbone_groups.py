@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ensembler import EnsembleForCausalLM, MemberConfig
+from ensembler.errors import MemberError
 
 GetPair = Callable[..., Pair]
 FAMILIES = ("llama", "mistral", "gemma2", "qwen2", "gpt2", "gpt_neox", "opt", "bloom")
@@ -100,6 +102,26 @@ def test_members_that_are_loaded_in_another_way_are_another_backbone(tmp_path: P
     expected = last_logits(merged(base, adapter), IDS)
     error = (last_logits(model, IDS) - expected).norm() / expected.norm()
     assert error < (1e-5 if "device_map" in other else 0.15)
+
+
+def test_a_trained_module_cannot_stand_in_for_quantised_weights(tmp_path: Path) -> None:
+    """A head may, which is not quantised; an adapter adds no tensors that a training would change."""
+    pytest.importorskip("bitsandbytes")
+    base = save_base(tmp_path / "base", "qwen2", hidden_size=64, intermediate_size=64)
+    for module in ("mlp", "lm_head"):
+        adapter = save_adapter(base, tmp_path / module, target_modules=["q_proj"], modules_to_save=[module])
+        for quantization in ("bnb-8bit", "bnb-nf4"):
+            alone = MemberConfig(str(base), quantization=quantization)
+            members = {"reference": alone, "aligned": replace(alone, adapter=str(adapter))}
+            if module == "mlp":
+                with pytest.raises(
+                    MemberError, match=r"aligned holds \S*mlp\.\S*weight, and the base's is quantised; load"
+                ):
+                    EnsembleForCausalLM.from_members(rule="realign", members=members)
+                continue
+            model = EnsembleForCausalLM.from_members(rule="realign", members=members)
+            assert roles_of_forwards(model) == [("reference", "aligned")]
+            assert not any(value.requires_grad for name, value in model.named_parameters() if ".adapters." in name)
 
 
 def test_paths_that_are_written_differently_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

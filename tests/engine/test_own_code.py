@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.commands import Run, SaveMember
+from helpers.patch_cases import save_lora, weights
 from helpers.tiny import random_ids
+from peft import PeftModel
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ensembler import EnsembleConfig, EnsembleForCausalLM, MemberConfig
+from ensembler.adapters import check_adapter
 from ensembler.errors import ConfigError, MemberError
 from ensembler.evaluation.provenance import describe_ensemble
 from ensembler.preflight import check_ensemble
@@ -67,6 +70,42 @@ def test_code_runs_for_the_members_that_were_named(members: dict[str, str], tmp_
         ids = random_ids(1, 5)
         expected = sum(0.5 * AutoModelForCausalLM.from_pretrained(folder)(ids).logits for folder in members.values())
     assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_an_adapter_on_a_base_with_code_of_its_own(
+    members: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The permission is the member's, and nobody is asked for another one."""
+    monkeypatch.setattr("builtins.input", lambda text: pytest.fail(text))
+    lora = save_lora(tmp_path / "lora", target_modules=["q_proj"])
+    adapted = {**members, "aligned": {"model": members["reference"], "adapter": str(lora)}}
+    with pytest.raises(MemberError, match=r"^aligned: .* nobody has allowed"):
+        EnsembleForCausalLM.from_members(rule="realign", members=adapted, trust_remote_code=["reference"])
+    model = EnsembleForCausalLM.from_members(rule="realign", alpha=1.0, members=adapted, trust_remote_code=True)
+    with torch.no_grad():
+        found = model(ids := random_ids(1, 5)).logits
+        of_llama(members["reference"])
+        expected = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(members["reference"]), lora)(ids)
+    assert_close(found, expected.logits, atol=1e-5, rtol=1e-5)
+    config = AutoConfig.from_pretrained(members["aligned"], trust_remote_code=True)
+    with pytest.raises(MemberError, match="custom code which must be executed"):
+        check_adapter("x", str(lora), members["aligned"], config)
+
+
+def test_commands_of_patches_do_not_run_code(
+    members: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda text: "y")
+    for folder in members.values():
+        (Path(folder) / "own.py").write_text("raise SystemExit('run')")
+    base, tuned = members.values()
+    made = run("patch", "extract", "--base", base, "--finetuned", tuned, "--output", tmp_path / "patch", "--rank", 64)
+    assert made.code == 0, made.err
+    assert "and PEFT does not: its base has code of its own, which is not run to try it\n" in made.err
+    assert run("patch", "apply", tmp_path / "patch", "--to", base, "--output", tmp_path / "out").code == 0
+    expected = weights(Path(tuned))
+    for name, tensor in weights(tmp_path / "out").items():
+        assert_close(tensor, expected[name], atol=1e-4, rtol=1e-4)
 
 
 def test_a_folder_does_not_keep_the_permission(members: dict[str, str], tmp_path: Path) -> None:

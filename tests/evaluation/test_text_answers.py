@@ -250,6 +250,17 @@ def test_weights_that_were_replaced_are_noticed_wherever_they_differ(tmp_path: P
     assert described(base, verify_weights=True) == by_bytes
 
 
+def test_a_file_that_stays_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, hashed = save_base(tmp_path / "base"), []
+    monkeypatch.setattr("ensembler.evaluation.provenance.file_digest", lambda path: hashed.append(path) or "0")
+    for _ in range(3):
+        described(base, verify_weights=True)
+    assert hashed == [base / "model.safetensors"]
+    os.utime(base / "model.safetensors", ns=(1, 1))
+    described(base, verify_weights=True)
+    assert len(hashed) == 2
+
+
 def test_an_adapter_goes_by_its_files_wherever_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, cache = save_base(tmp_path / "base"), tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))

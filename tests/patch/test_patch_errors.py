@@ -161,7 +161,7 @@ BAD: dict[str, tuple[Damage, str]] = {
     "cut header": (cut(lambda m, p: m / WEIGHTS, 0.01), "not a whole safetensors file"),
     "a damaged shape": (damaged_shape, r"of shape \(64, 17\)"),
     "quantised": (quantised, "stored as I8"),
-    "float64": (lambda m, p: edit_tensors(m / WEIGHTS, in_float64), r"is float64, .*: python -c .*dtype='float32'"),
+    "float64": (lambda m, p: edit_tensors(m / WEIGHTS, in_float64), r"is float64, .*: python -c .*dtype=.float32"),
     "no tensors": (lambda m, p: save_file({}, p / FACTORS), "without tensors: DeepSpeed ZeRO-3 or FSDP"),
     "empty tensors": (
         factors(lambda t: {name: torch.empty(0) for name in t}),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.patch_cases import exact, save_lora, save_model, weights
+from helpers.tiny import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -47,6 +48,23 @@ def test_sizes_from_factors_are_those_of_the_product(rows: int, columns: int, ra
     scale = float(a.norm() * matrix.norm())
     for delta in (first, Delta(None, a.float())):
         assert delta.inner(matrix) == pytest.approx(float((a * matrix).sum()), abs=1e-5 * scale)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_a_base_and_a_model_that_name_their_tensors_otherwise(full: bool, tmp_path: Path) -> None:
+    """One saved without its head has no prefix in its files: the figures are those of two whole models."""
+    for name, seed in (("old", 1), ("new", 2)):
+        save_model(tmp_path / name, seed=seed)
+        make_model("llama", seed).base_model.save_pretrained(tmp_path / f"{name}-bare")
+    patch = save_lora(tmp_path / "lora", target_modules=["q_proj", "down_proj"])
+    if full:
+        apply_patches([read_patch(patch)], tmp_path / "old", tmp_path / "tuned")
+        extract_patch(tmp_path / "old", tmp_path / "tuned", patch := tmp_path / "full", full=True)
+    expected = inspect_patch(read_patch(patch), model=tmp_path / "new", base=tmp_path / "old").overall()
+    assert expected["update_frobenius"] > 1
+    for model, base in (("new", "old-bare"), ("new-bare", "old"), ("new-bare", "old-bare")):
+        found = inspect_patch(read_patch(patch), model=tmp_path / model, base=tmp_path / base).overall()
+        assert found == pytest.approx(expected, rel=1e-6), (model, base)
 
 
 def test_effective_rank_counts_equal_directions() -> None:

@@ -20,6 +20,7 @@ from helpers.patch_cases import (
     weights,
 )
 from helpers.tiny import make_model
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
@@ -176,7 +177,7 @@ def test_layers_lie_as_the_class_has_them_whatever_the_adapter_says(family: str,
 
 
 def test_a_class_that_transformers_lacks_is_taken_by_its_files(tmp_path: Path) -> None:
-    """Code of its own is not run; names have to be those on disk, and a tie has to be denied in config.json."""
+    """Code of its own is not run; names have to be those on disk, and a head with values of its own is not tied."""
     model = save_model(tmp_path / "model", "llama", 2)
     lora = save_lora(tmp_path / "lora", target_modules=["q_proj", "lm_head"])
     q_proj = save_lora(tmp_path / "q_proj", target_modules=["q_proj"])
@@ -189,24 +190,92 @@ def test_a_class_that_transformers_lacks_is_taken_by_its_files(tmp_path: Path) -
     assert not layout.is_known
     apply_patches([read_patch(lora)], model, tmp_path / "with-head")
     assert_close(weights(tmp_path / "with-head")["lm_head.weight"], expected["lm_head.weight"])
-    for tie in (True, None):
-        edit_json(model / "config.json", tie_word_embeddings=tie)
-        with pytest.raises(PatchError, match=r"changes lm_head\.weight, and .* ties it to"):
-            plan_patches([read_patch(lora)], model)
+    edit_json(model / "config.json", tie_word_embeddings=None)
+    plan_patches([read_patch(lora)], model)
+    cure = r'lm_head\.weight, and .* ties it to .*: where it does not .* "tie_word_embeddings": false in its config'
+    edit_json(model / "config.json", tie_word_embeddings=True)
+    with pytest.raises(PatchError, match=cure):
+        plan_patches([read_patch(lora)], model)
+    edit_json(model / "config.json", tie_word_embeddings=None)
+    edit_tensors(model / "model.safetensors", lambda t: {**t, "lm_head.weight": t["model.embed_tokens.weight"].clone()})
+    with pytest.raises(PatchError, match=cure):
+        plan_patches([read_patch(lora)], model)
     edit_tensors(model / "model.safetensors", lambda t: {f"own.{name}": v for name, v in t.items()})
     with pytest.raises(PatchError, match="the class of model is not one of transformers"):
         plan_patches([read_patch(q_proj)], model)
 
 
 def test_extract_goes_by_what_is_loaded(tmp_path: Path) -> None:
-    """Old buffers and layers that are not built are in one of two versions alone, or in both and then kept in full."""
+    """Old buffers and layers that are not built are in one of two versions alone, or in both and then kept in full.
+
+    Their deltas go to them, and never to the layers of the same number that are built.
+    """
     base, tuned = save_model(tmp_path / "base"), save_model(tmp_path / "tuned", seed=2)
     buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     edit_tensors(base / "model.safetensors", lambda tensors: {**tensors, **buffer})
     extract_patch(base, tuned, tmp_path / "patch", rank=16)
     assert_applied(tmp_path / "patch", base, weights(tuned), atol=1e-5)
-    extra = {"mtp.layers.0.self_attn.q_proj.weight": torch.ones(16, 16)}
+    first = "model.layers.0."
+    built = {name.removeprefix(first): v for name, v in weights(tuned).items() if name.startswith(first)}
+    extra = {f"mtp.layers.0.{name}": torch.ones_like(v) for name, v in built.items()}
     edit_tensors(base / "model.safetensors", lambda tensors: {**tensors, **extra})
-    edit_tensors(tuned / "model.safetensors", lambda tensors: {**tensors, **{n: 2 * v for n, v in extra.items()}})
-    extract_patch(base, tuned, tmp_path / "patch", rank=16, overwrite=True)
-    assert extra.keys() <= weights(tmp_path / "patch").keys()
+    for old, new in ((base, tuned), (tuned, base)):  # transformers saves a fine-tuned model without them
+        extract_patch(old, new, tmp_path / "alone", rank=16, overwrite=True)
+        assert not extra.keys() & weights(tmp_path / "alone").keys()
+    apply_patches([read_patch(tmp_path / "patch")], base, tmp_path / "ported")
+    assert_tensors(weights(tmp_path / "ported"), {**weights(base), **weights(tuned)})
+    edit_tensors(tuned / "model.safetensors", lambda tensors: {**tensors, **{n: 3 * v for n, v in extra.items()}})
+    for full in (False, True):
+        kept: dict[str, Any] = {"full": True} if full else {"rank": 16}
+        extract_patch(base, tuned, tmp_path / "patch", overwrite=True, **kept)
+        assert extra.keys() <= weights(tmp_path / "patch").keys()
+        apply_patches([read_patch(tmp_path / "patch")], base, tmp_path / "out", overwrite=True)
+        assert_tensors(weights(tmp_path / "out"), {**weights(base), **weights(tuned)})
+
+
+def assert_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert_close(tensor, expected[name], atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("is_on_disk", [False, True])
+@pytest.mark.parametrize("prefix", ["decoder_x.", "mtp.", "model.mtp.", "language_model.", "transformer."])
+def test_a_name_of_another_module_is_no_layer_of_the_model(prefix: str, is_on_disk: bool, tmp_path: Path) -> None:
+    """A LoRA of layer 0 elsewhere: refused, or added to the tensor of that very name, and never to layer 0."""
+    model, lora = save_model(tmp_path / "model", seed=2), save_lora(tmp_path / "lora", target_modules=["q_proj"])
+    edit_json(lora / "adapter_config.json", target_modules=[])
+    other = f"{prefix}layers.0.self_attn.q_proj"
+    factors = weights(lora)
+    for end in ("A", "B"):
+        factor = factors.pop(f"base_model.model.model.layers.0.self_attn.q_proj.lora_{end}.weight")
+        factors[f"base_model.model.{other}.lora_{end}.weight"] = factor
+    edit_tensors(lora / "adapter_model.safetensors", lambda tensors: factors)
+    if is_on_disk:
+        edit_tensors(model / "model.safetensors", lambda t: {**t, f"{other}.weight": torch.zeros(16, 16)})
+        assert_applied(lora, model, own_merge(model, lora))
+    else:
+        with pytest.raises(PatchError, match=rf"1 of 2 tensors that .* does not have: {other}\.weight"):
+            plan_patches([read_patch(lora)], model)
+
+
+@pytest.mark.parametrize("kind", ["low rank", "full", "both"])
+def test_two_names_of_one_weight_are_refused(kind: str, tmp_path: Path) -> None:
+    """An older name and today's, or the text model's and the whole one's."""
+    model = make_multimodal("gemma3", 1)
+    model.save_pretrained(tmp_path / "model")
+    text, whole = ("model.layers.0.self_attn.q_proj", "model.language_model.layers.0.self_attn.q_proj")
+    shape = model.get_parameter(f"{whole}.weight").shape
+    lora = save_lora_of(model, tmp_path / "lora", target_modules=r".*language_model.*layers\.0.*\.q_proj")
+    edit_json(lora / "adapter_config.json", target_modules=[])
+    factors = weights(lora)
+    again = {name.replace(whole, text): 2 * factor for name, factor in factors.items()}
+    if kind == "low rank":
+        save_file({**factors, **again}, lora / "adapter_model.safetensors")
+    elif kind == "full":
+        (lora / "adapter_config.json").unlink()
+        save_file({f"{name}.weight": torch.ones(shape) for name in (text, whole)}, lora / "deltas.safetensors")
+    else:
+        save_file({f"{text}.weight": torch.ones(shape)}, lora / "deltas.safetensors")
+    with pytest.raises(PatchError, match=rf"holds {whole}\.weight and {text}\.weight, and both are {whole}\.weight in"):
+        plan_patches([read_patch(lora)], tmp_path / "model")

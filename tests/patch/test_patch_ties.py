@@ -142,6 +142,22 @@ def test_deltas_of_a_tied_tensor_go_to_every_copy(copies: str, tmp_path: Path) -
     assert all(torch.equal(weight, written[name]) for name, weight in model.named_parameters())
 
 
+def test_a_quantised_copy_of_a_tied_head_is_one(tmp_path: Path) -> None:
+    """Copies are told by their bytes, in a dtype that has no arithmetic here too."""
+    for name, copies in (("base", False), ("tuned", True)):
+        save_model(tmp_path / name, "qwen2", tie_word_embeddings=True)
+
+        def stored_as_int8(tensors: dict[str, Tensor], copies: bool = copies) -> dict[str, Tensor]:
+            rows = tensors["model.embed_tokens.weight"].mul(9).to(torch.int8)
+            head = {"lm_head.weight": rows.clone()} if copies else {}
+            norm = tensors["model.norm.weight"] + copies
+            return {**tensors, "model.embed_tokens.weight": rows, **head, "model.norm.weight": norm}
+
+        edit_tensors(tmp_path / name / "model.safetensors", stored_as_int8)
+    found = extract_patch(tmp_path / "base", tmp_path / "tuned", tmp_path / "patch", full=True)
+    assert [kept.name for kept in found.kept] == ["model.norm.weight"]
+
+
 def test_a_head_that_is_no_copy_is_not_taken_for_one(tmp_path: Path) -> None:
     base, tuned = (save_model(tmp_path / name, "qwen2", tie_word_embeddings=True) for name in ("base", "tuned"))
     edit_tensors(tuned / "model.safetensors", copy_of_head("model.embed_tokens.weight"))

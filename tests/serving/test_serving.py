@@ -160,6 +160,8 @@ def test_quantised_and_placed_members_are_refused_by_name() -> None:
         check_servable(check_ensemble(demo_config(quantization="8bit")))
     with pytest.raises(ConfigError, match=r"is put on devices of its own .auto.*--tensor-parallel-size"):
         check_servable(check_ensemble(demo_config(device_map="auto")))
+    with pytest.raises(ConfigError, match=r"source_ft was allowed to run code of its own.*leave out --trust-remote"):
+        check_servable(check_ensemble(demo_config(trust_remote_code=True)))
     check_servable(check_ensemble(demo_config()))
 
 

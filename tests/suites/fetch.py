@@ -14,40 +14,45 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-PLACE = Path(__file__).resolve().parents[2] / "build" / "suites"
+SUITES = Path(__file__).resolve().parents[2] / "build" / "suites"
 ELSEWHERE = {"generation/test_utils.py": "GenerationTesterMixin", "exporters/test_export.py": "ExportTesterMixin"}
 
 
-def unpack(release: str, place: Path) -> None:
-    """Download the source distribution of `release` and unpack its tests into `place`."""
-    with tempfile.TemporaryDirectory() as scratch:
+def unpack(release: str, folder: Path) -> None:
+    """Download the source distribution of `release` and unpack its tests; `folder` is there when it is complete."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
         subprocess.run([*pip, "--dest", scratch, f"transformers=={release}"], check=True)
         (archive,) = Path(scratch).glob("*.tar.gz")
+        unpacked = Path(scratch) / "tests"
         with tarfile.open(archive) as files:
             for entry in files:
                 _, _, name = entry.name.partition("/tests/")
                 if entry.isfile() and name.endswith(".py"):
-                    (place / name).parent.mkdir(parents=True, exist_ok=True)
-                    (place / name).write_bytes(files.extractfile(entry).read())
+                    (unpacked / name).parent.mkdir(parents=True, exist_ok=True)
+                    (unpacked / name).write_bytes(files.extractfile(entry).read())
+        unpacked.rename(folder)
 
 
-def add_others(checkout: Path | None, place: Path) -> None:
-    """Put the suites that the source distribution lacks into `place`: those of a checkout, or empty ones."""
+def add_others(checkout: Path | None, folder: Path) -> None:
+    """Put the suites that the source distribution lacks into `folder`: those of a checkout, or empty ones."""
+    if checkout is None:
+        print(f"without a checkout (make test-suites TRANSFORMERS=folder) these are missing: {', '.join(ELSEWHERE)}")
     for name, suite in ELSEWHERE.items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if checkout is None:
-            (place / name).write_text(f"class {suite}:\n    pass\n")
+            (folder / name).write_text(f"class {suite}:\n    pass\n")
         else:
-            shutil.copyfile(checkout / "tests" / name, place / name)
+            shutil.copyfile(checkout / "tests" / name, folder / name)
 
 
 def main() -> None:
     release = version("transformers")
-    place = PLACE / release / "transformers_tests"
-    if not place.exists():
-        unpack(release, place)
-    add_others(Path(sys.argv[1]) if len(sys.argv) > 1 else None, place)
+    folder = SUITES / release / "transformers_tests"
+    if not folder.exists():
+        unpack(release, folder)
+    add_others(Path(sys.argv[1]) if len(sys.argv) > 1 else None, folder)
 
 
 if __name__ == "__main__":

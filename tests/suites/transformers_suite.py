@@ -105,4 +105,9 @@ class TestEnsemble(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
 
     def _check_caches_are_equal(self, one: Any, other: Any) -> None:
         assert type(one) is type(other)
-        assert one.get_seq_length() == other.get_seq_length()
+        num = one.get_seq_length()
+        assert other.get_seq_length() == num
+        for roles, cache in one.caches.items():
+            for layer, its in zip(cache.layers, other.caches[roles].layers, strict=True):
+                torch.testing.assert_close(layer.keys[..., :num, :], its.keys[..., :num, :])
+                torch.testing.assert_close(layer.values[..., :num, :], its.values[..., :num, :])
