@@ -137,7 +137,7 @@ def adapter_notes(checked: CheckedEnsemble) -> tuple[str, ...]:
 
 
 def role_warnings(checked: CheckedEnsemble) -> tuple[str, ...]:
-    """Return a sentence where source_ft and source_pt look swapped, or are the same model."""
+    """Return a sentence where source_ft and source_pt look swapped, or source_pt is another member's model."""
     if not {"source_ft", "source_pt"} <= checked.files.keys():
         return ()
     fine_tuned, base = (checked.files[role].config for role in ("source_ft", "source_pt"))
@@ -150,6 +150,12 @@ def role_warnings(checked: CheckedEnsemble) -> tuple[str, ...]:
         return (
             f"source_ft ({fine_tuned.model}) and source_pt ({base.model}) have the same weights, so no fine-tuning is "
             "carried over; give the fine-tuned model as source_ft",
+        )
+    target = checked.files["target_pt"].config if "target_pt" in checked.files else None
+    if target is not None and _are_same(target, base):
+        return (
+            f"source_pt ({base.model}) and target_pt ({target.model}) have the same weights, so there is no change of "
+            "base; give the old base model as source_pt and the new one as target_pt",
         )
     return ()
 

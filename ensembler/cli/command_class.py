@@ -75,7 +75,8 @@ class Command(click.Command):
         except KeyboardInterrupt as error:
             click.echo(err=True)  # behind the ^C of the terminal
             left = "nothing half-written is left"
-            if self._is_resumable and ctx.params.get("output") is not None and not ctx.params.get("dry_run"):
+            output = ctx.params.get("output")
+            if self._is_resumable and output is not None and output.exists() and not ctx.params.get("dry_run"):
                 how = " without --overwrite" if ctx.params.get("overwrite") else ""
                 left = f"finished rows are kept; go on with the same command{how}"
             raise Interruption(f"interrupted; {left}") from error

@@ -219,7 +219,9 @@ def _choices(template: str, row: Mapping[str, Any], source: str) -> list[str]:
         if not choice.strip():
             raise PromptError(f"{source}: choice {index} is empty; give it some text")
     if len(choices) < 2 or len(set(choices)) < len(choices):
-        raise PromptError(f"{source} has the choices {choices}; give two or more that differ")
+        field = template.strip()
+        hint = f", or the list in that field: --choices '{{{field}}}'" if isinstance(row.get(field), list) else ""
+        raise PromptError(f"{source} has the choices {choices}; give two or more that differ{hint}")
     return choices
 
 

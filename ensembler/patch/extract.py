@@ -211,7 +211,7 @@ def _check_versions(old: StoredModel, new: StoredModel, layout: ModelLayout) -> 
         before = old.tensors[name]
         if tensor.shape != before.shape:
             hint = "; there is no difference to take, give two versions of one architecture and one vocabulary"
-            if layout.find(name) in layout.token_weights:
+            if layout.find(name) in layout.token_weights and tensor.shape[1:] == before.shape[1:]:
                 smaller, rows = (old, tensor.shape[0]) if tensor.shape > before.shape else (new, before.shape[0])
                 command = resize_command(smaller.folder, rows)
                 hint = f"; resize the smaller vocabulary first: {command}"

@@ -63,7 +63,7 @@ def test_create_says_how_tokenizers_differ(run: Run, folders: dict[str, Path], s
     other = make_tokenizer()
     other.eos_token = "<pad>"
     members = {"source_ft": folders["source_ft"], "source_pt": save_member("ended", tokenizer=other)}
-    members["target_pt"] = save_member("bare", tokenizer=None)
+    members["target_pt"] = save_member("bare", "llama", 5, tokenizer=None)
     given = [part for role, path in members.items() for part in (f"--{role.replace('_', '-')}", str(path))]
     notes = json.loads(run("inspect", *given, "--json").out)["notes"]
     assert any("eos of source_pt is '<pad>'; the anchor's, '</s>', is used" in note for note in notes)
@@ -85,6 +85,7 @@ def test_roles_that_look_swapped_are_said(run: Run, folders: dict[str, Path], tm
         (base, base): "have the same weights, so no fine-tuning is carried over",
         (base, copy): f"({copy}) have the same weights",
         (lora, lora): "have the same weights",
+        (folders["source_ft"], target): "have the same weights, so there is no change of base",
     }
     for number, ((source_ft, source_pt), warning) in enumerate(warnings.items()):
         given = ("--source-ft", source_ft, "--source-pt", source_pt, "--target-pt", target)

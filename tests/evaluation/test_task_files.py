@@ -285,6 +285,11 @@ def test_templates() -> None:
         ('{"question": "q", "answer": "1"}\n', {"choices": "a,,b"}, "d.jsonl:1: choice 1 is empty"),
         ('{"question": "q", "answer": "1"}\n', {"choices": "a"}, r"d.jsonl:1 has the choices \['a'\]; give two"),
         ('{"question": "q", "answer": "1"}\n', {"choices": "a,a"}, "give two or more that differ"),
+        (
+            '{"question": "q", "answer": "1", "options": ["1", "2"]}\n',
+            {"choices": "options"},
+            r"or the list in that field: --choices '\{options\}'",
+        ),
         ('{"question": "q", "answer": "2"}\n', {"choices": "a,b"}, "'2' is none of the choices; .* from 0 to 1"),
         ('{"question": "q", "answer": -1}\n', {"choices": "a,b"}, "'-1' is none of"),
         ('{"question": "q", "answer": "²"}\n', {"choices": "a,b"}, "'²' is none of"),

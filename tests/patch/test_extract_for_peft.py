@@ -140,6 +140,13 @@ def test_a_failure_to_try_peft_leaves_the_extraction(tmp_path: Path, monkeypatch
     assert read_patch(tmp_path / "patch").low_rank
 
 
+def test_another_width_is_no_vocabulary_to_resize(tmp_path: Path) -> None:
+    base, wider = save_model(tmp_path / "base"), save_model(tmp_path / "wider", hidden_size=32)
+    with pytest.raises(PatchError, match="give two versions of one architecture") as caught:
+        extract_patch(base, wider, tmp_path / "patch", rank=1)
+    assert "resize" not in str(caught.value)
+
+
 def test_added_tokens_are_resized_first_by_the_command_in_the_error(tmp_path: Path) -> None:
     tmp_path = tmp_path / "it's mine"
     base, larger = save_model(tmp_path / "base"), AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "larger"))
