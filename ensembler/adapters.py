@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -32,7 +30,7 @@ from ensembler.patch.formats import (
     read_patch,
     why_not_plain,
 )
-from ensembler.patch.model_layout import token_weights
+from ensembler.patch.model_layout import layout_of, token_weights
 from ensembler.patch.patch_plan import resize_command
 from ensembler.patch.peft_check import adapt_on_meta
 from ensembler.safetensors_files import StoredTensor, listed, stored_tensors
@@ -142,7 +140,7 @@ def check_adapter(
             needs_peft = patch is None or reason is not None
             names = _names_in_file(folder, as_peft=needs_peft)
             left_out = set() if patch is None or needs_peft else set(patch.carried)
-            extra, num = _check_with_peft(folder, model, built, names, left_out, is_own_base=is_own_base)
+            extra, num = _check_with_peft(folder, model, built, names, left_out, None if is_own_base else base)
             if needs_peft and (patch is None or not (patch.full or patch.replaced)):
                 reason = _why_not_beside(config, extra)
             found = CheckedAdapter(folder, str(config["peft_type"]), num_parameters + num, patch, needs_peft, reason)
@@ -205,13 +203,8 @@ def _why_not_beside(config: Mapping[str, Any], extra: str | None) -> str | None:
 def _fit_deltas(patch: Patch, model: str, base: Any) -> Patch:
     """Return the patch with its full deltas under the names of the loaded model's weights, or raise MemberError."""
     shapes = {name: tuple(weight.shape) for name, weight in base.named_parameters(remove_duplicate=False)}
-    renamings = [entry for entry in get_model_conversion_mapping(base) if isinstance(entry, WeightRenaming)]
-    full = {}
-    for name, delta in patch.full.items():
-        loaded = name
-        for renaming in renamings if name not in shapes else ():
-            loaded, _ = renaming.rename_source_key(loaded)
-        full[loaded] = delta
+    layout = layout_of(base)
+    full = {layout.find(name) or name: delta for name, delta in patch.full.items()}
     missing = [delta.name for name, delta in full.items() if name not in shapes]
     if missing:
         raise MemberError(
@@ -239,12 +232,18 @@ def _names_in_file(folder: Path, *, as_peft: bool) -> dict[str, tuple[int, ...]]
 
 
 def _check_with_peft(
-    folder: Path, model: str, built: Any, found: Mapping[str, tuple[int, ...]], left_out: Set[str], *, is_own_base: bool
+    folder: Path,
+    model: str,
+    built: Any,
+    found: Mapping[str, tuple[int, ...]],
+    left_out: Set[str],
+    other_base: str | None,
 ) -> tuple[str | None, int]:
     """Return a tensor of the base that an adapter holds as well, and its number of parameters.
 
-    `left_out`: the base's own tensors in the adapter that are not used, of any size up to that of the model's. Raises
-    MemberError unless PEFT finds the adapter to fit the model.
+    `left_out`: the base's own tensors in the adapter that are not used, of any size up to that of the model's.
+    `other_base`: the name of the adapter's base where it is not the model's. Raises MemberError unless PEFT finds the
+    adapter to fit the model.
     """
     from peft import get_peft_model_state_dict
 
@@ -273,7 +272,7 @@ def _check_with_peft(
         misfit = f"lacks {missing[0]}" if missing else f"changes {unknown[0]}, which is not there"
         if (folder / RECORD).is_file():  # `extract` writes the names on disk where PEFT has none of its own
             raise MemberError(f"the patch {folder} {misfit} in {model}; add it to files with: ensembler patch apply")
-        hint = "" if is_own_base else f"; give it its base, {next(iter(named_bases(folder)))}"
+        hint = "" if other_base is None else f"; give it its base, {other_base}"
         raise MemberError(f"the adapter {folder} was made for another base: for {model} it {misfit}{hint}")
     for name, tensor in state.items():
         if found[name] != tuple(tensor.shape):

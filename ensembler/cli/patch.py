@@ -89,12 +89,12 @@ def apply(
         click.echo(f"{to}: {len(plan.names):,} of {len(plan.model.tensors):,} tensors change; everything fits")
         return
     from ensembler.cli.tables import byte_progress
-    from ensembler.patch.apply import apply_patches
+    from ensembler.patch.apply import apply_plan
     from ensembler.planning.sizes import show_size
 
     with byte_progress("writing", plan.model.num_bytes) as advance:
         start = time.monotonic()
-        num_bytes = apply_patches(patches, model, output, dtype=dtype, overwrite=overwrite, advance=advance)
+        num_bytes = apply_plan(plan, output, dtype=dtype, overwrite=overwrite, advance=advance)
     seconds = time.monotonic() - start
     changed = f"{len(plan.names)} of {len(plan.model.tensors)} tensors changed"
     log.info("%s: %s, %s in %.1f s", output, changed, show_size(num_bytes), seconds)

@@ -256,7 +256,7 @@ class MemberSet:
             padded = step.padded(min(bucket(positions.shape[0], 1), cache.num_rows), bucket(positions.shape[1], 1))
             logits |= self._run_static(padded, cache, static, positions.shape)
         eager = [runner for runner in runners if runner not in static]
-        if step.lengths is None:
+        if step.lengths is None and any(runner.scale for runner in eager):
             self._reread(step, cache, eager)
             step = replace(step, lengths=positions + 1)
         logits |= self._run_eagerly(step, cache, eager)

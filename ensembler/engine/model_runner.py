@@ -217,8 +217,8 @@ class ModelRunner:
         known = [self.contract.known_ids(role, step.input_ids) for role in self.roles]
         ids = known[0] if num == 1 else torch.cat(known)
         through = nullcontext() if self.backbone is None else self.backbone.through(self.roles, num * rows)
-        lengths = _repeated(step.lengths, num, rows)
-        with through, at_lengths(self.rotaries, lengths) if self.rotaries else nullcontext():
+        scaled = at_lengths(self.rotaries, _repeated(step.lengths, num, rows)) if self.rotaries else nullcontext()
+        with through, scaled:
             output = call(input_ids=ids, use_cache=cache is not None, **accepted)
         logits: Tensor = output.logits
         if "logits_to_keep" not in accepted:

@@ -67,25 +67,28 @@ _WEIGHT_ENDINGS = (
 )
 
 
-def apply_patches(
-    patches: Sequence[Patch],
-    model: Path,
+def apply_patches(patches: Sequence[Patch], model: Path, out: Path, **options: Any) -> int:
+    """Write `model` with the patches added to `out`, as `apply_plan` does; raises what `plan_patches` raises, too."""
+    return apply_plan(plan_patches(patches, model), out, **options)
+
+
+def apply_plan(
+    plan: PatchPlan,
     out: Path,
     *,
     dtype: str | None = None,
     overwrite: bool = False,
     advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> int:
-    """Write θ′ + Σ scale · Δθ to the new folder `out` (PortLLM, eq. 6), with all other files of `model`.
+    """Write θ′ + Σ scale · Δθ to the new folder `out` (PortLLM, eq. 6), with all other files of the plan's model.
 
     `dtype`: float32, bfloat16 or float16 for all tensors in one of the three (default: each keeps its own).
     `overwrite` replaces an earlier result. `advance` is called with the bytes of each tensor that is written, from
-    several threads. Returns the bytes of the weights. Raises InputError (a patch that does not fit, before anything is
-    written; on the way, NaN in a patch or a file that cannot be read) and RunError (a full disk, a sum out of range);
-    neither leaves anything behind.
+    several threads. Returns the bytes of the weights. Raises InputError (NaN in a patch, a file that cannot be read)
+    and RunError (a full disk, a sum out of range); neither leaves anything behind.
     """
-    check_not_input(out, model, *(patch.folder for patch in patches))
-    plan = plan_patches(patches, model)
+    model = plan.model.folder
+    check_not_input(out, model, *(patch.folder for patch in plan.patches))
     targets = [_converted(tensor, dtype) for tensor in plan.model.tensors.values()]
     num_bytes = sum(target.num_bytes for target in targets)
     with new_folder(out, num_bytes, overwrite=overwrite) as made:

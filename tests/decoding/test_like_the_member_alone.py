@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.alone_cases import KINDS, NUM_NEW, PROMPTS, WITHOUT_CACHE, Alone, alone
+from helpers.family_configs import FAMILIES
 from helpers.tiny import make_tokenizer, random_ids
 
 from ensembler.decoding.decoder import Decoder
@@ -133,3 +134,13 @@ def test_scores(kind: str, batch_size: int) -> None:
     by_number = {one.request.number: one for batch in scored for one in batch}
     found = [score.log_probs[0] for number in range(4) for score in by_number[number].scores]
     assert found == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", [one for one in FAMILIES if one not in KINDS])
+def test_every_family_of_the_decode_loop(family: str) -> None:
+    case = alone(family)
+    assert [way for way, decode in WAYS.items() if decode(case) != case.texts()] == []
+    test_without_a_cache(family)
+    test_beams(family)
+    test_scores(family, 3)

@@ -12,7 +12,6 @@ import torch
 from helpers.adapter_cases import (
     IDS,
     PADDED,
-    Pair,
     alone,
     last_logits,
     merged,
@@ -33,9 +32,6 @@ from transformers import PreTrainedModel
 from ensembler import EnsembleForCausalLM, MemberConfig
 from ensembler.engine.members import check_member
 from ensembler.errors import EnsemblerError, MemberError
-
-GetPair = Callable[..., Pair]
-
 
 OTHERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "dora": ("llama", lambda family: LoraConfig(r=4, target_modules=targets(family), use_dora=True)),

@@ -96,16 +96,18 @@ def test_all_kinds_of_peft_are_here() -> None:
     assert BY_KIND.keys() <= SHARED.keys() | COPIED.keys() | REFUSED.keys()
 
 
+def two_and_base(base: Path, folder: Path, said: list[str], config: Any) -> tuple[Any, dict[str, Path]]:
+    """An ensemble of two adapters of one configuration and their base, and the adapters; `said` is of its loading."""
+    adapters = {role: save_adapter(base, folder / role, config, seed=seed) for seed, role in enumerate("ab")}
+    said.clear()
+    members: dict[str, Any] = {role: MemberConfig(str(base), adapter=str(path)) for role, path in adapters.items()}
+    return linear({**members, "base": str(base)}), adapters
+
+
 @pytest.mark.parametrize("kind", [kind for kind in SHARED if kind in BY_KIND])
 def test_kinds_beside_the_weights(base: Path, tmp_path: Path, said: list[str], kind: str) -> None:
     """Two adapters and their base on one copy of the weights."""
-    config = BY_KIND[kind]
-    adapters = {
-        role: save_adapter(base, tmp_path / role, config(**SHARED[kind]), seed=seed) for seed, role in enumerate("ab")
-    }
-    said.clear()
-    members: dict[str, Any] = {role: MemberConfig(str(base), adapter=str(path)) for role, path in adapters.items()}
-    model = linear({**members, "base": str(base)})
+    model, adapters = two_and_base(base, tmp_path, said, BY_KIND[kind](**SHARED[kind]))
     assert [line for line in said if "PEFT runs the adapter of" in line] == said
     assert len(said) == 1
     assert_members(model, base, adapters, to_the_bit=True)
@@ -250,13 +252,7 @@ def test_peft_runs_adapters_of_one_kind_on_a_copy(base: Path, tmp_path: Path, sa
 
 @pytest.mark.parametrize("kind", [kind for kind in COPIED if kind in BY_KIND])
 def test_kinds_that_are_copied(base: Path, tmp_path: Path, said: list[str], kind: str) -> None:
-    config = BY_KIND[kind]
-    adapters = {
-        role: save_adapter(base, tmp_path / role, config(**COPIED[kind]), seed=seed) for seed, role in enumerate("ab")
-    }
-    said.clear()
-    members: dict[str, Any] = {role: MemberConfig(str(base), adapter=str(path)) for role, path in adapters.items()}
-    model = linear({**members, "base": str(base)})
+    model, adapters = two_and_base(base, tmp_path, said, BY_KIND[kind](**COPIED[kind]))
     assert said == [f"{role} has a copy of the weights of its own: its adapter is of kind {kind}" for role in adapters]
     assert_members(model, base, adapters, to_the_bit=False)
 

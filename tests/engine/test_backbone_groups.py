@@ -1,9 +1,8 @@
-"""Which members share a copy of the weights, and that several on one give what each gives alone."""
+"""Members share a copy of the weights or have their own; several on one give what each gives alone."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapter_cases import (
+    FAMILIES,
     IDS,
     MASK,
     MODES,
     PADDED,
     TOGETHER,
+    GetPair,
     Pair,
     alone,
     assert_equal,
@@ -36,10 +37,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from ensembler import EnsembleForCausalLM, MemberConfig
 from ensembler.errors import MemberError
-
-GetPair = Callable[..., Pair]
-FAMILIES = ("llama", "mistral", "gemma2", "qwen2", "gpt2", "gpt_neox", "opt", "bloom")
-
 
 # -- more members on one backbone -------------------------------------------------------------------------------------
 
@@ -125,7 +122,7 @@ def test_a_trained_module_cannot_stand_in_for_quantised_weights(tmp_path: Path) 
 
 
 def test_paths_that_are_written_differently_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the adapter's config calls its base may be relative to where it was trained."""
+    """The name of its base in an adapter's config may be relative to the folder of its training."""
     save_base(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     adapter = save_adapter(Path("base"), tmp_path / "adapter")

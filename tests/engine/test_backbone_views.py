@@ -16,6 +16,7 @@ from helpers.adapter_cases import (
     MODES,
     PADDED,
     TOGETHER,
+    GetPair,
     Pair,
     alone,
     assert_same,
@@ -34,9 +35,6 @@ from transformers import PreTrainedModel
 
 from ensembler import EnsembleCache, EnsembleForCausalLM, MemberConfig
 from ensembler.errors import OutputError
-
-GetPair = Callable[..., Pair]
-
 
 # -- one copy of the weights ------------------------------------------------------------------------------------------
 

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.adapter_cases import (
+    FAMILIES,
     IDS,
     LORAS,
     MASK,
     MODES,
     PADDED,
     TOGETHER,
+    GetPair,
     Pair,
     alone,
     assert_equal,
@@ -36,9 +37,7 @@ from transformers import PreTrainedModel
 
 from ensembler.errors import RunError
 
-GetPair = Callable[..., Pair]
 MORE = random_ids(2, 1, seed=6)
-FAMILIES = ("llama", "mistral", "gemma2", "qwen2", "gpt2", "gpt_neox", "opt", "bloom")
 
 
 # -- families, kinds of LoRA, decoding modes --------------------------------------------------------------------------

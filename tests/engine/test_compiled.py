@@ -107,7 +107,7 @@ def test_a_text_that_leaves_a_bucket_is_compiled_once_more() -> None:
 
 
 def test_inductor() -> None:
-    """What is compiled to machine code, not only traced."""
+    """Steps are compiled to machine code, not only traced."""
     model = families("llama", "mistral", "llama")
     expected = [greedy(model, length) for length in (5, 30)], padded_batch(model)
     counter = CompileCounterWithBackend("inductor")

@@ -1,4 +1,4 @@
-"""What could go wrong without a word: lost updates, caches with two owners, weights that move, failed calls."""
+"""Faults that nobody would notice: lost updates, caches with two owners, weights that move, failed calls."""
 
 from __future__ import annotations
 

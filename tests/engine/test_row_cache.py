@@ -167,7 +167,7 @@ MODELS = ("llama", "gemma2", "mistral", "gpt2", "mpt")
 
 @pytest.mark.parametrize("family", MODELS)
 def test_a_row_is_rolled_back_by_reading_again(family: str) -> None:
-    """What was read behind the new end counts for nothing, though it is still there."""
+    """Tokens read behind the new end count for nothing, though they are still there."""
     model = make_tiny(family)
     members = alone(model)
     cache = members.row_cache(2, ROOM)

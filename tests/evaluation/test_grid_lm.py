@@ -59,7 +59,7 @@ def tokenizer_of(trio: Ensemble) -> PreTrainedTokenizerFast:
 def answers_of(
     trio: Ensemble, documents: Sequence[Document], points: Sequence[GridPoint] = POINTS, size: int = 3, **settings: Any
 ) -> list[list[Answer]]:
-    """What the grid answers, by document and point."""
+    """The answers of the grid, by document and point."""
     answerer = TextAnswerer(trio.checked, **settings)
     batches = [documents[start : start + size] for start in range(0, len(documents), size)]
     with answerer.open():

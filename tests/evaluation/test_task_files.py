@@ -51,7 +51,7 @@ def pairs(task: TextTask) -> list[list[tuple[str, str]]]:
 
 
 def settings_of(document: Document) -> dict[str, Any]:
-    """How the one text of a document is generated."""
+    """The settings by which the one text of a document is generated."""
     (request,) = document.requests
     assert request.request_type == "generate_until"
     return dict(request.args[1])

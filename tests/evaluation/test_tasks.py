@@ -102,7 +102,7 @@ def test_few_shot_prompts_are_those_of_lm_eval(
 
 
 def arguments(documents: list[Document]) -> list[list[tuple[Any, ...]]]:
-    """What lm-eval's instances ask of each document."""
+    """The requests of lm-eval's instances for each document."""
     return [[tuple(request.args) for request in document.requests] for document in documents]
 
 

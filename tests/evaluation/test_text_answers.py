@@ -1,4 +1,4 @@
-"""What is asked of the members: tokens as HFLM makes them, and what is refused before any of them is loaded."""
+"""Members are asked for tokens as HFLM makes them, and bad requests are refused before any member is loaded."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_the_largest_batch_fits_with_all_rows_of_its_texts(
 
 
 def described(base: Path, *, verify_weights: bool = False, **settings: Any) -> dict[str, Any]:
-    """What rows say of an ensemble with one member that has these settings."""
+    """The description in rows of an ensemble with one member that has these settings."""
     members = {"source_ft": MemberConfig(str(base), **settings), "source_pt": MemberConfig(str(base))}
     checked = check_ensemble(EnsembleConfig(members={**members, "target_pt": members["source_pt"]}))
     return dict(describe_ensemble(checked, verify_weights=verify_weights)["members"]["source_ft"])

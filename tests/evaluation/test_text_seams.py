@@ -1,4 +1,4 @@
-"""Where a text begins, ends and is parted: requests and lm-eval's tasks with tokenizers of several kinds."""
+"""Beginnings, ends and seams of texts: requests and lm-eval's tasks with tokenizers of several kinds."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ PADDED = torch.cat([torch.tensor([[3, 3], [17, 30]]), IDS], 1)
 MASK = (PADDED != 3).long()
 TOGETHER = [("source_ft", "source_pt"), ("target_pt",)]
 NUM_NEW = 9
+FAMILIES = ("llama", "mistral", "gemma2", "qwen2", "gpt2", "gpt_neox", "opt", "bloom")
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampling": {"do_sample": True, "temperature": 0.8},
@@ -123,6 +124,10 @@ class Pair:
     adapter: Path
 
 
+GetPair = Callable[..., Pair]
+"""Returns the pair of a family and a LoRA: the fixture `get_pair`."""
+
+
 def make_pair(base: Path, adapter: Path, target: PreTrainedModel, **ensemble: Any) -> Pair:
     """Load both; `ensemble` are arguments of from_members."""
     options = {"rule": "base-change", "alpha": ALPHA, **ensemble}
@@ -144,7 +149,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def roles_of_forwards(model: EnsembleForCausalLM) -> list[tuple[str, ...]]:
-    """Which members run together, group by group."""
+    """Return the roles that run together, group by group."""
     return [runner.roles for runner in model.member_set.runners]
 
 

@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from helpers.family_configs import make_tiny
 from helpers.tiny import make_model, random_ids
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -89,7 +90,9 @@ WITHOUT_CACHE = ("recurrent_gemma", "rwkv")  # alone, their beams with a cache f
 
 
 def make_kind(name: str, seed: int = 0) -> PreTrainedModel:
-    """Return a random model of a kind; equal arguments give equal weights."""
+    """Return a random model of a kind, or of a family of tests/helpers/family_configs.py; equal ones are equal."""
+    if name not in KINDS:
+        return make_tiny(name, seed, initializer_range=0.5)
     family, settings = KINDS[name]
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**_COMMON, **settings}))

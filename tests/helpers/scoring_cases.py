@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from helpers.tiny import VOCAB, make_model, make_tokenizer
@@ -15,8 +16,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ensembler import EnsembleConfig, MemberConfig
+from ensembler import EnsembleConfig, EnsembleForCausalLM, MemberConfig
+from ensembler.engine.grid import make_grid
+from ensembler.evaluation.backends import TransformersBackend
+from ensembler.evaluation.offline import LogitsFolder, OfflineScorer
+from ensembler.evaluation.request_batches import make_batches
 from ensembler.evaluation.requests import ScoringRequest
+from ensembler.evaluation.scoring import Score, ScoredRequest
+from ensembler.preflight import CheckedEnsemble
 
 ALPHAS = [0.0, 0.4, 1.0, 1.7]
 
@@ -156,3 +163,34 @@ def _combined(case: Case, logits: Mapping[str, Tensor], alpha: float) -> Tensor:
         return z
     anchor = logits[next(iter(case.numbers))][:, : case.shared]
     return z.masked_fill(anchor < anchor.amax(-1, keepdim=True) + math.log(case.cutoff), -math.inf)
+
+
+REQUESTS = random_requests()
+Scores = dict[int, tuple[Score, ...]]
+
+
+def scored(
+    scorer: TransformersBackend | OfflineScorer,
+    rule: str,
+    batch_size: int,
+    alphas: list[float] = ALPHAS,
+    **options: Any,
+) -> Scores:
+    share_contexts = options.pop("share_contexts", False)
+    batches = make_batches(REQUESTS, batch_size, share_contexts=share_contexts)
+    found = scorer.score(batches, make_grid([rule], alphas), **options)
+    return {one.request.number: one.scores for batch in found for one in batch}
+
+
+def together(model: EnsembleForCausalLM, *settings: Any, **options: Any) -> Scores:
+    return scored(TransformersBackend(model), model.rule.name, *settings, **options)
+
+
+def offline(checked: CheckedEnsemble, folder: LogitsFolder, *settings: Any, **options: Any) -> Scores:
+    return scored(OfflineScorer(checked, folder), checked.config.get_rule().name, *settings, **options)
+
+
+def alone(model: EnsembleForCausalLM, request: ScoringRequest, alphas: list[float]) -> ScoredRequest:
+    batches = make_batches([request], 8)
+    ((found,),) = TransformersBackend(model).score(batches, make_grid([model.rule.name], alphas))
+    return found

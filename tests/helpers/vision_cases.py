@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from safetensors.torch import save_file
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
+    AutoImageProcessor,
     AutoModelForImageClassification,
+    AutoTokenizer,
     BitImageProcessorPil,
     CLIPConfig,
     CLIPImageProcessorPil,
@@ -37,6 +39,7 @@ from transformers import (
     ViTImageProcessorPil,
 )
 
+TRIO = ("source_ft", "source_pt", "target_pt")
 CLASSES = ("cat", "dog", "owl", "bee", "fox", "hen", "pig")
 _SMALL: dict[str, Any] = {
     "hidden_size": 16,
@@ -169,3 +172,26 @@ def save_images(folder: Path, per_class: int, seed: int = 0, classes: Sequence[s
 def weighted_sum(logits: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """The reference: Σ weight · logits in float64."""
     return sum((weights[role] * logits[role].double() for role in weights), torch.zeros(1, dtype=torch.float64))
+
+
+@torch.no_grad()
+def alone(folder: Path, images: list[Any]) -> torch.Tensor:
+    """A classifier by transformers alone, with its own processor."""
+    inputs = AutoImageProcessor.from_pretrained(folder, backend="pil")(images=images, return_tensors="pt")
+    return AutoModelForImageClassification.from_pretrained(folder).eval()(**inputs).logits
+
+
+@torch.no_grad()
+def zero_shot_alone(folder: Path, images: list[Any], prompts: list[str]) -> torch.Tensor:
+    """CLIP by transformers alone, with one prompt for each class."""
+    inputs = AutoImageProcessor.from_pretrained(folder, backend="pil")(images=images, return_tensors="pt")
+    texts = AutoTokenizer.from_pretrained(folder)(prompts, padding=True, return_tensors="pt")
+    model = CLIPModel.from_pretrained(folder).eval()
+    return model(input_ids=texts.input_ids, attention_mask=texts.attention_mask, **inputs).logits_per_image
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the content of a JSON file."""
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))

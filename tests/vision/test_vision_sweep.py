@@ -43,11 +43,6 @@ RULES = ("base-change", "eft")
 ROLES = ("source_ft", "source_pt", "target_pt")
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ensembler.vision.zero_shot.cache_folder", lambda: tmp_path / "heads")
-
-
 @pytest.fixture
 def members(tmp_path: Path) -> dict[str, str]:
     return {
