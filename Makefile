@@ -47,9 +47,13 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $(VLLM_STAMP)
 
-# The second line: what the package is without vLLM has to work with vLLM's transformers too.
+# vLLM has two runners: V1 on CPUs, and V2, which is on GPUs, behind Triton's interpreter. The third line: what the
+# package is without vLLM has to work with vLLM's transformers too.
+VLLM_V2 := TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 PYTHONPATH=tests/helpers/triton_on_cpu
+
 test-vllm: $(VLLM_STAMP)
 	$(VLLM_VENV)/bin/python -m pytest tests/*/test_vllm*.py
+	$(VLLM_V2) $(VLLM_VENV)/bin/python -m pytest tests/serving/test_vllm_points.py tests/serving/test_vllm_failures.py
 	$(VLLM_VENV)/bin/python -m pytest $(addprefix tests/, test_modeling.py test_folder.py engine/test_model_runner.py engine/test_members.py decoding/test_texts.py serving/test_serving.py evaluation/test_sweep.py)
 
 # The newest versions, those above the upper bounds of pyproject.toml too: what passes here may raise a bound.

@@ -164,8 +164,7 @@ def run(
 
     RECIPE is a YAML file, or `demo` for that of the embedded family. DIR gets results.sqlite, summary.json, pictures
     and report.html. An interrupted benchmark goes on when the same command is run again. Started by accelerate launch
-    or torchrun, each process takes some of the examples. With --backend vllm, each alpha is a pass of its own, and
-    costs are not measured.
+    or torchrun, each process takes some of the examples. With --backend vllm, costs are not measured.
 
     \b
     ensembler bench demo --dry-run

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from ensembler.decoding.output_file import OutputFile
     from ensembler.decoding.prompts import EncodedPrompt, Prompt
     from ensembler.decoding.texts import Completion, GridCompletion
+    from ensembler.engine.grid import GridPoint
     from ensembler.preflight import CheckedEnsemble
     from ensembler.serving.choice import BackendChoice
 
@@ -131,7 +132,7 @@ def generate(
     if on_vllm:
         options = {"--compile": compiled, "--explain": explain, "--stream": bool(stream), "--stats": stats}
         options["--no-cuda-graphs"] = no_cuda_graphs
-        _check_vllm(decoding, {**options, "a grid of --alpha or --rule": has_grid})
+        _check_vllm(decoding, options)
     if has_grid and (explain or stream):
         raise ConfigError(
             f"--{'explain' if explain else 'stream'} was given with several points; it takes one --rule and one --alpha"
@@ -197,7 +198,7 @@ def generate(
             tokenizer, left, fields, as_json=as_json, is_shown=as_json or (output is None and streamer is None)
         )
         if on_vllm:
-            _decode_on_vllm(checked, backend, encoded, decoding, done, results, printer)
+            _decode_on_vllm(checked, backend, encoded, points, decoding, done, results, printer)
             return
         model = EnsembleForCausalLM.from_checked(checked, world=world)
         if no_cuda_graphs:
@@ -238,18 +239,21 @@ def _decode_on_vllm(
     checked: CheckedEnsemble,
     backend: BackendChoice,
     prompts: list[EncodedPrompt],
+    points: list[GridPoint],
     decoding: DecodingOptions,
     done: frozenset[int],
     results: OutputFile | None,
     printer: Printer,
 ) -> None:
-    """All prompts are in the engine at once, which returns each when it is finished."""
+    """All prompts are in the engine at once, at all `points` (none: the ensemble's), which returns what is finished."""
+    from ensembler.decoding.texts import Completion
     from ensembler.serving.vllm_engine import Engine, complete_in_engine
 
     left = [prompt for prompt in prompts if prompt.number not in done]
     with Engine(checked, backend.arguments) as engine:
-        completions = complete_in_engine(engine, checked.require_tokenizer(), left, decoding)
-        _write(completions, len(prompts), len(done), results, printer)
+        grid = complete_in_engine(engine, checked.require_tokenizer(), left, points or [engine.point], decoding)
+        plain = (Completion(one.number, one.prompt_ids, one.all_samples, one.seconds) for one in grid)
+        _write(grid if points else plain, len(prompts), len(done), results, printer)
 
 
 def _write(

@@ -34,13 +34,14 @@ class AlphaType(click.ParamType[Any]):
         if isinstance(value, tuple):
             return value
         alphas = parse_alphas(",".join(map(str, value)) if isinstance(value, list) else str(value))
+        option = "--alpha" if param is None else param.opts[0]
         if len(set(alphas)) < len(alphas):
-            raise ConfigError(f"--alpha {value} names a number twice; name it once")
+            raise ConfigError(f"{option} {value} names a number twice; name it once")
         if self._several:
             return alphas
         if len(alphas) > 1:
             command = "this command" if ctx is None else ctx.info_name
-            raise ConfigError(f"--alpha {value} is a grid of {len(alphas)}; {command} takes one number")
+            raise ConfigError(f"{option} {value} is a grid of {len(alphas)}; {command} takes one number")
         return alphas[0]
 
 

@@ -19,17 +19,38 @@ from ensembler.cli.option_groups import AlphaType
     "--alpha",
     type=AlphaType(several=False),
     metavar="A",
-    help="Strength of the log-ratio, for all requests.  [default: folder's]",
+    help="Strength of the log-ratio for requests that name none.  [default: folder's]",
+)
+@section("Names and pages")(
+    "--alias",
+    "aliases",
+    type=AlphaType(several=True),
+    default=(),
+    metavar="GRID",
+    help="Serve these alphas under names of their own too, NAME@alpha=A, for clients that can only choose a model.",
+)
+@section("Names and pages")(
+    "--playground", is_flag=True, help="Serve a page at / where alpha is a slider and shows its effect."
+)
+@section("Names and pages")(
+    "--audit", is_flag=True, help="Count tokens by rule and alpha, and those that alpha changed, under /metrics."
 )
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED, metavar="[-- VLLM FLAGS]")
-def serve(ensemble: str, alpha: float | None, flags: tuple[str, ...]) -> None:
+def serve(
+    ensemble: str,
+    alpha: float | None,
+    aliases: tuple[float, ...],
+    playground: bool,
+    audit: bool,
+    flags: tuple[str, ...],
+) -> None:
     """Serve the ensemble in FOLDER (or demo) over HTTP, with vLLM's engine and OpenAI-compatible server.
 
-    What stands behind -- is handed on: any flag of `vllm serve`. The model's name says rule and alpha; both are fixed
-    as long as the server runs. Ctrl-C or SIGTERM ends it.
+    Each request may say its own "alpha" and "rule"; all of them run in one batch. What stands behind -- is handed on:
+    any flag of `vllm serve`. Ctrl-C or SIGTERM ends it.
 
     \b
-    ensembler serve demo -- --port 8000
+    ensembler serve demo --playground -- --port 8000
     ensembler serve my-ensemble --alpha 0.5 -- --tensor-parallel-size 4 --max-model-len 4096
     """
     from ensembler import folder as folders
@@ -41,11 +62,18 @@ def serve(ensemble: str, alpha: float | None, flags: tuple[str, ...]) -> None:
     require_vllm()
     folder = demo_folder() if ensemble == DEMO else folders.find(Path(ensemble))
     config = folders.read(folder)
-    if alpha is not None:
-        config = config.replaced(alpha=alpha)
-    checked = check_ensemble(config)
-    check_servable(checked)
-    command = serve_command(folder, checked, name=folder.resolve().name, alpha=alpha, flags=flags)
+    for one in (*aliases, *([] if alpha is None else [alpha])):
+        config.get_rule().check_alpha(one)
+    check_servable(check_ensemble(config))
+    command = serve_command(
+        folder,
+        name=folder.resolve().name,
+        flags=flags,
+        alpha=alpha,
+        aliases=aliases,
+        playground=playground,
+        audit=audit,
+    )
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(command[0], command)  # signals and exit codes are vLLM's own

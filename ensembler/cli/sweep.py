@@ -105,8 +105,8 @@ def sweep(
 
     All alphas and rules share the forwards of the members: a grid costs little more than one alpha. DIR gets
     results.sqlite, summary.json, pictures and report.html. An interrupted sweep goes on when the same command is run
-    again. Started by accelerate launch or torchrun, each process takes some of the examples. With --backend vllm, each
-    alpha is a pass of its own.
+    again. Started by accelerate launch or torchrun, each process takes some of the examples. With --backend vllm, all
+    alphas are requests of one run.
 
     \b
     ensembler sweep demo --validation validation --rule base-change,eft

@@ -148,8 +148,8 @@ def print_serving(serving: ServingPlan, command: str) -> None:
     many = f"{serving.num_servers} servers, each on" if serving.num_servers > 1 else "a server on"
     out.print(f"vLLM, {many} {gpus}", style="bold", markup=False)
     _print_figures(
-        ("weights", show_size(serving.weight_bytes), "all members of a server, a copy for each"),
-        ("KV per token", show_size(serving.cache_per_token), "all members of a server"),
+        ("weights", show_size(serving.weight_bytes), "all members of a server, a copy for each backbone"),
+        ("KV per token", show_size(serving.cache_per_token), "all members of a server, a cache for each"),
         (
             "room for",
             f"{serving.num_tokens:,} tokens",

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ from typing import Any
 
 from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
-from ensembler.decoding.samples import Sample
 from ensembler.decoding.texts import GridCompletion, complete_grid
 from ensembler.engine.grid import Grid, GridPoint, make_grid
 from ensembler.errors import MemberError
@@ -26,7 +24,7 @@ from ensembler.evaluation.scoring import Score, ScoredRequest, score_batch
 from ensembler.modeling import EnsembleForCausalLM
 from ensembler.preflight import CheckedEnsemble
 from ensembler.serving.choice import VLLM, BackendChoice
-from ensembler.serving.vllm_engine import Engine, complete_in_engine
+from ensembler.serving.vllm_engine import Engine, arguments_of, complete_in_engine
 
 _MOST_TOKENS = 2048  # in a step of vLLM, which computes the logits of all tokens of a prompt that is scored
 
@@ -71,7 +69,7 @@ class TransformersBackend:
 
 @dataclass(frozen=True)
 class VllmBackend:
-    """Every point of a grid by itself in vLLM's engine, which gets one request for each continuation.
+    """All points of a grid in vLLM's engine at once: a request for each text, or continuation, at each point.
 
     Requests are those of the other backend, token for token.
     """
@@ -84,7 +82,7 @@ class VllmBackend:
     ) -> Iterator[list[ScoredRequest]]:
         """Yield the scores of one batch after another; all of them are in the engine at once."""
         requests = [request for batch in batches for request in batch.requests]
-        tokens = zip(*[self._score(requests, point) for point in points], strict=True)
+        tokens = zip(*self._score(requests, points), strict=True)
         for batch in batches:
             advance(len(batch.requests))
             yield [
@@ -95,36 +93,30 @@ class VllmBackend:
     def complete(
         self, prompts: Sequence[EncodedPrompt], points: Sequence[GridPoint], options: DecodingOptions
     ) -> Iterator[GridCompletion]:
-        """Yield the texts of the prompts, as the other backend does."""
-        begun = time.monotonic()
-        samples: dict[int, dict[GridPoint, list[Sample]]] = {prompt.number: {} for prompt in prompts}
-        for point in points:
-            self.engine.set_point(point)
-            for one in complete_in_engine(self.engine, self.tokenizer, prompts, options):
-                samples[one.number][point] = one.samples
-        for prompt in prompts:
-            yield GridCompletion(prompt.number, prompt.ids, samples[prompt.number], time.monotonic() - begun)
+        """Yield the texts of the prompts, as the other backend does but in any order."""
+        yield from complete_in_engine(self.engine, self.tokenizer, prompts, points, options)
 
-    def _score(self, requests: Sequence[ScoringRequest], point: GridPoint) -> list[TokenScore]:
-        """Return the scores of all tokens of all continuations at a point, in their order."""
+    def _score(self, requests: Sequence[ScoringRequest], points: Sequence[GridPoint]) -> list[list[TokenScore]]:
+        """Return for each point the scores of all tokens of all continuations, in their order."""
         from vllm import SamplingParams
 
-        self.engine.set_point(point)
         pieces = [
             (context, continuation)
             for request in requests
             for context, continuations in request.windows()
             for continuation in continuations
         ]
-        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
-        scored: list[list[TokenScore]] = [[] for _ in pieces]
-        for number, output in self.engine.run([[*one, *other] for one, other in pieces], [params] * len(pieces)):
-            context, continuation = pieces[number]
+        texts = [[*context, *continuation] for context, continuation in pieces for _ in points]
+        scoring = {"temperature": 0, "max_tokens": 1, "prompt_logprobs": 1, "detokenize": False}
+        params = [SamplingParams(**scoring, extra_args=arguments_of(point)) for point in points]
+        scored: list[list[TokenScore]] = [[] for _ in texts]
+        for number, output in self.engine.run(texts, params * len(pieces)):
+            context, continuation = pieces[number // len(points)]
             for token, entries in zip(continuation, output.prompt_logprobs[len(context) :], strict=True):
                 best = max(entries, key=lambda one: float(entries[one].logprob))
                 logprob = float(entries[token].logprob)
                 scored[number].append((logprob, token == best and logprob > -math.inf))
-        return [one for of_piece in scored for one in of_piece]
+        return [[one for of_piece in scored[first :: len(points)] for one in of_piece] for first in range(len(points))]
 
 
 def _score(tokens: Iterable[Sequence[TokenScore]]) -> Score:

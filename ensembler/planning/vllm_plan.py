@@ -1,4 +1,7 @@
-"""Plan a server of vLLM: all members on the same GPUs, each split into as many shards as there are GPUs."""
+"""Plan a server of vLLM: all members on the same GPUs, each split into as many shards as there are GPUs.
+
+Members of one backbone have one copy of its weights, with their adapters beside it, and a KV cache each.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,9 @@ ACTIVATIONS = 2 * 10**9
 class ServingPlan:
     """Servers of `num_gpus` GPUs each, `num_servers` of them, for texts of `context` tokens.
 
-    `weight_bytes`: of all members, each with a copy of its own. `cache_per_token`: bytes of a token in all members.
-    `num_tokens`: how many tokens one server has room for, texts that run at the same time together.
+    `weight_bytes`: of all backbones, each once, and of the adapters beside them. `cache_per_token`: bytes of a token in
+    all members, each of which has a cache of its own. `num_tokens`: how many tokens one server has room for, texts that
+    run at the same time together.
     """
 
     num_gpus: int
@@ -63,7 +67,7 @@ def propose_serving(
     """
     if not budgets:
         raise PlacementError("there is no GPU; give --budget once for each GPU of another machine")
-    weights = sum(group.model.num_bytes() * len(group.roles) for group in groups)
+    weights = sum(group.weight_bytes() for group in groups)
     whole = sum(group.model.cache_per_token * len(group.roles) for group in groups)
     usable = min(budgets) * UTILISATION
     powers = [2**power for power in range(len(budgets).bit_length())]
@@ -84,8 +88,9 @@ def propose_serving(
     more = "; the members' attention heads cannot be shared by more of the GPUs" if unused else ""
     raise PlacementError(
         f"these members do not fit: {each} would hold {show_size(weights / num_gpus)} of weights (a copy for each "
-        f"member), {show_size(cache)} of KV cache ({texts} of {context:,} tokens) and {show_size(ACTIVATIONS)} of "
-        f"activations, and vLLM may use {show_size(usable)} of it ({UTILISATION:.0%}){shorter}{more}"
+        f"backbone), {show_size(cache)} of KV cache ({texts} of {context:,} tokens, a cache for each member) and "
+        f"{show_size(ACTIVATIONS)} of activations, and vLLM may use {show_size(usable)} of it ({UTILISATION:.0%})"
+        f"{shorter}{more}"
     )
 
 

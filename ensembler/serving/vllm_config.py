@@ -16,13 +16,14 @@ from ensembler import folder as folders
 from ensembler.config import EnsembleConfig
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 from ensembler.serving.choice import check_servable, own_dtypes
+from ensembler.serving.request_points import ServedRules
 
-_checked: dict[str, CheckedEnsemble] = {}  # not in a configuration: vLLM copies and sends those many times
+_served: dict[tuple[str, float], ServedRules] = {}  # not in a configuration: vLLM copies and sends those many times
 _being_checked: set[Path] = set()  # a folder's tokenizer asks for its configuration meanwhile
 
 
 class ServedConfig(EnsembleConfig):  # type: ignore[misc,unused-ignore]
-    """The configuration of an ensemble that is served; `checked` has its members' files and vocabularies."""
+    """The configuration of an ensemble that is served, with its members' files and vocabularies, and its rules."""
 
     model_type: ClassVar[str] = EnsembleConfig.model_type
 
@@ -48,12 +49,25 @@ class ServedConfig(EnsembleConfig):  # type: ignore[misc,unused-ignore]
     @property
     def checked(self) -> CheckedEnsemble:
         """The members' files, configurations and vocabulary contract."""
-        key = json.dumps([self.name_or_path, self.to_dict()["members"], self.rule, self.outside], default=str)
-        if key not in _checked:
-            found = check_ensemble(EnsembleConfig.replaced(self))
-            check_servable(found)
-            _checked[key] = found
-        return _checked[key]
+        return self.rules.checked
+
+    @property
+    def rules(self) -> ServedRules:
+        """The rules that requests may ask for. Members are checked once; α may be another than the folder's."""
+        members = json.dumps([self.name_or_path, self.to_dict()["members"], self.rule, self.outside], default=str)
+        key = (members, float(self.alpha))
+        if key not in _served:
+            found = next((rules.checked for (same, _), rules in _served.items() if same == members), None)
+            if found is None:
+                found = check_ensemble(EnsembleConfig.replaced(self))
+                check_servable(found)
+            _served[key] = ServedRules(found, key[1])
+        return _served[key]
+
+
+def all_served_rules() -> list[ServedRules]:
+    """Return the rules of every ensemble whose configuration this process has read."""
+    return list(_served.values())
 
 
 class ServedSizes(ModelArchConfigConvertorBase):  # type: ignore[misc,unused-ignore]
@@ -71,6 +85,11 @@ class ServedSizes(ModelArchConfigConvertorBase):  # type: ignore[misc,unused-ign
     def get_num_hidden_layers(self) -> int:
         """Return the layers of all members: each has its own keys and values."""
         return sum(self._sizes("get_num_hidden_layers"))
+
+    def get_vocab_size(self) -> int:
+        """Return the number of ids of the logits: those of the widest anchor, and one for each member that fails."""
+        rules: ServedRules = self.hf_config.rules
+        return rules.width + len(rules.failures)
 
     def get_num_experts(self) -> int:
         """Return the most of any member: vLLM sets up its expert layers where there are some."""

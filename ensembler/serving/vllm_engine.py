@@ -6,6 +6,7 @@ import os
 import secrets
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,18 +18,17 @@ from ensembler.decoding.batching import room_for
 from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.drafting import AUTO, NONE
 from ensembler.decoding.prompts import EncodedPrompt
-from ensembler.decoding.samples import AnswerDecoder, make_sample
-from ensembler.decoding.texts import Completion
+from ensembler.decoding.samples import AnswerDecoder, Sample, make_sample
+from ensembler.decoding.texts import GridCompletion
 from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError, RunError
 from ensembler.files import one_line
 from ensembler.folder import write
 from ensembler.preflight import CheckedEnsemble
 from ensembler.serving.choice import VLLM, BackendChoice, common_dtype
+from ensembler.serving.request_points import ALPHA, RULE, ServedRules
 from ensembler.serving.vllm_serve import LOAD_FORMAT
 from ensembler.vocab import end_ids
-
-_EXTENSION = "ensembler.serving.vllm_model.PointSetter"
 
 
 class Engine:
@@ -43,8 +43,10 @@ class Engine:
         choice.check(checked)
         self._arguments = {**choice.arguments, "dtype": common_dtype(checked, choice.arguments.get("dtype"))}
         self._checked = checked
+        self._rules = ServedRules(checked)
         self._num_runs = 0
         self.config: Any = checked.config
+        self.point = self._rules.default
         self.generation_config = checked.generation_config or GenerationConfig(eos_token_id=checked.config.eos_token_id)
         self.shortest_context = choice.shortest_context(checked)
 
@@ -58,9 +60,7 @@ class Engine:
             checked = self._checked
             write(checked.config, folder, checked.tokenizer, checked.generation_config)
             with _engine_errors("did not start"):
-                self._llm: Any = LLM(
-                    str(folder), load_format=LOAD_FORMAT, worker_extension_cls=_EXTENSION, **self._arguments
-                )
+                self._llm: Any = LLM(str(folder), load_format=LOAD_FORMAT, **self._arguments)
             stack.callback(self._llm.llm_engine.engine_core.shutdown)
             self._running = stack.pop_all()
         return self
@@ -69,15 +69,11 @@ class Engine:
         del self._llm
         self._running.close()
 
-    def set_point(self, point: GridPoint) -> None:
-        """Run what is asked from now on by this rule at this α; no request may be running."""
-        with _engine_errors("failed"):
-            self._llm.collective_rpc("set_point", args=(point.rule, point.alpha))
-
     def run(self, prompts: Sequence[Sequence[int]], params: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """Yield (index, vLLM's RequestOutput) of prompts as token ids, each as soon as it is finished.
 
-        `params`: vLLM's SamplingParams for each. What is left is aborted when the iterator is closed. Raises RunError.
+        `params`: vLLM's SamplingParams for each, of which a copy is taken. What is left is aborted when the iterator is
+        closed. Raises RunError, and LogitsError where a member computed NaN.
         """
         from vllm.inputs.engine import tokens_input
         from vllm.sampling_params import RequestOutputKind
@@ -87,7 +83,9 @@ class Engine:
         waiting: dict[str, int] = {}
         try:
             with _engine_errors("failed"):
-                for index, (ids, sampling) in enumerate(zip(prompts, params, strict=True)):
+                for index, (ids, given) in enumerate(zip(prompts, params, strict=True)):
+                    sampling = given.clone()
+                    sampling.stop_token_ids = [*(given.stop_token_ids or ()), *self._rules.failures]
                     sampling.output_kind = RequestOutputKind.FINAL_ONLY  # else of n samples only the last one to end
                     engine.add_request(f"{self._num_runs}-{index}", tokens_input(list(ids)), sampling)
                     waiting[f"{self._num_runs}-{index}"] = index
@@ -96,6 +94,7 @@ class Engine:
                     outputs = engine.step()
                 for output in outputs:
                     if output.finished and output.request_id in waiting:
+                        self._rules.check_stops([one.stop_reason for one in output.outputs])
                         yield waiting.pop(output.request_id), output
         finally:
             if waiting:
@@ -130,31 +129,54 @@ def check_options(options: DecodingOptions) -> None:
 
 
 def complete_in_engine(
-    engine: Engine, tokenizer: Any, prompts: Sequence[EncodedPrompt], options: DecodingOptions
-) -> Iterator[Completion]:
-    """Yield the completion of each prompt as soon as it is finished, in any order.
+    engine: Engine,
+    tokenizer: Any,
+    prompts: Sequence[EncodedPrompt],
+    points: Sequence[GridPoint],
+    options: DecodingOptions,
+) -> Iterator[GridCompletion]:
+    """Yield the completions of each prompt at all points as soon as they are finished, in any order.
 
-    Greedy texts are those of `complete_prompts`, but for rounding. What is sampled depends on (seed, prompt's number,
-    sample), and is not what the other backend draws: vLLM has noise of its own. Raises ConfigError.
+    Every (prompt, point) is a request, and all of them are in the engine at once. Greedy texts are those of
+    `complete_grid`, but for rounding. What is sampled depends on (seed, prompt's number, sample), and is not what the
+    other backend draws: vLLM has noise of its own. Raises ConfigError.
     """
     check_options(options)
     seed = secrets.randbits(62) if options.seed is None else options.seed
     ends = end_ids(engine.generation_config)
     start = time.perf_counter()
-    params = [_params(engine, prompt, options, ends, seed) for prompt in prompts]
-    for index, output in engine.run([prompt.ids for prompt in prompts], params):
-        prompt = prompts[index]
+    asked = [(prompt, point) for prompt in prompts for point in points]
+    params = [_params(engine, prompt, point, options, ends, seed) for prompt, point in asked]
+    found: dict[int, dict[GridPoint, list[Sample]]] = defaultdict(dict)
+    for index, output in engine.run([prompt.ids for prompt, _ in asked], params):
+        prompt, point = asked[index]
         rows = [list(one.token_ids) for one in sorted(output.outputs, key=lambda one: one.index)]
         decoder = AnswerDecoder(tokenizer, prompt.ids, is_chat=prompt.is_chat)
-        samples = [make_sample(ids, decoder, ends, options.stop) for ids in rows]
-        yield Completion(prompt.number, prompt.ids, samples, time.perf_counter() - start)
+        found[prompt.number][point] = [make_sample(ids, decoder, ends, options.stop) for ids in rows]
+        if len(found[prompt.number]) == len(points):
+            samples = found.pop(prompt.number)
+            in_order = {point: samples[point] for point in points}
+            yield GridCompletion(prompt.number, prompt.ids, in_order, time.perf_counter() - start)
 
 
-def _params(engine: Engine, prompt: EncodedPrompt, options: DecodingOptions, ends: Sequence[int], seed: int) -> Any:
+def arguments_of(point: GridPoint) -> dict[str, Any]:
+    """Return what a request for this point says in `SamplingParams.extra_args`."""
+    return {RULE: point.rule, ALPHA: point.alpha}
+
+
+def _params(
+    engine: Engine,
+    prompt: EncodedPrompt,
+    point: GridPoint,
+    options: DecodingOptions,
+    ends: Sequence[int],
+    seed: int,
+) -> Any:
     from vllm import SamplingParams
 
     sampling = options.temperature > 0
     return SamplingParams(
+        extra_args=arguments_of(point),
         n=options.num_return_sequences,
         temperature=options.temperature,
         top_k=options.top_k or 0,

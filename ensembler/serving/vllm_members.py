@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,8 @@ from vllm.transformers_utils.config import get_hf_text_config
 
 from ensembler.errors import MemberError
 from ensembler.patch.addition import patched_tensors
+from ensembler.patch.patch_plan import PatchPlan
+from ensembler.serving.vllm_shared import LOAD_ERRORS, find_backbones, mark_compiled
 
 
 def build_member(vllm_config: VllmConfig, role: str, model_config: Any, prefix: str) -> nn.Module:
@@ -38,7 +41,10 @@ def build_member(vllm_config: VllmConfig, role: str, model_config: Any, prefix: 
 
 
 class EnsembleLoader(BaseModelLoader):  # type: ignore[misc,unused-ignore]
-    """The load format `ensembler`: loads the members one after another, each with its adapter or patch added."""
+    """The load format `ensembler`: members one after another, those of one folder on one copy of its weights.
+
+    A LoRA on linear layers runs beside weights that members share; any other patch is added to a copy of its own.
+    """
 
     def download_model(self, model_config: ModelConfig) -> None:
         """Do nothing: members were found when the configuration was read."""
@@ -46,14 +52,24 @@ class EnsembleLoader(BaseModelLoader):  # type: ignore[misc,unused-ignore]
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         """Fill every member; raise MemberError where its class does not take a tensor, or its files lack one."""
         ensemble: Any = model
-        for role, plan in ensemble.plans.items():
-            member = ensemble.members[role]
-            try:
-                loaded: set[str] | None = member.load_weights(patched_tensors(plan))
-            except (KeyError, ValueError, AttributeError, AssertionError) as error:
-                raise MemberError(
-                    f"{role}: vLLM's {type(member).__name__} does not take the weights of {plan.model.folder}: {error}"
-                ) from error
-            missing = sorted(name for name, _ in member.named_parameters() if loaded is not None and name not in loaded)
-            if missing:
-                raise MemberError(f"{role}: its weights files lack {len(missing)} tensors, {missing[0]} among them")
+        members, plans = dict(ensemble.members.items()), ensemble.plans
+        backbones = find_backbones(members, plans)
+        bases = {role: backbone.holder for backbone in backbones for role in backbone.members}
+        for role, member in members.items():
+            if bases.get(role, role) == role:
+                _load(role, member, replace(plans[role], patches=()) if role in bases else plans[role])
+        for backbone in backbones:
+            backbone.join()
+        mark_compiled(members, backbones)
+
+
+def _load(role: str, member: Any, plan: PatchPlan) -> None:
+    try:
+        loaded: set[str] | None = member.load_weights(patched_tensors(plan))
+    except LOAD_ERRORS as error:
+        raise MemberError(
+            f"{role}: vLLM's {type(member).__name__} does not take the weights of {plan.model.folder}: {error}"
+        ) from error
+    missing = sorted(name for name, _ in member.named_parameters() if loaded is not None and name not in loaded)
+    if missing:
+        raise MemberError(f"{role}: its weights files lack {len(missing)} tensors, {missing[0]} among them")

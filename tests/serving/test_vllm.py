@@ -18,7 +18,6 @@ from ensembler.demo import demo_folder
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
 pytestmark = pytest.mark.vllm
 
-EXTENSION = "ensembler.serving.vllm_model.PointSetter"
 RULES: dict[str, dict[str, Any]] = {
     "base-change": {"rule": "base-change", "alpha": 0.7},
     "eft": {"rule": "eft", "alpha": 1.1},
@@ -32,16 +31,16 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 def assert_every_rule(folder: Path, vocab_size: int) -> None:
-    """The folder's own rule is linear; the others are set while the engine runs."""
+    """The folder's own rule is linear; requests ask for the others."""
     own = EnsembleForCausalLM.from_pretrained(folder)
     assert own.rule.name == "linear"
     prompts = prompts_for(vocab_size)
-    with engine(folder, load_format="ensembler", worker_extension_cls=EXTENSION) as llm:
+    with engine(folder, load_format="ensembler") as llm:
         assert_same(served(llm, prompts), expected(own, prompts))
         for rule in ("base-change", "eft"):
-            llm.collective_rpc("set_point", args=(rule, RULES[rule]["alpha"]))
             config = own.config.replaced(**RULES[rule], constant=None, slope=None)
-            assert_same(served(llm, prompts), expected(EnsembleForCausalLM.from_config(config), prompts))
+            there = expected(EnsembleForCausalLM.from_config(config), prompts)
+            assert_same(served(llm, prompts, **RULES[rule]), there)
 
 
 def test_the_embedded_family_by_each_rule(tmp_path: Path) -> None:

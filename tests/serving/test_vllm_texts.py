@@ -19,9 +19,9 @@ from ensembler.cli.main import cli
 from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.samples import Sample
-from ensembler.decoding.texts import complete_prompts
+from ensembler.decoding.texts import complete_grid, complete_prompts
 from ensembler.demo import demo_folder
-from ensembler.engine.grid import GridPoint
+from ensembler.engine.grid import GridPoint, make_grid
 from ensembler.folder import read
 from ensembler.preflight import CheckedEnsemble, check_ensemble
 from ensembler.serving.vllm_engine import Engine, complete_in_engine
@@ -45,9 +45,8 @@ def engine(checked: CheckedEnsemble) -> Iterator[Engine]:
 
 
 def by_vllm(engine: Engine, checked: CheckedEnsemble, options: DecodingOptions) -> dict[int, list[Sample]]:
-    return {
-        one.number: one.samples for one in complete_in_engine(engine, checked.require_tokenizer(), PROMPTS, options)
-    }
+    found = complete_in_engine(engine, checked.require_tokenizer(), PROMPTS, [engine.point], options)
+    return {one.number: one.all_samples for one in found}
 
 
 def by_transformers(checked: CheckedEnsemble, options: DecodingOptions) -> dict[int, list[Sample]]:
@@ -86,28 +85,30 @@ def test_what_is_sampled_depends_on_the_seed_and_the_prompt_alone(engine: Engine
     one, other = by_vllm(engine, checked, options), by_vllm(engine, checked, options)
     assert one == other
     tokenizer = checked.require_tokenizer()
-    (alone,) = complete_in_engine(engine, tokenizer, PROMPTS[7:8], options)
-    assert alone.samples == one[7]
+    others = [GridPoint("eft", 2.0), engine.point]  # beside it in the batch
+    (mixed,) = complete_in_engine(engine, tokenizer, PROMPTS[7:8], others, options)
+    assert mixed.samples[engine.point] == one[7] != mixed.samples[others[0]]
+    (alone,) = complete_in_engine(engine, tokenizer, PROMPTS[7:8], [engine.point], options)
+    assert alone.all_samples == one[7]
     assert all(len(samples) == 3 for samples in one.values())
     assert len({tuple(sample.ids) for sample in one[7]}) > 1
     unseeded = [by_vllm(engine, checked, DecodingOptions(12, temperature=1.2)) for _ in range(2)]
     assert unseeded[0] != unseeded[1]
 
 
-def test_a_point_is_changed_while_the_engine_runs_and_a_left_run_leaves_nothing(
-    engine: Engine, checked: CheckedEnsemble
-) -> None:
+def test_a_grid_is_one_run_and_a_left_run_leaves_nothing(engine: Engine, checked: CheckedEnsemble) -> None:
     tokenizer = checked.require_tokenizer()
-    leaving = complete_in_engine(engine, tokenizer, PROMPTS, DecodingOptions(80))
+    leaving = complete_in_engine(engine, tokenizer, PROMPTS, [engine.point], DecodingOptions(80))
     next(leaving)
     leaving.close()  # type: ignore[attr-defined]
-    try:
-        for point in (GridPoint("eft", 0.5), GridPoint("base-change", 0.0), GridPoint("eft", 0.0)):
-            engine.set_point(point)
-            there = check_ensemble(checked.config.replaced(rule=point.rule, alpha=point.alpha))
-            assert by_vllm(engine, checked, DecodingOptions(16)) == by_transformers(there, DecodingOptions(16)), point
-    finally:
-        engine.set_point(GridPoint(checked.config.rule, checked.config.alpha))
+    points = [*make_grid(["base-change", "eft"], [0.0, 0.5, 1.5])]
+    model = EnsembleForCausalLM.from_checked(checked)
+    wanted = {one.number: one for one in complete_grid(model, tokenizer, PROMPTS, points, DecodingOptions(16))}
+    found = list(complete_in_engine(engine, tokenizer, PROMPTS, points, DecodingOptions(16)))
+    assert len(found) == len(PROMPTS)
+    assert {one.number: one.samples for one in found} == {number: one.samples for number, one in wanted.items()}
+    assert all(list(one.samples) == points for one in found)
+    assert any(len({sample.text for sample in one.all_samples}) > 1 for one in found)
 
 
 def generate(*arguments: object) -> Any:
@@ -137,6 +138,8 @@ def test_the_command_writes_rows_and_goes_on_with_them(tmp_path: Path) -> None:
     again = [json.loads(line) for line in (tmp_path / "vllm.jsonl").read_text().splitlines()]
     assert [row["text"] for row in again] == [row["text"] for row in ours]
     assert again[:3] == ours[:3]
+    grid = json.loads(generate("--prompt", "9 - 2 =", "--alpha", "0,1", "--max-new-tokens", 4, "--json").stdout)
+    assert [point["alpha"] for point in grid["points"]] == [0.0, 1.0]
     for backend in ([], ["--backend", "vllm", "--seed", "1"]):
         other = CliRunner().invoke(cli, ["generate", "demo", *map(str, [*asked, tmp_path / "vllm.jsonl"]), *backend])
         assert "was begun with other settings" in str(other.exception)

@@ -1,0 +1,100 @@
+"""Add counts of tokens by rule and α to the Prometheus metrics of vLLM's server. Nothing here imports vLLM.
+
+Of the workers' tokens, changed ones are those where the most probable token of the mixture is not its anchor's,
+whatever is sampled: the share that α changed is the quotient of the two.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+from ensembler.serving.middleware import App, Message, Receive, Send, engine_of
+from ensembler.serving.token_counts import PointCount
+
+METRICS = "/metrics"
+READ = "read_audit"  # of AuditReader
+_ABOUT = {
+    "ensembler_tokens_total": "Number of tokens that were decoded at a rule and alpha.",
+    "ensembler_changed_tokens_total": "Number of those whose most probable token is not the anchor's.",
+}
+_NEGOTIATED = (b"accept", b"accept-encoding")
+
+Counts = Mapping[tuple[str, str], tuple[int, int]]
+"""Tokens and changed tokens by rule and α."""
+
+
+async def read_counts(scope: Message) -> Counts:
+    """Return the counts of all engines behind vLLM's server."""
+    # collective_rpc of the engine itself drops what all data-parallel ranks but the first answer.
+    core = engine_of(scope).engine_core
+    workers = await core.call_utility_all_async("collective_rpc", READ, None, (), None)
+    return add_counts([of_engine[0] for of_engine in workers])
+
+
+def add_counts(engines: Sequence[Sequence[PointCount]]) -> Counts:
+    """Return the sums over engines of rows (rule, α, tokens, changed tokens)."""
+    sums: defaultdict[tuple[str, str], tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for rule, alpha, tokens, changed in (row for rows in engines for row in rows):
+        before = sums[rule, alpha]
+        sums[rule, alpha] = (before[0] + tokens, before[1] + changed)
+    return sums
+
+
+def format_counts(counts: Counts) -> str:
+    """Return the counts as Prometheus reads them, version 0.0.4."""
+    lines = []
+    for number, (name, about) in enumerate(_ABOUT.items()):
+        lines += [f"# HELP {name} {about}", f"# TYPE {name} counter"]
+        for (rule, alpha), pair in counts.items():
+            lines.append(f'{name}{{rule="{_escape(rule)}",alpha="{alpha}"}} {pair[number]}')
+    return "\n".join(lines) + "\n"
+
+
+class Audit:
+    """Write the counts of tokens behind the server's own metrics; hand on everything else.
+
+    `read`: gives the counts for the scope of a request.
+    """
+
+    def __init__(self, app: App, read: Callable[[Message], Awaitable[Counts]] = read_counts) -> None:
+        self._app = app
+        self._read = read
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Hand on a request, and add to the answer where it asks for metrics."""
+        asked = scope["type"] == "http" and scope["method"] == "GET"
+        if not asked or scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") != METRICS:
+            await self._app(scope, receive, send)
+            return
+        more = format_counts(await self._read(scope)).encode()
+        # Neither compressed nor as OpenMetrics, which has an end: the server answers in its plain format.
+        headers = [one for one in scope.get("headers", ()) if one[0].lower() not in _NEGOTIATED]
+        await self._app({**scope, "headers": headers}, receive, _longer(send, more))
+
+
+def _longer(send: Send, more: bytes) -> Send:
+    """Return a `send` that writes `more` behind the body of an answer with status 200."""
+    is_good = False
+
+    async def send_longer(message: Message) -> None:
+        nonlocal is_good
+        if message["type"] == "http.response.start":
+            is_good = message["status"] == 200
+            message = {**message, "headers": _lengthen(message["headers"], len(more))} if is_good else message
+        elif is_good and not message.get("more_body", False):
+            message = {**message, "body": message.get("body", b"") + more}
+        await send(message)
+
+    return send_longer
+
+
+def _lengthen(headers: Sequence[tuple[bytes, bytes]], num_bytes: int) -> list[tuple[bytes, bytes]]:
+    return [
+        (name, str(int(value) + num_bytes).encode() if name.lower() == b"content-length" else value)
+        for name, value in headers
+    ]
+
+
+def _escape(label: str) -> str:
+    return label.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

@@ -1,0 +1,174 @@
+"""Read `alpha` and `rule` in the bodies of requests, where vLLM would ignore them, before its server reads the rest.
+
+The rules that may be asked for are those of the engine behind the server.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from ensembler.engine.grid import GridPoint
+from ensembler.errors import ConfigError
+from ensembler.serving.request_points import KEYS, ServedRules, check_key
+
+XARGS = "vllm_xargs"  # where vLLM takes what its plugins know
+_GENERATING = ("/completions", "/responses", "/messages")
+_MAX_BYTES = 64 * 2**20
+_AT_ALPHA = "@alpha="
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+
+def alias(name: str, alpha: float) -> str:
+    """Return the name under which a model is served at an α of its own: 'math@alpha=0.5'."""
+    return f"{name}{_AT_ALPHA}{alpha:g}"
+
+
+def engine_of(scope: Message) -> Any:
+    """Return the client of vLLM's engine, which its server keeps beside the application."""
+    return scope["app"].state.engine_client
+
+
+def rules_of(scope: Message) -> ServedRules:
+    """Return what requests to this server may ask for."""
+    rules: ServedRules = engine_of(scope).vllm_config.model_config.hf_config.rules
+    return rules
+
+
+class PointOfRequest:
+    """Move the rule and α of a request to where vLLM takes them; answer 400 to what cannot be had.
+
+    The answer's headers `ensembler-rule` and `ensembler-alpha` say what it was decoded with.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._engine: Any = None
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Hand on a request, with its body rewritten where it asks for texts."""
+        if scope["type"] != "http" or scope["method"] != "POST":
+            await self._app(scope, receive, send)
+            return
+        if self._engine is None:
+            from ensembler.serving.vllm_failures import end_with_error  # vLLM, which runs where requests come from
+
+            self._engine = engine_of(scope)
+            self._engine.generate = end_with_error(self._engine.generate, rules_of(scope))
+        messages, is_whole = await _read(receive)
+        point = None
+        if is_whole:
+            body = b"".join(message.get("body", b"") for message in messages)
+            try:
+                body, point = read_body(body, rules_of(scope), generates=scope["path"].endswith(_GENERATING))
+            except ConfigError as error:
+                await answer(send, 400, bad_request(str(error)), "application/json")
+                return
+            messages, scope = [{"type": "http.request", "body": body}], _with_length(scope, len(body))
+
+        async def receive_again() -> Message:
+            return messages.pop(0) if messages else await receive()
+
+        await self._app(scope, receive_again, send if point is None else _named(send, point))
+
+
+def read_body(body: bytes, rules: ServedRules, *, generates: bool) -> tuple[bytes, GridPoint | None]:
+    """Return the body as vLLM takes it, and the point that the request asks for.
+
+    It stays as it is where it is no JSON object, which the server refuses, and where nothing is generated. Raises
+    ConfigError for a rule or α that cannot be had, and for misspelt keys.
+    """
+    try:
+        request = json.loads(body)
+    except ValueError:
+        return body, None
+    if not isinstance(request, dict):
+        return body, None
+    if not generates:
+        _check_no_point(request)
+        return body, None
+    for key in request:
+        check_key(key)
+    nested = request.get(XARGS)
+    arguments = dict(nested) if isinstance(nested, dict) else {}
+    for key in KEYS:
+        given = request.pop(key, None)
+        if given is not None and arguments.get(key) not in (None, given):
+            raise ConfigError(f"{key} is {given!r}, and {arguments[key]!r} under {XARGS}; give it once")
+        if given is not None:
+            arguments[key] = given
+    _add_alias(request.get("model"), arguments)
+    point = rules.point_of(arguments)
+    asked = {key: value for key, value in arguments.items() if value is not None}
+    if asked and (nested is None or isinstance(nested, dict)):
+        request[XARGS] = asked
+    return json.dumps(request).encode(), point
+
+
+def _check_no_point(request: dict[str, Any]) -> None:
+    key = next((key for key in KEYS if key in request), None)
+    if key is not None:
+        raise ConfigError(f"{key} was given to a request that decodes no text; leave it out")
+
+
+def _add_alias(model: object, arguments: dict[str, Any]) -> None:
+    """Take α from the model's name where that has one. Raises ConfigError where the request has another."""
+    if not isinstance(model, str) or _AT_ALPHA not in model:
+        return
+    text = model.rpartition(_AT_ALPHA)[2]
+    try:
+        alpha = float(text)
+    except ValueError:
+        return  # the server knows no such model
+    if arguments.get("alpha", alpha) != alpha:
+        raise ConfigError(f"alpha is {arguments['alpha']!r}, and {text} in the model's name {model!r}; give one")
+    arguments["alpha"] = alpha
+
+
+async def _read(receive: Receive) -> tuple[list[Message], bool]:
+    """Return the messages of a body, and whether they are all: not where it is too long, or its client left."""
+    messages: list[Message] = []
+    num_bytes = 0
+    while num_bytes < _MAX_BYTES:
+        messages.append(await receive())
+        if messages[-1]["type"] != "http.request":
+            return messages, False
+        if not messages[-1].get("more_body", False):
+            return messages, True
+        num_bytes += len(messages[-1].get("body", b""))
+    return messages, False
+
+
+def _with_length(scope: Message, num_bytes: int) -> Message:
+    """Return the scope of a request with the length of its new body."""
+    headers = [(name, value) for name, value in scope.get("headers", ()) if name.lower() != b"content-length"]
+    return {**scope, "headers": [*headers, (b"content-length", str(num_bytes).encode())]}
+
+
+def _named(send: Send, point: GridPoint) -> Send:
+    """Return a `send` that puts the point into the headers of the answer."""
+    more = [(b"ensembler-rule", point.rule.encode()), (b"ensembler-alpha", f"{point.alpha:g}".encode())]
+
+    async def send_named(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message = {**message, "headers": [*message.get("headers", ()), *more]}
+        await send(message)
+
+    return send_named
+
+
+async def answer(send: Send, status: int, body: bytes, content_type: str, *headers: tuple[bytes, bytes]) -> None:
+    """Send a whole answer over HTTP."""
+    named = [(b"content-type", content_type.encode()), (b"content-length", str(len(body)).encode()), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": named})
+    await send({"type": "http.response.body", "body": body})
+
+
+def bad_request(message: str) -> bytes:
+    """Return the body of a 400 as vLLM and OpenAI write it."""
+    return json.dumps({"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}}).encode()

@@ -1,0 +1,26 @@
+"""Read the counts of tokens in vLLM's workers, which make them where their worker is extended by `AuditReader`.
+
+A token is counted when logits to sample it from are computed: once for each that is sampled, however its prompt was
+read, and also where its request was aborted meanwhile or a member's NaN ends the text.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ensembler.serving.token_counts import PointCount
+from ensembler.serving.vllm_weights import slots_of
+
+
+class AuditReader:
+    """What vLLM adds to its worker's class (`worker_extension_cls`)."""
+
+    vllm_config: Any
+
+    def read_audit(self) -> list[PointCount]:
+        """Return the counts of each point that was asked for.
+
+        On ranks that gather no logits the counts are 0; the first rank's are whole.
+        """
+        counts = slots_of(self.vllm_config).counts
+        return [] if counts is None else counts.read()
