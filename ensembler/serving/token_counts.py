@@ -34,7 +34,7 @@ class TokenCounts:
     def number_of(self, point: GridPoint) -> int:
         """Return the number of a point, a new one where it was not seen before."""
         label = (point.rule, f"{point.alpha + 0.0:g}")  # -0 is 0
-        if label not in self._numbers and len(self._numbers) == MOST_POINTS:
+        if label not in self._numbers and len(self._numbers) >= MOST_POINTS:
             label = (OTHER, OTHER)
         return self._numbers.setdefault(label, len(self._numbers) + 1)
 

@@ -1,7 +1,8 @@
 """Read the counts of tokens in vLLM's workers, which make them where their worker is extended by `AuditReader`.
 
-A token is counted when logits to sample it from are computed: once for each that is sampled, however its prompt was
-read, and also where its request was aborted meanwhile or a member's NaN ends the text.
+A token is counted when logits to sample it from are computed: once for each, however its prompt was read, the one that
+ends a text among them, and also where its request was aborted meanwhile. With vLLM's asynchronous scheduling that may
+be one token behind the end of a text.
 """
 
 from __future__ import annotations

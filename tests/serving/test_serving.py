@@ -57,6 +57,8 @@ def parsed(**changes: Any) -> Namespace:
         "hf_overrides": {},
         "quantization": None,
         "speculative_config": None,
+        "middleware": [],
+        "worker_extension_cls": "",
         "dtype": "auto",
         "tensor_parallel_size": 1,
     }

@@ -98,7 +98,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = folder / "log"
     folder = spoil(folder / "family", "source_pt", BROKEN)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    made = start(folder, log, "--alpha", "0.7", "--alias", "0,1.5", "--playground")
+    made = start(folder, log, "--alpha", "0.7", "--alias", "0,1.5", "--playground", "--audit")
     try:
         made.wait_until_ready()
         yield made
@@ -302,6 +302,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"alhpa": 0.5}, "unknown key 'alhpa'; did you mean alpha"),
     ({"vllm_xargs": {"rules": "eft"}}, "unknown key 'rules'; did you mean rule"),
 ]
+
+
+def test_tokens_are_counted_by_rule_and_alpha(server: Server) -> None:
+    asked = {"model": "family", "prompt": PROMPT, "max_tokens": 16, "temperature": 0}
+    point = {"rule": "eft", "alpha": 2.125}  # of no other test
+    answers = [server.client.completions.create(**asked, extra_body=point) for _ in range(2)]
+    of_point = '{rule="eft",alpha="2.125"}'
+    counted = metric(server, f"ensembler_tokens_total{of_point}")
+    assert counted == sum(one.usage.completion_tokens for one in answers)
+    assert 0 < metric(server, f"ensembler_changed_tokens_total{of_point}") < counted
 
 
 def test_what_a_request_cannot_have_is_a_clear_400(server: Server) -> None:
