@@ -126,7 +126,9 @@ class EnsembleForCausalLM(nn.Module):
         combined, has_failed = found[0], found[1] & used_members(weights)
         if self._slots.counts is not None and plain is not None:
             self._slots.counts.add(numbers.squeeze(1), combined, plain[0], has_failed.any(1))
-        return end_failed(combined, has_failed)
+        ended = end_failed(combined, has_failed)
+        self._slots.failures = ended[:, combined.shape[1] :].clone()  # vLLM masks the logits themselves
+        return ended
 
     def _combine(self, ordered: list[Tensor], weights: Weights) -> tuple[Tensor, Tensor] | None:
         """Return the combined logits (n, V) and which members computed NaN (n, members) bool."""

@@ -41,6 +41,7 @@ class WeightSlots:
         scheduler, device = vllm_config.scheduler_config, vllm_config.device_config.device
         self.config, self.rules = vllm_config, rules  # the configuration lives as long, so its id is no other's
         self.is_followed = False  # whether anybody tells which requests come and go
+        self.failures: Tensor | None = None  # (outputs, members): the last columns of this step's logits
         self.counts = TokenCounts(device) if vllm_config.parallel_config.worker_extension_cls == READER else None
         uncounted = [0.0] * (0 if self.counts is None else NUM_COLUMNS)
         default = torch.tensor([*rules.weights_of(rules.default), *uncounted], dtype=torch.float32)
@@ -138,7 +139,11 @@ def starts_of_step() -> Tensor | None:
 
 
 class PointsOfRequests(ProcessorV1, ProcessorV2):  # type: ignore[misc,unused-ignore]
-    """Keep the slots of an ensemble up to date on the V1 runner, and check requests for both; change no logits."""
+    """Keep the slots of an ensemble up to date on the V1 runner; on both, check requests and permit members' ids.
+
+    Grammars, lists of permitted ids and `min_tokens` forbid the id of a member that computed NaN: such a row would
+    permit none, and the text go on with the id 0.
+    """
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
@@ -157,21 +162,24 @@ class PointsOfRequests(ProcessorV1, ProcessorV2):  # type: ignore[misc,unused-ig
     def __init__(self, vllm_config: Any, *given: Any) -> None:
         """`given`: on the V1 runner (device, is_pin_memory), on the V2 runner the states of its requests."""
         is_ours = isinstance(vllm_config.model_config.hf_config, EnsembleConfig)
-        self._slots = slots_of(vllm_config) if is_ours and len(given) == 2 else None
-        if self._slots is not None:
+        self._slots = slots_of(vllm_config) if is_ours else None
+        if self._slots is not None and len(given) == 2:
             self._slots.is_followed = True
 
     def is_argmax_invariant(self) -> bool:
-        """Return True: no logits are changed."""
-        return True
+        """Return whether `apply` changes nothing, as for a model that is no ensemble."""
+        return self._slots is None
 
     def apply(self, logits: Tensor, context: Any = None) -> Tensor:
-        """Return the logits."""
+        """Return the logits (n, V + members), the ids of members as the model gave them; vLLM calls this last."""
+        failures = None if self._slots is None else self._slots.failures
+        if failures is not None and len(failures) == len(logits):  # else the logits are not this step's
+            logits[:, -failures.shape[1] :] = failures
         return logits
 
     def add_request(self, slot: int, sampling_params: Any) -> bool:
-        """Return False: on the V2 runner the model's own states keep the slots."""
-        return False
+        """Return whether the V2 runner calls `apply` for this request's sake; what else forbids ids has it called."""
+        return self._slots is not None and sampling_params.structured_outputs is not None
 
     def update_state(self, update: Any) -> None:
         """Follow the requests of the V1 runner, which come, go and move before the forward of a step."""

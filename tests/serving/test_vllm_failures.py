@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from ensembler.serving.vllm_engine import Engine, complete_in_engine
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
 pytestmark = pytest.mark.vllm
 
+ON_V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 BROKEN = 77
 """The id whose embedding is NaN in source PT."""
 POINT, ALONE = GridPoint("base-change", 0.8), GridPoint("source_ft", 0.0)
@@ -61,7 +63,8 @@ def test_the_member_is_named_and_others_go_on(engine: Engine) -> None:
     model = EnsembleForCausalLM.from_pretrained(demo_folder())
     tokenizer = model.tokenizer
     exact = {one.number: one.samples for one in complete_grid(model, tokenizer, whole, [POINT], DecodingOptions(8))}
-    for options in ({}, {"temperature": 0.7, "seed": 3, "top_k": 5, "repetition_penalty": 1.3}):
+    top = {} if ON_V2 else {"top_k": 5}  # its kernel is none for Triton's interpreter
+    for options in ({}, {"temperature": 0.7, "seed": 3, "repetition_penalty": 1.3, **top}):
         with pytest.raises(LogitsError, match="source_pt computed NaN logits, which ended this request"):
             ask(engine, broken[:1], [POINT], **options)
     for _ in range(2):
