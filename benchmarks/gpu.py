@@ -1,9 +1,10 @@
 """Check and measure kernels and engine on a GPU without a network: python benchmarks/gpu.py [--sections kernels,table].
 
 kernels: the cases of the tests on the device. table: times over the floor, goals. tune: candidates of the launch
-table (block, warps, splits). engine: what a token of whole ensembles takes. Build the CUDA kernels first
-(kernels/ensembler_kernels/cuda/build.py): else they are skipped. It needs torch, Triton, pytest and hypothesis, for
-`engine` also what the package requires, and installs nothing. Every section appends its rows to OUT/SECTION.jsonl as
+table (block, warps, splits). engine: what a token of whole ensembles takes. vllm: their tokens per second in vLLM,
+skipped where it is not installed. Build the CUDA kernels first (kernels/ensembler_kernels/cuda/build.py): else they are
+skipped. It needs torch, Triton, pytest and hypothesis, for `engine` also what the package requires, and installs
+nothing. Every section appends its rows to OUT/SECTION.jsonl as
 they are made, and prints its table at the end. On a CPU it runs with --device cpu --small.
 """
 
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 import gpu_engine
 import gpu_table
 import gpu_tune
+import gpu_vllm
 from gpu_options import Options, Row, table
 from kernel_timing import device_name
 
@@ -121,6 +123,7 @@ SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "table": gpu_table.table,
     "tune": gpu_tune.tune,
     "engine": gpu_engine.engine,
+    "vllm": gpu_vllm.vllm,
 }
 
 

@@ -1,6 +1,6 @@
 """Measure 16 α of greedy generation over one: all of them decoded together, and one by `generate`.
 
-    python benchmarks/grid_generate.py SOURCE_PT SOURCE_FT TARGET_PT DATA [--rule base-change] [--repeats 5]
+    python benchmarks/grid_generate.py SOURCE_PT SOURCE_FT TARGET_PT DATA [--rules base-change] [--repeats 5]
 
 Members are folders; SOURCE_FT may be a LoRA adapter of SOURCE_PT (the committed rows are of the trio that
 examples/make_smollm2_trio.py makes). DATA has gsm8k/test.jsonl, of which the first questions are asked, without
@@ -87,9 +87,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("source_pt", "source_ft", "target_pt", "data"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--rule", default="base-change", help="comma-separated; one α is of the first")
-    parser.add_argument("--alpha", type=int, default=16, help="how many, from 0 in steps of 0.1")
-    parser.add_argument("--data", type=int, default=8)
+    parser.add_argument("--rules", default="base-change", help="comma-separated; one α is of the first")
+    parser.add_argument("--alphas", type=int, default=16, help="how many, from 0 in steps of 0.1")
+    parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--results", type=Path, default=OUT)

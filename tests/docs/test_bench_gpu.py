@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,6 +94,16 @@ def test_the_engine_is_timed_with_what_it_is_measured_against(tmp_path: Path) ->
         assert all(numbers == sorted(numbers) for numbers in row.values() if isinstance(numbers, list))
 
 
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="tests/docs/test_vllm_benchmarks.py runs it")
+def test_vllm_is_left_out_with_a_sentence_where_it_is_not_installed(tmp_path: Path) -> None:
+    done = bench("--out", tmp_path, "--sections", "vllm")
+    assert done.returncode == 0, done.stderr
+    (row,) = rows_of(tmp_path / "vllm.jsonl")
+    assert row.keys() >= WHERE
+    assert row["left_out"].startswith("vLLM is not installed, so nothing was measured in it; install it with: pip ")
+    assert f"| {row['left_out']} |" in done.stdout
+
+
 def test_without_time_everything_is_left_out_and_said(tmp_path: Path) -> None:
     done = bench("--out", tmp_path, "--minutes", 0, "--sections", "table,kernels")
     assert done.returncode == 0, done.stderr
@@ -105,7 +116,7 @@ def test_without_time_everything_is_left_out_and_said(tmp_path: Path) -> None:
 def test_a_section_that_is_not_there_and_a_gpu_that_is_not(tmp_path: Path) -> None:
     done = bench("--out", tmp_path, "--sections", "tables")
     assert done.returncode == 2
-    assert "expected some of kernels, table, tune, engine, got tables" in done.stderr
+    assert "expected some of kernels, table, tune, engine, vllm, got tables" in done.stderr
     if not torch.cuda.is_available():
         assert "torch finds no GPU here" in bench("--device", "cuda").stderr
 
