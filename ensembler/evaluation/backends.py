@@ -114,6 +114,7 @@ class VllmBackend:
             context, continuation = pieces[number // len(points)]
             for token, entries in zip(continuation, output.prompt_logprobs[len(context) :], strict=True):
                 best = max(entries, key=lambda one: float(entries[one].logprob))
+                self.engine.rules.check_stops([best])
                 logprob = float(entries[token].logprob)
                 scored[number].append((logprob, token == best and logprob > -math.inf))
         return [[one for of_piece in scored[first :: len(points)] for one in of_piece] for first in range(len(points))]

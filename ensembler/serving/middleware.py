@@ -11,11 +11,12 @@ from typing import Any
 
 from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError
-from ensembler.serving.request_points import KEYS, ServedRules, check_key
+from ensembler.serving.request_points import ALPHA, KEYS, ServedRules, check_key, shown
 
 XARGS = "vllm_xargs"  # where vLLM takes what its plugins know
-_GENERATING = ("/completions", "/responses", "/messages")
+_DECODING = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages")
 _MAX_BYTES = 64 * 2**20
+_MAX_KEYS = 200  # of a body: each is compared with ours
 _AT_ALPHA = "@alpha="
 
 Message = MutableMapping[str, Any]
@@ -48,50 +49,54 @@ class PointOfRequest:
 
     def __init__(self, app: App) -> None:
         self._app = app
-        self._engine: Any = None
+        self._rules: ServedRules | None = None
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Hand on a request, with its body rewritten where it asks for texts."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        if self._engine is None:
+        if self._rules is None:
             from ensembler.serving.vllm_failures import end_with_error  # vLLM, which runs where requests come from
 
-            self._engine = engine_of(scope)
-            self._engine.generate = end_with_error(self._engine.generate, rules_of(scope))
+            engine, self._rules = engine_of(scope), rules_of(scope)
+            engine.generate = end_with_error(engine.generate, self._rules)
         messages, is_whole = await _read(receive)
         point = None
-        if is_whole:
-            body = b"".join(message.get("body", b"") for message in messages)
-            try:
-                body, point = read_body(body, rules_of(scope), generates=scope["path"].endswith(_GENERATING))
-            except ConfigError as error:
-                await answer(send, 400, bad_request(str(error)), "application/json")
-                return
-            messages, scope = [{"type": "http.request", "body": body}], _with_length(scope, len(body))
+        try:
+            if not is_whole and messages[-1]["type"] == "http.request":
+                raise ConfigError(f"the body is longer than {_MAX_BYTES >> 20} MiB; send several requests")
+            if is_whole:
+                body = b"".join(message.get("body", b"") for message in messages)
+                body, point = read_body(body, self._rules, decodes=scope["path"].endswith(_DECODING))
+                messages, scope = [{"type": "http.request", "body": body}], _with_length(scope, len(body))
+        except ConfigError as error:
+            await answer(send, 400, bad_request(str(error)), "application/json")
+            return
 
         async def receive_again() -> Message:
             return messages.pop(0) if messages else await receive()
 
-        await self._app(scope, receive_again, send if point is None else _named(send, point))
+        await self._app(scope, receive_again, send if point is None else _with_point(send, point))
 
 
-def read_body(body: bytes, rules: ServedRules, *, generates: bool) -> tuple[bytes, GridPoint | None]:
+def read_body(body: bytes, rules: ServedRules, *, decodes: bool) -> tuple[bytes, GridPoint | None]:
     """Return the body as vLLM takes it, and the point that the request asks for.
 
-    It stays as it is where it is no JSON object, which the server refuses, and where nothing is generated. Raises
-    ConfigError for a rule or α that cannot be had, and for misspelt keys.
+    It stays as it is where it is no JSON object, which the server refuses, and for paths where α cannot be chosen.
+    Raises ConfigError for a rule or α that cannot be had, for misspelt keys, and for beams, which vLLM runs without.
     """
     try:
         request = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return body, None
     if not isinstance(request, dict):
         return body, None
-    if not generates:
+    if not decodes:
         _check_no_point(request)
         return body, None
+    if len(request) > _MAX_KEYS:
+        raise ConfigError(f"the body has {len(request):,} keys; expected at most {_MAX_KEYS}")
     for key in request:
         check_key(key)
     nested = request.get(XARGS)
@@ -99,11 +104,14 @@ def read_body(body: bytes, rules: ServedRules, *, generates: bool) -> tuple[byte
     for key in KEYS:
         given = request.pop(key, None)
         if given is not None and arguments.get(key) not in (None, given):
-            raise ConfigError(f"{key} is {given!r}, and {arguments[key]!r} under {XARGS}; give it once")
+            raise ConfigError(f"{key} is {shown(given)}, and {shown(arguments[key])} under {XARGS}; give it once")
         if given is not None:
             arguments[key] = given
     _add_alias(request.get("model"), arguments)
+    if request.get("use_beam_search"):
+        raise ConfigError("use_beam_search was given; vLLM's beams ignore the alpha of a request: leave it out")
     point = rules.point_of(arguments)
+    rules.check_ends(point)
     asked = {key: value for key, value in arguments.items() if value is not None}
     if asked and (nested is None or isinstance(nested, dict)):
         request[XARGS] = asked
@@ -111,9 +119,12 @@ def read_body(body: bytes, rules: ServedRules, *, generates: bool) -> tuple[byte
 
 
 def _check_no_point(request: dict[str, Any]) -> None:
-    key = next((key for key in KEYS if key in request), None)
-    if key is not None:
-        raise ConfigError(f"{key} was given to a request that decodes no text; leave it out")
+    """Raise ConfigError where a request to another path asks for an α or a rule, in any of the ways there are."""
+    nested, model = request.get(XARGS), request.get("model")
+    given = [key for key in KEYS if key in request or (isinstance(nested, dict) and key in nested)]
+    if given or (isinstance(model, str) and _AT_ALPHA in model):
+        key = given[0] if given else ALPHA
+        raise ConfigError(f"{key} cannot be chosen at this path; ask {', '.join(_DECODING[:2])} or leave it out")
 
 
 def _add_alias(model: object, arguments: dict[str, Any]) -> None:
@@ -125,9 +136,10 @@ def _add_alias(model: object, arguments: dict[str, Any]) -> None:
         alpha = float(text)
     except ValueError:
         return  # the server knows no such model
-    if arguments.get("alpha", alpha) != alpha:
-        raise ConfigError(f"alpha is {arguments['alpha']!r}, and {text} in the model's name {model!r}; give one")
-    arguments["alpha"] = alpha
+    given = arguments.get(ALPHA)
+    if given is not None and given != alpha:
+        raise ConfigError(f"alpha is {shown(given)}, and {text[:40]} in the model's name; give one of them")
+    arguments[ALPHA] = alpha
 
 
 async def _read(receive: Receive) -> tuple[list[Message], bool]:
@@ -150,7 +162,7 @@ def _with_length(scope: Message, num_bytes: int) -> Message:
     return {**scope, "headers": [*headers, (b"content-length", str(num_bytes).encode())]}
 
 
-def _named(send: Send, point: GridPoint) -> Send:
+def _with_point(send: Send, point: GridPoint) -> Send:
     """Return a `send` that puts the point into the headers of the answer."""
     more = [(b"ensembler-rule", point.rule.encode()), (b"ensembler-alpha", f"{point.alpha:g}".encode())]
 

@@ -19,6 +19,7 @@ from ensembler.rules import RULES, Rule
 from ensembler.vocab import end_ids
 
 ALPHA, RULE = KEYS = ("alpha", "rule")
+_LONGEST_KEY = 12  # beyond it nothing is taken for a misspelt one
 FIXED_KEYS = ("cutoff", "constant", "slope", "outside")
 _LARGEST = 3.4028234663852886e38  # of fp32, in which α is computed with
 
@@ -70,7 +71,7 @@ class ServedRules:
         """Return the rule, or for a role the rule that is this member alone; raise ConfigError for another name."""
         if name not in self.names:
             raise ConfigError(
-                f"rule is {repr(name)[:40]}, which cannot be served from these members{nearest(name, self.names)}"
+                f"rule is {shown(name)}, which cannot be served from these members{nearest(name, self.names)}"
             )
         if name == self.own.name:
             return self.own
@@ -88,9 +89,9 @@ class ServedRules:
             check_key(key)
         name, alpha = given.get(RULE), given.get(ALPHA)
         rule = self.own if name is None else self.find(name)
-        self._check_ends(rule)
-        number = self.default.alpha if alpha is None else check_alpha(rule, alpha)
-        return GridPoint(rule.name, number if rule.slope else 0.0)  # a member alone has no log-ratio to scale
+        if not rule.slope:  # a member alone has no log-ratio to scale
+            return GridPoint(rule.name, 0.0 if alpha is None else 0 * check_alpha(rule, alpha))
+        return GridPoint(rule.name, check_alpha(rule, self.default.alpha if alpha is None else alpha))
 
     def weights_of(self, point: GridPoint) -> tuple[float, ...]:
         """Return the row of `weights.table` for a point: constants, slopes, α, logarithm of the cut-off."""
@@ -101,8 +102,9 @@ class ServedRules:
     def _rows(self) -> dict[str, list[float]]:
         return dict(zip(self.names, self.weights.table.tolist(), strict=True))
 
-    def _check_ends(self, rule: Rule) -> None:
+    def check_ends(self, point: GridPoint) -> None:
         """Raise ConfigError where the anchor of another rule ends its texts with a token that ends none here."""
+        rule = self.find(point.rule)
         if rule.name not in RULES or rule.anchor == self.own.anchor:
             return
         missing = self._foreign_ends[rule.anchor]
@@ -139,9 +141,14 @@ def check_alpha(rule: Rule, alpha: object) -> float:
 
 def check_key(key: str) -> None:
     """Raise ConfigError for a key that is fixed when the server starts, and for one that looks like a misspelt one."""
-    name = key.lower()
-    if name in FIXED_KEYS:
+    name = key[:_LONGEST_KEY].lower()
+    if key in FIXED_KEYS:
         raise ConfigError(f"{key} cannot be set by a request; it belongs to the folder: serve one that has it")
     near = [one for one in KEYS if name.startswith(one)] or get_close_matches(name, KEYS, n=1, cutoff=0.8)
     if key not in KEYS and near:
-        raise ConfigError(f"unknown key {key!r}; did you mean {near[0]}?")
+        raise ConfigError(f"unknown key {shown(key)}; did you mean {near[0]}?")
+
+
+def shown(value: object) -> str:
+    """Return a value as a message shows it, cut where it is long."""
+    return repr(value)[:40]

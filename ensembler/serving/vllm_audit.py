@@ -14,7 +14,7 @@ from ensembler.serving.vllm_weights import slots_of
 
 
 class AuditReader:
-    """What vLLM adds to its worker's class (`worker_extension_cls`)."""
+    """Extend vLLM's worker by a method that reads the counts (`worker_extension_cls`)."""
 
     vllm_config: Any
 

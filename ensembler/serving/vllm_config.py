@@ -54,7 +54,7 @@ class ServedConfig(EnsembleConfig):  # type: ignore[misc,unused-ignore]
     @property
     def rules(self) -> ServedRules:
         """The rules that requests may ask for. Members are checked once; α may be another than the folder's."""
-        members = json.dumps([self.name_or_path, self.to_dict()["members"], self.rule, self.outside], default=str)
+        members = json.dumps([self.name_or_path, {**self.to_dict(), "alpha": None}], default=str)
         key = (members, float(self.alpha))
         if key not in _served:
             found = next((rules.checked for (same, _), rules in _served.items() if same == members), None)

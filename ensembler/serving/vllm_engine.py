@@ -43,10 +43,10 @@ class Engine:
         choice.check(checked)
         self._arguments = {**choice.arguments, "dtype": common_dtype(checked, choice.arguments.get("dtype"))}
         self._checked = checked
-        self._rules = ServedRules(checked)
+        self.rules = ServedRules(checked)
         self._num_runs = 0
         self.config: Any = checked.config
-        self.point = self._rules.default
+        self.point = self.rules.default
         self.generation_config = checked.generation_config or GenerationConfig(eos_token_id=checked.config.eos_token_id)
         self.shortest_context = choice.shortest_context(checked)
 
@@ -85,7 +85,7 @@ class Engine:
             with _engine_errors("failed"):
                 for index, (ids, given) in enumerate(zip(prompts, params, strict=True)):
                     sampling = given.clone()
-                    sampling.stop_token_ids = [*(given.stop_token_ids or ()), *self._rules.failures]
+                    sampling.stop_token_ids = [*(given.stop_token_ids or ()), *self.rules.failures]
                     sampling.output_kind = RequestOutputKind.FINAL_ONLY  # else of n samples only the last one to end
                     engine.add_request(f"{self._num_runs}-{index}", tokens_input(list(ids)), sampling)
                     waiting[f"{self._num_runs}-{index}"] = index
@@ -94,7 +94,7 @@ class Engine:
                     outputs = engine.step()
                 for output in outputs:
                     if output.finished and output.request_id in waiting:
-                        self._rules.check_stops([one.stop_reason for one in output.outputs])
+                        self.rules.check_stops([one.stop_reason for one in output.outputs])
                         yield waiting.pop(output.request_id), output
         finally:
             if waiting:

@@ -46,8 +46,9 @@ def end_with_error(generate: Generate, rules: ServedRules) -> Generate:
     """
 
     async def checked(prompt: Any, sampling_params: Any, *given: Any, **more: Any) -> AsyncGenerator[Any, None]:
-        sampling_params.stop_token_ids = [*(sampling_params.stop_token_ids or ()), *rules.failures]
-        async with aclosing(generate(prompt, sampling_params, *given, **more)) as outputs:  # which aborts what is left
+        params = sampling_params.clone()  # a caller may use its own for several texts
+        params.stop_token_ids = [*(params.stop_token_ids or ()), *rules.failures]
+        async with aclosing(generate(prompt, params, *given, **more)) as outputs:  # which aborts what is left
             async for output in outputs:
                 try:
                     rules.check_stops([one.stop_reason for one in output.outputs])

@@ -35,6 +35,11 @@ class EnsembleForCausalLM(nn.Module):
         super().__init__()
         if vllm_config.speculative_config is not None:
             raise ConfigError("speculative decoding was asked for; vLLM then leaves out what a request asks: leave it")
+        if vllm_config.parallel_config.enable_dbo or vllm_config.model_config.enable_prompt_embeds:
+            raise ConfigError(
+                "an ensemble takes no micro-batches and no embeddings; leave out --enable-dbo and "
+                "--enable-prompt-embeds"
+            )
         self._slots = slots_of(vllm_config)
         self._rules = self._slots.rules
         checked = self._rules.checked

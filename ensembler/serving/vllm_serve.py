@@ -43,6 +43,8 @@ def serve_command(
         raise ConfigError(
             "--config was given to vLLM's server, whose other flags would hide some of it; give flags alone"
         )
+    if aliases and any(flag.split("=")[0] == "--served-model-name" for flag in flags):
+        raise ConfigError("--alias and --served-model-name were both given, of which vLLM takes one; leave one out")
     command = [sys.executable, "-m", "ensembler.serving.vllm_serve", json.dumps(alpha), "serve", str(folder)]
     command += ["--served-model-name", name, *dict.fromkeys(alias(name, one) for one in aliases)]
     command += ["--shutdown-timeout", str(DRAIN_SECONDS)]  # vLLM's is 0: open streams would wait for a killed engine

@@ -126,16 +126,15 @@ def starts_of_step() -> Tensor | None:
     metadata = get_forward_context().attn_metadata
     if metadata is None:
         return None
-    if not isinstance(metadata, dict):
-        raise RunError("vLLM runs this step in micro-batches, which ensembles do not; leave out --enable-dbo")
-    one = next(iter(metadata.values()))
-    starts: Tensor | None = getattr(one, "query_start_loc", None)
-    if starts is None:
-        raise RunError(
-            f"vLLM's attention does not say which request a token is of ({type(one).__name__}); give another "
-            "--attention-backend, such as FLASH_ATTN"
-        )
-    return starts
+    found: list[Tensor] = []
+    for one in {id(one): one for one in metadata.values()}.values():
+        if getattr(one, "query_start_loc", None) is None:
+            raise RunError(
+                f"vLLM's attention does not say which request a token is of ({type(one).__name__}); give another "
+                "--attention-backend, such as FLASH_ATTN"
+            )
+        found.append(one.query_start_loc)
+    return min(found, key=len)  # attention in chunks splits requests into pieces of its own
 
 
 class PointsOfRequests(ProcessorV1, ProcessorV2):  # type: ignore[misc,unused-ignore]

@@ -89,6 +89,7 @@ def call(
         ({"alpha": 2, "vllm_xargs": {"alpha": 2}}, {"alpha": 2}, ("base-change", "2")),
         ({"model": "demo@alpha=1.5"}, {"alpha": 1.5}, ("base-change", "1.5")),
         ({"model": "demo"}, None, ("base-change", "0.8")),
+        ({"model": "demo@alpha=1.5", "vllm_xargs": {"alpha": None}}, {"alpha": 1.5}, ("base-change", "1.5")),
         ({"rule": "target_pt"}, {"rule": "target_pt"}, ("target_pt", "0")),
     ],
 )
@@ -116,8 +117,12 @@ def test_a_point_goes_where_vllm_takes_it(
         ({"alhpa": 1}, "unknown key 'alhpa'; did you mean alpha?"),
         ({"cutoff": 1}, "cutoff cannot be set by a request"),
         ({"alpha": 1, "vllm_xargs": {"alpha": 2}}, "alpha is 1, and 2 under vllm_xargs; give it once"),
-        ({"alpha": 1, "model": "demo@alpha=0.5"}, "alpha is 1, and 0.5 in the model's name 'demo@alpha=0.5'; give one"),
+        ({"alpha": 1, "model": "demo@alpha=0.5"}, "alpha is 1, and 0.5 in the model's name; give one of them"),
         ({"rule": "reward"}, "rule is 'reward', which cannot be served"),
+        ({"model": "demo@alpha=nan"}, "alpha is nan; expected a finite number"),
+        ({"alpha": 1, "use_beam_search": True}, "use_beam_search was given; vLLM's beams ignore the alpha"),
+        (dict.fromkeys(map(str, range(300))), "the body has 301 keys; expected at most 200"),
+        ({"alpha": "x" * 10_000}, "alpha is 'xxxxx"),
         ({"alpha": [0, 1], "n": 2}, "a request has one alpha: send a request for each"),
     ],
 )
@@ -135,23 +140,26 @@ def test_nan_in_a_body_is_refused(rules: ServedRules) -> None:
     assert sent[0]["status"] == 400
 
 
-@pytest.mark.parametrize("body", [b'{"alpha": ', b'["alpha"]', b"", b"\xff"])
+@pytest.mark.parametrize("body", [b'{"alpha": ', b'["alpha"]', b"", b"\xff", b'{"a":' * 99_999])
 def test_a_body_that_is_no_json_object_is_left_to_the_server(body: bytes, rules: ServedRules) -> None:
     seen, sent = call(rules, body)
     assert seen == body or (seen, body) == (b"", b"")
     assert sent[0] == {"type": "http.response.start", "status": 200, "headers": [(b"x", b"y")]}
 
 
-def test_requests_that_decode_nothing(rules: ServedRules) -> None:
+@pytest.mark.parametrize("path", ["/tokenize", "/v1/chat/completions/batch", "/invocations", "/inference/v1/generate"])
+def test_paths_where_no_alpha_can_be_chosen(path: str, rules: ServedRules) -> None:
     body = json.dumps({"prompt": "x", "temperature": 0}).encode()
-    assert call(rules, body, "/tokenize")[0] == body
-    seen, sent = call(rules, json.dumps({"prompt": "x", "alpha": 1}).encode(), "/tokenize")
-    assert seen is None
-    assert "alpha was given to a request that decodes no text" in sent[1]["body"].decode()
+    assert call(rules, body, path)[0] == body
+    for asked in ({"alpha": 1}, {"vllm_xargs": {"rule": "eft"}}, {"model": "demo@alpha=0.5"}):
+        seen, sent = call(rules, json.dumps({"prompt": "x", **asked}).encode(), path)
+        assert seen is None
+        assert "cannot be chosen at this path; ask /v1/completions" in sent[1]["body"].decode()
     assert call(rules, b'{"alpha": 1}', method="GET")[0] == b'{"alpha": 1}'
 
 
-def test_a_body_beyond_the_limit_is_handed_on_unread(rules: ServedRules, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_body_beyond_the_limit_is_refused(rules: ServedRules, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ensembler.serving.middleware._MAX_BYTES", 8)
-    body = json.dumps({"prompt": "x", "alpha": -1}).encode()
-    assert call(rules, body, pieces=5)[0] == body
+    seen, sent = call(rules, json.dumps({"prompt": "x", "alpha": 1}).encode(), pieces=5)
+    assert (seen, sent[0]["status"]) == (None, 400)
+    assert "the body is longer than" in sent[1]["body"].decode()

@@ -63,6 +63,7 @@ def test_what_a_request_gets(arguments: Any, point: GridPoint, rules: ServedRule
         ({"alhpa": 1}, r"unknown key 'alhpa'; did you mean alpha\?"),
         ({"alpha_": 1}, r"unknown key 'alpha_'; did you mean alpha\?"),
         ({"Alpha": 1}, r"unknown key 'Alpha'; did you mean alpha\?"),
+        ({"alpha" + "x" * 10_000: 1}, r"unknown key 'alphax{3,60}; did you mean alpha\?"),
         ({"rules": "eft"}, r"unknown key 'rules'; did you mean rule\?"),
         ({"cutoff": 0.1}, r"cutoff cannot be set by a request; it belongs to the folder"),
     ],
@@ -96,6 +97,7 @@ def test_the_folders_own_numbers_are_a_rule_beside_those_with_names() -> None:
     served = ServedRules(check_ensemble(config), -2.0)
     assert served.names == ("linear", "source_ft", "target_pt")
     assert served.default == GridPoint("linear", -2.0)
+    assert served.point_of({"rule": "source_ft"}) == GridPoint("source_ft", 0.0)
     assert served.weights_of(served.point_of({"alpha": 4})) == (1.0, 0.0, 0.0, 0.5, 4.0, float("-inf"))
 
 
@@ -116,12 +118,12 @@ def test_a_rule_whose_anchor_ends_its_texts_otherwise(save_member: SaveMember, t
         r"rule is 'eft', whose anchor target_pt ends its texts with .*add its id to eos_token_id in generation_con"
     )
     with pytest.raises(ConfigError, match=message):
-        served.point_of({"rule": "eft"})
-    assert served.point_of({"rule": "target_pt"}).rule == "target_pt"
+        served.check_ends(served.point_of({"rule": "eft"}))
+    served.check_ends(served.point_of({"rule": "target_pt"}))
     own = json.loads((tmp_path / "ensemble" / "generation_config.json").read_text())
     own["eos_token_id"] = sorted({7, 2, *([own["eos_token_id"]] if isinstance(own["eos_token_id"], int) else [])})
     (tmp_path / "ensemble" / "generation_config.json").write_text(json.dumps(own))
-    assert ServedRules(check_ensemble(read(tmp_path / "ensemble"))).point_of({"rule": "eft"}).rule == "eft"
+    ServedRules(check_ensemble(read(tmp_path / "ensemble"))).check_ends(GridPoint("eft", 1.0))
 
 
 def test_a_member_that_failed_is_named(rules: ServedRules) -> None:

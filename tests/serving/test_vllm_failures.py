@@ -119,8 +119,10 @@ def outputs_of(stops: list[list[Any]], rules: ServedRules) -> tuple[list[Any], b
     """Return what comes through of outputs with these stop reasons, whether the engine's was closed, its params."""
     closed: list[bool] = []
     params = SimpleNamespace(stop_token_ids=[5])
+    params.clone = lambda: SimpleNamespace(stop_token_ids=params.stop_token_ids)
 
     async def generate(prompt: Any, sampling_params: Any, request_id: str) -> AsyncGenerator[Any, None]:
+        assert sampling_params.stop_token_ids == [5, 134, 135, 136]
         try:
             for reasons in stops:
                 yield SimpleNamespace(outputs=[SimpleNamespace(stop_reason=one) for one in reasons])
@@ -140,6 +142,6 @@ def test_the_server_is_given_an_error_for_a_text_that_ended_so() -> None:
 
     rules = ServedRules(check_ensemble(read(demo_folder())))
     found, closed, params = outputs_of([[None, None], ["stop", 5]], rules)
-    assert (len(found), closed, params.stop_token_ids) == (2, True, [5, 134, 135, 136])
+    assert (len(found), closed, params.stop_token_ids) == (2, True, [5])
     with pytest.raises(VLLMServerError, match="source_pt computed NaN"):
         outputs_of([[None, None], [None, 136]], rules)
