@@ -153,13 +153,18 @@ def register_rule(
     return rule
 
 
+def load_plugins() -> None:
+    """Make the rules of installed packages known, from their entry points."""
+    from importlib.metadata import entry_points  # it would slow every start of the command line
+
+    for plugin in entry_points(group=PLUGINS):
+        plugin.load()
+
+
 def find_rule(name: str) -> Rule:
     """Return the rule with fixed numbers called `name`, of this package, registered, or of a package's entry point."""
     if name not in RULES:
-        from importlib.metadata import entry_points  # it would slow every start of the command line
-
-        for plugin in entry_points(group=PLUGINS):
-            plugin.load()
+        load_plugins()
     if name not in RULES:
         raise ConfigError(f"unknown rule {name!r}{nearest(name, (*RULES, 'linear'))}")
     return RULES[name]

@@ -15,7 +15,7 @@ from ensembler_kernels import Weights
 from ensembler.engine.grid import GridPoint, make_combination
 from ensembler.errors import ConfigError, LogitsError, nearest
 from ensembler.preflight import CheckedEnsemble
-from ensembler.rules import RULES, Rule
+from ensembler.rules import RULES, Rule, load_plugins
 from ensembler.vocab import end_ids
 
 ALPHA, RULE = KEYS = ("alpha", "rule")
@@ -34,6 +34,7 @@ class ServedRules:
 
     def __init__(self, checked: CheckedEnsemble, alpha: float | None = None) -> None:
         """`alpha`: that of requests which name none; by default the folder's."""
+        load_plugins()
         self.checked = checked
         self.own: Rule = checked.config.get_rule()
         self.roles = self.own.roles
