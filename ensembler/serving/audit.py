@@ -1,7 +1,6 @@
 """Add counts of tokens by rule and α to the Prometheus metrics of vLLM's server. Nothing here imports vLLM.
 
-Of the workers' tokens, changed ones are those where the most probable token of the mixture is not its anchor's,
-whatever is sampled: the share that α changed is the quotient of the two.
+A token is changed where the most probable one of the mixture is not the anchor's, whatever is sampled.
 """
 
 from __future__ import annotations
@@ -70,26 +69,26 @@ class Audit:
         more = format_counts(await self._read(scope)).encode()
         # Neither compressed nor as OpenMetrics, which has an end: the server answers in its plain format.
         headers = [one for one in scope.get("headers", ()) if one[0].lower() not in _NEGOTIATED]
-        await self._app({**scope, "headers": headers}, receive, _longer(send, more))
+        await self._app({**scope, "headers": headers}, receive, _append_to_body(send, more))
 
 
-def _longer(send: Send, more: bytes) -> Send:
+def _append_to_body(send: Send, more: bytes) -> Send:
     """Return a `send` that writes `more` behind the body of an answer with status 200."""
     is_good = False
 
-    async def send_longer(message: Message) -> None:
+    async def send_appended(message: Message) -> None:
         nonlocal is_good
         if message["type"] == "http.response.start":
             is_good = message["status"] == 200
-            message = {**message, "headers": _lengthen(message["headers"], len(more))} if is_good else message
+            message = {**message, "headers": _add_to_length(message["headers"], len(more))} if is_good else message
         elif is_good and not message.get("more_body", False):
             message = {**message, "body": message.get("body", b"") + more}
         await send(message)
 
-    return send_longer
+    return send_appended
 
 
-def _lengthen(headers: Sequence[tuple[bytes, bytes]], num_bytes: int) -> list[tuple[bytes, bytes]]:
+def _add_to_length(headers: Sequence[tuple[bytes, bytes]], num_bytes: int) -> list[tuple[bytes, bytes]]:
     return [
         (name, str(int(value) + num_bytes).encode() if name.lower() == b"content-length" else value)
         for name, value in headers

@@ -29,7 +29,7 @@ class TokenCounts:
     def __init__(self, device: torch.device | str) -> None:
         self._numbers: dict[tuple[str, str], int] = {}
         self._counts = torch.zeros(MOST_POINTS + 2, 2, dtype=torch.int64, device=device)
-        self._is_due = False
+        self.is_due = False  # whether the next logits are those to sample from
 
     def number_of(self, point: GridPoint) -> int:
         """Return the number of a point, a new one where it was not seen before."""
@@ -40,17 +40,15 @@ class TokenCounts:
 
     def begin_step(self) -> None:
         """Count the next logits: the first of a step are those to sample from, later ones are log-probs of prompts."""
-        self._is_due = True
+        self.is_due = True
 
     def add(self, numbers: Tensor, combined: Tensor, anchor: Tensor, has_failed: Tensor) -> None:
         """Count rows (n, V) of combined logits, by the numbers (n,) of their points; wait for nothing.
 
         A row is changed where its most probable token is not that of `anchor` (n, V). It is not where `has_failed`
-        (n,) bool. Only the first call of a step counts.
+        (n,) bool. Call it where `is_due` alone: once in a step.
         """
-        if not self._is_due:
-            return
-        self._is_due = False
+        self.is_due = False
         is_changed = (combined.argmax(-1) != anchor.argmax(-1)) & ~has_failed
         counted = torch.stack([torch.ones_like(is_changed), is_changed], 1)
         self._counts.index_add_(0, numbers.long(), counted.to(self._counts.dtype))

@@ -25,9 +25,8 @@ from ensembler.errors import ConfigError, RunError
 from ensembler.files import one_line
 from ensembler.folder import write
 from ensembler.preflight import CheckedEnsemble
-from ensembler.serving.choice import VLLM, BackendChoice, common_dtype
+from ensembler.serving.choice import LOAD_FORMAT, VLLM, BackendChoice, common_dtype
 from ensembler.serving.request_points import ALPHA, RULE, ServedRules
-from ensembler.serving.vllm_serve import LOAD_FORMAT
 from ensembler.vocab import end_ids
 
 

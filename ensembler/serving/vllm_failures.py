@@ -67,8 +67,13 @@ def clear_begun_blocks() -> None:
     """
     context = get_forward_context()
     metadata = context.attn_metadata
+    begun: dict[tuple[int, int], Tensor] = {}  # layers of a kind share their slots
     for name, of_layer in (metadata if isinstance(metadata, dict) else {}).items():
         cache = context.no_compile_layers[name].kv_cache  # (blocks, heads, tokens of a block, 2 · head size)
         size = cache.shape[2]
-        slots = of_layer.slot_mapping[: of_layer.num_actual_tokens]
-        cache[slots[(slots >= 0) & (slots % size == 0)] // size] = 0
+        key = (id(of_layer), size)
+        if key not in begun:
+            slots = of_layer.slot_mapping[: of_layer.num_actual_tokens]
+            begun[key] = slots[(slots >= 0) & (slots % size == 0)] // size
+        if len(begun[key]):
+            cache[begun[key]] = 0

@@ -23,6 +23,7 @@ from ensembler.serving.vllm_failures import clear_begun_blocks, end_failed, used
 from ensembler.serving.vllm_members import build_member
 from ensembler.serving.vllm_shards import combine_shards, common_padding, padded_heads, shard_members
 from ensembler.serving.vllm_weights import slots_of, state_class
+from ensembler.serving.vocab_shards import has_nan
 
 
 class EnsembleForCausalLM(nn.Module):
@@ -125,12 +126,13 @@ class EnsembleForCausalLM(nn.Module):
         table, numbers = last.contiguous().view(torch.float32).tensor_split([self._pattern.table.shape[1]], 1)
         weights = self._pattern.replace_table(table)
         found = self._combine(ordered, weights)
-        plain = None if self._slots.counts is None else self._combine(ordered, at_anchor(weights))
+        counts = self._slots.counts
+        plain = self._combine(ordered, at_anchor(weights)) if counts is not None and counts.is_due else None
         if found is None:
             return None
         combined, has_failed = found[0], found[1] & used_members(weights)
-        if self._slots.counts is not None and plain is not None:
-            self._slots.counts.add(numbers.squeeze(1), combined, plain[0], has_failed.any(1))
+        if counts is not None and plain is not None:
+            counts.add(numbers.squeeze(1), combined, plain[0], has_failed.any(1))
         ended = end_failed(combined, has_failed)
         self._slots.failures = ended[:, combined.shape[1] :].clone()  # vLLM masks the logits themselves
         return ended
@@ -139,5 +141,4 @@ class EnsembleForCausalLM(nn.Module):
         """Return the combined logits (n, V) and which members computed NaN (n, members) bool."""
         if self._shards is not None:
             return combine_shards(self._shards, ordered, weights.table)
-        # A largest number that is NaN: one reading of the logits, where isnan() would write as much again.
-        return combine(ordered, weights), torch.stack([one.amax(-1).isnan() for one in ordered], 1)
+        return combine(ordered, weights), torch.stack([has_nan(one) for one in ordered], 1)

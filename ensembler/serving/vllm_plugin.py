@@ -6,7 +6,7 @@ vLLM calls `register` in each of its processes, through the entry point `vllm.ge
 from __future__ import annotations
 
 from ensembler.config import EnsembleConfig
-from ensembler.serving.vllm_serve import LOAD_FORMAT
+from ensembler.serving.choice import LOAD_FORMAT
 
 
 def register() -> None:

@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ensembler.errors import ConfigError, InputError
+from ensembler.serving.choice import LOAD_FORMAT, READER
 from ensembler.serving.middleware import alias
 
-LOAD_FORMAT = "ensembler"
 DRAIN_SECONDS = 30  # that running requests get to end in after SIGTERM
 POINTS = "ensembler.serving.middleware.PointOfRequest"
 PAGE = "ensembler.serving.playground.Playground"
 AUDIT = "ensembler.serving.audit.Audit"
-READER = "ensembler.serving.vllm_audit.AuditReader"  # in vLLM's workers, which count tokens where it is
 
 
 def serve_command(

@@ -20,10 +20,10 @@ from vllm.v1.worker.gpu.sample.logits_processor.interface import LogitsProcessor
 
 from ensembler.config import EnsembleConfig
 from ensembler.errors import ConfigError, RunError
+from ensembler.serving.choice import READER
 from ensembler.serving.request_points import ServedRules
 from ensembler.serving.token_counts import NUM_COLUMNS, TokenCounts
 from ensembler.serving.vllm_config import all_served_rules
-from ensembler.serving.vllm_serve import READER
 
 _made: WeakValueDictionary[int, WeightSlots] = WeakValueDictionary()  # by id of the configuration of an engine
 _WARM_UP = ("_warmup_", "_v2_mixed_warmup_")  # names of the V2 runner's own requests on a GPU

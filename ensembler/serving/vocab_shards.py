@@ -18,6 +18,11 @@ from ensembler_kernels import Weights, combine
 from torch import Tensor
 
 
+def has_nan(logits: Tensor) -> Tensor:
+    """Return which rows of logits (n, V) hold NaN, (n,) bool: one reading, where isnan() would write as much again."""
+    return logits.amax(-1).isnan()
+
+
 def can_combine_shards(weights: Weights, widths: Sequence[int]) -> bool:
     """Return whether each id's result depends on that id alone, for members with `widths` ids.
 
@@ -59,8 +64,7 @@ class VocabShards:
             part[:, :num] = combine([z[:, :num] for z in logits], weights)
         for flag, z, width in zip(part[:, self.size :].unbind(1), logits, self.widths, strict=True):
             num = self._num_below(width, rank)
-            # A largest number that is NaN: one reading of the logits, where isnan() would write as much again.
-            flag.copy_(z[:, :num].amax(-1).isnan() if num else z.new_zeros(len(z)))
+            flag.copy_(has_nan(z[:, :num]) if num else z.new_zeros(len(z)))
         return part
 
     def join(self, parts: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What the tests of the vLLM backend have in common: its settings on a CPU, engines, saved members, comparisons."""
+"""Shared parts of the tests of the vLLM backend: its settings on a CPU, engines, saved members, comparisons."""
 
 from __future__ import annotations
 

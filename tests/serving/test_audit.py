@@ -99,12 +99,13 @@ def test_the_first_logits_of_a_step_are_counted_where_a_token_has_a_number() -> 
     combined = torch.tensor([[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [torch.nan, 0.0], [0.0, 1.0]])
     anchor = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 1.0], [0.0, 1.0], [1.0, 0.0]])
     given = (torch.tensor([1.0, 1.0, 2.0, 2.0, 0.0]), combined, anchor, torch.tensor([False] * 3 + [True, False]))
-    counts.add(*given)  # a trial run, which begins no step
+    assert not counts.is_due  # a trial run begins no step
     assert [row[2:] for row in counts.read()] == [(0, 0)] * 3
     for _ in range(2):
         counts.begin_step()
+        assert counts.is_due
         counts.add(*given)
-        counts.add(*given)
+        assert not counts.is_due  # log-probs of prompts come behind
     assert counts.read() == [("eft", "0.5", 4, 2), ("eft", "2", 4, 2), ("eft", "0", 0, 0)]
 
 

@@ -54,7 +54,7 @@ def mixture(rule: str, alpha: float) -> dict[str, float]:
 
 
 class Server(ThreadingHTTPServer):
-    """What is asked stands in `asked`. An answer at an α of `held` waits until its event is set."""
+    """Keep requests in `asked`. An answer at an α of `held` waits until its event is set."""
 
     daemon_threads = True
 

@@ -1,4 +1,4 @@
-"""What requests may ask for: rules, α, members alone; and the sentences for what cannot be had."""
+"""The requests that can be had: rules, α, members alone; and the sentences for what cannot be had."""
 
 from __future__ import annotations
 

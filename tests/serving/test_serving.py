@@ -1,4 +1,4 @@
-"""What serving decides without vLLM: the command, what cannot be served, weights."""
+"""Decisions of serving without vLLM: the command, what cannot be served, weights."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_without_vllm_there_is_the_pip_line(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def refused(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
-    """What the command line says, as if vLLM were installed."""
+    """Return the message of the command line, as if vLLM were installed."""
     monkeypatch.setattr("ensembler.serving.choice.find_spec", lambda name: object())
     error = CliRunner().invoke(cli, list(arguments)).exception
     assert isinstance(error, InputError)

@@ -192,7 +192,7 @@ def test_arguments_of_the_server() -> None:
 
 
 def test_the_private_parts_of_vllm_that_this_uses() -> None:
-    """What audit, vllm_audit and vllm_weights build on beside vLLM's public API; 0.32 has them like this."""
+    """Name the parts that audit, vllm_audit and vllm_weights build on beside vLLM's public API."""
     from vllm.config import ParallelConfig
     from vllm.v1.core.sched.output import NewRequestData
     from vllm.v1.engine.core_client import AsyncMPClient

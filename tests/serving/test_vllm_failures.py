@@ -86,7 +86,7 @@ def test_a_member_that_a_request_does_not_use_does_not_end_it(engine: Engine) ->
 
 
 def test_outputs_of_one_batch(engine: Engine) -> None:
-    """What the engine itself says: the broken requests stop at once, at the member's id, and the others run on."""
+    """The broken requests stop at once, at the member's id, and the others run on."""
     from vllm import SamplingParams
 
     whole, broken = whole_and_broken()

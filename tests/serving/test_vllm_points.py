@@ -225,7 +225,7 @@ def test_bad_values_are_refused_and_the_engine_goes_on(arguments: dict[str, Any]
 
 
 def test_the_private_parts_of_vllm_that_this_uses() -> None:
-    """What vllm_weights, vllm_model and vllm_serve build on beside vLLM's public API; 0.32 has them like this."""
+    """Name the parts that vllm_weights, vllm_model and vllm_serve build on beside vLLM's public API."""
     from vllm.config import VllmConfig
     from vllm.forward_context import ForwardContext
     from vllm.v1.engine.async_llm import AsyncLLM

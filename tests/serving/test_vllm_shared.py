@@ -114,7 +114,7 @@ def test_the_target_is_what_it_is_without_a_pair(tmp_path: Path) -> None:
 
 
 def test_compiled_members_and_an_adapter_trained_again(tmp_path: Path) -> None:
-    """What vLLM keeps of a compiled member must not be used where the adapter has another rank and other layers."""
+    """A compiled member must not be taken from vLLM's cache where the adapter has another rank and other layers."""
     model = save_pair(tmp_path, "llama", None, save_lora(tmp_path / "lora", "llama", LLAMA))
     prompts = prompts_for(64)
     for targets, rank in ((LLAMA, 2), (["q_proj", "down_proj"], 3)):

@@ -67,7 +67,7 @@ def cut(z: Tensor, num_ranks: int, size: int) -> list[Tensor]:
 
 
 def by_shards(shards: VocabShards, num_ranks: int, logits: list[Tensor], table: Tensor) -> tuple[Tensor, Tensor]:
-    """What all ranks together compute."""
+    """Return the result of all ranks together."""
     own = [cut(z, num_ranks, shards.size) for z in logits]
     parts = [shards.combine(rank, [z[rank] for z in own], table) for rank in range(num_ranks)]
     assert {part.shape for part in parts} == {(len(table), shards.size + len(logits))}
@@ -76,13 +76,13 @@ def by_shards(shards: VocabShards, num_ranks: int, logits: list[Tensor], table: 
 
 
 def same_rows(one: Tensor, other: Tensor) -> Tensor:
-    """Which rows agree to the bit; every NaN is as good as another."""
+    """Return the rows that agree to the bit; every NaN is as good as another."""
     assert one.shape == other.shape
     return ((one.view(torch.int32) == other.view(torch.int32)) | (one.isnan() & other.isnan())).all(1)
 
 
 def near_rows(one: Tensor, other: Tensor, table: Tensor) -> Tensor:
-    """Which rows agree to a rounding and have a product that is rounded: a CPU does it alone, or within the sum."""
+    """Return the rows that agree to a rounding and have a product that is rounded: a CPU does it alone."""
     is_rounded = (table[:, :-2].abs() % 1 != 0).any(1)
     return one.isclose(other, rtol=0, atol=2e-5, equal_nan=True).all(1) & is_rounded
 
