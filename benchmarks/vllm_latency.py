@@ -1,12 +1,13 @@
 """Measure the step time of one request at a time in vLLM, by the number of threads of the process that runs the model.
 
-    .venv-vllm/bin/python benchmarks/vllm_latency.py [MODEL] [--threads 1 2 unset] [--repeats 5] [--new-tokens 64]
+    .venv-vllm/bin/python benchmarks/vllm_latency.py [MODEL] [--threads 1 2 unset auto] [--repeats 5] [--new-tokens 64]
 
 MODEL is `demo`, the embedded family (default), an ensemble's folder, or the folder of one model for all three roles.
 An engine is started once for each value of OMP_NUM_THREADS and kept, and they are asked by turns, forwards and
-backwards. On a CPU an engine is two processes beside ours: one waits for the other's steps without sleeping, and so
-takes a core from its threads. A step is the difference of four long and four short texts over their tokens. One JSON
-row is appended to benchmarks/results/vllm_latency.jsonl. Needs the environment of `make test-vllm`.
+backwards; `auto` leaves it to vLLM, which binds threads to cores and keeps one free. On a CPU an engine is two
+processes beside ours: one waits for the other's steps without sleeping, and so takes a core from its threads. A step is
+the difference of four long and four short texts over their tokens. One JSON row is appended to
+benchmarks/results/vllm_latency.jsonl. Needs the environment of `make test-vllm`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from measuring import RESULTS, Measured, spread
@@ -29,7 +31,8 @@ from vllm_measuring import REST_SECONDS, decode, make_prompts, model_name, prepa
 OUT = RESULTS / "vllm_latency.jsonl"
 PROMPT_TOKENS, SHORT = 32, 8
 NUM_REQUESTS = 4
-UNSET, VARIABLE = "unset", "OMP_NUM_THREADS"
+UNSET, AUTO = "unset", "auto"
+VARIABLE, BINDING = "OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +58,14 @@ class Row(Measured):
 
 @contextmanager
 def threads_of_children(value: str) -> Iterator[None]:
-    """Set OMP_NUM_THREADS for processes that are started within, or unset it."""
-    before = os.environ.pop(VARIABLE, None)
-    if value != UNSET:
-        os.environ[VARIABLE] = value
-    try:
+    """Set OMP_NUM_THREADS for processes that are started within, unset it, or leave both to vLLM."""
+    settings = {BINDING: "auto" if value == AUTO else "nobind"}
+    if value not in (UNSET, AUTO):
+        settings[VARIABLE] = value
+    with patch.dict(os.environ, settings):
+        if VARIABLE not in settings:
+            os.environ.pop(VARIABLE, None)
         yield
-    finally:
-        os.environ.pop(VARIABLE, None)
-        if before is not None:
-            os.environ[VARIABLE] = before
 
 
 @contextmanager
@@ -117,7 +118,7 @@ def summary(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="demo")
-    parser.add_argument("--threads", nargs="+", default=["1", "2", UNSET], help="values, or unset (%(default)s)")
+    parser.add_argument("--threads", nargs="+", default=["1", "2", UNSET, AUTO], help="values, unset or auto")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="float32")

@@ -41,7 +41,6 @@ def prepare_vllm() -> str:
         except PackageNotFoundError:
             continue
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         return found
     sys.exit("vLLM is not installed; make the environment with: make test-vllm")

@@ -5,18 +5,23 @@ A token is changed where the most probable one of the mixture is not the anchor'
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+from ensembler.files import one_line
 from ensembler.serving.middleware import App, Message, Receive, Send, engine_of
 from ensembler.serving.token_counts import PointCount
 
 METRICS = "/metrics"
+_log = logging.getLogger(__name__)
 READ = "read_audit"  # of AuditReader
 _ABOUT = {
     "ensembler_tokens_total": "Number of tokens that were decoded at a rule and alpha.",
     "ensembler_changed_tokens_total": "Number of those whose most probable token is not the anchor's.",
 }
+_READ_SECONDS = 5  # below the time that Prometheus waits for an answer, 10 s
 _NEGOTIATED = (b"accept", b"accept-encoding")
 
 Counts = Mapping[tuple[str, str], tuple[int, int]]
@@ -53,7 +58,8 @@ def format_counts(counts: Counts) -> str:
 class Audit:
     """Write the counts of tokens behind the server's own metrics; hand on everything else.
 
-    `read`: gives the counts for the scope of a request.
+    `read`: gives the counts for the scope of a request. While the engine does not answer, as when it drains or died,
+    the metrics are the server's own.
     """
 
     def __init__(self, app: App, read: Callable[[Message], Awaitable[Counts]] = read_counts) -> None:
@@ -66,7 +72,11 @@ class Audit:
         if not asked or scope["path"].removeprefix(scope.get("root_path", "")).rstrip("/") != METRICS:
             await self._app(scope, receive, send)
             return
-        more = format_counts(await self._read(scope)).encode()
+        try:
+            more = format_counts(await asyncio.wait_for(self._read(scope), _READ_SECONDS)).encode()
+        except Exception as error:  # whatever an engine that ends raises: the server's own metrics are still wanted
+            _log.warning("tokens by alpha are left out of the metrics: %s", one_line(error) or type(error).__name__)
+            more = b""
         # Neither compressed nor as OpenMetrics, which has an end: the server answers in its plain format.
         headers = [one for one in scope.get("headers", ()) if one[0].lower() not in _NEGOTIATED]
         await self._app({**scope, "headers": headers}, receive, _append_to_body(send, more))

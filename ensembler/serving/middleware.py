@@ -49,18 +49,24 @@ class PointOfRequest:
 
     def __init__(self, app: App) -> None:
         self._app = app
-        self._rules: ServedRules | None = None
+        self._handle: App | None = None
+        self._rules: ServedRules
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Hand on a request, with its body rewritten where it asks for texts."""
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
-        if self._rules is None:
-            from ensembler.serving.vllm_failures import end_with_error  # vLLM, which runs where requests come from
+        if self._handle is None:  # the first request: before it, nothing is known of the engine
+            from ensembler.serving.vllm_app import end_failed_requests, require_key  # vLLM, which runs where this does
 
-            engine, self._rules = engine_of(scope), rules_of(scope)
-            engine.generate = end_with_error(engine.generate, self._rules)
+            self._rules = rules_of(scope)
+            end_failed_requests(scope["app"], self._rules)
+            self._handle = require_key(scope["app"], self._rewrite)
+        await self._handle(scope, receive, send)
+
+    async def _rewrite(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Hand on a request whose key the server accepts: nothing is read for others."""
         messages, is_whole = await _read(receive)
         point = None
         try:

@@ -5,6 +5,8 @@ The number of a point travels with each token to where logits are computed: noth
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from ensembler_kernels import Weights
 from torch import Tensor
@@ -21,15 +23,18 @@ PointCount = tuple[str, str, int, int]
 
 
 class TokenCounts:
-    """Tokens and changed tokens by the number of their point: from 1 in the order of arrival, 0 for none.
+    """Tokens and changed tokens by the number of their point: from 1, those of `first` and others as they arrive.
 
-    Requests at points behind the first `MOST_POINTS` are counted together, as rule and α "other".
+    0 is the number of none. Requests at points behind the first `MOST_POINTS` are counted together, as rule and α
+    "other".
     """
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self, device: torch.device | str, first: Sequence[GridPoint] = ()) -> None:
         self._numbers: dict[tuple[str, str], int] = {}
         self._counts = torch.zeros(MOST_POINTS + 2, 2, dtype=torch.int64, device=device)
         self.is_due = False  # whether the next logits are those to sample from
+        for point in first:
+            self.number_of(point)
 
     def number_of(self, point: GridPoint) -> int:
         """Return the number of a point, a new one where it was not seen before."""

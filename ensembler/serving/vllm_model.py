@@ -55,9 +55,9 @@ class EnsembleForCausalLM(nn.Module):
                 config = checked.model_configs[role]
                 self.members[role] = build_member(vllm_config, role, config, maybe_prefix(prefix, role))
         self._shards = shard_members(dict(self.members.items()), self._pattern, widths)
-        most = vllm_config.scheduler_config.max_num_batched_tokens
         for role in self._rules.roles:
-            self.register_buffer(f"{role}_ids", torch.zeros(most, dtype=torch.int32), persistent=False)
+            ids = torch.zeros(len(self._slots.of_tokens), dtype=torch.int32)
+            self.register_buffer(f"{role}_ids", ids, persistent=False)
         texts = [checked.model_configs[role].get_text_config(decoder=True) for role in self._rules.roles]
         # Of the hidden states that a member hands to its head: OPT's smallest projects them first.
         self._widths = [int(getattr(text, "word_embed_proj_dim", text.hidden_size)) for text in texts]

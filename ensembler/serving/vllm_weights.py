@@ -7,6 +7,7 @@ environment: for a model that is no ensemble it does nothing.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -42,7 +43,9 @@ class WeightSlots:
         self.config, self.rules = vllm_config, rules  # the configuration lives as long, so its id is no other's
         self.is_followed = False  # whether anybody tells which requests come and go
         self.failures: Tensor | None = None  # (outputs, members): the last columns of this step's logits
-        self.counts = TokenCounts(device) if vllm_config.parallel_config.worker_extension_cls == READER else None
+        is_counted = vllm_config.parallel_config.worker_extension_cls == READER
+        at_anchor = replace(rules.default, alpha=0.0)  # this and the default have counts whatever comes first
+        self.counts = TokenCounts(device, [rules.default, at_anchor]) if is_counted else None
         uncounted = [0.0] * (0 if self.counts is None else NUM_COLUMNS)
         default = torch.tensor([*rules.weights_of(rules.default), *uncounted], dtype=torch.float32)
         self._host = default.repeat(scheduler.max_num_seqs, 1)

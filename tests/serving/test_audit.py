@@ -27,7 +27,13 @@ ensembler_changed_tokens_total{rule="a\\"b",alpha="0"} 0
 
 
 def ask(
-    path: str = "/metrics", *, method: str = "GET", status: int = 200, chunks: int = 1, root: str = ""
+    path: str = "/metrics",
+    *,
+    method: str = "GET",
+    status: int = 200,
+    chunks: int = 1,
+    root: str = "",
+    error: Exception | None = None,
 ) -> tuple[dict[bytes, bytes], bytes, dict[bytes, bytes]]:
     """Return the headers and body of the answer, and the headers that the server behind was given."""
     sent: list[Any] = []
@@ -48,6 +54,8 @@ def ask(
 
     async def answer_all(*given: Any) -> Any:
         asked.append(given)
+        if error is not None:
+            raise error
         one = [["base-change", "0.7", 100, 40], ['a"b', "0", 7, 0]]
         return [[one, [["base-change", "0.7", 0, 0]]], [[["base-change", "0.7", 23, 5]]]]
 
@@ -88,6 +96,13 @@ def test_an_error_stays_as_it_is() -> None:
     assert headers[b"Content-Length"] == str(len(THEIRS)).encode()
 
 
+def test_while_the_engine_does_not_answer_the_metrics_are_the_servers_own(caplog: pytest.LogCaptureFixture) -> None:
+    headers, body, _ = ask(error=RuntimeError("EngineCore encountered an issue.\nSee the log"))
+    assert body == THEIRS
+    assert headers[b"Content-Length"] == str(len(THEIRS)).encode()
+    assert "left out of the metrics: EngineCore encountered an issue." in caplog.text
+
+
 def test_a_counter_without_samples_is_valid() -> None:
     assert add_counts([[], []]) == {}
 
@@ -107,6 +122,12 @@ def test_the_first_logits_of_a_step_are_counted_where_a_token_has_a_number() -> 
         counts.add(*given)
         assert not counts.is_due  # log-probs of prompts come behind
     assert counts.read() == [("eft", "0.5", 4, 2), ("eft", "2", 4, 2), ("eft", "0", 0, 0)]
+
+
+def test_the_first_points_have_numbers_before_any_request() -> None:
+    counts = TokenCounts("cpu", [GridPoint("eft", 0.8), GridPoint("eft", 0.0)])
+    assert [counts.number_of(GridPoint("eft", alpha)) for alpha in (2.0, 0.0, 0.8)] == [3, 2, 1]
+    assert counts.read() == [("eft", "0.8", 0, 0), ("eft", "0", 0, 0), ("eft", "2", 0, 0)]
 
 
 def test_points_behind_the_255th_are_counted_together() -> None:

@@ -26,9 +26,9 @@ def rules() -> ServedRules:
 
 @pytest.fixture(autouse=True)
 def _no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The part that reads the engine's outputs has its tests where vLLM is: test_vllm_failures.py."""
-    stand_in = SimpleNamespace(end_with_error=lambda generate, rules: generate)
-    monkeypatch.setitem(sys.modules, "ensembler.serving.vllm_failures", stand_in)  # type: ignore[arg-type]
+    """What asks vLLM has its tests where vLLM is: test_vllm_failures.py and test_vllm_server.py."""
+    stand_in = SimpleNamespace(end_failed_requests=lambda app, rules: None, require_key=lambda app, handle: handle)
+    monkeypatch.setitem(sys.modules, "ensembler.serving.vllm_app", stand_in)  # type: ignore[arg-type]
 
 
 def call(
@@ -62,8 +62,7 @@ def call(
         await send({"type": "http.response.start", "status": 200, "headers": [(b"x", b"y")]})
 
     engine = SimpleNamespace(
-        vllm_config=SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace(rules=rules))),
-        generate=lambda *given: None,
+        vllm_config=SimpleNamespace(model_config=SimpleNamespace(hf_config=SimpleNamespace(rules=rules)))
     )
     scope = {
         "type": "http",

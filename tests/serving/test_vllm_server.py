@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 from helpers.browser import CHROMIUM, Browser
+from helpers.commands import Run
 from helpers.vllm_cases import spoil
 
 from ensembler import EnsembleForCausalLM
@@ -28,6 +30,9 @@ from ensembler.decoding.prompts import Prompt, encode_prompts
 from ensembler.decoding.texts import complete_grid
 from ensembler.demo import demo_folder
 from ensembler.engine.grid import GridPoint, make_grid
+from ensembler.errors import InputError
+from ensembler.serving.middleware import _DECODING
+from ensembler.serving.vllm_serve import set_arguments
 
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
 openai = pytest.importorskip("openai")
@@ -74,10 +79,11 @@ def free_port() -> int:
         return port
 
 
-def start(folder: Path, log: Path, *flags: str, port: int | None = None) -> Server:
+def start(folder: Path, log: Path, *flags: str, port: int | None = None, key: str | None = None) -> Server:
     port = free_port() if port is None else port
     environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     command = [sys.executable, "-m", "ensembler", "serve", str(folder), *flags, "--", *FLAGS, "--port", str(port)]
+    command += [] if key is None else ["--api-key", key]
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment)
     return Server(process, port, log)
@@ -332,9 +338,34 @@ def test_a_port_in_use_ends_it(server: Server, tmp_path: Path) -> None:
     assert "address already in use" in other.log.read_text().lower()
 
 
-def test_sigterm_during_requests_ends_it_with_exit_code_0(tmp_path: Path) -> None:
-    made = start(demo_folder(), tmp_path / "log")
+def post(server: Server, path: str, body: bytes) -> tuple[int, str]:
+    """Return the status and text of an answer to bytes that come without a key."""
+    asked = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(asked, timeout=20) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_every_other_path_refuses_an_alpha(server: Server) -> None:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/openapi.json", timeout=20) as answer:
+        paths = [path for path, methods in json.load(answer)["paths"].items() if "post" in methods]
+    others = [path for path in paths if not path.endswith(_DECODING)]
+    assert {*_DECODING} == {*paths} - {*others}
+    assert len(others) > 5
+    for path in others:
+        status, text = post(server, path, b'{"alpha": 0.5, "model": "family", "prompt": "a"}')
+        assert (status, "alpha cannot be chosen at this path" in text) == (400, True), path
+
+
+def test_a_key_is_asked_for_before_a_body_is_read_and_sigterm_ends_it_with_exit_code_0(tmp_path: Path) -> None:
+    made = start(demo_folder(), tmp_path / "log", key="none")
     made.wait_until_ready()
+    assert post(made, "/v1/completions", b'{"alpha": -1}') == (401, '{"error":"Unauthorized"}')
+    with pytest.raises(openai.BadRequestError, match="alpha is -1"):
+        made.client.completions.create(model="family", prompt="a", extra_body={"alpha": -1})
     (name, *_) = [model.id for model in made.client.models.list()]
     assert name == "family"
     stream = iter(
@@ -349,37 +380,67 @@ def test_sigterm_during_requests_ends_it_with_exit_code_0(tmp_path: Path) -> Non
     assert stop(made) == 0, made.log.read_text()[-4000:]
 
 
+def serve_badly(*arguments: str) -> str:
+    """Return the last line of an `ensembler serve` that ends for bad input."""
+    done = subprocess.run(
+        [sys.executable, "-m", "ensembler", "serve", *arguments], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_bad_input_is_one_line() -> None:
+    line = serve_badly("demo", "--", "--load_format", "dummy")
+    assert line.startswith("Error: --load-format dummy was given; members are loaded from their own folders")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"load_format": "dummy"}, "--load-format dummy was given"),
+        ({"hf_overrides": {"alpha": 2}}, "--hf-overrides was given"),
+        ({"quantization": "fp8"}, "--quantization fp8 was given"),
+        ({"speculative_config": {"method": "ngram"}}, "--speculative-config was given"),
+        ({"tensor_parallel_size": 3}, "which 3 tensor-parallel ranks cannot share"),
+    ],
+)
+def test_what_a_flag_of_vllm_cannot_ask_for(given: dict[str, Any], message: str) -> None:
+    args = Namespace(
+        model_tag=str(demo_folder()),
+        load_format="auto",
+        hf_overrides=None,
+        quantization=None,
+        speculative_config=None,
+        tensor_parallel_size=1,
+        dtype="auto",
+        middleware=[],
+        worker_extension_cls="",
+    )
+    vars(args).update(given)
+    with pytest.raises(InputError, match=message):
+        set_arguments(args, None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere"], "there is no folder"),
         (["demo", "--alpha", "nan"], "alpha is 'nan'; expected a number"),
-        (["demo", "--", "--load_format", "dummy"], "--load-format dummy was given"),
-        (["demo", "--", "--hf-overrides", '{"alpha": 2}'], "--hf-overrides was given"),
-        (["demo", "--", "--quantization", "fp8"], "--quantization fp8 was given"),
-        (["demo", "--", "--speculative-config", '{"method": "ngram"}'], "--speculative-config was given"),
         (["demo", "--alias", "0,-1"], "alpha is -1"),
-        (["demo", "--", "--tensor-parallel-size", "3"], "which 3 tensor-parallel ranks cannot share"),
         (["demo", "--", "--config", "x.yaml"], "--config was given"),
     ],
 )
-def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "ensembler", "serve", *arguments], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("Error: ")
-    assert message in last
+def test_bad_input_ends_before_vllm_starts(arguments: list[str], message: str, run: Run) -> None:
+    done = run("serve", *arguments)
+    assert done.code == 2
+    assert message in done.error
 
 
-def test_a_member_that_moved_is_named(tmp_path: Path) -> None:
+def test_a_member_that_moved_is_named(tmp_path: Path, run: Run) -> None:
     content = json.loads((demo_folder() / "config.json").read_text())
     content["members"] = {role: {"model": str(demo_folder() / role)} for role in content["members"]}
     content["members"]["target_pt"]["model"] = "./gone"
     (tmp_path / "config.json").write_text(json.dumps(content))
-    done = subprocess.run(
-        [sys.executable, "-m", "ensembler", "serve", str(tmp_path)], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2
-    assert "gone" in done.stderr.splitlines()[-1]
+    done = run("serve", tmp_path)
+    assert done.code == 2
+    assert "gone" in done.error
