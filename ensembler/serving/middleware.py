@@ -169,11 +169,11 @@ def _with_length(scope: Message, num_bytes: int) -> Message:
 
 
 def _with_point(send: Send, point: GridPoint) -> Send:
-    """Return a `send` that puts the point into the headers of the answer."""
+    """Return a `send` that puts the point into the headers of the answer, if that is no error."""
     more = [(b"ensembler-rule", point.rule.encode()), (b"ensembler-alpha", f"{point.alpha:g}".encode())]
 
     async def send_named(message: Message) -> None:
-        if message["type"] == "http.response.start":
+        if message["type"] == "http.response.start" and message["status"] < 400:
             message = {**message, "headers": [*message.get("headers", ()), *more]}
         await send(message)
 

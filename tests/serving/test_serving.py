@@ -36,17 +36,16 @@ def test_the_command_names_the_folder_once_and_hands_on_flags() -> None:
     command = serve_command(Path("/x"), name="x", flags=("--port", "9"))
     names = command.index("--served-model-name")
     assert command[names + 1 : names + 3] == ["x", "--shutdown-timeout"]
-    assert command[2:6] == ["ensembler.serving.vllm_serve", "null", "serve", "/x"]
+    assert (command[2], *command[4:6]) == ("ensembler.serving.vllm_serve", "serve", "/x")
     assert command[-2:] == ["--port", "9"]  # behind ours: of a flag that is given twice, the last one counts
-    assert [command[number + 1] for number, word in enumerate(command) if word == "--middleware"] == [POINTS]
+    assert json.loads(command[3]) == {"alpha": None, "middleware": [POINTS]}
 
 
 def test_the_command_with_aliases_a_default_alpha_and_the_page() -> None:
     command = serve_command(Path("/x"), name="x", flags=(), alpha=0.5, aliases=(0.0, 1.25, 0.0), playground=True)
     names = command.index("--served-model-name")
     assert command[names + 1 : names + 5] == ["x", "x@alpha=0", "x@alpha=1.25", "--shutdown-timeout"]
-    assert command[3] == "0.5"
-    assert [command[number + 1] for number, word in enumerate(command) if word == "--middleware"] == [POINTS, PAGE]
+    assert json.loads(command[3]) == {"alpha": 0.5, "middleware": [POINTS, PAGE]}
 
 
 def parsed(**changes: Any) -> Namespace:
@@ -57,6 +56,8 @@ def parsed(**changes: Any) -> Namespace:
         "hf_overrides": {},
         "quantization": None,
         "speculative_config": None,
+        "enable_dbo": False,
+        "enable_prompt_embeds": False,
         "middleware": [],
         "worker_extension_cls": "",
         "dtype": "auto",
@@ -81,6 +82,7 @@ def test_what_is_the_ensembles_to_say_is_set_in_the_servers_arguments() -> None:
         ({"hf_overrides": {"alpha": 2}}, "--hf-overrides was given"),
         ({"quantization": "fp8"}, "--quantization fp8 was given"),
         ({"speculative_config": {"method": "ngram"}}, "--speculative-config was given"),
+        ({"enable_dbo": True}, "--enable-dbo or --enable-prompt-embeds was given"),
         ({"tensor_parallel_size": 3}, "which 3 tensor-parallel ranks cannot share"),
     ],
 )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -168,13 +169,15 @@ def test_arguments_of_the_server() -> None:
     from ensembler.serving.vllm_serve import AUDIT, serve_command, set_arguments
 
     command = serve_command(demo_folder(), name="family", flags=[], audit=True)
-    assert command[command.index(AUDIT) - 1] == "--middleware"
-    assert AUDIT not in serve_command(demo_folder(), name="family", flags=[])
+    assert AUDIT in json.loads(command[3])["middleware"]
+    assert AUDIT not in json.loads(serve_command(demo_folder(), name="family", flags=[])[3])["middleware"]
     args: Any = SimpleNamespace(
         load_format="auto",
         hf_overrides=None,
         quantization=None,
         speculative_config=None,
+        enable_dbo=False,
+        enable_prompt_embeds=False,
         model_tag=str(demo_folder()),
         tensor_parallel_size=1,
         dtype="auto",

@@ -12,7 +12,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from argparse import Namespace
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,9 +29,7 @@ from ensembler.decoding.prompts import Prompt, encode_prompts
 from ensembler.decoding.texts import complete_grid
 from ensembler.demo import demo_folder
 from ensembler.engine.grid import GridPoint, make_grid
-from ensembler.errors import InputError
 from ensembler.serving.middleware import _DECODING
-from ensembler.serving.vllm_serve import set_arguments
 
 pytest.importorskip("vllm", reason="vLLM lives in an environment of its own: make test-vllm")
 openai = pytest.importorskip("openai")
@@ -392,33 +389,6 @@ def serve_badly(*arguments: str) -> str:
 def test_bad_input_is_one_line() -> None:
     line = serve_badly("demo", "--", "--load_format", "dummy")
     assert line.startswith("Error: --load-format dummy was given; members are loaded from their own folders")
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"load_format": "dummy"}, "--load-format dummy was given"),
-        ({"hf_overrides": {"alpha": 2}}, "--hf-overrides was given"),
-        ({"quantization": "fp8"}, "--quantization fp8 was given"),
-        ({"speculative_config": {"method": "ngram"}}, "--speculative-config was given"),
-        ({"tensor_parallel_size": 3}, "which 3 tensor-parallel ranks cannot share"),
-    ],
-)
-def test_what_a_flag_of_vllm_cannot_ask_for(given: dict[str, Any], message: str) -> None:
-    args = Namespace(
-        model_tag=str(demo_folder()),
-        load_format="auto",
-        hf_overrides=None,
-        quantization=None,
-        speculative_config=None,
-        tensor_parallel_size=1,
-        dtype="auto",
-        middleware=[],
-        worker_extension_cls="",
-    )
-    vars(args).update(given)
-    with pytest.raises(InputError, match=message):
-        set_arguments(args, None)
 
 
 @pytest.mark.parametrize(
