@@ -2,11 +2,13 @@
 
     python benchmarks/patch_apply.py MODEL          a model folder (the committed row: SmolLM2-135M-Instruct in fp32)
     python benchmarks/patch_apply.py --layers 9     a synthetic sharded Llama of 4 GB in bf16, made and removed
+    python benchmarks/patch_apply.py --fp8 ...      the same model in FP8 with a scale for each 128 x 128 values
 
 The patch is a LoRA of r = 8 on all attention and MLP matrices with random factors, made by PEFT. Each repeat is a fresh
 process for the patch and one `cp -r`, by turns, on the same disk, the files in the page cache; the start of the process
 (imports) is counted apart. Peak memory is the largest resident size of such a process. PEFT loads the model, merges and
-saves, its imports counted apart too. One JSON row is appended to benchmarks/results/patch_apply.jsonl.
+saves, its imports counted apart too; it has no merge into FP8. One JSON row is appended to
+benchmarks/results/patch_apply.jsonl.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ class Row:
     start_seconds: float
     apply_peak_mb: float
     allowed_peak_mb: float
-    peft_seconds: float
-    peft_peak_mb: float
+    peft_seconds: float | None
+    peft_peak_mb: float | None
     check_seconds: float
     threads: int
     machine: str
@@ -81,6 +83,35 @@ def make_llama(folder: Path, num_layers: int) -> None:
         total += sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def make_fp8(model: Path, folder: Path) -> None:
+    """Write a model with its attention and MLP matrices in FP8, in the files of the model."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from ensembler.patch.schemes.fp8 import FP8, SCALE, WEIGHT
+
+    folder.mkdir()
+    weight_map, total = {}, 0
+    for file in sorted(model.glob("*.safetensors")):
+        tensors = {}
+        for name, weight in load_file(file).items():
+            tensors[name] = weight
+            if name.removesuffix(".weight").endswith(tuple(LINEAR)):
+                rows, columns = weight.shape
+                empty = {SCALE: torch.zeros(-(-rows // 128), -(-columns // 128))}
+                parts = FP8((rows, columns), (128, 128)).quantize(weight.float(), empty)
+                tensors |= {name: parts[WEIGHT], f"{name}_scale_inv": parts[SCALE]}
+        save_file(tensors, folder / file.name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, file.name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    config = json.loads((model / "config.json").read_text())
+    settings = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
 
 
 def make_lora(model: Path, out: Path) -> None:
@@ -193,8 +224,8 @@ def measure(model: Path, lora: Path, out: Path, repeats: int, peft_repeats: int)
         start_seconds=round(statistics.median(found["start"] for found in patches), 3),
         apply_peak_mb=round(max(found["peak_mb"] for found in patches), 1),
         allowed_peak_mb=round(300 + 4 * largest, 1),
-        peft_seconds=round(statistics.median(found["seconds"] for found in merges), 3),
-        peft_peak_mb=round(max(found["peak_mb"] for found in merges), 1),
+        peft_seconds=round(statistics.median(found["seconds"] for found in merges), 3) if merges else None,
+        peft_peak_mb=round(max(found["peak_mb"] for found in merges), 1) if merges else None,
         check_seconds=round(statistics.median(checked(model, lora) for _ in range(3)), 3),
         threads=len(os.sched_getaffinity(0)),
         machine=f"{platform.machine()} CPU",
@@ -223,8 +254,8 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         "start of the process": lambda row: f"{row['start_seconds']:.1f} s",
         "peak memory": lambda row: f"{row['apply_peak_mb']:.0f} MB",
         "300 MB + 4 largest tensors": lambda row: f"{row['allowed_peak_mb']:.0f} MB",
-        "PEFT: load, merge, save": lambda row: f"{row['peft_seconds']:.1f} s",
-        "PEFT: peak memory": lambda row: f"{row['peft_peak_mb']:.0f} MB",
+        "PEFT: load, merge, save": lambda row: "" if row["peft_seconds"] is None else f"{row['peft_seconds']:.1f} s",
+        "PEFT: peak memory": lambda row: "" if row["peft_peak_mb"] is None else f"{row['peft_peak_mb']:.0f} MB",
         "`--check`, with its start": lambda row: f"{row['check_seconds']:.1f} s",
     }
     for name, show in lines.items():
@@ -235,6 +266,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, nargs="?")
     parser.add_argument("--layers", type=int, default=9, help="of the synthetic Llama, 405 MB each")
+    parser.add_argument("--fp8", action="store_true", help="turn the model into FP8 first, and leave out PEFT's merge")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--peft-repeats", type=int, default=3)
     parser.add_argument("--disk", type=Path, help="where results are written (default: the temporary folder)")
@@ -259,8 +291,12 @@ def main() -> None:
             make_llama(model, args.layers)
         command = [sys.executable, __file__, "--work", "lora", str(model), str(Path(place) / "lora"), ""]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        if args.fp8:
+            plain, model = model, Path(place) / f"{model.name}-fp8"
+            make_fp8(plain, model)
         os.sync()
-        row = measure(model, Path(place) / "lora", Path(place) / "out", args.repeats, args.peft_repeats)
+        peft_repeats = 0 if args.fp8 else args.peft_repeats
+        row = measure(model, Path(place) / "lora", Path(place) / "out", args.repeats, peft_repeats)
     with args.results.open("a", encoding="utf-8") as file:
         file.write(json.dumps(asdict(row)) + "\n")
     print(json.dumps(asdict(row), indent=2))

@@ -177,6 +177,8 @@ def _why_not_in_layers(patch: Patch, config: Mapping[str, Any], model: nn.Module
     is_embedding = any(factors.is_embedding for factors in patch.low_rank.values())
     if config.get("ensure_weight_tying") and (patch.replaced or is_embedding):
         return "trains tied weights (ensure_weight_tying)"
+    if config.get("target_parameters"):
+        return "trains tensors by themselves (target_parameters), which PEFT adds in its own way"
     layers = dict(model.named_modules(remove_duplicate=False))
     for name in patch.names:
         layer = layers.get(name.rpartition(".")[0])

@@ -25,6 +25,7 @@ WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 PICKLE_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+ITEM_BYTES |= {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 # What arithmetic in fp32 and one rounding can serve; anything else is quantised, or would lose digits on the way.
 FLOATS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 _FINGERPRINT_BYTES = 4096
@@ -131,8 +132,8 @@ class StoredTensor:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """(rows, columns): the first axis by all others, as it lies on disk; a single number is 1 by 1."""
-        rows = self.shape[0] if self.shape else 1
+        """(rows, columns): all axes but the last by that, as it lies on disk; of one axis, rows of one value each."""
+        rows = math.prod(self.shape[:-1] if len(self.shape) > 1 else self.shape)
         return rows, self.num_elements // rows if rows else 0
 
     def is_zero(self) -> bool:

@@ -87,7 +87,7 @@ def main() -> None:
     models = {"θ": args.base, "θ′": out / "updated", "θ_i": out / "patched", "θ′_i": out / "patched_updated"}
     for name, folder in {**models, "θ′ + Δθ_i": out / "ported"}.items():
         if name not in written:
-            correct = num_correct(folder, dev, tokenizer)
+            correct = sum(right_answers(folder, dev, tokenizer))
             error = (correct / len(dev) * (1 - correct / len(dev)) / len(dev)) ** 0.5
             row = {"accuracy": correct / len(dev), "standard_error": error, "correct": correct, "rows": len(dev)}
             append(results, {"name": name, **row, **settings})
@@ -147,13 +147,13 @@ def add(patch: Path, model: Path, out: Path) -> None:
 
 
 @torch.inference_mode()
-def num_correct(folder: Path, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Count the reviews that get the right one of the two labels, by its first token; 32 of like length at once."""
+def right_answers(folder: Path, rows: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+    """Return which reviews get the right one of the two labels, by its first token; 32 of like length at once."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     labels = {label: tokenizer(text, add_special_tokens=False)["input_ids"][0] for label, text in LABELS.items()}
     texts = [tokenizer(PROMPT.format(sentence=row["sentence"].strip()))["input_ids"] for row in rows]
     order = sorted(range(len(rows)), key=lambda index: len(texts[index]))
-    correct = 0
+    right = [False] * len(rows)
     for batch in (order[start : start + 32] for start in range(0, len(order), 32)):
         longest = len(texts[batch[-1]])
         gaps = [longest - len(texts[index]) for index in batch]
@@ -162,8 +162,8 @@ def num_correct(folder: Path, rows: list[dict[str, Any]], tokenizer: PreTrainedT
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         logits = model(ids, attention_mask=mask, position_ids=positions, logits_to_keep=1).logits[:, -1]
         for index, row in zip(batch, logits, strict=True):
-            correct += max(labels, key=lambda label: row[labels[label]].item()) == rows[index]["label"]
-    return correct
+            right[index] = max(labels, key=lambda label: row[labels[label]].item()) == rows[index]["label"]
+    return right
 
 
 if __name__ == "__main__":

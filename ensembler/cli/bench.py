@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -177,13 +177,18 @@ def run(
     require_package("pydantic", "eval")
     from ensembler.evaluation.benchmark import Bench
     from ensembler.evaluation.recipe_file import read_recipe
+    from ensembler.evaluation.results_file import PATCHED
     from ensembler.evaluation.store import Store
+    from ensembler.evaluation.transported import add_transported, check_transported
     from ensembler.evaluation.verdict import Requirement
     from ensembler.vision.answers import KINDS, ImageExperiment, ImageModels
 
     content = read_recipe(demo_recipe() if str(recipe) == DEMO else recipe, KINDS)
     requirements = [Requirement.parse(text, [each.methods for each in content.experiments]) for text in require]
     images = ImageModels(strict=strict)
+    check_transported(content)
+    if not dry_run:
+        content = add_transported(content, output / PATCHED, _progress)
     with _warning_once():
         planned = Bench(
             content,
@@ -200,6 +205,12 @@ def run(
         store = Store(output, planned.settings, overwrite=overwrite)
         with naming_rank():
             _run(planned, store, requirements, as_json=as_json)
+
+
+def _progress(total: int, label: str) -> AbstractContextManager[Callable[[int], None]]:
+    from ensembler.cli.tables import progress
+
+    return progress(total, label=label)
 
 
 def _run(planned: Bench, store: Store, requirements: Sequence[Requirement], *, as_json: bool) -> None:

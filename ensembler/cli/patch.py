@@ -4,15 +4,41 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from ensembler.cli.command_class import Command, log, section
+from ensembler.cli.command_class import Command, Decorated, log, section
 from ensembler.cli.option_groups import PATH, output_option, replace_option
 from ensembler.errors import ConfigError
 
+if TYPE_CHECKING:
+    from ensembler.patch.patch_plan import PatchPlan
+
 _patch = section("Patch")
+_SCALE = "Strength of PATCH, or of its modules that match (down_proj=0.5); repeat it.  [default: 1]"
+
+
+def _transport_options(function: Decorated) -> Decorated:
+    """Add --transport, --from and --data; the command gets them as `transport`, `old` and `data`."""
+    command: Any = function
+    for option in (
+        _patch("--data", type=PATH, metavar="FILE", help="Lines with prompt and answer, for --transport sign-mask."),
+        _patch("--from", "old", metavar="MODEL", help="The base that PATCH was made for, for --transport orthogonal."),
+        _patch(
+            "--transport",
+            default="add",
+            show_default=True,
+            metavar="NAME",
+            help="How PATCH is carried to MODEL: add, orthogonal or sign-mask.",
+        ),
+    ):
+        command = option(command)
+    decorated: Decorated = command
+    return decorated
 
 
 class _Group(click.Group):
@@ -32,10 +58,19 @@ def patch() -> None:
 @_patch("--to", required=True, metavar="MODEL", help="The model to add it to, an updated one for example.")
 @output_option("--output", type=PATH, metavar="DIR", help="The new folder.")
 @replace_option
-@_patch("--scale", type=float, default=1.0, show_default=True, help="Strength of PATCH.")
+@_patch("--scale", multiple=True, metavar="[PATTERN=]NUMBER", help=_SCALE)
 @_patch("--also", multiple=True, metavar="PATCH2", help="Add another patch too; repeat it.")
 @_patch("--scale2", type=float, multiple=True, help="Strength of PATCH2, one for each --also.  [default: 1]")
 @_patch("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16.  [default: each tensor keeps its own]")
+@_patch(
+    "--max-loss",
+    type=click.FloatRange(min=0),
+    default=0.5,
+    show_default=True,
+    help="Warn where quantising again loses more of PATCH in a module.",
+)
+@_patch("--keep-bf16", multiple=True, metavar="PATTERN", help="Write these quantised modules in bfloat16; repeat it.")
+@_transport_options
 @_patch("--check", is_flag=True, help="Only say whether it fits, from the headers of the files.")
 @_patch("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
 @_patch("--unwrap", is_flag=True, help="Leave out what torch.compile, FSDP or DDP put into the names in PATCH.")
@@ -44,10 +79,15 @@ def apply(
     to: str,
     output: Path | None,
     overwrite: bool,
-    scale: float,
+    scale: tuple[str, ...],
     also: tuple[str, ...],
     scale2: tuple[float, ...],
     dtype: str | None,
+    max_loss: float,
+    keep_bf16: tuple[str, ...],
+    transport: str,
+    old: str | None,
+    data: Path | None,
     check: bool,
     allow_pickle: bool,
     unwrap: bool,
@@ -55,29 +95,27 @@ def apply(
     """Write MODEL with PATCH added to DIR: a model like any other.
 
     fp32 arithmetic and one rounding; memory is a few blocks of a tensor. The folder appears when it is complete.
+    Weights in FP8, INT4 (compressed-tensors, GPTQ, AWQ), bitsandbytes' 4 bits or MXFP4 are quantised again, and what
+    that loses of PATCH is said.
 
     \b
     ensembler patch apply ./my-lora --to ./mistral-updated --output ./mistral-mine
     """
-    from ensembler.files import find_folder, other_tokenizer
-    from ensembler.patch.formats import read_patch
-    from ensembler.patch.patch_plan import plan_patches
+    from ensembler.files import other_tokenizer
+    from ensembler.patch.apply import apply_plan, check_output
+    from ensembler.patch.requantize import kept_weights
 
     if output is None and not check:
         raise ConfigError("--output is missing; name the new folder, or add --check to see whether the patch fits")
-    if scale2 and len(scale2) != len(also):
-        raise ConfigError(f"--scale2 is given {len(scale2)} times and --also {len(also)} times; give one for each")
     _check_dtype(dtype)
-    given = zip((patch, *also), (scale, *(scale2 or [1.0] * len(also))), strict=True)
-    patches = [
-        read_patch(find_folder(name), scale=strength, allow_pickle=allow_pickle, unwrap=unwrap)
-        for name, strength in given
-    ]
-    model = find_folder(to)
-    plan = plan_patches(patches, model)
+    plan = _plan(patch, to, scale, also, scale2, allow_pickle=allow_pickle, unwrap=unwrap)
+    kept_weights(plan, keep_bf16)  # patterns that match nothing are told before the work of a transport
+    if output is not None and not check:
+        check_output(plan, output, overwrite=overwrite)  # before the work of a transport
+    plan = _carried(plan, transport, old, data, only_check=check)
     _print_notes(*plan.notes, *plan.warnings)
-    for each in patches:
-        names = other_tokenizer(each.folder, model)
+    for each in plan.patches:
+        names = other_tokenizer(each.folder, plan.model.folder)
         if names:
             command = shlex.join(["cp", *(str(each.folder / name) for name in names), str(output or "DIR")])
             log.info(
@@ -86,18 +124,150 @@ def apply(
                 *(each.folder, to, command),
             )
     if output is None or check:
-        click.echo(f"{to}: {len(plan.names):,} of {len(plan.model.tensors):,} tensors change; everything fits")
+        click.echo(f"{to}: {len(plan.names):,} of {plan.num_weights:,} tensors change; everything fits")
         return
-    from ensembler.cli.tables import byte_progress
-    from ensembler.patch.apply import apply_plan
+    from ensembler.cli.tables import byte_progress, print_losses
     from ensembler.planning.sizes import show_size
 
     with byte_progress("writing", plan.model.num_bytes) as advance:
         start = time.monotonic()
-        num_bytes = apply_plan(plan, output, dtype=dtype, overwrite=overwrite, advance=advance)
+        done = apply_plan(plan, output, dtype=dtype, keep_bf16=keep_bf16, overwrite=overwrite, advance=advance)
     seconds = time.monotonic() - start
-    changed = f"{len(plan.names)} of {len(plan.model.tensors)} tensors changed"
-    log.info("%s: %s, %s in %.1f s", output, changed, show_size(num_bytes), seconds)
+    changed = f"{len(plan.names)} of {plan.num_weights} tensors changed"
+    log.info("%s: %s, %s in %.1f s", output, changed, show_size(done.num_bytes), seconds)
+    print_losses(done, max_loss)
+
+
+def _plan(
+    patch: str,
+    model: str,
+    scale: tuple[str, ...],
+    also: tuple[str, ...],
+    scale2: tuple[float, ...],
+    *,
+    allow_pickle: bool,
+    unwrap: bool,
+) -> PatchPlan:
+    """Return the plan of a patch and others at their strengths for a model."""
+    from ensembler.files import find_folder
+    from ensembler.patch.formats import read_patch
+    from ensembler.patch.module_scales import Strengths, scale_modules
+    from ensembler.patch.patch_plan import plan_patches
+
+    if scale2 and len(scale2) != len(also):
+        raise ConfigError(f"--scale2 is given {len(scale2)} times and --also {len(also)} times; give one for each")
+    strengths = Strengths.parse(scale)
+    given = zip((patch, *also), (strengths.scale, *(scale2 or [1.0] * len(also))), strict=True)
+    patches = [
+        read_patch(find_folder(name), scale=strength, allow_pickle=allow_pickle, unwrap=unwrap)
+        for name, strength in given
+    ]
+    return scale_modules(plan_patches(patches, find_folder(model)), strengths.by_pattern)
+
+
+def _carried(
+    plan: PatchPlan, transport: str, old: str | None, data: Path | None, *, only_check: bool = False
+) -> PatchPlan:
+    """Return the plan with the transport of this name; `only_check`: say from headers whether it can carry the plan."""
+    from ensembler.evaluation.calibration import labelled_examples
+    from ensembler.files import find_folder
+    from ensembler.patch.transports.transport import Sources, carried, find_transport
+
+    sources = Sources(
+        old=None if old is None else find_folder(old), data=None if data is None else labelled_examples(data)
+    )
+    kind = find_transport(transport, sources)
+    if only_check:
+        kind.check(plan, sources)
+        return plan
+    return carried(plan, transport, sources, _progress)
+
+
+def _progress(total: int, label: str) -> AbstractContextManager[Callable[[int], None]]:
+    from ensembler.cli.tables import progress
+
+    return progress(total, label=label)
+
+
+@patch.command()
+@click.argument("patch")
+@_patch("--from", "old", required=True, metavar="MODEL", help="The base that PATCH was made for.")
+@_patch("--to", required=True, metavar="MODEL", help="The base to make it for, of other widths or depth.")
+@_patch("--texts", type=PATH, required=True, metavar="FILE", help='JSON lines such as {"text": "..."}.')
+@output_option("--output", type=PATH, required=True, metavar="DIR", help="The folder of the new LoRA.")
+@replace_option
+@_patch("--scale", type=float, default=1.0, show_default=True, help="Strength of PATCH.")
+@_patch("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
+@_patch("--unwrap", is_flag=True, help="Leave out what torch.compile, FSDP or DDP put into the names in PATCH.")
+def transport(
+    patch: str,
+    old: str,
+    to: str,
+    texts: Path,
+    output: Path,
+    overwrite: bool,
+    scale: float,
+    allow_pickle: bool,
+    unwrap: bool,
+) -> None:
+    """Write PATCH as a LoRA of another base of the same architecture, of any widths and depth (procrustes).
+
+    Both bases read the texts, in fp32; orthogonal maps between their activations carry the factors. Some thousand
+    tokens, more than the widest layer, are needed, and both bases split texts alike.
+
+    \b
+    ensembler patch transport ./my-lora --from ./qwen-0.5b --to ./qwen-1.5b --texts texts.jsonl --output ./my-lora-1.5b
+    """
+    from ensembler.evaluation.calibration import plain_texts
+    from ensembler.files import find_folder
+    from ensembler.patch.formats import read_patch
+    from ensembler.patch.transports.carry_lora import carry_lora
+
+    given = read_patch(find_folder(patch), scale=scale, allow_pickle=allow_pickle, unwrap=unwrap)
+    folders = find_folder(old), find_folder(to)
+    _print_notes(*carry_lora(given, *folders, plain_texts(texts), output, overwrite=overwrite, progress=_progress))
+    log.info("%s: a LoRA of %s", output, to)
+
+
+@patch.command()
+@click.argument("base")
+@click.argument("patch")
+@click.argument("out")
+@_patch("--scale", multiple=True, metavar="[PATTERN=]NUMBER", help=_SCALE)
+@_patch("--also", multiple=True, metavar="PATCH2", help="Another patch that was added; repeat it.")
+@_patch("--scale2", type=float, multiple=True, help="Strength of PATCH2, one for each --also.  [default: 1]")
+@_transport_options
+@_patch("--blocks", type=click.IntRange(min=1), default=3, show_default=True, help="Of every tensor.")
+@_patch("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
+@_patch("--unwrap", is_flag=True, help="Leave out what torch.compile, FSDP or DDP put into the names in PATCH.")
+def verify(
+    base: str,
+    patch: str,
+    out: str,
+    scale: tuple[str, ...],
+    also: tuple[str, ...],
+    scale2: tuple[float, ...],
+    transport: str,
+    old: str | None,
+    data: Path | None,
+    blocks: int,
+    allow_pickle: bool,
+    unwrap: bool,
+) -> None:
+    """Check that OUT is BASE with PATCH added: blocks of every tensor are computed again and compared bit by bit.
+
+    \b
+    ensembler patch verify ./mistral-updated ./my-lora ./mistral-mine
+    """
+    from ensembler.cli.tables import progress
+    from ensembler.files import find_folder
+    from ensembler.patch.verify import verify_applied
+
+    plan = _plan(patch, base, scale, also, scale2, allow_pickle=allow_pickle, unwrap=unwrap)
+    plan = _carried(plan, transport, old, data)
+    with progress(len(plan.model.tensors), label="comparing") as advance:
+        done = verify_applied(plan, find_folder(out), num_blocks=blocks, advance=advance)
+    click.echo(f"{out}: {done.num_blocks:,} blocks of {done.num_tensors:,} tensors are those of {base} with the patch")
 
 
 def _print_notes(*notes: str) -> None:

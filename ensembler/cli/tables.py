@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ensembler.engine.grid import GridPoint
     from ensembler.evaluation.scoring import ScoredRequest
     from ensembler.inspection import EnsembleSummary
+    from ensembler.patch.card import Applied
     from ensembler.patch.extract import Extracted
     from ensembler.patch.geometry import PatchReport
     from ensembler.planning.placement import Proposal
@@ -320,6 +321,26 @@ def print_extracted(extracted: Extracted) -> None:
     )
     if in_full:
         out.print("PEFT alone would drop what is in full; `ensembler patch apply` adds it", markup=False)
+
+
+def print_losses(applied: Applied, most: float) -> None:
+    """Print what quantising again lost of a patch in each module, and warn of those that lost more than `most`."""
+    if not applied.losses:
+        return
+    out = console()
+    table = _plain_table(("quantised module", "of the patch lost"))
+    for name, share in applied.losses.items():
+        table.add_row(name, f"{share:.3f}")
+    out.print(table)
+    worst = sorted((name for name, share in applied.losses.items() if share > most), key=applied.losses.__getitem__)
+    if worst:
+        kinds = dict.fromkeys(name.rpartition(".")[2] for name in reversed(worst))
+        patterns = " ".join(f"--keep-bf16 {kind}" for kind in kinds)
+        log.warning(
+            "Warning: %d of %d quantised modules lost more than %g of the patch (‖requantised - exact‖ / ‖Δ‖), the "
+            "most %s (%.2f); to keep them in bfloat16: %s",
+            *(len(worst), len(applied.losses), most, worst[-1], applied.losses[worst[-1]], patterns),
+        )
 
 
 def print_patch(report: PatchReport) -> None:

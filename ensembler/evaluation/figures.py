@@ -24,6 +24,15 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 """The methods that can be compared, and the roles that each needs. `patch`: θ′ + Δθ_i (PortLLM, eq. 6);
 `patch+base-change`: that as the target of base-change; `direct`: the target fine-tuned itself."""
 
+TRANSPORTED: Mapping[str, tuple[str, ...]] = {
+    "patch:orthogonal": ("source_pt", "target_pt", "patch"),
+    "patch:sign-mask": ("target_pt", "patch"),
+    "patch:procrustes": ("source_pt", "target_pt", "patch"),
+}
+"""The patch carried by another transport than addition, and the roles that each needs; run where a recipe names it."""
+
+ALL_METHODS: Mapping[str, tuple[str, ...]] = {**METHODS, **TRANSPORTED}
+
 ROLES = ("source_ft", "source_pt", "target_pt", "patch", "direct")
 TUNED = ("base-change", "eft", "patch+base-change")  # methods with an α
 
@@ -36,6 +45,9 @@ NAMES = {
     "eft": "EFT",
     "patch": "the patch",
     "patch+base-change": "base-change with the patched target",
+    "patch:orthogonal": "the orthogonal patch",
+    "patch:sign-mask": "the sign-masked patch",
+    "patch:procrustes": "the patch by Procrustes",
     "direct": "the directly tuned target",
 }
 # What is measured of a method, by its name in results and with its unit in tables.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ensembler.config import EnsembleConfig, MemberConfig
 from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError
-from ensembler.evaluation.figures import NAMES
+from ensembler.evaluation.figures import NAMES, TRANSPORTED
 from ensembler.evaluation.recipe import Experiment
 from ensembler.evaluation.results_file import Results
 from ensembler.rules import RULES, Rule
@@ -32,6 +32,7 @@ _PAIRS = (
     ("patch", "target_pt"),
     ("patch", "direct"),
     ("base-change", "direct"),
+    *((method, "patch") for method in TRANSPORTED),
 )
 
 
@@ -206,8 +207,8 @@ def _together(experiment: Experiment, name: str, tuned: list[str], levels: Mappi
 
 
 def _alone(experiment: Experiment, key: str) -> Run:
-    role = "target_pt" if key == "patch" else key
-    member = _patched(experiment) if key == "patch" else experiment.models[role]
+    role = "target_pt" if key == "patch" or key in TRANSPORTED else key
+    member = _patched(experiment) if key == "patch" else experiment.models.get(key, experiment.models[role])
     config = EnsembleConfig(rule="linear", members={role: member}, constant={role: 1.0})
     method = Method(key, NAMES[key], _ALONE.rule, _ALONE.alpha, alone=role)
     return Run(key, config, (_ALONE.rule,), (_ALONE.alpha,), (method,))

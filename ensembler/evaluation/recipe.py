@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 
 from ensembler.config import MemberConfig
 from ensembler.errors import ConfigError, nearest
-from ensembler.evaluation.figures import COSTS, METHODS, ROLES, TUNED
+from ensembler.evaluation.figures import ALL_METHODS, COSTS, METHODS, ROLES, TUNED
 from ensembler.evaluation.lm_eval_settings import PromptSettings
 from ensembler.rules import parse_alphas
 
@@ -96,7 +96,7 @@ def _check_methods(methods: tuple[str, ...], info: ValidationInfo) -> tuple[str,
         possible = ", ".join(_possible_methods(info.data)) or "none, so give others too"
         raise ConfigError(f"no method is given; the models {', '.join(models)} allow {possible}")
     for method in methods:
-        missing = [role for role in METHODS[method] if role not in models]
+        missing = [role for role in ALL_METHODS[method] if role not in models]
         if missing:
             raise ConfigError(f"{method} needs the model {missing[0]!r}; give it under models, or leave it out")
     return methods
@@ -104,7 +104,7 @@ def _check_methods(methods: tuple[str, ...], info: ValidationInfo) -> tuple[str,
 
 def _check_is_run(method: str, info: ValidationInfo) -> str:
     """Refuse a figure beside which nothing stands: it would be lost in silence."""
-    if method not in info.data.get("methods", METHODS):
+    if method not in info.data.get("methods", ALL_METHODS):
         raise ConfigError(f"{method} is not among the methods; add it to them, or leave its figures out")
     return method
 
@@ -118,7 +118,7 @@ FoundPath = Annotated[Text, AfterValidator(_find)]
 Members = Annotated[
     Mapping[Annotated[str, _one_of(ROLES, "role")], SkipValidation[MemberConfig]], AfterValidator(_read_models)
 ]
-MethodName = Annotated[str, _one_of(tuple(METHODS), "method")]
+MethodName = Annotated[str, _one_of(tuple(ALL_METHODS), "method")]
 Tuned = Annotated[str, _one_of(TUNED, "method with an alpha")]
 CostName = Annotated[str, _one_of(tuple(COSTS), "cost")]
 Alphas = Annotated[
@@ -153,6 +153,8 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
     validation chooses from; `alpha` fixes it for a method. `validation`: a number of documents or a split.
     `num_fewshot`, `limit`, `apply_chat_template`, `fewshot_as_multiturn`, `system_instruction` and `gen_kwargs`: as in
     lm-eval. `chat_template_kwargs`: variables of the chat template. `allow_renamed_special`: of `EnsembleConfig`.
+    `transport_data`: a file of labelled examples for patch:sign-mask; `transport_texts`: one of texts for
+    patch:procrustes.
 
     `cluster`: a field of the documents; those that share its value count together in intervals and tests. `margin`:
     the difference up to which methods are tested to be alike, in the unit of the report's table. `published`: figures
@@ -179,6 +181,8 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
     system_instruction: Text | None = None
     gen_kwargs: Mapping[str, Any] | Text | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+    transport_data: FoundPath | None = None
+    transport_texts: FoundPath | None = None
     allow_renamed_special: Flag = False
     batch_size: Count = 8
     seed: CountFrom0 = 0
@@ -205,7 +209,7 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
 
     def has_seeds(self, method: str) -> bool:
         """Return whether a method has models of several seeds."""
-        return any(role in models for models in self.seeds for role in METHODS[method])
+        return any(role in models for models in self.seeds for role in ALL_METHODS[method])
 
     def published_figures(self, task: str, method: str, metric: str) -> dict[str, float]:
         """Return a paper's figures by metric; one that names none is of `metric`, the one that the table shows."""

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from ensembler.errors import ConfigError, nearest
-from ensembler.evaluation.figures import METHODS
+from ensembler.evaluation.figures import ALL_METHODS
 from ensembler.evaluation.recipe import Experiment, Recipe, RecipeContext
 from ensembler.yaml_file import read_yaml
 
@@ -18,7 +18,7 @@ _MAPPINGS = ("models", "alpha", "published", "published_alphas", "published_cost
 _EXPECTED = {  # by key, else by pydantic's type of error
     "seeds": "a list of two or more mappings of models by role",
     "tasks": "a list of names or YAML files",
-    "methods": f"a list of {', '.join(METHODS)}",
+    "methods": f"a list of {', '.join(ALL_METHODS)}",
     "validation": "a number of examples from 1, or the name of a split",
     "apply_chat_template": "true, false or the name of a chat template",
     "gen_kwargs": "a mapping, or a text such as temperature=0.8,do_sample=true",

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ensembler.evaluation.documents import Answer
 
 FILE = "results.sqlite"
+PATCHED = "patched"  # a folder beside it, with the patched targets of `transported`
 APPLICATION, FORMAT = 0x4C456E73, 1  # "LEns"; the format is another version's where the number differs
 TABLES = {
     "settings": "(key TEXT PRIMARY KEY, value TEXT NOT NULL)",

@@ -22,6 +22,7 @@ from ensembler.evaluation.results_file import (
     APPLICATION,
     FILE,
     FORMAT,
+    PATCHED,
     TABLES,
     Measured,
     Results,
@@ -181,7 +182,7 @@ class Store(Results):
         packed = self.folder / f"{FILE}.xz"
         if packed.exists() and not self.file.exists():
             raise OutputError(f"{packed} holds compressed results; unpack it (unxz), or give --output another folder")
-        others = [each for each in self.folder.glob("*") if not each.name.startswith(FILE)]
+        others = [each for each in self.folder.glob("*") if not each.name.startswith((FILE, PATCHED))]
         if others and not self.file.exists():  # which another process may have made by now
             raise OutputError(f"{self.folder} holds something else than results; give --output another folder")
         if self.file.exists():

@@ -13,6 +13,7 @@ from ensembler.evaluation.figures import (
     BY_PERPLEXITY,
     BY_VALIDATION,
     COSTS,
+    TRANSPORTED,
     Difference,
     MethodFigure,
     TaskFigures,
@@ -126,7 +127,7 @@ def _speeds(task: TaskFigures) -> Iterator[str]:
 
 
 _KEPT, _LOADED, _PATCHED, _TUNED, _ENSEMBLE = range(5)  # what a method takes, the cheapest first
-_KINDS = {"source_ft": _KEPT, "patch": _PATCHED, "direct": _TUNED}
+_KINDS = {"source_ft": _KEPT, "patch": _PATCHED, "direct": _TUNED, **dict.fromkeys(TRANSPORTED, _PATCHED)}
 _SPEED, _MEMORY = "tokens_per_second", ("peak_device_bytes", "peak_host_bytes", "weight_bytes")
 
 
@@ -289,9 +290,9 @@ def _flat_curves(task: TaskFigures) -> Iterator[str]:
 
 
 _OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-_CONDITION = re.compile(r"\s*(?P<left>[a-z_+-]*[a-z])\s*(?P<operator>[<>]=?)\s*(?P<right>[^<>=]*?)\s*")
+_CONDITION = re.compile(r"\s*(?P<left>[a-z_+:-]*[a-z])\s*(?P<operator>[<>]=?)\s*(?P<right>[^<>=]*?)\s*")
 _NUMBER = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
-_RIGHT = re.compile(rf"(?P<right>[a-z_+-]*[a-z])\s*(?P<offset>[+-]\s*{_NUMBER})?|(?P<number>-?{_NUMBER})")
+_RIGHT = re.compile(rf"(?P<right>[a-z_+:-]*[a-z])\s*(?P<offset>[+-]\s*{_NUMBER})?|(?P<number>-?{_NUMBER})")
 
 
 @dataclass(frozen=True)

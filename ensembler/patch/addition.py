@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from io import FileIO
 
 import torch
@@ -16,11 +18,16 @@ from transformers.pytorch_utils import Conv1D
 from ensembler.adapters import CheckedAdapter
 from ensembler.errors import PatchError, RunError
 from ensembler.files import reading
-from ensembler.patch.formats import LowRank, Patch
+from ensembler.patch.boxes import stack_shape
+from ensembler.patch.formats import Patch
+from ensembler.patch.lora_fitting import fit_loaded
+from ensembler.patch.low_rank import Held, LowRank, Pieces
 from ensembler.patch.patch_plan import PatchPlan
 from ensembler.safetensors_files import FLOATS, StoredTensor
 
 DTYPES = {word: getattr(torch, name) for name, word in FLOATS.items()}
+_STORED_DTYPES = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
+_STORED_DTYPES |= {"U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}
 BLOCK_ELEMENTS = 128 * 1024  # half a megabyte in fp32: a block and its factors stay in a core's own cache
 
 
@@ -34,13 +41,13 @@ def read_tensor(stored: StoredTensor, start: int = 0, stop: int | None = None) -
     if stored.values is not None:
         return stored.values.reshape(rows, columns)[start:stop]
     if rows * columns == 0:
-        return torch.empty(stop - start, columns, dtype=DTYPES[stored.dtype])
+        return torch.empty(stop - start, columns, dtype=_STORED_DTYPES[stored.dtype])
     row_bytes = stored.num_bytes // rows
     buffer = bytearray((stop - start) * row_bytes)
     with reading(stored.file), stored.file.open("rb", buffering=0) as file:
         file.seek(stored.start + start * row_bytes)
         fill(memoryview(buffer), file, stored)
-    return torch.frombuffer(buffer, dtype=DTYPES[stored.dtype]).view(stop - start, columns)
+    return torch.frombuffer(buffer, dtype=_STORED_DTYPES[stored.dtype]).view(stop - start, columns)
 
 
 def fill(buffer: memoryview, file: FileIO, stored: StoredTensor) -> None:
@@ -68,21 +75,62 @@ def load_factors(factors: LowRank) -> tuple[Tensor, Tensor]:
 
     Raises PatchError where they hold NaN or infinity.
     """
+    (pair,) = load_stack(factors)
+    return pair
+
+
+def load_stack(factors: LowRank) -> list[tuple[Tensor, Tensor]]:
+    """Return (rows, r) and (r, columns) as `load_factors`, for each matrix in a stack."""
     a, b = read_finite(factors.a), read_finite(factors.b) * factors.scale
-    return (a.T.contiguous(), b.T.contiguous()) if factors.transposed else (b, a)
+    num, rank = factors.num_matrices, a.shape[0] // factors.num_matrices
+    pairs = [(b[:, number::num], a[number * rank : (number + 1) * rank]) for number in range(num)]
+    if factors.transposed:
+        pairs = [(right.T, left.T) for left, right in pairs]
+    return [(left.contiguous(), right.contiguous()) for left, right in pairs]
+
+
+@dataclass(frozen=True)
+class RowUpdate:
+    """The update left (num_rows, r) @ right (r, columns) of the rows of a weight from `start` on."""
+
+    start: int
+    left: Tensor
+    right: Tensor
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.left.shape[0]
 
 
 @dataclass(frozen=True)
 class WeightUpdate:
     """The update of one weight (rows, columns): left @ right, in fp32 with the strengths inside, and full deltas.
 
-    `full`: each with its strength. `replacement`: values that stand instead of the weight.
+    `full`: each with its strength. `replacement`: values that stand instead of the weight. `parts`: updates of some
+    rows besides, in the order of their first rows.
     """
 
     left: Tensor | None = None
     right: Tensor | None = None
     full: tuple[tuple[StoredTensor, float], ...] = ()
     replacement: StoredTensor | None = None
+    parts: tuple[RowUpdate, ...] = ()
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [part.start for part in self.parts]
+
+    @cached_property
+    def _most_rows(self) -> int:
+        return max((part.stop - part.start for part in self.parts), default=0)
+
+    def parts_in(self, start: int, stop: int) -> Iterator[RowUpdate]:
+        """Yield the parts of rows [start, stop), each cut to these rows."""
+        first = bisect_right(self._starts, start - self._most_rows)
+        for part in self.parts[first : bisect_left(self._starts, stop)]:
+            begin, end = max(start, part.start), min(stop, part.stop)
+            if begin < end:
+                yield RowUpdate(begin, part.left[begin - part.start : end - part.start], part.right)
 
 
 def load_update(patches: Sequence[Patch], name: str) -> WeightUpdate:
@@ -90,18 +138,63 @@ def load_update(patches: Sequence[Patch], name: str) -> WeightUpdate:
 
     Raises PatchError where a factor holds NaN or infinity.
     """
-    lefts, rights = [], []
+    lefts, rights, parts = [], [], []
     for patch in patches:
         if name in patch.low_rank:
             left, right = load_factors(patch.low_rank[name])
-            lefts.append(left if patch.scale == 1 else left * patch.scale)
+            scale = patch.strength(name)
+            lefts.append(left if scale == 1 else left * scale)
             rights.append(right)
+        if name in patch.pieces:
+            parts += load_pieces(patch.pieces[name], patch.stacks, patch.strength(name))
     return WeightUpdate(
         torch.cat(lefts, 1) if lefts else None,
         torch.cat(rights) if rights else None,
-        tuple((patch.full[name], patch.scale) for patch in patches if name in patch.full),
+        tuple((patch.full[name], patch.strength(name)) for patch in patches if name in patch.full),
         next((patch.replaced[name] for patch in patches if name in patch.replaced), None),
+        tuple(sorted(parts, key=lambda part: part.start)),
     )
+
+
+def load_pieces(pieces: Pieces, stacks: Held, scale: float = 1.0) -> list[RowUpdate]:
+    """Read the factors of pieces, cut to the rows and columns that each changes, with zeros around these."""
+    _, height, width = stack_shape(pieces.shape)
+    updates = []
+    for piece in pieces.pieces:
+        stack = stacks.get(piece.factors, partial(load_stack, piece.factors))
+        left, right = stack[piece.source.matrices[0]]
+        left, right = _cut(left, 0, piece.source.rows), _cut(right, 1, piece.source.columns)
+        if piece.turned:
+            left, right = right.T, left.T
+        rows, columns = piece.target.rows, piece.target.columns
+        num_rows = rows[-1] + 1 - rows[0]
+        left = _spread(left, 0, range(0, num_rows, rows.step), num_rows)
+        right = _spread(right, 1, columns, width)
+        start = piece.target.matrices[0] * height + rows[0]
+        updates.append(RowUpdate(start, (left if scale == 1 else left * scale).contiguous(), right.contiguous()))
+    return updates
+
+
+def _cut(values: Tensor, axis: int, positions: range) -> Tensor:
+    index = slice(positions[0], positions[-1] + 1, positions.step)
+    return values[index] if axis == 0 else values[:, index]
+
+
+def _spread(values: Tensor, axis: int, positions: range, length: int) -> Tensor:
+    """Return a matrix with `values` at these positions of an axis of this length, and zeros elsewhere."""
+    if len(positions) == length:
+        return values
+    shape = list(values.shape)
+    shape[axis] = length
+    spread = values.new_zeros(shape)
+    _cut(spread, axis, positions).copy_(values)
+    return spread
+
+
+def planned_update(plan: PatchPlan, name: str) -> WeightUpdate:
+    """Read the update of one tensor as the plan's transport carries it to the new base."""
+    update = load_update(plan.patches, name)
+    return update if plan.transport is None else plan.transport.apply(name, update)
 
 
 def patched(weight: Tensor, update: WeightUpdate, *, dtype: torch.dtype, start: int = 0) -> Tensor:
@@ -117,12 +210,14 @@ def patched(weight: Tensor, update: WeightUpdate, *, dtype: torch.dtype, start: 
         total = read_finite(update.replacement, start, stop).to(device)
     if update.left is not None and update.right is not None:
         total.addmm_(update.left[start:stop].to(device), update.right.to(device))
+    for part in update.parts_in(start, stop):
+        total[part.start - start : part.stop - start].addmm_(part.left.to(device), part.right.to(device))
     for stored, scale in update.full:
         total.add_(read_finite(stored, start, stop).to(device), alpha=scale)
     result = total.to(dtype)
     # Any NaN or infinity shows in the sum, a tenth of the time of isfinite; a tensor that is only cast may hold them.
     is_half = dtype == torch.float16
-    is_only_cast = update.left is None and update.replacement is None and not update.full
+    is_only_cast = update.left is None and update.replacement is None and not (update.full or update.parts)
     if (is_half or not is_only_cast) and not math.isfinite((result if is_half else total).sum(dtype=torch.float32)):
         if is_half:
             raise RunError("a patched value is too large for float16 (65,504); write bfloat16 with --dtype bfloat16")
@@ -139,7 +234,7 @@ def block_rows(rows: int, columns: int) -> int:
 @torch.no_grad()
 def patch_in_place(weight: Tensor, update: WeightUpdate) -> None:
     """Update a weight in memory, of any shape and device: the blocks and the arithmetic of a file's."""
-    matrix = weight.detach().view(weight.shape[0] if weight.dim() else 1, -1)
+    matrix = weight.detach().view(-1, weight.shape[-1] if weight.dim() > 1 else 1)
     step = max(1, block_rows(*matrix.shape))
     for start in range(0, matrix.shape[0], step):
         block = matrix[start : start + step]
@@ -158,7 +253,7 @@ def patched_tensors(plan: PatchPlan) -> Iterator[tuple[str, Tensor]]:
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
                 tensor = opened.get_tensor(name)
                 if name in changed:
-                    patch_in_place(tensor, load_update(plan.patches, name))
+                    patch_in_place(tensor, planned_update(plan, name))
                 yield name, tensor
 
 
@@ -172,12 +267,20 @@ def merge_adapter(model: PreTrainedModel, adapter: CheckedAdapter) -> PreTrained
     if adapter.patch is None:
         return _merge_with_peft(model, adapter)
     weights = _weights(model)
-    if not adapter.patch.names <= weights.keys():
+    patch = adapter.patch
+    is_plain = all(weight.dtype in DTYPES.values() and not weight.is_meta for weight in weights.values())
+    fitted = patch if patch.names <= weights.keys() else fit_loaded(patch, model) if is_plain else None
+    if fitted is None:
         add_deltas(model, adapter)
         return _merge_with_peft(model, adapter)
-    _untie(model, {id(weights[name]) for name in (*adapter.patch.low_rank, *adapter.patch.replaced)})
-    patch = adapter.patch.oriented(lambda name: isinstance(model.get_submodule(name.removesuffix(".weight")), Conv1D))
-    _add(_weights(model), patch, patch.names)
+    _untie(model, {id(weights[name]) for name in (*fitted.low_rank, *fitted.pieces, *fitted.replaced)})
+    layers = dict(model.named_modules(remove_duplicate=False))
+
+    def is_transposed(name: str) -> bool | None:
+        return isinstance(layers.get(name.removesuffix(".weight")), Conv1D) if name in patch.low_rank else None
+
+    fitted = fitted.oriented(is_transposed)
+    _add(_weights(model), fitted, fitted.names)
     return model
 
 

@@ -9,57 +9,39 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 from torch import Tensor
 
 from ensembler.errors import OutputError, RunError
-from ensembler.files import check_not_input, file_digest, model_name, read_json, reading, scratch_beside
-from ensembler.patch.addition import BLOCK_ELEMENTS, DTYPES, WeightUpdate, block_rows, fill, load_update, patched
+from ensembler.files import check_not_input, read_json, reading, scratch_beside
+from ensembler.patch.addition import BLOCK_ELEMENTS, DTYPES, WeightUpdate, block_rows, fill, patched, planned_update
+from ensembler.patch.card import CARD, MADE_BY, Applied, write_card
 from ensembler.patch.formats import ADAPTER_CONFIG, RECORD, Patch
 from ensembler.patch.patch_plan import PatchPlan, plan_patches
+from ensembler.patch.requantize import Loss, kept_weights, plain_rows, requantized
+from ensembler.patch.schemes.quantization_settings import is_scale, leave_alone, settings_in
+from ensembler.patch.schemes.scheme import QuantizedWeight
 from ensembler.safetensors_files import (
     FLOATS,
     ITEM_BYTES,
     StoredTensor,
-    fingerprint,
     header_bytes,
     index_file,
-    stored_tensors,
-    weight_files,
 )
 
-_CARD = "README.md"
-_KEPT_IN_CARD = ("license", "license_name", "license_link", "language")
-_HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-_MADE_BY = "`ensembler patch apply`"
-_CARD_TEXT = """
-# {title}
-
-Made by addition, without training: a model and {count} (PortLLM, [arXiv 2410.10870](https://arxiv.org/abs/2410.10870),
-eq. 6), with {made_by}.
-
-| | what | made for | strength | hash |
-|---|---|---|---|---|
-| model | {model} | | | {before} |
-{rows}
-| result | {num_changed} of {num_tensors} tensors changed | | | {after} |
-
-The hash of a patch is the SHA-256 of its weights file. That of a model is a fingerprint: the SHA-256 over name, dtype,
-shape and the first 4 KiB of every tensor in the order of names.
-{notes}
-"""
+_KEPT_BYTES = 2**24
 # Weights in other formats would still be those without the patch.
 _WEIGHT_ENDINGS = (
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot"),
@@ -67,7 +49,7 @@ _WEIGHT_ENDINGS = (
 )
 
 
-def apply_patches(patches: Sequence[Patch], model: Path, out: Path, **options: Any) -> int:
+def apply_patches(patches: Sequence[Patch], model: Path, out: Path, **options: Any) -> Applied:
     """Write `model` with the patches added to `out`, as `apply_plan` does; raises what `plan_patches` raises, too."""
     return apply_plan(plan_patches(patches, model), out, **options)
 
@@ -77,26 +59,36 @@ def apply_plan(
     out: Path,
     *,
     dtype: str | None = None,
+    keep_bf16: Sequence[str] = (),
     overwrite: bool = False,
     advance: Callable[[int], None] = lambda num_bytes: None,
-) -> int:
+) -> Applied:
     """Write θ′ + Σ scale · Δθ to the new folder `out` (PortLLM, eq. 6), with all other files of the plan's model.
 
-    `dtype`: float32, bfloat16 or float16 for all tensors in one of the three (default: each keeps its own).
-    `overwrite` replaces an earlier result. `advance` is called with the bytes of each tensor that is written, from
-    several threads. Returns the bytes of the weights. Raises InputError (NaN in a patch, a file that cannot be read)
+    Quantised weights are quantised again by their own scheme. `dtype`: float32, bfloat16 or float16 for all other
+    tensors in one of the three (default: each keeps its own). `keep_bf16`: patterns of quantised modules that become
+    plain ones, as `kept_weights` reads them. `overwrite` replaces an earlier result. `advance` is called with the bytes
+    of each tensor that is written, from several threads. Raises InputError (NaN in a patch, a file that cannot be read)
     and RunError (a full disk, a sum out of range); neither leaves anything behind.
     """
     model = plan.model.folder
-    check_not_input(out, model, *(patch.folder for patch in plan.patches))
-    targets = [_converted(tensor, dtype) for tensor in plan.model.tensors.values()]
+    check_output(plan, out, overwrite=overwrite)
+    kept = kept_weights(plan, keep_bf16)
+    targets = _targets(plan, kept, dtype)
     num_bytes = sum(target.num_bytes for target in targets)
     with new_folder(out, num_bytes, overwrite=overwrite) as made:
         _copy_other_files(model, made)  # first: a file that cannot be read shows before the long work
-        _write_weights(plan, targets, made, advance)
-        _write_card(plan, made, out.name)
-        _write_config(model, made, num_bytes, dtype)
-    return num_bytes
+        losses = _write_weights(plan, targets, kept, made, advance)
+        applied = Applied(num_bytes, losses, tuple(name.removesuffix(".weight") for name in kept))
+        write_card(plan, made, out.name, applied)
+        _write_config(plan, targets, made, applied, dtype)
+    return applied
+
+
+def check_output(plan: PatchPlan, out: Path, *, overwrite: bool = False) -> None:
+    """Raise OutputError where a patched model may not be written to `out`."""
+    check_not_input(out, plan.model.folder, *(patch.folder for patch in plan.patches))
+    check_free(out.expanduser().resolve(), overwrite=overwrite)
 
 
 @contextmanager
@@ -107,13 +99,7 @@ def new_folder(out: Path, num_bytes: int, *, overwrite: bool = False) -> Iterato
     where `out` is taken or its disk has no `num_bytes` left, RunError where writing fails.
     """
     out = out.expanduser().resolve()
-    is_taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
-    if is_taken and not overwrite:
-        raise OutputError(f"{out} exists already; choose another name for the output, or add --overwrite")
-    if is_taken and not _is_result(out):
-        raise OutputError(f"{out} holds something else than a result of `ensembler patch`; choose another name")
-    if out.is_mount():
-        raise OutputError(f"{out} is a disk's own folder, which no other can replace; name a new folder in it")
+    is_taken = check_free(out, overwrite=overwrite)
     try:
         with scratch_beside(out) as scratch:
             free = shutil.disk_usage(out.parent).free
@@ -137,17 +123,44 @@ def new_folder(out: Path, num_bytes: int, *, overwrite: bool = False) -> Iterato
         raise RunError(f"{out} could not be written: {reason}; nothing was left") from error
 
 
+def check_free(out: Path, *, overwrite: bool = False) -> bool:
+    """Return whether a result lies at `out` that is to be replaced; raise OutputError where it may not be."""
+    is_taken = out.exists() and not (out.is_dir() and not any(out.iterdir()))
+    if is_taken and not overwrite:
+        raise OutputError(f"{out} exists already; choose another name for the output, or add --overwrite")
+    if is_taken and not _is_result(out):
+        raise OutputError(f"{out} holds something else than a result of `ensembler patch`; choose another name")
+    if out.is_mount():
+        raise OutputError(f"{out} is a disk's own folder, which no other can replace; name a new folder in it")
+    return is_taken
+
+
 def _is_result(folder: Path) -> bool:
-    card = folder / _CARD
-    return (folder / RECORD).is_file() or (card.is_file() and _MADE_BY in card.read_text("utf-8", errors="replace"))
+    card = folder / CARD
+    return (folder / RECORD).is_file() or (card.is_file() and MADE_BY in card.read_text("utf-8", errors="replace"))
 
 
-def _converted(source: StoredTensor, dtype: str | None) -> StoredTensor:
-    """Return the tensor with its dtype and bytes in the new file."""
-    if dtype is None or source.dtype not in FLOATS.values():
-        return source
-    word = FLOATS[dtype]
-    return replace(source, dtype=word, num_bytes=source.num_elements * ITEM_BYTES[word])
+def _targets(plan: PatchPlan, kept: Sequence[str], dtype: str | None) -> list[StoredTensor]:
+    """Return the tensors of the new files, with the file of the old ones and their dtypes and bytes in the new."""
+    parts = {part.name: weight for weight in plan.quantized.values() for part in weight.parts.values()}
+    config = plan.model.config
+    is_quantized = bool(settings_in(config))
+    own = str(dtype or config.get("dtype") or config.get("torch_dtype"))  # the rest of the model is loaded in that
+    targets = []
+    for name, tensor in plan.model.tensors.items():
+        weight = parts.get(name)
+        if weight is None:
+            is_cast = tensor.dtype in FLOATS.values() and not (is_quantized and is_scale(name))
+            targets.append(_as(tensor, FLOATS[dtype]) if dtype is not None and is_cast else tensor)
+        elif weight.name not in kept:
+            targets.append(tensor)
+        elif name == next(iter(weight.parts.values())).name:  # what becomes plain stands where its codes were
+            targets.append(_as(replace(tensor, name=weight.name, shape=weight.shape), FLOATS.get(own, "BF16")))
+    return targets
+
+
+def _as(tensor: StoredTensor, word: str) -> StoredTensor:
+    return replace(tensor, dtype=word, num_bytes=tensor.num_elements * ITEM_BYTES[word])
 
 
 def make_header(entries: dict[str, object], *, length: int = 0) -> bytes:
@@ -166,7 +179,7 @@ def _copy_other_files(model: Path, made: Path) -> None:
     index = index_file(model)
 
     def left_out(folder: str, names: list[str]) -> set[str]:
-        top = ("config.json", _CARD, ADAPTER_CONFIG) if Path(folder) == model else ()
+        top = ("config.json", CARD, ADAPTER_CONFIG) if Path(folder) == model else ()
         weights = {name for name in names if name.endswith(_WEIGHT_ENDINGS) and Path(folder, name) != index}
         return weights | {name for name in names if name.startswith(".") or name in top}
 
@@ -187,58 +200,105 @@ def _chunks(file: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _write_config(model: Path, made: Path, num_bytes: int, dtype: str | None) -> None:
-    """Write config.json, which makes the folder a model, so the last of all; `dtype` in it and the index's total."""
-    if dtype is None:
+def _write_config(
+    plan: PatchPlan, targets: Sequence[StoredTensor], made: Path, applied: Applied, dtype: str | None
+) -> None:
+    """Write config.json and the index with what changed in them; the last step, since it makes the folder a model."""
+    model = plan.model.folder
+    if dtype is None and not applied.kept:
         _copy(model / "config.json", made / "config.json")
         return
     index = index_file(model)
     if index is not None:
         content = read_json(index)
-        content["metadata"] = {**content.get("metadata", {}), "total_size": num_bytes}
+        content["metadata"] = {**content.get("metadata", {}), "total_size": applied.num_bytes}
+        content["weight_map"] = {target.name: target.file.name for target in targets}
         (made / index.name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     config = read_json(model / "config.json")
     for settings in [config, *(value for value in config.values() if isinstance(value, dict))]:
         for key in ("dtype", "torch_dtype"):
-            if key in settings:
+            if dtype is not None and key in settings:
                 settings[key] = dtype
+    if applied.kept:
+        parts = {part.name for weight in plan.quantized.values() for part in weight.parts.values()}
+        plain = [name for name, tensor in plan.model.tensors.items() if name not in parts and len(tensor.shape) == 2]
+        modules = [name.removesuffix(".weight") for name in plain if name.endswith(".weight")]
+        leave_alone(settings_in(config), applied.kept, [*modules, "lm_head"])
     (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _write_weights(
-    plan: PatchPlan, targets: Sequence[StoredTensor], made: Path, advance: Callable[[int], None]
-) -> None:
-    """Fill the weights files; the largest tensors first, so that all cores end together."""
-    placed = [
-        target
-        for file in weight_files(plan.model.folder)
-        for target in _begin_file(file, made, [target for target in targets if target.file == file])
-    ]
-    tensors = [(plan.model.tensors[target.name], target) for target in placed]
-    tensors.sort(key=lambda pair: pair[1].num_bytes, reverse=True)
+    plan: PatchPlan,
+    targets: Sequence[StoredTensor],
+    kept: Sequence[str],
+    made: Path,
+    advance: Callable[[int], None],
+) -> dict[str, float]:
+    """Fill the weights files, the largest tensors first, so that all cores end together; return what was lost."""
+    by_file: dict[Path, list[StoredTensor]] = {}
+    for target in targets:
+        by_file.setdefault(target.file, []).append(target)
+    placed = {new.name: new for file, inside in by_file.items() for new in _begin_file(file, made, inside)}
     changed = set(plan.names)
+    again = [weight for name, weight in plan.quantized.items() if name in changed and name not in kept]
+    apart = {*kept, *(part.name for weight in again for part in weight.parts.values())}
+    tensors = [(plan.model.tensors[name], target) for name, target in placed.items() if name not in apart]
+    losses: dict[str, float] = {}
     stopped = threading.Event()
     own = threading.local()  # one buffer for each thread: fresh memory for every tensor would cost page faults
 
     def prepare() -> None:
         torch.set_num_threads(1)
-        longest = max(block_rows(*source.matrix) * _row_bytes(source) for source, _ in tensors)
+        longest = max([block_rows(*source.matrix) * _row_bytes(source) for source, _ in tensors], default=0)
         own.buffer = torch.empty(max(longest, 2 * BLOCK_ELEMENTS), dtype=torch.uint8)
 
     def write(source: StoredTensor, target: StoredTensor) -> int:
-        update = load_update(plan.patches, source.name) if source.name in changed else None
+        update = planned_update(plan, source.name) if source.name in changed else None
         with target.file.open("r+b", buffering=0) as new:
             new.seek(target.start)
             for block in _blocks(source, target, update, own.buffer):
-                data = block
-                while data and not stopped.is_set():  # a write may take less, on a disk that is nearly full
-                    data = data[new.write(data) :]
+                put(new, block)
         return target.num_bytes
 
+    def write_again(weight: QuantizedWeight) -> int:
+        update, loss = planned_update(plan, weight.name), Loss()
+        with ExitStack() as stack:
+            files = {placed[part.name].file for part in weight.parts.values()}
+            opened = {file: stack.enter_context(file.open("r+b", buffering=0)) for file in files}
+            for part, start, rows in requantized(weight, update, loss):
+                target = placed[weight.parts[part].name]
+                new = opened[target.file]
+                new.seek(target.start + start * _row_bytes(weight.parts[part]))
+                put(new, _as_bytes(rows))
+        losses[weight.name.removesuffix(".weight")] = loss.share
+        return sum(part.num_bytes for part in weight.parts.values())
+
+    def write_plain(weight: QuantizedWeight) -> int:
+        target = placed[weight.name]
+        update = planned_update(plan, weight.name) if weight.name in changed else WeightUpdate()
+        with target.file.open("r+b", buffering=0) as new:
+            for start, rows in plain_rows(weight, update, DTYPES[target.dtype]):
+                new.seek(target.start + start * _row_bytes(target))
+                put(new, _as_bytes(rows))
+        return target.num_bytes
+
+    def put(new: FileIO, data: memoryview) -> None:
+        while data and not stopped.is_set():  # a write may take less, on a disk that is nearly full
+            data = data[new.write(data) :]
+
+    jobs: list[tuple[int, Callable[[], int]]] = [
+        *((target.num_bytes, partial(write, source, target)) for source, target in tensors),
+        *((weight.num_elements, partial(write_again, weight)) for weight in again),
+        *((plan.quantized[name].num_elements, partial(write_plain, plan.quantized[name])) for name in kept),
+    ]
+    jobs.sort(key=lambda job: job[0], reverse=True)
     num_threads = torch.get_num_threads()
+    # Freed at once, and glibc then keeps freed memory up to twice this size: new pages for every block would cost a
+    # quarter of the time of quantised weights.
+    torch.empty(_KEPT_BYTES, dtype=torch.uint8)
     with ThreadPoolExecutor(num_threads, initializer=prepare) as pool:
         try:
-            for done in as_completed([pool.submit(write, *pair) for pair in tensors]):
+            for done in as_completed([pool.submit(job) for _, job in jobs]):
                 advance(done.result())
         except BaseException:  # Ctrl-C too: the others need not finish what is thrown away
             stopped.set()
@@ -246,6 +306,7 @@ def _write_weights(
             raise
         finally:
             torch.set_num_threads(num_threads)
+    return {name: losses[name] for name in sorted(losses)}
 
 
 def _begin_file(old: Path, made: Path, targets: Sequence[StoredTensor]) -> list[StoredTensor]:
@@ -253,7 +314,9 @@ def _begin_file(old: Path, made: Path, targets: Sequence[StoredTensor]) -> list[
 
     They lie as in the old file, unless another dtype changes their sizes.
     """
-    header = json.loads(header_bytes(old)[8:])
+    before = json.loads(header_bytes(old)[8:])
+    names = {target.name for target in targets}
+    header = {name: entry for name, entry in before.items() if name in names or name == "__metadata__"}
     end = 0
     for target in targets:
         offsets = [end, end + target.num_bytes]
@@ -303,38 +366,5 @@ def _row_bytes(stored: StoredTensor) -> int:
 
 
 def _as_bytes(values: Tensor) -> memoryview:
-    array: Any = values.view(torch.uint8).numpy()  # a view: nothing is copied
+    array: Any = values.reshape(-1).view(torch.uint8).numpy()  # a view of values in a row: nothing is copied
     return memoryview(array).cast("B")
-
-
-def _write_card(plan: PatchPlan, made: Path, title: str) -> None:
-    """Write the card of the patched model in `made`, with the licence and languages that the model's own card says."""
-    model = plan.model
-    kept: dict[str, Any] = {}
-    if (model.folder / _CARD).is_file():
-        try:
-            old = ModelCard.load(model.folder / _CARD).data
-            kept = {key: value for key in _KEPT_IN_CARD if (value := old.get(key)) is not None}
-        except Exception:  # a card is prose: one that cannot be read is no reason to refuse the weights
-            kept = {}
-    written = [tensor for file in made.glob("*.safetensors") for tensor in stored_tensors(file).values()]
-    data = ModelCardData(base_model=model.name, tags=["ensembler", "model-patch"], **kept)
-    text = _CARD_TEXT.format(
-        title=title,
-        count="a patch" if len(plan.patches) == 1 else f"{len(plan.patches)} patches",
-        made_by=_MADE_BY,
-        model=model.name,
-        before=f"fingerprint {model.fingerprint()}",
-        rows="\n".join(_card_row(patch) for patch in plan.patches),
-        num_changed=len(plan.names),
-        num_tensors=len(model.tensors),
-        after=f"fingerprint {fingerprint(written)}",
-        notes="".join(f"\n- {note}" for note in plan.notes),
-    )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n{text.rstrip()}\n").save(made / _CARD)
-
-
-def _card_row(patch: Patch) -> str:
-    hashes = ", ".join(f"{path.name} {file_digest(path)}" for path in patch.files)
-    base = (patch.base if _HUB_ID.fullmatch(patch.base) else Path(patch.base).name) if patch.base else "not said"
-    return f"| patch | {model_name(patch.folder)} | {base} | {patch.scale:g} | {hashes} |"

@@ -171,7 +171,7 @@ def extract_patch(
         extracted = Extracted(out, tuple(kept), len(new.tensors) - len(kept), files=_copy_tokenizer(old, new, made))
         ranks = {modules[each.name]: each.rank for each in kept if each.rank is not None}
         if ranks:
-            _write_config(made, old, ranks, transposed="transposed" in kinds.values())
+            write_lora_config(made, old, ranks, transposed="transposed" in kinds.values())
             extracted = replace(extracted, why_not_peft=why_not_read_by_peft(made, old.folder))
         _write_record(made, extracted, old, new)
     return extracted
@@ -312,7 +312,7 @@ def _write_record(made: Path, extracted: Extracted, old: StoredModel, new: Store
     (made / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_config(made: Path, old: StoredModel, ranks: Mapping[str, int], *, transposed: bool) -> None:
+def write_lora_config(made: Path, base: StoredModel, ranks: Mapping[str, int], *, transposed: bool) -> None:
     """Write what PEFT needs to load the factors of modules with these ranks.
 
     It gets the commonest rank, patterns for the others, and α = r everywhere, so that the scale is 1; and the base by a
@@ -324,7 +324,7 @@ def _write_config(made: Path, old: StoredModel, ranks: Mapping[str, int], *, tra
     others = {re.escape(module): other for module, other in ranks.items() if other != rank}
     LoraConfig(
         task_type="CAUSAL_LM",
-        base_model_name_or_path=old.name if "/" in old.name else str(old.folder.resolve()),
+        base_model_name_or_path=base.name if "/" in base.name else str(base.folder.resolve()),
         r=rank,
         lora_alpha=rank,
         rank_pattern=others,

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Container, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from ensembler.errors import PatchError, UnsupportedPatchError
 from ensembler.files import read_json
+from ensembler.patch.lora_settings import LoraSettings
+from ensembler.patch.low_rank import Held, LowRank, Pieces
 from ensembler.safetensors_files import FLOATS, StoredTensor, listed, stored_tensors
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -53,7 +55,7 @@ _KNOWN_KEYS = {
     *("layers_pattern", "layers_to_transform", "lora_alpha", "modules_to_save", "peft_type", "r", "rank_pattern"),
     *("target_modules", "use_rslora", "auto_mapping", "inference_mode", "lora_dropout", "megatron_core"),
     *("ensure_weight_tying", "eva_config", "peft_version", "qalora_group_size", "revision", "runtime_config"),
-    *("task_type",),
+    *("target_parameters", "task_type"),
 }
 # Ways to start a LoRA that leave the base's weights as they are; the others (pissa, olora ...) change them.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -67,35 +69,14 @@ _FACTORS = {
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """Δ = scale · B A, with A (r, in) and B (out, r) on disk; `transposed`: the weight lies as (in, out).
-
-    An embedding's weight (tokens, width) is the transposed case too, with A (r, tokens) and B (width, r).
-    """
-
-    a: StoredTensor
-    b: StoredTensor
-    scale: float
-    transposed: bool
-
-    @property
-    def is_embedding(self) -> bool:
-        return "lora_embedding" in self.a.name
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Shape of the weight that this is added to."""
-        rows, columns = self.b.shape[0], self.a.shape[1]
-        return (columns, rows) if self.transposed else (rows, columns)
-
-
-@dataclass(frozen=True)
 class Patch:
     """Δθ by tensor name, to be added `scale` times: LoRA factors, full deltas, and `replaced` values.
 
     PEFT saves modules_to_save and trained biases as values that stand instead of the model's, not as deltas; `carried`
     are the base's own beside them, which nothing trained and which are no part of the patch. `targets` are the modules
     that the adapter's configuration says it changes (None: it does not say), `base` the model it was made for.
+    `pieces`: once the patch is fitted to a model, LoRAs for parts of tensors, such as one of the experts in a stack.
+    `scales`: other strengths of some tensors. `stacks`: factors in memory, for the tensors that share them.
     """
 
     folder: Path
@@ -108,10 +89,18 @@ class Patch:
     targets: tuple[str, ...] | str | None
     notes: tuple[str, ...]
     scale: float = 1.0
+    pieces: Mapping[str, Pieces] = field(default_factory=dict)
+    settings: LoraSettings | None = None
+    scales: Mapping[str, float] = field(default_factory=dict)
+    stacks: Held = field(default_factory=Held, compare=False, repr=False)
+
+    def strength(self, name: str) -> float:
+        """Return how many times the update of a tensor is added."""
+        return self.scales.get(name, self.scale)
 
     @property
     def names(self) -> set[str]:
-        return {*self.low_rank, *self.full, *self.replaced}
+        return {*self.low_rank, *self.pieces, *self.full, *self.replaced}
 
     @property
     def files(self) -> list[Path]:
@@ -120,7 +109,18 @@ class Patch:
 
     def zero_names(self) -> list[str]:
         """Return the weights whose LoRA is zero, as it is before training, from the bytes of the factors."""
-        return [name for name, factors in self.low_rank.items() if factors.b.is_zero() or factors.a.is_zero()]
+        loras: dict[str, LowRank | Pieces] = {**self.pieces, **self.low_rank}
+        return [name for name, factors in loras.items() if factors.is_zero()]
+
+    def unmatched_patterns(self) -> list[str]:
+        """Return a warning for each key of the rank and alpha patterns that matches none of the LoRAs."""
+        if self.settings is None:
+            return []
+        modules = []
+        for name, factors in self.low_rank.items():
+            module = base_name(f"{name.removesuffix('.weight')}.")[:-1]
+            modules += self.settings.parameters_of(module, is_stack=True) if factors.is_parameter else [module]
+        return self.settings.warnings(modules)
 
     def oriented(self, is_transposed: Callable[[str], bool | None]) -> Patch:
         """Return the patch with its factors turned as the layers are whose weights `is_transposed` knows by name.
@@ -152,11 +152,13 @@ def read_patch(folder: Path, *, scale: float = 1.0, allow_pickle: bool = False, 
     replaced: dict[str, StoredTensor] = {}
     carried: dict[str, StoredTensor] = {}
     config: dict[str, Any] = {}
+    settings = None
     if (folder / ADAPTER_CONFIG).is_file():
         config = read_json(folder / ADAPTER_CONFIG, PatchError)
         _check_config(folder, config)
         tensors = own_names(folder, _adapter_tensors(folder, allow_pickle=allow_pickle), unwrap=unwrap)
-        low_rank, replaced, carried = _read_lora(folder, config, tensors)
+        settings = LoraSettings(folder / ADAPTER_CONFIG, config)
+        low_rank, replaced, carried = _read_lora(settings, tensors)
     full = stored_tensors(folder / DELTAS) if (folder / DELTAS).is_file() else {}
     if not low_rank and not replaced and not full:
         below = sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
@@ -173,7 +175,8 @@ def read_patch(folder: Path, *, scale: float = 1.0, allow_pickle: bool = False, 
     base = record.get("base") or config.get("base_model_name_or_path") or None
     fingerprint = record.get("base_fingerprint")
     notes = _notes(replaced, carried)
-    return Patch(folder, low_rank, full, replaced, carried, base, fingerprint, _targets(config), notes, scale)
+    targets = _targets(config)
+    return Patch(folder, low_rank, full, replaced, carried, base, fingerprint, targets, notes, scale, settings=settings)
 
 
 def named_bases(folder: Path) -> list[str]:
@@ -264,9 +267,10 @@ def base_name(name: str) -> str:
 
 
 def _read_lora(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+    settings: LoraSettings, tensors: Mapping[str, StoredTensor]
 ) -> tuple[dict[str, LowRank], dict[str, StoredTensor], dict[str, StoredTensor]]:
     """Return factors by the name of their weight, replaced values, and the base's own that nothing trained."""
+    folder, config = settings.folder, settings.config
     factors: dict[str, dict[str, StoredTensor]] = {}
     replaced, carried = {}, {}
     for path, tensor in tensors.items():
@@ -280,7 +284,10 @@ def _read_lora(
             replaced[name] = tensor
         else:
             carried[name] = tensor
-    low_rank = {f"{module}.weight": _low_rank(folder, config, module, pair) for module, pair in factors.items()}
+    low_rank = {}
+    for module, pair in factors.items():
+        found = _low_rank(settings, module, pair)
+        low_rank[module if found.is_parameter else f"{module}.weight"] = found
     return low_rank, replaced, {name: tensor for name, tensor in carried.items() if name not in replaced}
 
 
@@ -307,7 +314,8 @@ def _notes(replaced: Mapping[str, StoredTensor], carried: Mapping[str, StoredTen
     return tuple(notes)
 
 
-def _low_rank(folder: Path, config: Mapping[str, Any], module: str, pair: Mapping[str, StoredTensor]) -> LowRank:
+def _low_rank(settings: LoraSettings, module: str, pair: Mapping[str, StoredTensor]) -> LowRank:
+    folder = settings.folder
     is_embedding = any("embedding" in name for name in pair)
     first, second = ("lora_embedding_A", "lora_embedding_B") if is_embedding else ("lora_A", "lora_B")
     for name in (first, second):
@@ -322,26 +330,33 @@ def _low_rank(folder: Path, config: Mapping[str, Any], module: str, pair: Mappin
             f"{folder}: {module} has {first} of shape {a.shape} and {second} of shape {b.shape}; expected (r, in) and "
             "(out, r) of a linear layer or an embedding"
         )
-    transposed = is_embedding or bool(config.get("fan_in_fan_out"))
-    return LowRank(a, b, _scale(folder, config, module, a.shape[0]), transposed)
+    rows, owner = a.shape[0], base_name(f"{module}.")[:-1]
+    parameters = settings.parameters_of(owner, is_stack=owner != module or rows != settings.rank(module))
+    if parameters and parameters != [f"{owner}.weight"]:
+        return of_parameter(settings, LowRank(a, b, 1.0, transposed=False, is_parameter=True), module, parameters)
+    if settings.rank(module) != rows:
+        raise PatchError(
+            f"{folder}: {module} has rank {rows}; {ADAPTER_CONFIG} says {settings.rank(module):g}; mend it"
+        )
+    transposed = is_embedding or bool(settings.config.get("fan_in_fan_out"))
+    return LowRank(a, b, settings.scale(module), transposed)
 
 
-def _scale(folder: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
-    """Return α / r, or α / √r for rslora, with the patterns that PEFT matches against the end of a module's name."""
+def of_parameter(settings: LoraSettings, factors: LowRank, module: str, names: Sequence[str]) -> LowRank:
+    """Return the factors of a tensor with its scale and its number of matrices, by the first of the names that fits.
 
-    def configured(default: str, pattern: str) -> float:
-        try:
-            for key, value in (config.get(pattern) or {}).items():
-                if re.match(rf"(.*\.)?({key})$", module):
-                    return float(value)
-            return float(config[default])
-        except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-            raise PatchError(f"{folder}/{ADAPTER_CONFIG}: {default} or {pattern} is damaged; mend it") from error
-
-    expected = configured("r", "rank_pattern")
-    if expected != rank:
-        raise PatchError(f"{folder}: {module} has rank {rank}; {ADAPTER_CONFIG} says {expected:g}; mend it")
-    return configured("lora_alpha", "alpha_pattern") / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    A has r rows for each matrix. Raises PatchError where its rows are no multiple of r.
+    """
+    rows = factors.a.shape[0]
+    ranks = {name: settings.rank(name) for name in names}
+    name = next((name for name, rank in ranks.items() if rank > 0 and rows % rank == 0), None)
+    if name is None:
+        expected = " or ".join(f"{rank}" for rank in dict.fromkeys(ranks.values()))
+        raise PatchError(
+            f"{settings.folder}: {module} has lora_A of {rows} rows, which is no multiple of the rank {expected} that "
+            f"{ADAPTER_CONFIG} says for a stack of experts; mend it"
+        )
+    return replace(factors, scale=settings.scale(name), num_matrices=rows // ranks[name])
 
 
 def _check_float(folder: Path, name: str, tensor: StoredTensor) -> None:

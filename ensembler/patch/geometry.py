@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -17,10 +17,12 @@ from torch import Tensor
 from ensembler.errors import ConfigError, PatchError
 from ensembler.extras import require
 from ensembler.files import write_whole
-from ensembler.patch.addition import DTYPES, load_factors, read_finite
+from ensembler.patch.addition import DTYPES, load_factors, load_pieces, read_finite
+from ensembler.patch.boxes import Shape, stack_shape
 from ensembler.patch.formats import Patch
+from ensembler.patch.low_rank import Pieces
 from ensembler.patch.patch_plan import plan_patches
-from ensembler.safetensors_files import StoredTensor, listed
+from ensembler.safetensors_files import StoredModel, StoredTensor, listed
 
 _DENSE_SIZE = 128  # below it a full decomposition is quicker than an iteration
 
@@ -154,7 +156,7 @@ def inspect_patch(
     if not names:
         raise PatchError(f"{patch.folder} only replaces {listed(patch.replaced)}; there is no delta to measure")
     if other is not None:
-        alone = sorted(set(names) ^ {*other.low_rank, *other.full})
+        alone = sorted(set(names) ^ {*other.low_rank, *other.pieces, *other.full})
         if alone:
             raise PatchError(
                 f"{patch.folder} and {other.folder} change different tensors: {listed(alone)}; give two of one kind"
@@ -162,7 +164,7 @@ def inspect_patch(
     modules = []
     for name in names:
         weight = None if updated is None else updated.tensors[name]
-        before = None if old is None else old.tensors[old_names[_source(patch, name)]]
+        before = None if old is None else _before(patch, name, old, old_names)
         modules.append(_measure(name, patch, other, weight, before))
         if advance is not None:
             advance(1)
@@ -170,19 +172,32 @@ def inspect_patch(
 
 
 def _measured(patch: Patch) -> list[str]:
-    return [name for name in [*patch.low_rank, *patch.full] if name not in patch.replaced]
+    return [name for name in [*patch.low_rank, *patch.pieces, *patch.full] if name not in patch.replaced]
 
 
 def _source(patch: Patch, name: str) -> str:
     """Return the tensor in the patch's own files that changes `name`: the two models may call that otherwise."""
+    if name in patch.pieces:
+        first = patch.pieces[name].pieces[0]
+        return f"{first.factors.a.name} {first.source}"
     return patch.low_rank[name].a.name if name in patch.low_rank else patch.full[name].name
+
+
+def _before(patch: Patch, name: str, old: StoredModel, old_names: Mapping[str, str]) -> StoredTensor:
+    """Return the tensor of the older base for that of the model; raise PatchError where it keeps it otherwise."""
+    source = _source(patch, name)
+    before = old.tensors[old_names[source]] if source in old_names else None
+    if before is None or before.shape != _shape(patch, name):
+        raise PatchError(
+            f"{old.folder} does not keep {name} in one tensor as the model does; give two whose files are alike"
+        )
+    return before
 
 
 def _measure(
     name: str, patch: Patch, other: Patch | None, updated: StoredTensor | None, old: StoredTensor | None
 ) -> ModuleReport:
     delta = _load_delta(patch, name)
-    shape = patch.low_rank[name].shape if name in patch.low_rank else patch.full[name].shape
     values: dict[str, Any] = {}
     if other is not None:
         values["residual"] = _load_delta(other, name).minus(delta).size()
@@ -196,12 +211,27 @@ def _measure(
         total = delta.added_to(weight)
         values["patched"] = size_of_matrix(total)
         values["rounding"] = float((total.to(DTYPES[updated.dtype]).float() - total).double().norm())
-    return ModuleReport(name, shape, delta.rank, delta.size(), **values)
+    return ModuleReport(name, _shape(patch, name), delta.rank, delta.size(), **values)
+
+
+def _shape(patch: Patch, name: str) -> Shape:
+    found = patch.low_rank.get(name) or patch.pieces.get(name) or patch.full[name]
+    return found.shape
 
 
 def _load_delta(patch: Patch, name: str) -> Delta:
-    if name in patch.low_rank:
-        return Delta(*load_factors(patch.low_rank[name]))
+    """Read Δ of a tensor. That of a stack of matrices, or of rows alone, is no product of two factors."""
+    factors, pieces = patch.low_rank.get(name), patch.pieces.get(name)
+    if factors is not None and factors.num_matrices > 1:
+        pieces = Pieces.whole(factors)
+    if pieces is not None:
+        stack, rows, columns = stack_shape(pieces.shape)
+        delta = torch.zeros(stack * rows, columns)
+        for part in load_pieces(pieces, patch.stacks):
+            delta[part.start : part.stop].addmm_(part.left, part.right)
+        return Delta(None, delta)
+    if factors is not None:
+        return Delta(*load_factors(factors))
     return Delta(None, read_finite(patch.full[name]))
 
 

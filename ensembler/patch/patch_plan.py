@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,28 +12,44 @@ from typing import TYPE_CHECKING
 
 from ensembler.errors import PatchError
 from ensembler.patch.formats import Patch
+from ensembler.patch.schemes.quantization_settings import SCHEMES, quantization_of, said_scheme
 from ensembler.safetensors_files import FLOATS, StoredModel, listed, read_model
 
 if TYPE_CHECKING:
+    from ensembler.patch.lora_fitting import Cut
     from ensembler.patch.model_layout import ModelLayout
+    from ensembler.patch.schemes.scheme import QuantizedWeight
+    from ensembler.patch.transports.transport import Transport
 
+_QUANTIZED = "quantised"
 _FUSED = ("qkv_proj", "query_key_value", "gate_up_proj", "c_attn", "Wqkv", "attn_qkv", "in_proj")
 
 
 @dataclass(frozen=True)
 class PatchPlan:
-    """Patches that fit a model; `warnings` are worth a line each."""
+    """Patches that fit a model; `quantized` are its weights that stand as several tensors on disk, by their name.
+
+    `warnings` are worth a line each. `transport`: what carries their updates to this base; None: plain addition.
+    """
 
     model: StoredModel
     patches: tuple[Patch, ...]
     warnings: tuple[str, ...]
+    quantized: Mapping[str, QuantizedWeight]
+    transport: Transport | None = None
 
     @cached_property
     def names(self) -> list[str]:
-        """The tensors that change: a LoRA of zeros changes none."""
+        """The weights that change: a LoRA of zeros changes none."""
         zero = [set(patch.zero_names()) for patch in self.patches]
         changed = set().union(*(patch.names - same for patch, same in zip(self.patches, zero, strict=True)))
-        return [name for name in self.model.tensors if name in changed]
+        return [name for name in dict.fromkeys([*self.model.tensors, *self.quantized]) if name in changed]
+
+    @property
+    def num_weights(self) -> int:
+        """The number of weights: a quantised one is one, whatever it stands as on disk."""
+        parts = sum(len(weight.parts) for weight in self.quantized.values())
+        return len(self.model.tensors) - parts + len(self.quantized)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -43,7 +58,7 @@ class PatchPlan:
         for patch in self.patches:
             if zero := patch.zero_names():
                 found.append(f"{patch.folder}: the LoRA of {listed(zero)} is 0, as before training: it changes nothing")
-        return tuple(found)
+        return (*found, *(() if self.transport is None else self.transport.notes))
 
 
 def plan_patches(patches: Sequence[Patch], model: Path) -> PatchPlan:
@@ -52,17 +67,32 @@ def plan_patches(patches: Sequence[Patch], model: Path) -> PatchPlan:
     Raises PatchError (a module, shape, dtype or kind that does not fit) or MemberError (a file that is not whole).
     """
     from ensembler.patch.model_layout import read_layouts  # torch, which reading a patch needs not
+    from ensembler.patch.schemes.find import find_quantized
 
     stored = read_model(model)
-    layouts = read_layouts(stored)
-    fitted = [_fit(patch, stored, layouts) for patch in patches]
+    quantized = find_quantized(stored)
+    weights = _with_weights(stored, quantized)
+    layouts = read_layouts(weights)
+    fitted = [_fit(patch, weights, layouts, quantized) for patch in patches]
     for number, patch in enumerate(fitted):
         others = set().union(*(other.names for other in [*fitted[:number], *fitted[number + 1 :]]))
         both = sorted(others & patch.replaced.keys())
         if both:
             raise PatchError(f"{patch.folder} replaces {both[0]}, which another patch changes too; leave one out")
-    warnings = (warn_of_other_base(patch, stored) for patch in fitted)
-    return PatchPlan(stored, tuple(fitted), tuple(line for line in warnings if line is not None))
+    warnings = [line for patch in fitted if (line := warn_of_other_base(patch, stored)) is not None]
+    for patch in patches:
+        warnings += patch.unmatched_patterns()
+    return PatchPlan(stored, tuple(fitted), tuple(warnings), quantized)
+
+
+def _with_weights(model: StoredModel, quantized: Mapping[str, QuantizedWeight]) -> StoredModel:
+    """Return the model with quantised weights in place of the tensors that they stand as on disk."""
+    parts = {part.name for weight in quantized.values() for part in weight.parts.values()}
+    tensors = {name: tensor for name, tensor in model.tensors.items() if name not in parts}
+    for name, weight in quantized.items():
+        first = next(iter(weight.parts.values()))
+        tensors[name] = replace(first, name=name, dtype=_QUANTIZED, shape=weight.shape)
+    return replace(model, tensors=tensors)
 
 
 def warn_of_other_base(patch: Patch, model: StoredModel) -> str | None:
@@ -79,7 +109,9 @@ def warn_of_other_base(patch: Patch, model: StoredModel) -> str | None:
     return f"{patch.folder} was made for {patch.base}; this is {model.folder} (expected where that was updated)"
 
 
-def _fit(patch: Patch, model: StoredModel, layouts: Sequence[ModelLayout]) -> Patch:
+def _fit(
+    patch: Patch, model: StoredModel, layouts: Sequence[ModelLayout], quantized: Mapping[str, QuantizedWeight]
+) -> Patch:
     """Return the patch under the model's names on disk, its factors turned as the layers are.
 
     Raises PatchError unless it fits one of the classes that load the model, or where any of them ties a weight that it
@@ -95,28 +127,76 @@ def _fit(patch: Patch, model: StoredModel, layouts: Sequence[ModelLayout]) -> Pa
     misfits: list[PatchError] = []
     for layout in layouts:
         try:
-            return _fit_class(patch, model, layout)
+            return _turned(_fit_class(patch, model, layout), quantized)
         except PatchError as misfit:
             misfits.append(misfit)
     raise misfits[0]
 
 
 def _fit_class(patch: Patch, model: StoredModel, layout: ModelLayout) -> Patch:
+    from ensembler.patch.lora_fitting import cut_loras, with_parameter_names
+
+    patch = with_parameter_names(patch, layout, model.folder)
     loaded = {name: layout.find(name) or name for name in (*patch.names, *patch.carried)}
     on_disk = {name: _names_on_disk(name, found, patch, model, layout) for name, found in loaded.items()}
-    _check_names(patch, model, layout, loaded, on_disk)
-    kinds = {on_disk[name][0]: layout.kinds.get(loaded[name]) for name in patch.low_rank}
+    direct = {
+        name: factors
+        for name, factors in patch.low_rank.items()
+        if on_disk[name] and factors.num_matrices == 1 and len(model.tensors[on_disk[name][0]].shape) < 3
+    }
+    shapes = {name: tensor.shape for name, tensor in model.tensors.items()}
+    others = [name for name in patch.low_rank if name not in direct]
+    cut = cut_loras(patch, others, shapes, layout, model.folder)
+    on_disk |= {name: cut.tensors.get(name, []) for name in others}
+    _check_names(patch, model, layout, loaded, on_disk, cut)
+    kinds = {on_disk[name][0]: layout.kinds.get(loaded[name]) for name in direct}
+    if twice := sorted(kinds.keys() & {*cut.low_rank, *cut.pieces}):
+        first, second = sorted(name for name in patch.low_rank if twice[0] in on_disk[name])[:2]
+        raise PatchError(
+            f"{patch.folder} holds {first} and {second}, and both change {twice[0]} in {model.folder}; take one out"
+        )
     fitted = replace(
         patch,
-        low_rank={on_disk[name][0]: factors for name, factors in patch.low_rank.items()},
+        low_rank={on_disk[name][0]: factors for name, factors in direct.items()},
         replaced={on_disk[name][0]: stored for name, stored in patch.replaced.items()},
         full={each: stored for name, stored in patch.full.items() for each in on_disk[name]}
         | {name: stored for name, stored in patch.full.items() if name in model.tensors},
         carried={on_disk[name][0]: stored for name, stored in patch.carried.items() if on_disk[name]},
+        notes=(*patch.notes, *_notes(patch, model, on_disk, cut.tensors)),
     ).oriented(lambda name: None if kinds[name] is None else kinds[name] == "transposed")
+    fitted = replace(fitted, low_rank={**fitted.low_rank, **cut.low_rank}, pieces=cut.pieces)
     tokens = {each for name in layout.token_weights for each in layout.on_disk(name)}
     _check_shapes(fitted, model, tokens)
     return fitted
+
+
+def _notes(
+    patch: Patch, model: StoredModel, on_disk: Mapping[str, Sequence[str]], cut: Mapping[str, Sequence[str]]
+) -> list[str]:
+    """Say which names are others in the model, and which LoRAs are for parts of its tensors or for several of them."""
+    renamed = [(name, on_disk[name][0]) for name in sorted(patch.names - cut.keys()) if name not in on_disk[name]]
+    moved = {name: list(dict.fromkeys(found)) for name, found in sorted(cut.items()) if {*found} != {name}}
+    notes = []
+    if renamed:
+        name, other = renamed[0]
+        more = f" ({len(renamed):,} names in all)" if len(renamed) > 1 else ""
+        notes.append(f"{patch.folder}: {name} is {other} in the files of {model.folder}{more}")
+    if moved:
+        name, tensors = next(iter(moved.items()))
+        more = f" ({len(moved):,} LoRAs in all)" if len(moved) > 1 else ""
+        notes.append(f"{patch.folder}: the LoRA of {name} is added to {listed(tensors)} in {model.folder}{more}")
+    return notes
+
+
+def _turned(patch: Patch, quantized: Mapping[str, QuantizedWeight]) -> Patch:
+    """Return the patch with its factors turned where a scheme keeps a weight as (in, out)."""
+    turned = {name for name, weight in quantized.items() if weight.scheme.is_transposed}
+    low_rank = {
+        name: replace(factors, transposed=not factors.transposed) if name in turned else factors
+        for name, factors in patch.low_rank.items()
+    }
+    pieces = {name: each.transposed() if name in turned else each for name, each in patch.pieces.items()}
+    return replace(patch, low_rank=low_rank, pieces=pieces)
 
 
 def _names_on_disk(name: str, loaded: str, patch: Patch, model: StoredModel, layout: ModelLayout) -> list[str]:
@@ -151,6 +231,7 @@ def _check_names(
     layout: ModelLayout,
     loaded: Mapping[str, str],
     on_disk: Mapping[str, Sequence[str]],
+    cut: Cut,
 ) -> None:
     given: dict[str, str] = {}
     for name in sorted(patch.names):
@@ -160,12 +241,19 @@ def _check_names(
                 f"{patch.folder} holds {first} and {name}, and both are {loaded[name]} in {model.folder}; take one out"
             )
     missing = sorted(name for name in patch.names if not on_disk[name])
+    unfit = next((name for name in missing if name in cut.reasons), None)
+    if unfit is not None and not any(other.startswith(f"{unfit.removesuffix('.weight')}.") for other in model.tensors):
+        raise PatchError(
+            f"{patch.folder} changes {unfit}, which {cut.reasons[unfit]} in {model.folder}; give a model and a patch "
+            "of one architecture and size"
+        )
     if missing:
         raise PatchError(
             f"{patch.folder} changes {len(missing):,} of {len(patch.names):,} tensors that {model.folder} does not "
             f"have: {listed(missing)}; {_why_missing(missing, model, layout)}"
         )
-    extra = sorted(_targeted(patch, model, layout, {loaded[name] for name in patch.names}))
+    found = {loaded[name] for name in patch.names - cut.tensors.keys()}.union(*cut.weights.values())
+    extra = sorted(_targeted(patch, model, layout, found) - set().union(*cut.tensors.values()))
     if extra:
         raise PatchError(
             f"{model.folder} has {len(extra):,} matrices that {patch.folder} says it changes and holds nothing for: "
@@ -177,6 +265,7 @@ def _check_shapes(patch: Patch, model: StoredModel, tokens: Collection[str]) -> 
     """Raise PatchError where a shape or a dtype does not fit; `tokens` are the tensors with a row for each token."""
     shapes: dict[str, tuple[int, ...]] = {name: factors.shape for name, factors in patch.low_rank.items()}
     shapes |= {name: stored.shape for name, stored in {**patch.full, **patch.replaced}.items()}
+    shapes |= {name: model.tensors[name].shape for name in patch.pieces}
     for name, stored in patch.carried.items():
         if name in tokens and stored.shape > model.tensors[name].shape:  # trained on tokens that the model lacks
             shapes.setdefault(name, stored.shape)
@@ -187,10 +276,10 @@ def _check_shapes(patch: Patch, model: StoredModel, tokens: Collection[str]) -> 
                 f"{name} in {folder} is float64, and sums are taken in float32; save the model in that first: "
                 + _command(f'm = M.from_pretrained({_quoted(folder)}, dtype="float32")', f"{folder}-float32")
             )
-        if tensor.dtype not in FLOATS.values():
+        if tensor.dtype not in (*FLOATS.values(), _QUANTIZED):
             raise PatchError(
-                f"{name} in {folder} is stored as {tensor.dtype}; expected one of {', '.join(FLOATS)}; give the model "
-                "in one of them, before any quantisation"
+                f"{name} in {folder} is stored as {tensor.dtype} ({said_scheme(model)}); expected one of "
+                f"{', '.join(FLOATS)}, or {SCHEMES}; give the model before any quantisation"
             )
         if name in tokens and shape[1:] == tensor.shape[1:] and shape > tensor.shape:
             raise PatchError(
@@ -223,8 +312,11 @@ def _quoted(name: str | Path) -> str:
 def _why_missing(missing: Sequence[str], model: StoredModel, layout: ModelLayout) -> str:
     """Return the likeliest reason: quantised, several modules in one matrix, another architecture or class."""
     folder = model.folder.name
-    if model.config.get("quantization_config"):
-        return f"{folder} is quantised; give the model before that"
+    if quantization_of(model):
+        return (
+            f"{folder} is quantised ({said_scheme(model)}), and no scheme that is known holds these ({SCHEMES}); give "
+            "the model before that"
+        )
     parents = {name.rsplit(".", 2)[0] for name in missing}
     for name in model.tensors:
         if name.rsplit(".", 2)[0] in parents and any(word in name for word in _FUSED):
@@ -234,29 +326,24 @@ def _why_missing(missing: Sequence[str], model: StoredModel, layout: ModelLayout
     return "it was made for another architecture"
 
 
-def _targeted(patch: Patch, model: StoredModel, layout: ModelLayout, found: set[str]) -> list[str]:
+def _targeted(patch: Patch, model: StoredModel, layout: ModelLayout, found: set[str]) -> set[str]:
     """Return the matrices that the patch's target_modules match, as PEFT matches them, and that are not in `found`.
 
     These are layers of the class, or of its text model alone where all changes lie in that. Experts that are fused when
     loaded count where the patch changes one of them: it was then made with an older class, which had them as layers.
     """
-    targets = patch.targets
-    if targets is None:
-        return []
+    from ensembler.patch.lora_fitting import is_target
+
+    if patch.targets is None:
+        return set()
     if layout.is_known:
         names = {name for name in layout.kinds if name in layout.stored}
         inside = "" if layout.text_model is None else layout.text_model[1]
-        if all(name.startswith(inside) for name in found):
+        if all(name.startswith(inside) or name in layout.token_weights for name in found):
             names = {name for name in names if name.startswith(inside) or name in layout.token_weights}
         if layout.fused & found:
             names |= {name for name in layout.fused if len(model.tensors[name].shape) == 2}
     else:
         names = {name for name, tensor in model.tensors.items() if len(tensor.shape) == 2}
     matrices = {name: name.removesuffix(".weight") for name in names - found}
-    if isinstance(targets, str):
-        try:
-            return [name for name, module in matrices.items() if re.fullmatch(targets, module)]
-        except re.error as error:
-            raise PatchError(f"{patch.folder}: target_modules {targets!r} is no regular expression; mend it") from error
-    endings = tuple(f".{target}" for target in targets)
-    return [name for name, module in matrices.items() if module in targets or module.endswith(endings)]
+    return {name for name, module in matrices.items() if is_target(patch, module)}

@@ -18,7 +18,7 @@ from ensembler.patch.patch_plan import PatchPlan, plan_patches
 from ensembler.planning.vllm_plan import can_split, num_heads
 from ensembler.preflight import CheckedEnsemble
 
-LOAD_FORMAT = "ensembler"
+LOAD_FORMAT, PATCHED = "ensembler", "patched"
 READER = "ensembler.serving.vllm_audit.AuditReader"  # in vLLM's workers, which count tokens where it is
 TRANSFORMERS, VLLM = BACKENDS = ("transformers", "vllm")
 _ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}

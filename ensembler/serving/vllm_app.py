@@ -1,4 +1,4 @@
-"""What our middleware needs of vLLM in the process of its server: its check of keys, and errors of failed members."""
+"""The needs of our middleware in the process of vLLM's server: its check of keys, and errors of failed members."""
 
 from __future__ import annotations
 

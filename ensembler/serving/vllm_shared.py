@@ -132,7 +132,7 @@ class _Part:
         kinds = {patch.low_rank[name].transposed for patch in plan.patches if name in patch.low_rank}
         is_whole = any(name in patch.full or name in patch.replaced for patch in plan.patches)
         update = load_update(plan.patches, name)
-        if is_whole or len(kinds) != 1 or update.left is None or update.right is None:
+        if is_whole or update.parts or len(kinds) != 1 or update.left is None or update.right is None:
             raise _NotShared(f"its patch changes {name} as a whole")
         turned = kinds.pop()
         a, b = (update.left.T, update.right.T) if turned else (update.right, update.left)

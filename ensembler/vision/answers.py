@@ -149,6 +149,8 @@ _OF_TEXTS = (
     "gen_kwargs",
     "chat_template_kwargs",
     "allow_renamed_special",
+    "transport_data",
+    "transport_texts",
 )
 
 

@@ -124,7 +124,10 @@ def test_a_quantised_model_without_the_tensors_is_called_quantised(tmp_path: Pat
         model / "model.safetensors", lambda state: {k.replace("q_proj.w", "q_proj.qw"): v for k, v in state.items()}
     )
     edit_json(model / "config.json", quantization_config={"quant_method": "gptq"})
-    with pytest.raises(PatchError, match="model is quantised; give the model before that"):
+    with pytest.raises(
+        PatchError,
+        match=r"model is quantised \(quant_method 'gptq' in its config\.json\), and no .*; give the model before that",
+    ):
         plan_patches([read_patch(lora)], model)
 
 
