@@ -122,6 +122,7 @@ def bench() -> None:
     \b
     ensembler bench RECIPE.yaml --output results
     ensembler bench compare results other-results
+    ensembler bench expiry --floor 85 update-1 update-2 update-3
     """
 
 
@@ -285,3 +286,31 @@ def compare(a: Path, b: Path, as_json: bool) -> None:
             click.echo(json.dumps(pair, ensure_ascii=False))
     else:
         print_pairs(pairs, str(a), str(b))
+
+
+@bench.command()
+@click.argument("results", type=PATH, nargs=-1, required=True)
+@_running("--floor", type=float, required=True, help="The lowest score to accept, as tables show it: 85 is 85 %.")
+@output_option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
+def expiry(results: tuple[Path, ...], floor: float, as_json: bool) -> None:
+    """Fit the decline of the patch over updates of the base and say when it crosses a floor.
+
+    RESULTS are the folders of three or more benchmarks in the order of time, each with another base as target_pt, and
+    with the same patch and tasks.
+
+    \b
+    ensembler bench expiry --floor 85 update-1 update-2 update-3
+    """
+    from ensembler.extras import require as require_package
+
+    require_package("pydantic", "eval")
+    from ensembler.cli.figures_output import print_expiries
+    from ensembler.evaluation.expiry import find_expiries, tell_expiry
+    from ensembler.evaluation.report import json_text
+
+    found = find_expiries(results, floor)
+    if as_json:
+        for one in found:
+            click.echo(json_text({**vars(one), "sentence": tell_expiry(one)}))
+    else:
+        print_expiries(found)

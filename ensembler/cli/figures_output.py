@@ -19,6 +19,7 @@ from ensembler.planning.sizes import show_digits
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ensembler.evaluation.expiry import Expiry
     from ensembler.evaluation.figures import TaskFigures
     from ensembler.evaluation.methods import Study
     from ensembler.evaluation.runner import Runner
@@ -114,6 +115,28 @@ def _side(method: Mapping[str, Any] | None, *, percent: bool) -> str:
     more += ["" if speed is None else f"{show_digits(speed['median'])} tokens/s"]
     interval = show_interval(Interval(**method["test"]), percent=percent)
     return "\n".join(filter(None, (interval, ", ".join(filter(None, more)))))
+
+
+def print_expiries(expiries: Sequence[Expiry]) -> None:
+    """Print for each task the score of the patch at every update, then when it crosses the floor, and notes."""
+    from ensembler.cli.tables import console
+    from ensembler.evaluation.expiry import tell_expiry
+    from ensembler.evaluation.figures import show_interval
+
+    out = console(plain_width=WIDTH)
+    say = partial(out.print, markup=False, soft_wrap=not out.is_terminal)
+    for one in expiries:
+        metric = f"{one.metric}{', %' if one.is_percent else ''} (95 % interval)"
+        scores = [show_interval(score, percent=one.is_percent) for score in one.scores]
+        rows = [
+            {"results": folder, "update": str(number), "base": base, metric: score}
+            for number, (folder, base, score) in enumerate(zip(one.folders, one.bases, scores, strict=True), start=1)
+        ]
+        out.print(_table(rows, out.width), end="\n\n")
+        for line in (tell_expiry(one), *(f"* {note}" for note in one.notes)):
+            say(line)
+        say("")
+    say("Intervals are of 95 %, over test documents: they hold where later updates go on as these did.")
 
 
 _SUMMARY = "summary"  # of several processes that finish together the one that claims it writes it

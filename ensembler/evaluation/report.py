@@ -46,12 +46,13 @@ def write_report(
     folder = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(loader=folder, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     summaries = [{**vars(task), "recommendation": recommendation(task), "verdict": verdict(task)} for task in tasks]
-    escaped = html.escape(_json(settings), quote=False)  # a third of it is quotes
+    escaped = html.escape(json_text(settings, indent=2), quote=False)  # a third of it is quotes
     shown = {"name": name, "description": description, "tasks": tasks, "command": command, "settings": escaped}
     makers = {"tables": figures, "pictures": pictures, "changed": changed}
     makers |= {"recommendation": recommendation, "verdict": verdict}
+    summary = {"name": name, "command": command, "tasks": summaries, "settings": settings}
     files: dict[str, str | bytes] = {
-        SUMMARY: _json({"name": name, "command": command, "tasks": summaries, "settings": settings}) + "\n",
+        SUMMARY: json_text(summary, indent=2) + "\n",
         **{pictures.FILES[one]: pictures.draw_png(one, of) for one, of in pictures.pictures_of(tasks).items()},
         REPORT: environment.get_template("report.html.jinja").render(shown, **makers),
     }
@@ -87,8 +88,8 @@ def compare_folders(a: Path, b: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _read(folder: Path) -> dict[tuple[Any, ...], tuple[dict[str, Any] | None, str]]:
-    """The methods of a folder by their names, each with a hash of its test documents."""
+def read_summary(folder: Path) -> list[dict[str, Any]]:
+    """Return the tasks of a folder's summary.json. Raises OutputError for a folder without one of this version."""
     path = folder / SUMMARY
     if (folder / FILE).exists() and not path.exists():
         raise OutputError(f"{folder} is of a run that has not finished; run its command again, which goes on with it")
@@ -96,15 +97,26 @@ def _read(folder: Path) -> dict[tuple[Any, ...], tuple[dict[str, Any] | None, st
         found = f"holds no {SUMMARY}" if folder.is_dir() else "is no folder"
         raise OutputError(f"{folder} {found}; give {_EXPECTED}")
     try:
-        return {
-            (*((name, task[name]) for name in _KEY), ("method", method["method"])): (method, task["tests"])
-            for task in json.loads(path.read_text(encoding="utf-8"))["tasks"]
-            for method in task["methods"]
-        }
+        tasks: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+        for task in tasks:
+            _by_method(task)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(
             f"{path} is no summary of this version; run the command that wrote it again, or give {_EXPECTED}"
         ) from error
+    return tasks
+
+
+def _read(folder: Path) -> dict[tuple[Any, ...], tuple[dict[str, Any] | None, str]]:
+    """The methods of a folder by their names, each with a hash of its test documents."""
+    return {key: found for task in read_summary(folder) for key, found in _by_method(task).items()}
+
+
+def _by_method(task: Mapping[str, Any]) -> dict[tuple[Any, ...], tuple[dict[str, Any] | None, str]]:
+    return {
+        (*((name, task[name]) for name in _KEY), ("method", method["method"])): (method, task["tests"])
+        for method in task["methods"]
+    }
 
 
 def _names(methods: Iterable[tuple[tuple[str, Any], ...]]) -> str:
@@ -115,8 +127,9 @@ def _names(methods: Iterable[tuple[tuple[str, Any], ...]]) -> str:
     return "; ".join(f"{measured}: {', '.join(keys)}" for measured, keys in found.items())
 
 
-def _json(content: Mapping[str, Any]) -> str:
-    return str(require("pydantic_core", "eval").to_json(content, indent=2, inf_nan_mode="null"), "utf-8")
+def json_text(content: Mapping[str, Any], *, indent: int | None = None) -> str:
+    """Return `content` as JSON, where null is a number that is not finite."""
+    return str(require("pydantic_core", "eval").to_json(content, indent=indent, inf_nan_mode="null"), "utf-8")
 
 
 _NUM_DOCUMENTS = 10
