@@ -296,6 +296,31 @@ def decoding_options(function: Decorated) -> Decorated:
     return command
 
 
+_patch = section("Patch")
+_TRANSPORT_OPTIONS = (
+    _patch(
+        "--transport",
+        default="add",
+        show_default=True,
+        metavar="NAME",
+        help="How PATCH is carried to MODEL: add, orthogonal or sign-mask.",
+    ),
+    _patch("--from", "old", metavar="MODEL", help="The base that PATCH was made for, for --transport orthogonal."),
+    _patch(
+        "--data",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Lines with prompt and answer, for --transport sign-mask.",
+    ),
+)
+
+
+def transport_options(function: Decorated) -> Decorated:
+    """Add --transport, --from and --data; the command gets them as `transport`, `old` and `data`."""
+    command: Decorated = _with_options(function, _TRANSPORT_OPTIONS)
+    return command
+
+
 prompt_option, output_option = section("Prompts"), section("Input and output")
 TEMPLATE_KWARGS: dict[str, Any] = {
     "type": JsonObject(),

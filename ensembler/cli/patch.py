@@ -7,38 +7,26 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from ensembler.cli.command_class import Command, Decorated, log, section
-from ensembler.cli.option_groups import PATH, output_option, replace_option
+from ensembler.cli.command_class import Command, log, section
+from ensembler.cli.option_groups import PATH, output_option, replace_option, transport_options
 from ensembler.errors import ConfigError
 
 if TYPE_CHECKING:
     from ensembler.patch.patch_plan import PatchPlan
 
 _patch = section("Patch")
+_device = _patch(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="DEVICE",
+    help="Device of the arithmetic: cpu, cuda, cuda:1 ...; verify takes that of apply.",
+)
 _SCALE = "Strength of PATCH, or of its modules that match (down_proj=0.5); repeat it.  [default: 1]"
-
-
-def _transport_options(function: Decorated) -> Decorated:
-    """Add --transport, --from and --data; the command gets them as `transport`, `old` and `data`."""
-    command: Any = function
-    for option in (
-        _patch("--data", type=PATH, metavar="FILE", help="Lines with prompt and answer, for --transport sign-mask."),
-        _patch("--from", "old", metavar="MODEL", help="The base that PATCH was made for, for --transport orthogonal."),
-        _patch(
-            "--transport",
-            default="add",
-            show_default=True,
-            metavar="NAME",
-            help="How PATCH is carried to MODEL: add, orthogonal or sign-mask.",
-        ),
-    ):
-        command = option(command)
-    decorated: Decorated = command
-    return decorated
 
 
 class _Group(click.Group):
@@ -70,7 +58,8 @@ def patch() -> None:
     help="Warn where quantising again loses more of PATCH in a module.",
 )
 @_patch("--keep-bf16", multiple=True, metavar="PATTERN", help="Write these quantised modules in bfloat16; repeat it.")
-@_transport_options
+@transport_options
+@_device
 @_patch("--check", is_flag=True, help="Only say whether it fits, from the headers of the files.")
 @_patch("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
 @_patch("--unwrap", is_flag=True, help="Leave out what torch.compile, FSDP or DDP put into the names in PATCH.")
@@ -88,6 +77,7 @@ def apply(
     transport: str,
     old: str | None,
     data: Path | None,
+    device: str,
     check: bool,
     allow_pickle: bool,
     unwrap: bool,
@@ -103,11 +93,13 @@ def apply(
     """
     from ensembler.files import other_tokenizer
     from ensembler.patch.apply import apply_plan, check_output
+    from ensembler.patch.patch_device import find_device
     from ensembler.patch.requantize import kept_weights
 
     if output is None and not check:
         raise ConfigError("--output is missing; name the new folder, or add --check to see whether the patch fits")
     _check_dtype(dtype)
+    on = find_device(device)
     plan = _plan(patch, to, scale, also, scale2, allow_pickle=allow_pickle, unwrap=unwrap)
     kept_weights(plan, keep_bf16)  # patterns that match nothing are told before the work of a transport
     if output is not None and not check:
@@ -131,7 +123,9 @@ def apply(
 
     with byte_progress("writing", plan.model.num_bytes) as advance:
         start = time.monotonic()
-        done = apply_plan(plan, output, dtype=dtype, keep_bf16=keep_bf16, overwrite=overwrite, advance=advance)
+        done = apply_plan(
+            plan, output, dtype=dtype, keep_bf16=keep_bf16, overwrite=overwrite, device=on, advance=advance
+        )
     seconds = time.monotonic() - start
     changed = f"{len(plan.names)} of {plan.num_weights} tensors changed"
     log.info("%s: %s, %s in %.1f s", output, changed, show_size(done.num_bytes), seconds)
@@ -236,7 +230,8 @@ def transport(
 @_patch("--scale", multiple=True, metavar="[PATTERN=]NUMBER", help=_SCALE)
 @_patch("--also", multiple=True, metavar="PATCH2", help="Another patch that was added; repeat it.")
 @_patch("--scale2", type=float, multiple=True, help="Strength of PATCH2, one for each --also.  [default: 1]")
-@_transport_options
+@transport_options
+@_device
 @_patch("--blocks", type=click.IntRange(min=1), default=3, show_default=True, help="Of every tensor.")
 @_patch("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
 @_patch("--unwrap", is_flag=True, help="Leave out what torch.compile, FSDP or DDP put into the names in PATCH.")
@@ -250,6 +245,7 @@ def verify(
     transport: str,
     old: str | None,
     data: Path | None,
+    device: str,
     blocks: int,
     allow_pickle: bool,
     unwrap: bool,
@@ -261,12 +257,14 @@ def verify(
     """
     from ensembler.cli.tables import progress
     from ensembler.files import find_folder
+    from ensembler.patch.patch_device import find_device
     from ensembler.patch.verify import verify_applied
 
+    on = find_device(device)
     plan = _plan(patch, base, scale, also, scale2, allow_pickle=allow_pickle, unwrap=unwrap)
     plan = _carried(plan, transport, old, data)
     with progress(len(plan.model.tensors), label="comparing") as advance:
-        done = verify_applied(plan, find_folder(out), num_blocks=blocks, advance=advance)
+        done = verify_applied(plan, find_folder(out), num_blocks=blocks, device=on, advance=advance)
     click.echo(f"{out}: {done.num_blocks:,} blocks of {done.num_tensors:,} tensors are those of {base} with the patch")
 
 
@@ -291,6 +289,7 @@ def _check_dtype(dtype: str | None) -> None:
 @_patch("--energy", type=float, help="Keep this share of every matrix's ‖Δ‖².  [default: 0.95]")
 @_patch("--full", is_flag=True, help="Keep every delta as it is: as large as the model.")
 @_patch("--dtype", default="float32", show_default=True, metavar="DTYPE", help="Of the factors and deltas.")
+@_device
 @output_option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def extract(
     base: str,
@@ -301,6 +300,7 @@ def extract(
     energy: float | None,
     full: bool,
     dtype: str,
+    device: str,
     as_json: bool,
 ) -> None:
     """Write the difference of two models to DIR: a LoRA that PEFT reads, and beside it what no LoRA holds.
@@ -316,9 +316,11 @@ def extract(
     from ensembler.cli.tables import byte_progress, print_extracted
     from ensembler.files import find_folder
     from ensembler.patch.extract import extract_patch
+    from ensembler.patch.patch_device import find_device
     from ensembler.safetensors_files import read_model
 
     _check_dtype(dtype)
+    on = find_device(device)
     if rank is None and energy is None and not full:
         energy = 0.95
     tuned = find_folder(finetuned)
@@ -332,6 +334,7 @@ def extract(
             full=full,
             dtype=dtype,
             overwrite=overwrite,
+            device=on,
             advance=advance,
         )
     if as_json:

@@ -313,6 +313,13 @@ def print_extracted(extracted: Extracted) -> None:
         kept_as = "in full" if kept.rank is None else f"rank {kept.rank}"
         table.add_row(kept.name, kept_as, f"{kept.energy:.2%}", f"{kept.norm:.4g}")
     out.print(table)
+    bounds = [kept.bound for kept in extracted.kept if kept.bound is not None]
+    if bounds:
+        out.print(
+            f"\n{len(bounds)} large deltas were decomposed at random: the energy kept is measured, and σ_max of the "
+            f"rest is expected to be at most {max(bounds):.1f} times the least at that rank (Halko et al. 2011)",
+            markup=False,
+        )
     in_full = sum(kept.rank is None for kept in extracted.kept)
     out.print(
         f"\n{extracted.out}: {len(extracted.kept) - in_full} tensors as low rank, {in_full} in full beside them, "

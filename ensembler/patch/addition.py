@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from io import FileIO
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -22,16 +22,16 @@ from ensembler.patch.boxes import stack_shape
 from ensembler.patch.formats import Patch
 from ensembler.patch.lora_fitting import fit_loaded
 from ensembler.patch.low_rank import Held, LowRank, Pieces
+from ensembler.patch.patch_device import CPU, block_elements, host_memory, is_finite, on_device
 from ensembler.patch.patch_plan import PatchPlan
 from ensembler.safetensors_files import FLOATS, StoredTensor
 
 DTYPES = {word: getattr(torch, name) for name, word in FLOATS.items()}
 _STORED_DTYPES = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
 _STORED_DTYPES |= {"U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}
-BLOCK_ELEMENTS = 128 * 1024  # half a megabyte in fp32: a block and its factors stay in a core's own cache
 
 
-def read_tensor(stored: StoredTensor, start: int = 0, stop: int | None = None) -> Tensor:
+def read_tensor(stored: StoredTensor, start: int = 0, stop: int | None = None, device: torch.device = CPU) -> Tensor:
     """Return rows [start, stop) of a stored tensor as a matrix (rows, columns), in the dtype of the file.
 
     By plain reads and not by a memory map, whose pages would count as this process's memory.
@@ -39,15 +39,16 @@ def read_tensor(stored: StoredTensor, start: int = 0, stop: int | None = None) -
     rows, columns = stored.matrix
     stop = rows if stop is None else stop
     if stored.values is not None:
-        return stored.values.reshape(rows, columns)[start:stop]
+        return on_device(stored.values.reshape(rows, columns)[start:stop], device)
     if rows * columns == 0:
-        return torch.empty(stop - start, columns, dtype=_STORED_DTYPES[stored.dtype])
+        return torch.empty(stop - start, columns, dtype=_STORED_DTYPES[stored.dtype], device=device)
     row_bytes = stored.num_bytes // rows
-    buffer = bytearray((stop - start) * row_bytes)
+    values = host_memory((stop - start) * row_bytes, device)
+    buffer: Any = values.numpy()
     with reading(stored.file), stored.file.open("rb", buffering=0) as file:
         file.seek(stored.start + start * row_bytes)
         fill(memoryview(buffer), file, stored)
-    return torch.frombuffer(buffer, dtype=_STORED_DTYPES[stored.dtype]).view(stop - start, columns)
+    return on_device(values.view(_STORED_DTYPES[stored.dtype]).view(stop - start, columns), device)
 
 
 def fill(buffer: memoryview, file: FileIO, stored: StoredTensor) -> None:
@@ -124,6 +125,14 @@ class WeightUpdate:
     def _most_rows(self) -> int:
         return max((part.stop - part.start for part in self.parts), default=0)
 
+    def to(self, device: torch.device) -> WeightUpdate:
+        """Return the update with its factors on a device; full deltas are read to it when they are added."""
+        if device.type == "cpu":
+            return self
+        left, right = (None if each is None else on_device(each, device) for each in (self.left, self.right))
+        parts = [RowUpdate(p.start, on_device(p.left, device), on_device(p.right, device)) for p in self.parts]
+        return replace(self, left=left, right=right, parts=tuple(parts))
+
     def parts_in(self, start: int, stop: int) -> Iterator[RowUpdate]:
         """Yield the parts of rows [start, stop), each cut to these rows."""
         first = bisect_right(self._starts, start - self._most_rows)
@@ -197,48 +206,83 @@ def planned_update(plan: PatchPlan, name: str) -> WeightUpdate:
     return update if plan.transport is None else plan.transport.apply(name, update)
 
 
-def patched(weight: Tensor, update: WeightUpdate, *, dtype: torch.dtype, start: int = 0) -> Tensor:
+class SumCheck:
+    """Finds NaN and infinity in the patched blocks of one tensor: the host waits for a GPU once, at the end.
+
+    Any NaN or infinity shows in the sum, a tenth of the time of isfinite; a tensor that is only cast may hold them.
+    """
+
+    def __init__(self, update: WeightUpdate, dtype: torch.dtype) -> None:
+        self.update, self.dtype = update, dtype
+        is_only_cast = update.left is None and update.replacement is None and not (update.full or update.parts)
+        self.is_needed = dtype == torch.float16 or not is_only_cast
+        self._sums: list[Tensor] = []
+
+    def add(self, total: Tensor, result: Tensor) -> None:
+        """Take in a block: its sum in fp32, and that rounded to the dtype."""
+        if self.is_needed:
+            values = result if self.dtype == torch.float16 else total
+            self._sums.append(values.sum(dtype=torch.float32))
+
+    def close(self) -> None:
+        """Raise PatchError for NaN or infinity in a full delta, RunError where a sum is none or too large."""
+        if is_finite(self._sums):
+            return
+        for stored in filter(None, (self.update.replacement, *(stored for stored, _ in self.update.full))):
+            rows, columns = stored.matrix
+            step = max(1, block_rows(rows, columns))
+            for start in range(0, rows, step):
+                read_finite(stored, start, min(start + step, rows))
+        if self.dtype == torch.float16:
+            raise RunError("a patched value is too large for float16 (65,504); write bfloat16 with --dtype bfloat16")
+        name = str(self.dtype).removeprefix("torch.")
+        raise RunError(f"a patched value is NaN or too large for {name}; give a smaller scale")
+
+
+def patched(
+    weight: Tensor, update: WeightUpdate, *, dtype: torch.dtype, start: int = 0, check: SumCheck | None = None
+) -> Tensor:
     """Return rows of W + Δ: fp32 arithmetic, one rounding to `dtype`.
 
     `weight` (rows, columns) are the rows of W from `start` on, in any float dtype; an fp32 one may be overwritten.
-    Raises PatchError for NaN or infinity in a full delta, RunError where a sum is none or too large for `dtype`.
+    `check` takes in the rows and raises when it is closed; without one, they are checked here. Raises PatchError for
+    NaN or infinity in a full delta, RunError where a sum is none or too large for `dtype`.
     """
     stop = start + weight.shape[0]
     device = weight.device
     total = weight.float()
     if update.replacement is not None:
-        total = read_finite(update.replacement, start, stop).to(device)
+        total = read_tensor(update.replacement, start, stop, device).float()
     if update.left is not None and update.right is not None:
         total.addmm_(update.left[start:stop].to(device), update.right.to(device))
     for part in update.parts_in(start, stop):
         total[part.start - start : part.stop - start].addmm_(part.left.to(device), part.right.to(device))
     for stored, scale in update.full:
-        total.add_(read_finite(stored, start, stop).to(device), alpha=scale)
+        total.add_(read_tensor(stored, start, stop, device).float(), alpha=scale)
     result = total.to(dtype)
-    # Any NaN or infinity shows in the sum, a tenth of the time of isfinite; a tensor that is only cast may hold them.
-    is_half = dtype == torch.float16
-    is_only_cast = update.left is None and update.replacement is None and not (update.full or update.parts)
-    if (is_half or not is_only_cast) and not math.isfinite((result if is_half else total).sum(dtype=torch.float32)):
-        if is_half:
-            raise RunError("a patched value is too large for float16 (65,504); write bfloat16 with --dtype bfloat16")
-        name = str(dtype).removeprefix("torch.")
-        raise RunError(f"a patched value is NaN or too large for {name}; give a smaller scale")
+    own = check or SumCheck(update, dtype)
+    own.add(total, result)
+    if check is None:
+        own.close()
     return result
 
 
-def block_rows(rows: int, columns: int) -> int:
+def block_rows(rows: int, columns: int, device: torch.device = CPU) -> int:
     """Return the number of rows of a weight that are changed at a time."""
-    return min(rows, max(1, BLOCK_ELEMENTS // max(1, columns)))
+    return min(rows, max(1, block_elements(device) // max(1, columns)))
 
 
 @torch.no_grad()
 def patch_in_place(weight: Tensor, update: WeightUpdate) -> None:
     """Update a weight in memory, of any shape and device: the blocks and the arithmetic of a file's."""
     matrix = weight.detach().view(-1, weight.shape[-1] if weight.dim() > 1 else 1)
-    step = max(1, block_rows(*matrix.shape))
-    for start in range(0, matrix.shape[0], step):
+    update, check = update.to(weight.device), SumCheck(update, weight.dtype)
+    rows, columns = matrix.shape
+    step = max(1, block_rows(rows, columns, weight.device))
+    for start in range(0, rows, step):
         block = matrix[start : start + step]
-        block.copy_(patched(block, update, dtype=weight.dtype, start=start))
+        block.copy_(patched(block, update, dtype=weight.dtype, start=start, check=check))
+    check.close()
 
 
 def patched_tensors(plan: PatchPlan) -> Iterator[tuple[str, Tensor]]:

@@ -1,7 +1,9 @@
 """Add patches to a model: its files copied block by block to a new folder, the patched rows changed on the way.
 
 A block is a few rows of one tensor that stay in a core's cache; several tensors are on their way at once. Memory is a
-few blocks and LoRA factors, whatever the size of the model.
+few blocks and LoRA factors, whatever the size of the model. On a GPU a block has 32 MiB in fp32. Each thread has a
+stream, a pinned block that it reads into and one that it writes from, so that one thread's copies and sums run while
+others read and write.
 """
 
 from __future__ import annotations
@@ -26,9 +28,20 @@ from torch import Tensor
 
 from ensembler.errors import OutputError, RunError
 from ensembler.files import check_not_input, read_json, reading, scratch_beside
-from ensembler.patch.addition import BLOCK_ELEMENTS, DTYPES, WeightUpdate, block_rows, fill, patched, planned_update
+from ensembler.patch.addition import DTYPES, SumCheck, WeightUpdate, block_rows, fill, patched, planned_update
 from ensembler.patch.card import CARD, MADE_BY, Applied, write_card
 from ensembler.patch.formats import ADAPTER_CONFIG, RECORD, Patch
+from ensembler.patch.patch_device import (
+    BLOCK_ELEMENTS,
+    CPU,
+    block_elements,
+    host_memory,
+    memory_of,
+    num_workers,
+    on_device,
+    on_host,
+    use_own_stream,
+)
 from ensembler.patch.patch_plan import PatchPlan, plan_patches
 from ensembler.patch.requantize import Loss, kept_weights, plain_rows, requantized
 from ensembler.patch.schemes.quantization_settings import is_scale, leave_alone, settings_in
@@ -61,15 +74,16 @@ def apply_plan(
     dtype: str | None = None,
     keep_bf16: Sequence[str] = (),
     overwrite: bool = False,
+    device: torch.device = CPU,
     advance: Callable[[int], None] = lambda num_bytes: None,
 ) -> Applied:
     """Write θ′ + Σ scale · Δθ to the new folder `out` (PortLLM, eq. 6), with all other files of the plan's model.
 
     Quantised weights are quantised again by their own scheme. `dtype`: float32, bfloat16 or float16 for all other
     tensors in one of the three (default: each keeps its own). `keep_bf16`: patterns of quantised modules that become
-    plain ones, as `kept_weights` reads them. `overwrite` replaces an earlier result. `advance` is called with the bytes
-    of each tensor that is written, from several threads. Raises InputError (NaN in a patch, a file that cannot be read)
-    and RunError (a full disk, a sum out of range); neither leaves anything behind.
+    plain ones, as `kept_weights` reads them. `overwrite` replaces an earlier result. `device`: computes the sums.
+    `advance` is called with the bytes of each tensor that is written, from several threads. Raises InputError (NaN in a
+    patch, a file that cannot be read) and RunError (a full disk, a sum out of range); neither leaves anything behind.
     """
     model = plan.model.folder
     check_output(plan, out, overwrite=overwrite)
@@ -78,7 +92,8 @@ def apply_plan(
     num_bytes = sum(target.num_bytes for target in targets)
     with new_folder(out, num_bytes, overwrite=overwrite) as made:
         _copy_other_files(model, made)  # first: a file that cannot be read shows before the long work
-        losses = _write_weights(plan, targets, kept, made, advance)
+        with memory_of(device):
+            losses = _write_weights(plan, targets, kept, made, device, advance)
         applied = Applied(num_bytes, losses, tuple(name.removesuffix(".weight") for name in kept))
         write_card(plan, made, out.name, applied)
         _write_config(plan, targets, made, applied, dtype)
@@ -232,6 +247,7 @@ def _write_weights(
     targets: Sequence[StoredTensor],
     kept: Sequence[str],
     made: Path,
+    device: torch.device,
     advance: Callable[[int], None],
 ) -> dict[str, float]:
     """Fill the weights files, the largest tensors first, so that all cores end together; return what was lost."""
@@ -249,14 +265,15 @@ def _write_weights(
 
     def prepare() -> None:
         torch.set_num_threads(1)
-        longest = max([block_rows(*source.matrix) * _row_bytes(source) for source, _ in tensors], default=0)
-        own.buffer = torch.empty(max(longest, 2 * BLOCK_ELEMENTS), dtype=torch.uint8)
+        use_own_stream(device)
+        longest = max([block_rows(*source.matrix, device) * _row_bytes(source) for source, _ in tensors], default=0)
+        own.buffer = host_memory(max(longest, 2 * block_elements(device)), device)
 
     def write(source: StoredTensor, target: StoredTensor) -> int:
         update = planned_update(plan, source.name) if source.name in changed else None
         with target.file.open("r+b", buffering=0) as new:
             new.seek(target.start)
-            for block in _blocks(source, target, update, own.buffer):
+            for block in _blocks(source, target, update, own.buffer, device):
                 put(new, block)
         return target.num_bytes
 
@@ -265,11 +282,11 @@ def _write_weights(
         with ExitStack() as stack:
             files = {placed[part.name].file for part in weight.parts.values()}
             opened = {file: stack.enter_context(file.open("r+b", buffering=0)) for file in files}
-            for part, start, rows in requantized(weight, update, loss):
+            for part, start, rows in requantized(weight, update, loss, device=device):
                 target = placed[weight.parts[part].name]
                 new = opened[target.file]
                 new.seek(target.start + start * _row_bytes(weight.parts[part]))
-                put(new, _as_bytes(rows))
+                put(new, _as_bytes(on_host(rows)))
         losses[weight.name.removesuffix(".weight")] = loss.share
         return sum(part.num_bytes for part in weight.parts.values())
 
@@ -277,9 +294,9 @@ def _write_weights(
         target = placed[weight.name]
         update = planned_update(plan, weight.name) if weight.name in changed else WeightUpdate()
         with target.file.open("r+b", buffering=0) as new:
-            for start, rows in plain_rows(weight, update, DTYPES[target.dtype]):
+            for start, rows in plain_rows(weight, update, DTYPES[target.dtype], device=device):
                 new.seek(target.start + start * _row_bytes(target))
-                put(new, _as_bytes(rows))
+                put(new, _as_bytes(on_host(rows)))
         return target.num_bytes
 
     def put(new: FileIO, data: memoryview) -> None:
@@ -296,7 +313,7 @@ def _write_weights(
     # Freed at once, and glibc then keeps freed memory up to twice this size: new pages for every block would cost a
     # quarter of the time of quantised weights.
     torch.empty(_KEPT_BYTES, dtype=torch.uint8)
-    with ThreadPoolExecutor(num_threads, initializer=prepare) as pool:
+    with ThreadPoolExecutor(num_workers(device), initializer=prepare) as pool:
         try:
             for done in as_completed([pool.submit(job) for _, job in jobs]):
                 advance(done.result())
@@ -341,9 +358,12 @@ def _reserve(descriptor: int, num_bytes: int) -> None:
 
 
 def _blocks(
-    source: StoredTensor, target: StoredTensor, update: WeightUpdate | None, buffer: Tensor
+    source: StoredTensor, target: StoredTensor, update: WeightUpdate | None, buffer: Tensor, device: torch.device
 ) -> Iterator[memoryview]:
-    """Yield the bytes of one tensor block by block, changed and cast on the way. Raises MemberError."""
+    """Yield the bytes of one tensor block by block, changed and cast on the way; sums are checked at the end.
+
+    Raises MemberError, and what `patched` raises.
+    """
     with reading(source.file), source.file.open("rb", buffering=0) as file:
         file.seek(source.start)
         if update is None and target.dtype == source.dtype:
@@ -353,12 +373,16 @@ def _blocks(
                 yield data
             return
         rows, columns = source.matrix
-        step = max(1, block_rows(rows, columns))
+        dtype = DTYPES[target.dtype]
+        update = update or WeightUpdate()
+        check, update = SumCheck(update, dtype), update.to(device)
+        step = max(1, block_rows(rows, columns, device))
         for start in range(0, rows if columns else 0, step):
             block = buffer[: min(step, rows - start) * _row_bytes(source)]
             fill(_as_bytes(block), file, source)
-            weight = block.view(DTYPES[source.dtype]).view(-1, columns)
-            yield _as_bytes(patched(weight, update or WeightUpdate(), dtype=DTYPES[target.dtype], start=start))
+            weight = on_device(block.view(DTYPES[source.dtype]).view(-1, columns), device)
+            yield _as_bytes(on_host(patched(weight, update, dtype=dtype, start=start, check=check)))
+        check.close()
 
 
 def _row_bytes(stored: StoredTensor) -> int:

@@ -28,14 +28,13 @@ from ensembler.patch.addition import DTYPES, read_tensor
 from ensembler.patch.apply import make_header, new_folder
 from ensembler.patch.formats import ADAPTER_WEIGHTS, DELTAS, PEFT_PREFIX, RECORD
 from ensembler.patch.model_layout import ModelLayout, read_layouts
+from ensembler.patch.patch_device import CPU, memory_of
 from ensembler.patch.patch_plan import resize_command
 from ensembler.patch.peft_check import why_not_read_by_peft
+from ensembler.patch.singular_values import Svd, is_exact, truncate
 from ensembler.safetensors_files import FLOATS, StoredModel, StoredTensor, listed, read_model
 
-# Measured on two cores: up to here the exact decomposition takes a second or less.
-_EXACT_SIZE = 1024
-_OVERSAMPLING = 16
-_NUM_ITERATIONS = 4
+_BATCH_ELEMENTS = 2**25  # deltas that a GPU decomposes together: 128 MiB in fp32, and three times that for the result
 _HEADER_BYTES = 160  # of one tensor beside its name: dtype, shape and offsets, with room to spare
 _ENDINGS = {
     "linear": (".lora_A.weight", ".lora_B.weight"),
@@ -44,51 +43,18 @@ _ENDINGS = {
 }
 
 
-def truncate(matrix: Tensor, *, rank: int | None, energy: float | None) -> tuple[Tensor, Tensor, float]:
-    """Return left (rows, r), right (r, columns) whose product is nearest to `matrix`, and the share of energy it keeps.
-
-    r is `rank`, or the smallest that keeps the share `energy` of ‖matrix‖_F². The singular values are halved between
-    the factors (√σ each). Large matrices are decomposed at random, with a fixed seed (Halko,
-    Martinsson and Tropp, SIAM Review 53(2), 2011, algorithm 5.1): within 1 % of the smallest error even where the
-    singular values do not decay, and then with a few more of them than `energy` needs.
-    """
-    total = matrix.double().square().sum().item()
-    wanted = float(energy or 1.0) * total
-    size = min(matrix.shape)
-    tried = size if size <= _EXACT_SIZE else 32 if rank is None else min(rank, size)
-    while True:
-        left, values, right = _decompose(matrix, tried)
-        kept = values.double().square().cumsum(0)
-        if rank is not None or kept[-1].item() >= wanted or len(values) == size:
-            break
-        tried *= 2
-    if rank is None:
-        rank = 1 + int((kept < wanted * (1 - 1e-7)).sum().item())
-    rank = min(rank, len(values))
-    root = values[:rank].sqrt()
-    return left[:, :rank] * root, root[:, None] * right[:rank], min(kept[rank - 1].item() / total, 1.0)
-
-
-def _decompose(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return left, singular values, right: `rank` and a few more of them, or all where that is no dearer."""
-    num_values = rank + _OVERSAMPLING
-    if num_values > min(matrix.shape) // 4:
-        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
-        return left, values, right
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        left, values, right = torch.svd_lowrank(matrix, q=num_values, niter=_NUM_ITERATIONS)
-    return left, values, right.T
-
-
 @dataclass(frozen=True)
 class KeptDelta:
-    """The kept part of one tensor's delta: `rank` of the factors (None: in full), `norm` ‖Δ‖_F of the whole delta."""
+    """The kept part of one tensor's delta: `rank` of the factors (None: in full), `norm` ‖Δ‖_F of the whole delta.
+
+    `bound` is that of `Truncated`: None where the delta was not decomposed at random.
+    """
 
     name: str
     rank: int | None
     energy: float
     norm: float
+    bound: float | None = None
 
 
 @dataclass(frozen=True)
@@ -127,13 +93,14 @@ def extract_patch(
     full: bool = False,
     dtype: str = "float32",
     overwrite: bool = False,
+    device: torch.device = CPU,
     advance: Callable[[int], None] | None = None,
 ) -> Extracted:
     """Write Δ = finetuned - base to the new folder `out`; give one of `rank`, `energy` (0 to 1] and `full`.
 
-    `dtype` is that of the factors and deltas; `overwrite` replaces an earlier result. Raises PatchError for models
-    whose tensors or shapes differ, ConfigError, MemberError, OutputError before anything is written; RunError when the
-    disk is full.
+    `dtype` is that of the factors and deltas; `overwrite` replaces an earlier result; `device` computes. Raises
+    PatchError for models whose tensors or shapes differ, ConfigError, MemberError, OutputError before anything is
+    written; RunError when the disk is full.
     """
     _check_limit(rank, energy, full)
     check_not_input(out, base, finetuned)
@@ -152,20 +119,20 @@ def extract_patch(
         with (
             _safetensors_writer(made / ADAPTER_WEIGHTS, factor_names) as add_factor,
             _safetensors_writer(made / DELTAS, old.tensors) as add_delta,
+            memory_of(device),
         ):
-            for name, stored in new.tensors.items():
-                delta = _difference(old.tensors[name], stored)
-                if delta is not None and name in kinds:
+            for name, delta, whole in _decomposed(old, new, kinds, device, advance):
+                norm = delta.double().norm().item()
+                if name in kinds:
                     kind = kinds[name]
-                    left, right, share = truncate(delta if kind == "linear" else delta.T, rank=rank, energy=energy)
-                    for ending, factor in zip(_ENDINGS[kind], (right, left), strict=True):
+                    matrix = delta if kind == "linear" else delta.T
+                    found = truncate(matrix, rank=rank, energy=energy, whole=whole)
+                    for ending, factor in zip(_ENDINGS[kind], (found.right, found.left), strict=True):
                         add_factor(f"{PEFT_PREFIX}{modules[name]}{ending}", factor.to(torch_dtype))
-                    kept.append(KeptDelta(name, left.shape[1], share, delta.double().norm().item()))
-                elif delta is not None:
-                    add_delta(name, delta.reshape(stored.shape).to(torch_dtype))
-                    kept.append(KeptDelta(name, None, 1.0, delta.double().norm().item()))
-                if advance is not None:
-                    advance(stored.num_bytes)
+                    kept.append(KeptDelta(name, found.left.shape[1], found.energy, norm, found.bound))
+                else:
+                    add_delta(name, delta.reshape(new.tensors[name].shape).to(torch_dtype))
+                    kept.append(KeptDelta(name, None, 1.0, norm))
         if not kept:
             raise PatchError(f"{finetuned} and {base} have the same weights; there is nothing to extract")
         extracted = Extracted(out, tuple(kept), len(new.tensors) - len(kept), files=_copy_tokenizer(old, new, made))
@@ -175,6 +142,48 @@ def extract_patch(
             extracted = replace(extracted, why_not_peft=why_not_read_by_peft(made, old.folder))
         _write_record(made, extracted, old, new)
     return extracted
+
+
+def _decomposed(
+    old: StoredModel,
+    new: StoredModel,
+    kinds: Mapping[str, str],
+    device: torch.device,
+    advance: Callable[[int], None] | None,
+) -> Iterator[tuple[str, Tensor, Svd | None]]:
+    """Yield (name, Δ, all its singular values where they are known) of tensors that differ.
+
+    A GPU decomposes small matrices of one shape together, those of all layers for example.
+    """
+    for names in _batches(new, kinds, device):
+        deltas = {}
+        for name in names:
+            delta = _difference(old.tensors[name], new.tensors[name], device)
+            if delta is not None:
+                deltas[name] = delta
+            if advance is not None:
+                advance(new.tensors[name].num_bytes)
+        if len(deltas) < 2:
+            yield from ((name, delta, None) for name, delta in deltas.items())
+            continue
+        turned = [delta if kinds[name] == "linear" else delta.T for name, delta in deltas.items()]
+        svd = torch.linalg.svd(torch.stack(turned), full_matrices=False)
+        for (name, delta), left, values, right in zip(deltas.items(), *svd, strict=True):
+            yield name, delta, (left, values, right)
+
+
+def _batches(new: StoredModel, kinds: Mapping[str, str], device: torch.device) -> Iterator[list[str]]:
+    """Yield the names of tensors to decompose together: on a CPU one by one, in the order of the files."""
+    batches: dict[tuple[object, ...], list[str]] = {}
+    for name, stored in new.tensors.items():
+        if device.type == "cpu" or name not in kinds or not is_exact(stored.matrix):
+            yield [name]
+            continue
+        batch = batches.setdefault((kinds[name], stored.matrix), [])
+        batch.append(name)
+        if (len(batch) + 1) * stored.num_elements > _BATCH_ELEMENTS:
+            yield batches.pop((kinds[name], stored.matrix))
+    yield from batches.values()
 
 
 def _copy_tokenizer(old: StoredModel, new: StoredModel, made: Path) -> tuple[str, ...]:
@@ -257,13 +266,13 @@ def _low_rank_kinds(base: StoredModel, layout: ModelLayout) -> dict[str, str]:
     }
 
 
-def _difference(old: StoredTensor, new: StoredTensor) -> Tensor | None:
-    """Return new - old in fp32 as a matrix, or None where the two are equal."""
+def _difference(old: StoredTensor, new: StoredTensor, device: torch.device) -> Tensor | None:
+    """Return new - old in fp32 as a matrix on a device, or None where the two are equal."""
     if old.dtype not in FLOATS.values():
         if not new.has_values_of(old):
             raise PatchError(f"{new.name} is {new.dtype} and differs; only floats have a difference that can be added")
         return None
-    delta = read_tensor(new).float() - read_tensor(old).float()
+    delta = read_tensor(new, device=device).float() - read_tensor(old, device=device).float()
     if not torch.isfinite(delta).all():
         raise PatchError(f"{new.name} holds NaN or infinity in {new.file} or {old.file}; mend the model first")
     return delta if delta.any() else None

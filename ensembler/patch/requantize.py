@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ensembler.errors import MemberError
-from ensembler.patch.addition import BLOCK_ELEMENTS, WeightUpdate, patched, read_tensor
+from ensembler.patch.addition import SumCheck, WeightUpdate, patched, read_tensor
 from ensembler.patch.module_patterns import find_modules
+from ensembler.patch.patch_device import CPU, block_elements, is_finite
 from ensembler.patch.patch_plan import PatchPlan
 from ensembler.patch.schemes.quantization_settings import EXPERTS, FUSED
 from ensembler.patch.schemes.scheme import QuantizedWeight
@@ -21,10 +22,13 @@ from ensembler.safetensors_files import StoredTensor
 
 @dataclass
 class Loss:
-    """The part of a patch that quantising again takes in one weight: ‖requantised - exact‖ and ‖Δ‖, both squared."""
+    """The part of a patch that quantising again takes in one weight: ‖requantised - exact‖ and ‖Δ‖ of its blocks.
 
-    error: float = 0.0
-    delta: float = 0.0
+    They stay on the device that computes them until the share is asked for.
+    """
+
+    errors: list[Tensor] = field(default_factory=list)
+    deltas: list[Tensor] = field(default_factory=list)
 
     @property
     def share(self) -> float:
@@ -32,31 +36,39 @@ class Loss:
 
         0 for a patch that is zero.
         """
-        return math.sqrt(self.error / self.delta) if self.delta else 0.0
+        error, delta = _squared(self.errors), _squared(self.deltas)
+        return math.sqrt(error / delta) if delta else 0.0
 
 
 def requantized(
-    weight: QuantizedWeight, update: WeightUpdate, loss: Loss, blocks: Iterable[tuple[int, int]] | None = None
+    weight: QuantizedWeight,
+    update: WeightUpdate,
+    loss: Loss,
+    blocks: Iterable[tuple[int, int]] | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[tuple[str, int, Tensor]]:
     """Yield (part, first row, rows) of W + Δ in the scheme of W, every row of every part; add to `loss`.
 
-    `blocks`: only these of `weight.blocks`. Raises MemberError where a scale is damaged, and what `patched` raises.
+    `blocks`: only these of `weight.blocks`. The rows are on the device that computes them. Raises MemberError where a
+    scale is damaged, and what `patched` raises, at the end.
     """
     scheme = weight.scheme
     largest = None
     if scheme.needs_largest:
-        largest = max(float(block.exact.abs().max()) for block in _blocks(weight, update))
+        peaks = [block.exact.abs().max() for block in _blocks(weight, update, None, device)]
+        largest = float(torch.stack(peaks).max())
     is_first = True
-    for block in _blocks(weight, update, blocks):
+    for block in _blocks(weight, update, blocks, device):
         new = scheme.quantize(block.exact, block.parts, largest)
         for part, values in block.parts.items():
             if is_first or scheme.part_rows[part]:  # a part of the whole weight is the same for all blocks
                 first_row, _ = weight.part_rows(part, block.first, block.last)
                 yield part, first_row, new.get(part, values).to(values.dtype)
         is_first = False
-        loss.delta += _squared(block.old.sub_(block.exact))  # in its memory, since it is not needed any more
+        # In the memory of the old values, which are not needed any more.
+        loss.deltas.append(torch.linalg.vector_norm(block.old.sub_(block.exact)))
         found = scheme.dequantize({**block.parts, **new})[: len(block.exact)]
-        loss.error += _squared(found.sub_(block.exact))
+        loss.errors.append(torch.linalg.vector_norm(found.sub_(block.exact)))
 
 
 @dataclass(frozen=True)
@@ -72,32 +84,36 @@ class _Block:
 
 
 def _blocks(
-    weight: QuantizedWeight, update: WeightUpdate, blocks: Iterable[tuple[int, int]] | None = None
+    weight: QuantizedWeight, update: WeightUpdate, blocks: Iterable[tuple[int, int]] | None, device: torch.device
 ) -> Iterator[_Block]:
-    turned = _Turned(weight) if weight.scheme.is_transposed else None
-    for first, last in weight.blocks(BLOCK_ELEMENTS) if blocks is None else blocks:
+    """Yield blocks with their values on a device. They are checked at the end, so that the host waits for it once."""
+    turned = _Turned(weight, device) if weight.scheme.is_transposed else None
+    check, update = SumCheck(update, torch.float32), update.to(device)
+    sums: list[Tensor] = []
+    for first, last in weight.blocks(block_elements(device)) if blocks is None else blocks:
         parts = {
-            part: read_tensor(stored, *weight.part_rows(part, first, last)) for part, stored in weight.parts.items()
+            part: read_tensor(stored, *weight.part_rows(part, first, last), device)
+            for part, stored in weight.parts.items()
         }
         start, stop = weight.rows_of(first, last)
         old = weight.scheme.dequantize(parts)[: stop - start]
-        if not math.isfinite(old.sum()):
-            file = next(iter(weight.parts.values())).file
-            raise MemberError(
-                f"{file}: the codes or scales of {weight.name} hold NaN or infinity; fetch the model again"
-            )
+        sums.append(old.sum())
         if turned is None:
-            exact = patched(old.clone(), update, dtype=torch.float32, start=start)
+            exact = patched(old.clone(), update, dtype=torch.float32, start=start, check=check)
         else:
-            exact = patched(old.clone(), turned.rows(update, start, stop), dtype=torch.float32)
+            exact = patched(old.clone(), turned.rows(update, start, stop), dtype=torch.float32, check=check)
         yield _Block(first, last, start, parts, old, exact)
+    if not is_finite(sums):
+        file = next(iter(weight.parts.values())).file
+        raise MemberError(f"{file}: the codes or scales of {weight.name} hold NaN or infinity; fetch the model again")
+    check.close()
 
 
 class _Turned:
     """Reads the update of a weight that its scheme keeps the other way round: of a stack, one after the other."""
 
-    def __init__(self, weight: QuantizedWeight) -> None:
-        self.shape = weight.shape[-2:]
+    def __init__(self, weight: QuantizedWeight, device: torch.device) -> None:
+        self.shape, self.device = weight.shape[-2:], device
         self.held: dict[tuple[Path, str], tuple[int, Tensor]] = {}
 
     def rows(self, update: WeightUpdate, start: int, stop: int) -> WeightUpdate:
@@ -116,19 +132,24 @@ class _Turned:
         while start < stop:
             number, at = divmod(start, size)
             if self.held.get(key, (-1,))[0] != number:
-                self.held[key] = number, read_tensor(stored, number * length, (number + 1) * length).T.contiguous()
+                one = read_tensor(stored, number * length, (number + 1) * length, self.device)
+                self.held[key] = number, one.T.contiguous()
             pieces.append(self.held[key][1][at : at + stop - start])
             start += len(pieces[-1])
         values = torch.cat(pieces)
         return replace(stored, values=values, shape=tuple(values.shape))
 
 
-def _squared(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values)) ** 2
+def _squared(norms: Sequence[Tensor]) -> float:
+    return float(sum(norm**2 for norm in torch.stack(list(norms)).tolist())) if norms else 0.0
 
 
 def plain_rows(
-    weight: QuantizedWeight, update: WeightUpdate, dtype: torch.dtype, blocks: Iterable[tuple[int, int]] | None = None
+    weight: QuantizedWeight,
+    update: WeightUpdate,
+    dtype: torch.dtype,
+    blocks: Iterable[tuple[int, int]] | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield (first row, rows) of W + Δ in a dtype as a plain weight has them, all axes but the last as rows.
 
@@ -136,20 +157,25 @@ def plain_rows(
     whole, or one of a stack after the other.
     """
     if not weight.scheme.is_transposed:
-        for block in _blocks(weight, update, blocks):
-            yield block.start, patched(block.exact, WeightUpdate(), dtype=dtype)
+        check = SumCheck(WeightUpdate(), dtype)
+        for block in _blocks(weight, update, blocks, device):
+            yield block.start, patched(block.exact, WeightUpdate(), dtype=dtype, check=check)
+        check.close()
         return
     rows, columns = weight.shape[-2:]  # of one, which has `columns` rows where it is quantised
-    whole = torch.empty(columns, rows, dtype=dtype)
-    for block in _blocks(weight, update):
+    whole = torch.empty(columns, rows, dtype=dtype, device=device)
+    check = SumCheck(WeightUpdate(), dtype)
+    for block in _blocks(weight, update, None, device):
         done = 0
         while done < len(block.exact):
             number, at = divmod(block.start + done, columns)
             step = min(columns - at, len(block.exact) - done)
-            whole[at : at + step] = patched(block.exact[done : done + step], WeightUpdate(), dtype=dtype)
+            rest = block.exact[done : done + step]
+            whole[at : at + step] = patched(rest, WeightUpdate(), dtype=dtype, check=check)
             done += step
             if at + step == columns:
                 yield number * rows, whole.T.contiguous()
+    check.close()
 
 
 def kept_weights(plan: PatchPlan, patterns: Sequence[str]) -> list[str]:

@@ -14,15 +14,8 @@ from torch import Tensor
 
 from ensembler.errors import RunError
 from ensembler.files import reading
-from ensembler.patch.addition import (
-    BLOCK_ELEMENTS,
-    DTYPES,
-    WeightUpdate,
-    block_rows,
-    patched,
-    planned_update,
-    read_tensor,
-)
+from ensembler.patch.addition import DTYPES, WeightUpdate, block_rows, patched, planned_update, read_tensor
+from ensembler.patch.patch_device import BLOCK_ELEMENTS, CPU, block_elements, memory_of, on_host
 from ensembler.patch.patch_plan import PatchPlan
 from ensembler.patch.requantize import Loss, plain_rows, requantized
 from ensembler.patch.schemes.scheme import QuantizedWeight
@@ -42,13 +35,20 @@ class Verified:
 
 
 def verify_applied(
-    plan: PatchPlan, out: Path, *, num_blocks: int = 3, seed: int = 0, advance: Callable[[int], None] = lambda num: None
+    plan: PatchPlan,
+    out: Path,
+    *,
+    num_blocks: int = 3,
+    seed: int = 0,
+    device: torch.device = CPU,
+    advance: Callable[[int], None] = lambda num: None,
 ) -> Verified:
     """Compute blocks of base + patch again and compare them with those of the model in `out`, bit by bit.
 
     Of every tensor the first block and the last, and others by chance, `num_blocks` in all. Quantised weights are
     quantised again; those that are plain in `out` are compared as such, and other dtypes than the base's as well.
-    `advance` is called with numbers of tensors of the base. Raises RunError where tensors are missing or differ.
+    `device`: that which wrote `out`, since others may round sums otherwise. `advance` is called with numbers of tensors
+    of the base. Raises RunError where tensors are missing or differ.
     """
     found = read_model(out)
     kept = [weight for weight in plan.quantized.values() if _is_plain(weight, found)]
@@ -60,8 +60,8 @@ def verify_applied(
         raise RunError(f"{out} {' and '.join(parts)}: it is not {plan.model.folder} with a patch; apply it again")
     wrong = {name for name, tensor in expected.items() if not _has_form(found.tensors[name], tensor)}
     num = 0
-    with _one_thread():
-        for num_tensors, pieces in _recomputed(plan, kept, found, _Sample(num_blocks, seed)):
+    with _one_thread(), memory_of(device):
+        for num_tensors, pieces in _recomputed(plan, kept, found, _Sample(num_blocks, seed, device)):
             for name, start, piece in pieces:
                 num += 1
                 if _read(found.tensors[name], start, len(piece)) != piece:
@@ -124,10 +124,11 @@ def _plain(tensor: StoredTensor, target: StoredTensor, update: WeightUpdate | No
         return
     rows, columns = tensor.matrix
     dtype = DTYPES.get(target.dtype, DTYPES[tensor.dtype])
-    step = max(1, block_rows(rows, columns))
+    step = max(1, block_rows(rows, columns, sample.device))
+    update = (update or WeightUpdate()).to(sample.device)
     for start in sample.of(range(0, rows if columns else 0, step)):
-        block = read_tensor(tensor, start, min(start + step, rows))
-        values = patched(block, update or WeightUpdate(), dtype=dtype, start=start)
+        block = read_tensor(tensor, start, min(start + step, rows), sample.device)
+        values = patched(block, update, dtype=dtype, start=start)
         yield tensor.name, start * columns * values.itemsize, _bytes(values)
 
 
@@ -137,20 +138,20 @@ def _same(tensor: StoredTensor, sample: _Sample) -> Pieces:
 
 
 def _quantized(weight: QuantizedWeight, update: WeightUpdate, sample: _Sample) -> Pieces:
-    blocks = sample.of([*weight.blocks(BLOCK_ELEMENTS)])
-    for part, start, rows in requantized(weight, update, Loss(), blocks):
+    blocks = sample.of([*weight.blocks(block_elements(sample.device))])
+    for part, start, rows in requantized(weight, update, Loss(), blocks, sample.device):
         stored = weight.parts[part]
         yield stored.name, start * (stored.num_bytes // max(1, stored.matrix[0])), _bytes(rows)
 
 
 def _kept(weight: QuantizedWeight, target: StoredTensor, update: WeightUpdate, sample: _Sample) -> Pieces:
-    blocks = sample.of(list(weight.blocks(BLOCK_ELEMENTS)))
-    for start, rows in plain_rows(weight, update, DTYPES[target.dtype], blocks):
+    blocks = sample.of(list(weight.blocks(block_elements(sample.device))))
+    for start, rows in plain_rows(weight, update, DTYPES[target.dtype], blocks, sample.device):
         yield weight.name, start * rows.shape[1] * rows.itemsize, _bytes(rows)
 
 
 def _bytes(rows: Tensor) -> bytes:
-    return bytes(rows.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return bytes(on_host(rows).reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 def _read(tensor: StoredTensor, start: int, num_bytes: int) -> bytes:
@@ -160,10 +161,10 @@ def _read(tensor: StoredTensor, start: int, num_bytes: int) -> bytes:
 
 
 class _Sample:
-    """Chooses `num` of the blocks of each tensor: the first, the last, and others by chance."""
+    """Chooses `num` of the blocks of each tensor on a device: the first, the last, and others by chance."""
 
-    def __init__(self, num: int, seed: int) -> None:
-        self.num, self.random = num, random.Random(seed)
+    def __init__(self, num: int, seed: int, device: torch.device) -> None:
+        self.num, self.random, self.device = num, random.Random(seed), device
 
     def of(self, blocks: Sequence[Block]) -> list[Block]:
         """Return some of the blocks, in their order."""

@@ -94,6 +94,25 @@ def test_the_engine_is_timed_with_what_it_is_measured_against(tmp_path: Path) ->
         assert all(numbers == sorted(numbers) for numbers in row.values() if isinstance(numbers, list))
 
 
+def test_patches_are_timed_against_a_copy(tmp_path: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--device", "cpu", "--small"]
+    command += ["--sections", "patch_apply,patch_extract", "--out", tmp_path]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    rows = [row for name in ("patch_apply", "patch_extract") for row in rows_of(tmp_path / f"{name}.jsonl")]
+    assert all(row.keys() >= WHERE for row in rows)
+    assert [(row["case"], row["way"]) for row in rows] == [
+        (case, way)
+        for case in ("patch apply, bf16", "patch apply, fp8", "patch extract, rank 16")
+        for way in ("copy", "cpu")
+    ]
+    for row in rows:
+        assert row["seconds"] == sorted(row["seconds"])
+        assert row["seconds"][0] > 0 < row["num_bytes"]
+        assert row["times_copy"] == 1 or row["way"] != "copy"
+    assert 0.9 < rows[-1]["energy"] <= 1  # all that is of rank 8, but for its rounding to bf16
+
+
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="tests/docs/test_vllm_benchmarks.py runs it")
 def test_vllm_is_left_out_with_a_sentence_where_it_is_not_installed(tmp_path: Path) -> None:
     done = bench("--out", tmp_path, "--sections", "vllm")
@@ -116,7 +135,7 @@ def test_without_time_everything_is_left_out_and_said(tmp_path: Path) -> None:
 def test_a_section_that_is_not_there_and_a_gpu_that_is_not(tmp_path: Path) -> None:
     done = bench("--out", tmp_path, "--sections", "tables")
     assert done.returncode == 2
-    assert "expected some of kernels, table, tune, engine, vllm, got tables" in done.stderr
+    assert "expected some of kernels, table, tune, engine, patch_apply, patch_extract, vllm, got tables" in done.stderr
     if not torch.cuda.is_available():
         assert "torch finds no GPU here" in bench("--device", "cuda").stderr
 

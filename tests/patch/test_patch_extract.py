@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from ensembler.errors import ConfigError, PatchError
-from ensembler.patch import extract
+from ensembler.patch import singular_values
 from ensembler.patch.apply import apply_patches
-from ensembler.patch.extract import extract_patch, truncate
+from ensembler.patch.extract import extract_patch
 from ensembler.patch.formats import read_patch
 from ensembler.patch.patch_plan import plan_patches
+from ensembler.patch.singular_values import truncate
 
 
 def changed(folder: Path, out: Path, *, seed: int = 0, size: float = 0.1, names: str = "") -> Path:
@@ -40,7 +41,8 @@ def changed(folder: Path, out: Path, *, seed: int = 0, size: float = 0.1, names:
 @given(rows=st.integers(1, 30), columns=st.integers(1, 30), rank=st.integers(1, 35), seed=st.integers(0, 10_000))
 def test_the_error_is_the_tail_of_the_singular_values(rows: int, columns: int, rank: int, seed: int) -> None:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    left, right, energy = truncate(matrix, rank=rank, energy=None)
+    found = truncate(matrix, rank=rank, energy=None)
+    left, right, energy = found.left, found.right, found.energy
     values = torch.linalg.svdvals(matrix.double()).square()
     tail = values[rank:].sum()
     assert left.shape[1] == right.shape[0] == min(rank, rows, columns)
@@ -52,7 +54,8 @@ def test_the_error_is_the_tail_of_the_singular_values(rows: int, columns: int, r
 @given(rows=st.integers(2, 30), columns=st.integers(2, 30), energy=st.floats(0.05, 1), seed=st.integers(0, 10_000))
 def test_energy_takes_the_smallest_rank_that_keeps_it(rows: int, columns: int, energy: float, seed: int) -> None:
     matrix = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
-    left, _, kept = truncate(matrix, rank=None, energy=energy)
+    found = truncate(matrix, rank=None, energy=energy)
+    left, kept = found.left, found.energy
     shares = torch.linalg.svdvals(matrix.double()).square()
     shares = shares.cumsum(0) / shares.sum()
     rank = left.shape[1]
@@ -65,13 +68,14 @@ def test_energy_takes_the_smallest_rank_that_keeps_it(rows: int, columns: int, e
 def test_large_matrices_are_decomposed_at_random_and_nearly_as_well(
     rank: int | None, energy: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(extract, "_EXACT_SIZE", 100)
+    monkeypatch.setattr(singular_values, "_EXACT_SIZE", 100)
     generator = torch.Generator().manual_seed(0)
     spectrum = torch.arange(1, 301, dtype=torch.float32) ** -1.0
     matrix = (
         torch.randn(400, 300, generator=generator) @ torch.diag(spectrum) @ torch.randn(300, 300, generator=generator)
     )
-    left, right, kept = truncate(matrix, rank=rank, energy=energy)
+    found = truncate(matrix, rank=rank, energy=energy)
+    left, right, kept = found.left, found.right, found.energy
     values = torch.linalg.svdvals(matrix.double()).square()
     shares = values.cumsum(0) / values.sum()
     num = left.shape[1]
@@ -80,14 +84,15 @@ def test_large_matrices_are_decomposed_at_random_and_nearly_as_well(
     assert error <= (1 - shares[num - 1]) * 1.02
     assert energy is None or (shares[num - 1] >= energy > shares[num - 3])
     again = truncate(matrix, rank=rank, energy=energy)
-    assert torch.equal(again[0], left)
+    assert torch.equal(again.left, left)
 
 
 def test_a_spectrum_without_decay_costs_the_randomised_decomposition_a_hundredth() -> None:
     matrix = torch.randn(1100, 1300, generator=torch.Generator().manual_seed(0))
     values = torch.linalg.svdvals(matrix).double().square()
     for rank in (8, 64, 256):
-        left, right, kept = truncate(matrix, rank=rank, energy=None)
+        found = truncate(matrix, rank=rank, energy=None)
+        left, right, kept = found.left, found.right, found.energy
         error = (matrix - left @ right).double().square().sum().sqrt()
         assert 1 - 1e-5 <= error / values[rank:].sum().sqrt() <= 1.01
         assert kept == pytest.approx(1 - (error**2 / values.sum()).item(), abs=1e-5)

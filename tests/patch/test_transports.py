@@ -80,7 +80,7 @@ def test_what_is_left_is_orthogonal_to_the_bases_own_change(
     share = (delta * change).sum() / change.square().sum()
     transport = orthogonal(new, old)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ensembler.patch.addition.BLOCK_ELEMENTS", block)  # in many blocks as in one
+        patch.setattr("ensembler.patch.patch_device.BLOCK_ELEMENTS", block)  # in many blocks as in one
         assert transport.share("w", update) == pytest.approx(float(share), rel=1e-5, abs=1e-6)
         found = transport.apply("w", update)
         result = whole(found, (rows, columns))

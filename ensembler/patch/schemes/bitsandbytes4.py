@@ -85,7 +85,7 @@ class FourBit(Scheme):
 
 def _nearest_in(table: Tensor, values: Tensor) -> Tensor:
     """Return the places uint8 of the entries of a table that are nearest to values."""
-    entries, places = table.sort()
+    entries, places = table.sort(stable=True)  # of two equal entries any device takes the same
     return places.to(torch.uint8)[torch.bucketize(values, (entries[1:] + entries[:-1]) / 2)]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ensembler.patch.schemes.scheme import Parts, Scheme
+from ensembler.patch.schemes.scheme import Parts, Scheme, power_of_two
 
 WEIGHT, SCALE = "weight", "scale"
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -54,7 +54,7 @@ class FP8(Scheme):
     def _rounded(self, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Return scales as their file can hold them."""
         if self.is_power or dtype == torch.float8_e8m0fnu:
-            return torch.exp2(torch.ceil(torch.log2(scale.clamp_min(_SMALLEST_SCALE))))
+            return power_of_two(torch.ceil(torch.log2(scale.clamp_min(_SMALLEST_SCALE))).int())
         return scale.to(dtype).float()
 
     def _paired(self, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,7 +78,9 @@ class FP8(Scheme):
 
 
 def _decoded(codes: Tensor) -> Tensor:
-    """Return the values of codes over 2⁸ in fp32, by way of fp16: a tenth of the time of torch's own conversion."""
+    """Return the values of codes over 2⁸ in fp32: on a CPU by way of fp16, a tenth of the time of torch's own way."""
+    if codes.device.type != "cpu":
+        return codes.float().div_(_DECODED_SCALE)
     if codes.numel() and int((codes.view(torch.uint8) & 127).amax()) == 127:  # NaN, which fp16 has elsewhere
         return codes.float() / _DECODED_SCALE
     bits = codes.view(torch.int8).to(torch.int16)

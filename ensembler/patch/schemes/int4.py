@@ -32,7 +32,7 @@ def pack(codes: Tensor, dim: int, order: Sequence[int] = _IN_ORDER) -> Tensor:
     if short:
         codes = torch.nn.functional.pad(codes, (0, short) if dim == 1 else (0, 0, 0, short))
     places = _in_groups(codes.int(), dim, codes.shape[dim] // 8).unbind(dim + 1)
-    packed = torch.zeros(places[0].shape, dtype=torch.int32)
+    packed = torch.zeros(places[0].shape, dtype=torch.int32, device=codes.device)
     for bits, place in enumerate(order):
         packed |= places[place] << 4 * bits
     return packed
@@ -110,7 +110,7 @@ class PackedRows(Scheme):
     def _zero(self, parts: Parts) -> Tensor:
         rows, groups = parts[SCALE].shape
         if ZERO not in parts:
-            return torch.full((rows, groups, 1), _MIDDLE, dtype=torch.int32)
+            return torch.full((rows, groups, 1), _MIDDLE, dtype=torch.int32, device=parts[SCALE].device)
         return unpack(parts[ZERO], 0)[:rows].unsqueeze(2)
 
 

@@ -5,10 +5,12 @@ A block gets the exponent that leaves the smaller squared error: the one it had,
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from ensembler.patch.schemes.scheme import Parts, Scheme
+from ensembler.patch.schemes.scheme import Parts, Scheme, power_of_two
 
 BLOCKS, SCALES = "blocks", "scales"
 BLOCK = 32
@@ -17,6 +19,12 @@ _LARGEST_EXPONENT = 2  # of E2M1: 6 is 1.5 · 2²
 _VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _MIDDLES = (_VALUES[1:] + _VALUES[:-1]) / 2
 VALUES = torch.cat([_VALUES, -_VALUES])
+
+
+@cache
+def _tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the values of the codes and the middles between neighbours, copied to each device once."""
+    return VALUES.to(device), _MIDDLES.to(device)
 
 
 class MXFP4(Scheme):
@@ -31,7 +39,8 @@ class MXFP4(Scheme):
 
     def dequantize(self, parts: Parts) -> Tensor:
         packed = parts[BLOCKS].int()
-        values = VALUES[torch.stack([packed & 15, packed >> 4], 2).flatten(1)]
+        values, _ = _tables(packed.device)
+        values = values[torch.stack([packed & 15, packed >> 4], 2).flatten(1)]
         return _by_block(values).mul_(_power(parts[SCALES]).unsqueeze(2)).flatten(1)
 
     def quantize(self, values: Tensor, parts: Parts, largest: float | None = None) -> dict[str, Tensor]:
@@ -48,19 +57,20 @@ class MXFP4(Scheme):
 
 def _nearest(blocks: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Return the codes uint8 nearest to blocks (rows, blocks, 32), even ones of two as near, and the squared errors."""
+    values, middles = _tables(blocks.device)
     power = _power(scales).unsqueeze(2)
     scaled = blocks / power
     size = scaled.abs()
-    codes = torch.bucketize(size, _MIDDLES)
-    up = torch.bucketize(size, _MIDDLES, right=True)
+    codes = torch.bucketize(size, middles)
+    up = torch.bucketize(size, middles, right=True)
     codes = torch.where((codes != up) & (codes % 2 == 1), up, codes)
     codes += 8 * torch.signbit(scaled)
-    error = (VALUES[codes] * power).sub_(blocks).square_().sum(2)
+    error = (values[codes] * power).sub_(blocks).square_().sum(2)
     return codes.to(torch.uint8), error
 
 
 def _power(scales: Tensor) -> Tensor:
-    return torch.ldexp(torch.ones(scales.shape), scales.int() - _BIAS)
+    return power_of_two(scales.int() - _BIAS)
 
 
 def _by_block(values: Tensor) -> Tensor:

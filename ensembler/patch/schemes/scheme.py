@@ -11,12 +11,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ensembler.safetensors_files import StoredTensor
 
 Parts = Mapping[str, Tensor]
 """Rows of the tensors of one weight, by their part in the scheme."""
+
+
+def power_of_two(exponents: Tensor) -> Tensor:
+    """Return 2 to the power of int32 exponents, -127 to 128, in fp32: exact on any device, infinity for 128."""
+    bits = (exponents + 127) << 23
+    return torch.where(exponents == -127, 1 << 22, bits).view(torch.float32)  # 2⁻¹²⁷ is below fp32's normal range
 
 
 class Scheme(ABC):
