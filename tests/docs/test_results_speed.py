@@ -122,6 +122,20 @@ def test_throughput_in_vllm() -> None:
     ):
         ratio, ends = row["ratios"][name]
         assert spread(ratio, ends, between) in text, name
+    family = rows("vllm_throughput", model="demo")[-1]["ratios"]
+    for ratio, ends in (family["mixed over single"], row["ratios"]["mixed over single"]):
+        assert spread(ratio, ends, " times") in text
+    assert f"32 over `generate`: {spread(*family['vllm 32 over transformers 32'])}" in text
+    grid = rows("grid_vllm")[-1]
+    assert spread(grid["over_one"], grid["over_one_spread"], " times") in text
+    assert spread(grid["over_passes"], grid["over_passes_spread"], " times") in text
+
+
+@pytest.mark.parametrize(("label", "model"), [("embedded family", "demo"), ("three of MODEL", "smollm2")])
+def test_latency_in_vllm_by_threads(label: str, model: str) -> None:
+    found = rows("vllm_latency", model=model)[-1]["step_ms"]
+    ways = ("auto", "1", "2", "unset")
+    assert TABLE[label] == [spread(*found[way], digits=1) if way in found else "" for way in ways]
 
 
 def test_kernels_on_a_cpu() -> None:
