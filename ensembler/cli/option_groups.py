@@ -257,13 +257,14 @@ def ensemble_options(
             others: dict[str, Any] = {name: kwargs.pop(name) for name in names}
             return function(*args, given=EnsembleOptions(ensemble=ensemble, **(point | others)), **kwargs)
 
-        command: Decorated = _with_options(collected, options)
+        command: Decorated = with_options(collected, options)
         return click.argument("ensemble", required=False)(command) if argument else command
 
     return decorate
 
 
-def _with_options(command: Any, options: Sequence[Callable[..., Any]]) -> Any:
+def with_options(command: Any, options: Sequence[Callable[..., Any]]) -> Any:
+    """Return the command with these options, in their order."""
     for option in reversed(options):
         command = option(command)
     return command
@@ -271,13 +272,13 @@ def _with_options(command: Any, options: Sequence[Callable[..., Any]]) -> Any:
 
 def point_options(function: Decorated) -> Decorated:
     """Add --rule and --alpha of one point: `rule` and `alpha`."""
-    command: Decorated = _with_options(function, _point_options(several=False, default_alpha="folder's, or 1"))
+    command: Decorated = with_options(function, _point_options(several=False, default_alpha="folder's, or 1"))
     return command
 
 
 def plan_options(function: Decorated) -> Decorated:
     """Add the options that say for what a placement is planned: `budget`, `context` and `batch_size`."""
-    command: Decorated = _with_options(function, _PLAN_OPTIONS)
+    command: Decorated = with_options(function, _PLAN_OPTIONS)
     return command
 
 
@@ -292,32 +293,7 @@ def decoding_options(function: Decorated) -> Decorated:
         decoding: DecodingOptions = DecodingOptions(**{name: kwargs.pop(name) for name in names})
         return function(*args, decoding=decoding, **kwargs)
 
-    command: Decorated = _with_options(collected, _DECODING_OPTIONS)
-    return command
-
-
-_patch = section("Patch")
-_TRANSPORT_OPTIONS = (
-    _patch(
-        "--transport",
-        default="add",
-        show_default=True,
-        metavar="NAME",
-        help="How PATCH is carried to MODEL: add, orthogonal or sign-mask.",
-    ),
-    _patch("--from", "old", metavar="MODEL", help="The base that PATCH was made for, for --transport orthogonal."),
-    _patch(
-        "--data",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="Lines with prompt and answer, for --transport sign-mask.",
-    ),
-)
-
-
-def transport_options(function: Decorated) -> Decorated:
-    """Add --transport, --from and --data; the command gets them as `transport`, `old` and `data`."""
-    command: Decorated = _with_options(function, _TRANSPORT_OPTIONS)
+    command: Decorated = with_options(collected, _DECODING_OPTIONS)
     return command
 
 

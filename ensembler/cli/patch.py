@@ -11,22 +11,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ensembler.cli.command_class import Command, log, section
-from ensembler.cli.option_groups import PATH, output_option, replace_option, transport_options
+from ensembler.cli.command_class import Command, log
+from ensembler.cli.option_groups import PATH, output_option, replace_option
+from ensembler.cli.patch_options import (
+    device_option,
+    patch_option,
+    reading_options,
+    strength_options,
+    transport_options,
+)
 from ensembler.errors import ConfigError
 
 if TYPE_CHECKING:
     from ensembler.patch.patch_plan import PatchPlan
-
-_patch = section("Patch")
-_device = _patch(
-    "--device",
-    default="cpu",
-    show_default=True,
-    metavar="DEVICE",
-    help="Device of the arithmetic: cpu, cuda, cuda:1 ...; verify takes that of apply.",
-)
-_SCALE = "Strength of PATCH, or of its modules that match (down_proj=0.5); repeat it.  [default: 1]"
 
 
 class _Group(click.Group):
@@ -43,26 +40,25 @@ def patch() -> None:
 
 @patch.command()
 @click.argument("patch")
-@_patch("--to", required=True, metavar="MODEL", help="The model to add it to, an updated one for example.")
+@patch_option("--to", required=True, metavar="MODEL", help="The model to add it to, an updated one for example.")
 @output_option("--output", type=PATH, metavar="DIR", help="The new folder.")
 @replace_option
-@_patch("--scale", multiple=True, metavar="[PATTERN=]NUMBER", help=_SCALE)
-@_patch("--also", multiple=True, metavar="PATCH2", help="Add another patch too; repeat it.")
-@_patch("--scale2", type=float, multiple=True, help="Strength of PATCH2, one for each --also.  [default: 1]")
-@_patch("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16.  [default: each tensor keeps its own]")
-@_patch(
+@strength_options
+@patch_option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16.  [default: each tensor keeps its own]")
+@patch_option(
     "--max-loss",
     type=click.FloatRange(min=0),
     default=0.5,
     show_default=True,
     help="Warn where quantising again loses more of PATCH in a module.",
 )
-@_patch("--keep-bf16", multiple=True, metavar="PATTERN", help="Write these quantised modules in bfloat16; repeat it.")
+@patch_option(
+    "--keep-bf16", multiple=True, metavar="PATTERN", help="Write these quantised modules in bfloat16; repeat it."
+)
 @transport_options
-@_device
-@_patch("--check", is_flag=True, help="Only say whether it fits, from the headers of the files.")
-@_patch("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
-@_patch("--unwrap", is_flag=True, help="Leave out what torch.compile, FSDP or DDP put into the names in PATCH.")
+@device_option
+@patch_option("--check", is_flag=True, help="Only say whether it fits, from the headers of the files.")
+@reading_options
 def apply(
     patch: str,
     to: str,
@@ -185,14 +181,13 @@ def _progress(total: int, label: str) -> AbstractContextManager[Callable[[int], 
 
 @patch.command()
 @click.argument("patch")
-@_patch("--from", "old", required=True, metavar="MODEL", help="The base that PATCH was made for.")
-@_patch("--to", required=True, metavar="MODEL", help="The base to make it for, of other widths or depth.")
-@_patch("--texts", type=PATH, required=True, metavar="FILE", help='JSON lines such as {"text": "..."}.')
+@patch_option("--from", "old", required=True, metavar="MODEL", help="The base that PATCH was made for.")
+@patch_option("--to", required=True, metavar="MODEL", help="The base to make it for, of other widths or depth.")
+@patch_option("--texts", type=PATH, required=True, metavar="FILE", help='JSON lines such as {"text": "..."}.')
 @output_option("--output", type=PATH, required=True, metavar="DIR", help="The folder of the new LoRA.")
 @replace_option
-@_patch("--scale", type=float, default=1.0, show_default=True, help="Strength of PATCH.")
-@_patch("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
-@_patch("--unwrap", is_flag=True, help="Leave out what torch.compile, FSDP or DDP put into the names in PATCH.")
+@patch_option("--scale", type=float, default=1.0, show_default=True, help="Strength of PATCH.")
+@reading_options
 def transport(
     patch: str,
     old: str,
@@ -227,14 +222,11 @@ def transport(
 @click.argument("base")
 @click.argument("patch")
 @click.argument("out")
-@_patch("--scale", multiple=True, metavar="[PATTERN=]NUMBER", help=_SCALE)
-@_patch("--also", multiple=True, metavar="PATCH2", help="Another patch that was added; repeat it.")
-@_patch("--scale2", type=float, multiple=True, help="Strength of PATCH2, one for each --also.  [default: 1]")
+@strength_options
 @transport_options
-@_device
-@_patch("--blocks", type=click.IntRange(min=1), default=3, show_default=True, help="Of every tensor.")
-@_patch("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
-@_patch("--unwrap", is_flag=True, help="Leave out what torch.compile, FSDP or DDP put into the names in PATCH.")
+@device_option
+@patch_option("--blocks", type=click.IntRange(min=1), default=3, show_default=True, help="Of every tensor.")
+@reading_options
 def verify(
     base: str,
     patch: str,
@@ -281,15 +273,15 @@ def _check_dtype(dtype: str | None) -> None:
 
 
 @patch.command()
-@_patch("--base", required=True, metavar="MODEL", help="The model before the fine-tuning, θ.")
-@_patch("--finetuned", required=True, metavar="MODEL", help="The model after it, θ_i.")
+@patch_option("--base", required=True, metavar="MODEL", help="The model before the fine-tuning, θ.")
+@patch_option("--finetuned", required=True, metavar="MODEL", help="The model after it, θ_i.")
 @output_option("--output", required=True, type=PATH, metavar="DIR", help="The new patch folder.")
 @replace_option
-@_patch("--rank", type=int, help="Keep this many singular values of every matrix.")
-@_patch("--energy", type=float, help="Keep this share of every matrix's ‖Δ‖².  [default: 0.95]")
-@_patch("--full", is_flag=True, help="Keep every delta as it is: as large as the model.")
-@_patch("--dtype", default="float32", show_default=True, metavar="DTYPE", help="Of the factors and deltas.")
-@_device
+@patch_option("--rank", type=int, help="Keep this many singular values of every matrix.")
+@patch_option("--energy", type=float, help="Keep this share of every matrix's ‖Δ‖².  [default: 0.95]")
+@patch_option("--full", is_flag=True, help="Keep every delta as it is: as large as the model.")
+@patch_option("--dtype", default="float32", show_default=True, metavar="DTYPE", help="Of the factors and deltas.")
+@device_option
 @output_option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def extract(
     base: str,
@@ -349,12 +341,12 @@ def extract(
 
 @patch.command()
 @click.argument("patch")
-@_patch("--to", metavar="MODEL", help="Measure θ′ + Δθ_i and what rounding loses, of this model θ′.")
-@_patch("--base", metavar="MODEL", help="Measure Δθ_i against θ′ - θ, with this θ.")
-@_patch("--other", metavar="PATCH2", help="Measure the residual Δθ′_i - Δθ_i, with this Δθ′_i.")
+@patch_option("--to", metavar="MODEL", help="Measure θ′ + Δθ_i and what rounding loses, of this model θ′.")
+@patch_option("--base", metavar="MODEL", help="Measure Δθ_i against θ′ - θ, with this θ.")
+@patch_option("--other", metavar="PATCH2", help="Measure the residual Δθ′_i - Δθ_i, with this Δθ′_i.")
 @output_option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @output_option("--png", type=PATH, metavar="FILE", help="Draw sizes over layers and modules.")
-@_patch("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
+@patch_option("--allow-pickle", is_flag=True, help="Read a patch that is kept as a pickle (adapter_model.bin).")
 def inspect(
     patch: str,
     to: str | None,

@@ -10,7 +10,6 @@ from io import FileIO
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,8 +26,13 @@ from ensembler.patch.patch_plan import PatchPlan
 from ensembler.safetensors_files import FLOATS, StoredTensor
 
 DTYPES = {word: getattr(torch, name) for name, word in FLOATS.items()}
-_STORED_DTYPES = DTYPES | {"F8_E4M3": torch.float8_e4m3fn, "F8_E8M0": torch.float8_e8m0fnu}
-_STORED_DTYPES |= {"U8": torch.uint8, "I32": torch.int32, "I64": torch.int64}
+_FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu}
+_INTEGERS = {
+    f"{word}{bits}": getattr(torch, f"{name}{bits}")
+    for word, name in (("I", "int"), ("U", "uint"))
+    for bits in (8, 16, 32, 64)
+}
+_STORED_DTYPES = DTYPES | _FLOAT8 | _INTEGERS | {"F64": torch.float64, "BOOL": torch.bool}
 
 
 def read_tensor(stored: StoredTensor, start: int = 0, stop: int | None = None, device: torch.device = CPU) -> Tensor:
@@ -283,22 +287,6 @@ def patch_in_place(weight: Tensor, update: WeightUpdate) -> None:
         block = matrix[start : start + step]
         block.copy_(patched(block, update, dtype=weight.dtype, start=start, check=check))
     check.close()
-
-
-def patched_tensors(plan: PatchPlan) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of the model's files under its name there, θ + Δθ where the patches change it.
-
-    The values are those that `patch apply` writes. Memory is one tensor and the factors of its update. Raises
-    PatchError or RunError where a value is damaged.
-    """
-    changed = set(plan.names)
-    for file in dict.fromkeys(stored.file for stored in plan.model.tensors.values()):
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - it is no mapping
-                tensor = opened.get_tensor(name)
-                if name in changed:
-                    patch_in_place(tensor, planned_update(plan, name))
-                yield name, tensor
 
 
 def merge_adapter(model: PreTrainedModel, adapter: CheckedAdapter) -> PreTrainedModel:

@@ -12,26 +12,29 @@ from torch import Tensor
 
 from ensembler.patch.addition import patch_in_place, planned_update, read_tensor
 from ensembler.patch.patch_plan import PatchPlan
-from ensembler.patch.requantize import Loss, requantized
+from ensembler.patch.requantize import requantized
 from ensembler.patch.schemes.scheme import QuantizedWeight
 from ensembler.safetensors_files import StoredTensor
 
 Tensors = list[tuple[str, Tensor]]
+_MOST_AHEAD = 4
 
 
 def load_patched(plan: PatchPlan) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor of the plan's model under its name on disk, quantised again where it is quantised.
 
     The values are those that `patch apply` writes. A few tensors are made ahead, one in each thread, so that a loader
-    waits for the disk and not for sums. Raises PatchError, MemberError or RunError where a value is damaged.
+    waits for the disk and not for sums; memory is these, and the factors of their updates. Raises PatchError,
+    MemberError or RunError where a value is damaged.
     """
     waiting: deque[Future[Tensors]] = deque()
     num_threads = torch.get_num_threads()
-    with ThreadPoolExecutor(num_threads, initializer=partial(torch.set_num_threads, 1)) as pool:
+    num_ahead = min(num_threads, _MOST_AHEAD)
+    with ThreadPoolExecutor(num_ahead, initializer=partial(torch.set_num_threads, 1)) as pool:
         try:
             for job in _jobs(plan):
                 waiting.append(pool.submit(job))
-                if len(waiting) > num_threads:
+                if len(waiting) > num_ahead:
                     yield from waiting.popleft().result()
             while waiting:
                 yield from waiting.popleft().result()
@@ -65,7 +68,7 @@ def _load(plan: PatchPlan, stored: StoredTensor, is_changed: bool) -> Tensors:
 
 def _load_again(plan: PatchPlan, weight: QuantizedWeight) -> Tensors:
     found: dict[str, Tensor] = {}
-    for part, start, rows in requantized(weight, planned_update(plan, weight.name), Loss()):
+    for part, start, rows in requantized(weight, planned_update(plan, weight.name)):
         if part not in found:
             found[part] = torch.empty(weight.parts[part].matrix, dtype=rows.dtype)
         found[part][start : start + len(rows)] = rows

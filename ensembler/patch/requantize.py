@@ -43,11 +43,11 @@ class Loss:
 def requantized(
     weight: QuantizedWeight,
     update: WeightUpdate,
-    loss: Loss,
+    loss: Loss | None = None,
     blocks: Iterable[tuple[int, int]] | None = None,
     device: torch.device = CPU,
 ) -> Iterator[tuple[str, int, Tensor]]:
-    """Yield (part, first row, rows) of W + Δ in the scheme of W, every row of every part; add to `loss`.
+    """Yield (part, first row, rows) of W + Δ in the scheme of W, every row of every part; add to `loss`, if given.
 
     `blocks`: only these of `weight.blocks`. The rows are on the device that computes them. Raises MemberError where a
     scale is damaged, and what `patched` raises, at the end.
@@ -65,6 +65,8 @@ def requantized(
                 first_row, _ = weight.part_rows(part, block.first, block.last)
                 yield part, first_row, new.get(part, values).to(values.dtype)
         is_first = False
+        if loss is None:
+            continue
         # In the memory of the old values, which are not needed any more.
         loss.deltas.append(torch.linalg.vector_norm(block.old.sub_(block.exact)))
         found = scheme.dequantize({**block.parts, **new})[: len(block.exact)]

@@ -17,7 +17,7 @@ from ensembler.files import reading
 from ensembler.patch.addition import DTYPES, WeightUpdate, block_rows, patched, planned_update, read_tensor
 from ensembler.patch.patch_device import BLOCK_ELEMENTS, CPU, block_elements, memory_of, on_host
 from ensembler.patch.patch_plan import PatchPlan
-from ensembler.patch.requantize import Loss, plain_rows, requantized
+from ensembler.patch.requantize import plain_rows, requantized
 from ensembler.patch.schemes.scheme import QuantizedWeight
 from ensembler.safetensors_files import FLOATS, StoredModel, StoredTensor, listed, read_model
 
@@ -139,7 +139,7 @@ def _same(tensor: StoredTensor, sample: _Sample) -> Pieces:
 
 def _quantized(weight: QuantizedWeight, update: WeightUpdate, sample: _Sample) -> Pieces:
     blocks = sample.of([*weight.blocks(block_elements(sample.device))])
-    for part, start, rows in requantized(weight, update, Loss(), blocks, sample.device):
+    for part, start, rows in requantized(weight, update, blocks=blocks, device=sample.device):
         stored = weight.parts[part]
         yield stored.name, start * (stored.num_bytes // max(1, stored.matrix[0])), _bytes(rows)
 

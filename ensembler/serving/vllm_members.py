@@ -14,7 +14,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.transformers_utils.config import get_hf_text_config
 
 from ensembler.errors import MemberError
-from ensembler.patch.addition import patched_tensors
+from ensembler.patch.loading import load_patched
 from ensembler.patch.patch_plan import PatchPlan
 from ensembler.serving.vllm_shared import LOAD_ERRORS, find_backbones, mark_compiled
 
@@ -65,7 +65,7 @@ class EnsembleLoader(BaseModelLoader):  # type: ignore[misc,unused-ignore]
 
 def _load(role: str, member: Any, plan: PatchPlan) -> None:
     try:
-        loaded: set[str] | None = member.load_weights(patched_tensors(plan))
+        loaded: set[str] | None = member.load_weights(load_patched(plan))
     except LOAD_ERRORS as error:
         raise MemberError(
             f"{role}: vLLM's {type(member).__name__} does not take the weights of {plan.model.folder}: {error}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,12 +40,12 @@ class PatchedLoader(DefaultModelLoader):  # type: ignore[misc,unused-ignore]
         self, model_config: ModelConfig, model: nn.Module
     ) -> Generator[tuple[str, torch.Tensor], None, None]:
         """Yield the tensors of the model's files, θ + Δθ; raises what `plan_patches` raises."""
+        if getattr(model, "secondary_weights", ()):
+            raise ConfigError(f"{model_config.model} is loaded from several models, and a patch is for one")
         patches = [
             read_patch(find_folder(name, allow_patterns=PATCH_FILES), scale=scale) for name, scale in self._patches
         ]
-        yield from load_patched(plan_patches(patches, Path(find_folder(model_config.model))))
-        if getattr(model, "secondary_weights", ()):
-            raise ConfigError(f"{model_config.model} is loaded from several models, and a patch is for one")
+        yield from load_patched(plan_patches(patches, find_folder(model_config.model)))
 
 
 def patches_of(extra: dict[str, Any]) -> list[tuple[str, float]]:

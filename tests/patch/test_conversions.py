@@ -92,7 +92,7 @@ def chains(draw: Any) -> tuple[WeightConverter, dict[str, Tensor]]:
 
 
 class Sizes:
-    """What `Split` asks a model for."""
+    """The part of a model that `Split` asks for."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self.shapes = shapes

@@ -12,7 +12,9 @@ import pytest
 import torch
 from helpers.patch_cases import save_lora, save_model
 from helpers.quantized_models import (
+    CHANGED,
     KINDS,
+    LAYERS,
     SIZE,
     bits,
     parts_of,
@@ -32,21 +34,8 @@ from ensembler.patch.requantize import kept_weights
 from ensembler.patch.schemes.quantization_settings import leave_alone
 from ensembler.safetensors_files import read_model
 
-TARGETS = ["q_proj", "v_proj", "down_proj", "lm_head"]
 SCALE = 0.05
-LAYERS = [f"model.layers.{layer}." for layer in range(2)]
-CHANGED = [f"{layer}{name}" for layer in LAYERS for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]
 ONE_EACH = ("fp8-blocks", "fp8-whole", "int4-rows", "gptq", "awq", "nf4-double")
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "plain", **SIZE)
-
-
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_lora(tmp_path_factory.mktemp("patches") / "lora", size=SIZE, target_modules=TARGETS)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +180,7 @@ def test_modules_that_stay_in_bfloat16(
 
 
 def test_kept_modules_are_ignored_by_name(plain: Path, lora: Path, tmp_path: Path) -> None:
-    """Where the list was empty, what the method left alone by itself is listed too: it no longer does."""
+    """List what the method left alone by itself, too, if its list was empty: it no longer does."""
     kept = f"{LAYERS[0]}mlp.down_proj"
     for kind in ONE_EACH:
         model = quantize_folder(plain, tmp_path / kind, kind)

@@ -27,17 +27,6 @@ WEIGHTS = "model.safetensors"
 Q = "model.layers.1.self_attn.q_proj"
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "plain", **SIZE)
-
-
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("patches") / "lora"
-    return save_lora(folder, size=SIZE, target_modules=["q_proj", "v_proj", "down_proj"])
-
-
 def test_patterns_are_checked_before_anything_is_written(plain: Path, lora: Path, run: Run, tmp_path: Path) -> None:
     model = quantize_folder(plain, tmp_path / "model", "fp8-rows")
     for more in (["--check"], ["--output", tmp_path / "out"]):

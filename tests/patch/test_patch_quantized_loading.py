@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.patch_cases import save_lora, save_model
 from helpers.quantized_models import (
+    CHANGED,
     KINDS,
-    SIZE,
+    LAYERS,
     edit_config,
     mxfp4_values,
     peft_deltas,
@@ -30,20 +30,7 @@ from ensembler.patch.apply import apply_patches
 from ensembler.patch.extract import extract_patch
 from ensembler.patch.formats import read_patch
 
-TARGETS = ["q_proj", "v_proj", "down_proj", "lm_head"]
 SCALE = 0.05
-LAYERS = [f"model.layers.{layer}." for layer in range(2)]
-CHANGED = [f"{layer}{name}" for layer in LAYERS for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "plain", **SIZE)
-
-
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_lora(tmp_path_factory.mktemp("patches") / "lora", size=SIZE, target_modules=TARGETS)
 
 
 @pytest.fixture(scope="module")

@@ -26,17 +26,6 @@ ALL = 10**6
 WEIGHTS = "model.safetensors"
 
 
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "plain", **SIZE)
-
-
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("patches") / "lora"
-    return save_lora(folder, size=SIZE, target_modules=["q_proj", "v_proj", "down_proj"])
-
-
 def applied(model: Path, lora: Path, out: Path, **options: Any) -> PatchPlan:
     plan = plan_patches([read_patch(lora, scale=SCALE)], model)
     apply_patches([read_patch(lora, scale=SCALE)], model, out, **options)

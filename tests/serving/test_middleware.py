@@ -26,7 +26,7 @@ def rules() -> ServedRules:
 
 @pytest.fixture(autouse=True)
 def _no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What asks vLLM has its tests where vLLM is: test_vllm_failures.py and test_vllm_server.py."""
+    """Stand in for vLLM, whose part has its tests where it is: test_vllm_failures.py and test_vllm_server.py."""
     stand_in = SimpleNamespace(end_failed_requests=lambda app, rules: None, require_key=lambda app, handle: handle)
     monkeypatch.setitem(sys.modules, "ensembler.serving.vllm_app", stand_in)  # type: ignore[arg-type]
 

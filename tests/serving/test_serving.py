@@ -21,9 +21,9 @@ from ensembler.demo import demo_folder
 from ensembler.engine.members import check_member, load_group
 from ensembler.errors import ConfigError, InputError, MemberError, MissingExtraError
 from ensembler.folder import read
-from ensembler.patch.addition import patched_tensors
 from ensembler.patch.apply import apply_patches
 from ensembler.patch.formats import read_patch
+from ensembler.patch.loading import load_patched
 from ensembler.preflight import check_ensemble
 from ensembler.safetensors_files import read_model
 from ensembler.serving.choice import check_servable, plan_member, require_vllm
@@ -217,11 +217,11 @@ def lora_on(save_member: SaveMember, tmp_path: Path, **settings: Any) -> tuple[P
 def test_tensors_are_those_that_patch_apply_writes(save_member: SaveMember, tmp_path: Path) -> None:
     base, lora = lora_on(save_member, tmp_path)
     member = MemberConfig(str(base), adapter=str(lora))
-    ours = dict(patched_tensors(plan_member("source_ft", member)))
+    ours = dict(load_patched(plan_member("source_ft", member)))
     apply_patches([read_patch(lora)], base, tmp_path / "patched")
-    written = dict(patched_tensors(plan_member("x", MemberConfig(str(tmp_path / "patched")))))
+    written = dict(load_patched(plan_member("x", MemberConfig(str(tmp_path / "patched")))))
     assert ours.keys() == written.keys() == read_model(base).tensors.keys()
-    plain = dict(patched_tensors(plan_member("x", MemberConfig(str(base)))))
+    plain = dict(load_patched(plan_member("x", MemberConfig(str(base)))))
     assert all(torch.equal(ours[name], written[name]) for name in ours)
     assert 0 < sum(not torch.equal(ours[name], plain[name]) for name in ours) == 4
     loaded = load_group([check_member("source_ft", member)]).models["source_ft"].state_dict()

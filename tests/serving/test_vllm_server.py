@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.browser import CHROMIUM, Browser
-from helpers.commands import Run
 from helpers.vllm_cases import spoil
+from helpers.vllm_server import START_SECONDS, Server, post, start, stop
 
 from ensembler import EnsembleForCausalLM
 from ensembler.decoding.decoding_options import DecodingOptions
@@ -38,61 +32,10 @@ pytestmark = pytest.mark.vllm
 PROMPT = (
     "There are 23 shells in the market. Gwen takes 16 shells. Question: How many shells are in the market now? Answer:"
 )
-FLAGS = ("--host", "127.0.0.1", "--enforce-eager")
 BROKEN = 77  # the id whose embedding is NaN in source PT
 CONTEXT = 256  # that of the embedded family
 LONG = 220  # new tokens, which take the engine a second or more
-START_SECONDS = 240
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %} 2"
-
-
-@dataclass
-class Server:
-    process: subprocess.Popen[str]
-    port: int
-    log: Path
-
-    @property
-    def client(self) -> Any:
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", max_retries=0, timeout=120)
-
-    def wait_until_ready(self) -> None:
-        end = time.monotonic() + START_SECONDS
-        while time.monotonic() < end:
-            assert self.process.poll() is None, self.log.read_text()[-4000:]
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5).close()
-            except (urllib.error.URLError, ConnectionError, TimeoutError):
-                time.sleep(0.5)
-            else:
-                return
-        raise AssertionError(self.log.read_text()[-4000:])
-
-
-def free_port() -> int:
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        port: int = listening.getsockname()[1]
-        return port
-
-
-def start(folder: Path, log: Path, *flags: str, port: int | None = None, key: str | None = None) -> Server:
-    port = free_port() if port is None else port
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    command = [sys.executable, "-m", "ensembler", "serve", str(folder), *flags, "--", *FLAGS, "--port", str(port)]
-    command += [] if key is None else ["--api-key", key]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environment)
-    return Server(process, port, log)
-
-
-def stop(server: Server) -> int:
-    if server.process.poll() is None:
-        server.process.send_signal(signal.SIGTERM)
-    try:
-        return server.process.wait(timeout=60)
-    finally:
-        server.process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -335,17 +278,6 @@ def test_a_port_in_use_ends_it(server: Server, tmp_path: Path) -> None:
     assert "address already in use" in other.log.read_text().lower()
 
 
-def post(server: Server, path: str, body: bytes) -> tuple[int, str]:
-    """Return the status and text of an answer to bytes that come without a key."""
-    asked = urllib.request.Request(f"http://127.0.0.1:{server.port}{path}", body, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(asked, timeout=20) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
-
-
 def test_every_other_path_refuses_an_alpha(server: Server) -> None:
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/openapi.json", timeout=20) as answer:
         paths = [path for path, methods in json.load(answer)["paths"].items() if "post" in methods]
@@ -355,62 +287,3 @@ def test_every_other_path_refuses_an_alpha(server: Server) -> None:
     for path in others:
         status, text = post(server, path, b'{"alpha": 0.5, "model": "family", "prompt": "a"}')
         assert (status, "alpha cannot be chosen at this path" in text) == (400, True), path
-
-
-def test_a_key_is_asked_for_before_a_body_is_read_and_sigterm_ends_it_with_exit_code_0(tmp_path: Path) -> None:
-    made = start(demo_folder(), tmp_path / "log", key="none")
-    made.wait_until_ready()
-    assert post(made, "/v1/completions", b'{"alpha": -1}') == (401, '{"error":"Unauthorized"}')
-    with pytest.raises(openai.BadRequestError, match="alpha is -1"):
-        made.client.completions.create(model="family", prompt="a", extra_body={"alpha": -1})
-    (name, *_) = [model.id for model in made.client.models.list()]
-    assert name == "family"
-    stream = iter(
-        made.client.completions.create(
-            model=name, prompt=PROMPT, max_tokens=LONG, temperature=0, stream=True, extra_body={"ignore_eos": True}
-        )
-    )
-    next(stream)
-    made.process.send_signal(signal.SIGTERM)
-    rest = list(stream)  # what is running goes on to its end
-    assert rest[-1].choices[0].finish_reason == "length"
-    assert stop(made) == 0, made.log.read_text()[-4000:]
-
-
-def serve_badly(*arguments: str) -> str:
-    """Return the last line of an `ensembler serve` that ends for bad input."""
-    done = subprocess.run(
-        [sys.executable, "-m", "ensembler", "serve", *arguments], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2
-    return done.stderr.strip().splitlines()[-1]
-
-
-def test_bad_input_is_one_line() -> None:
-    line = serve_badly("demo", "--", "--load_format", "dummy")
-    assert line.startswith("Error: --load-format dummy was given; members are loaded from their own folders")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["nowhere"], "there is no folder"),
-        (["demo", "--alpha", "nan"], "alpha is 'nan'; expected a number"),
-        (["demo", "--alias", "0,-1"], "alpha is -1"),
-        (["demo", "--", "--config", "x.yaml"], "--config was given"),
-    ],
-)
-def test_bad_input_ends_before_vllm_starts(arguments: list[str], message: str, run: Run) -> None:
-    done = run("serve", *arguments)
-    assert done.code == 2
-    assert message in done.error
-
-
-def test_a_member_that_moved_is_named(tmp_path: Path, run: Run) -> None:
-    content = json.loads((demo_folder() / "config.json").read_text())
-    content["members"] = {role: {"model": str(demo_folder() / role)} for role in content["members"]}
-    content["members"]["target_pt"]["model"] = "./gone"
-    (tmp_path / "config.json").write_text(json.dumps(content))
-    done = run("serve", tmp_path)
-    assert done.code == 2
-    assert "gone" in done.error

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from ensembler.errors import MemberError
+from ensembler.patch.addition import read_tensor
 from ensembler.patch.schemes import bitsandbytes4, fp8, int4, mxfp4
 from ensembler.patch.schemes.quantization_settings import METHOD, quantization_of
 from ensembler.patch.schemes.scheme import QuantizedWeight
@@ -99,7 +99,7 @@ def _compressed(model: StoredModel, settings: Mapping[str, Any]) -> Found:
             parts[int4.ZERO] = zeros
         if parts[int4.SHAPE].shape != (2,):
             raise _misfit(model, parts[int4.SHAPE], name)
-        rows, columns = _read_integers(parts[int4.SHAPE])
+        rows, columns = (int(size) for size in read_tensor(parts[int4.SHAPE]).flatten().tolist())
         _, groups = parts[int4.SCALE].matrix
         if codes.shape != (rows, math.ceil(columns / 8)):
             raise _misfit(model, codes, f"{rows} x {columns} values")
@@ -159,7 +159,7 @@ def _four_bit(model: StoredModel, settings: Mapping[str, Any]) -> Found:
         if state is None or codes.dtype != "U8":
             continue
         try:
-            said = json.loads(_read_bytes(state))
+            said = json.loads(bytes(read_tensor(state).flatten().tolist()))
             rows, columns = (int(size) for size in said["shape"])
             block, second = int(said["blocksize"]), said.get("nested_blocksize")
             offset, kind = float(said.get("nested_offset") or 0), str(said["quant_type"])
@@ -230,14 +230,3 @@ def _misfit(model: StoredModel, part: StoredTensor, values: str) -> MemberError:
 def _as_matrix(tensor: StoredTensor) -> StoredTensor:
     """Return a tensor with all axes but the last as one, as its rows lie in the file."""
     return tensor if len(tensor.shape) < 3 else replace(tensor, shape=(math.prod(tensor.shape[:-1]), tensor.shape[-1]))
-
-
-def _read_bytes(tensor: StoredTensor) -> bytes:
-    with tensor.file.open("rb") as file:
-        file.seek(tensor.start)
-        return file.read(tensor.num_bytes)
-
-
-def _read_integers(tensor: StoredTensor) -> list[int]:
-    """Return the values of a tensor of integers."""
-    return list(struct.unpack(f"<{tensor.num_elements}{'q' if tensor.dtype == 'I64' else 'i'}", _read_bytes(tensor)))
