@@ -147,7 +147,7 @@ def test_of_many_points_the_last_are_counted_together(llm: Any) -> None:
 
 
 def test_without_it_nothing_travels_with_the_weights(functions_in_workers: None) -> None:
-    with engine(demo_folder(), **SMALL) as llm:
+    with engine(demo_folder(), own_process=True, **SMALL) as llm:
         ask(llm, POINTS)
         width, of_table = llm.apply_model(_widths)[0]
         with pytest.raises(Exception, match="read_audit"):

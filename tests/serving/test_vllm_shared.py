@@ -76,7 +76,8 @@ def sizes(llm: Any, *roles: str) -> list[int]:
 def test_a_lora_beside_its_base(family: str, targets: list[str], more: dict[str, Any], tmp_path: Path) -> None:
     model = save_pair(tmp_path, family, None, save_lora(tmp_path / "lora", family, targets, **more))
     prompts = prompts_for(64)
-    with engine(tmp_path / "ensemble", load_format="ensembler") as llm:
+    is_foreign = family == "gpt_neox"  # it runs as transformers' model
+    with engine(tmp_path / "ensemble", own_process=is_foreign, load_format="ensembler") as llm:
         both, base, adapted = sizes(llm, "reference", "aligned")
         assert_same(served(llm, prompts), expected(model, prompts))
     assert base < adapted == both < 1.1 * base
@@ -130,7 +131,8 @@ def test_other_patches_take_a_copy_of_their_own(more: dict[str, Any], tmp_path: 
     lora = save_lora(tmp_path / "lora", "llama", given.pop("target_modules"), **given)
     model = save_pair(tmp_path, "llama", None, lora)
     prompts = prompts_for(64)
-    with engine(tmp_path / "ensemble", load_format="ensembler") as llm:
+    is_foreign = family == "gpt_neox"  # it runs as transformers' model
+    with engine(tmp_path / "ensemble", own_process=is_foreign, load_format="ensembler") as llm:
         both, base, adapted = sizes(llm, "reference", "aligned")
         assert_same(served(llm, prompts), expected(model, prompts))
     assert both == 2 * base == 2 * adapted
