@@ -131,8 +131,7 @@ def test_other_patches_take_a_copy_of_their_own(more: dict[str, Any], tmp_path: 
     lora = save_lora(tmp_path / "lora", "llama", given.pop("target_modules"), **given)
     model = save_pair(tmp_path, "llama", None, lora)
     prompts = prompts_for(64)
-    is_foreign = family == "gpt_neox"  # it runs as transformers' model
-    with engine(tmp_path / "ensemble", own_process=is_foreign, load_format="ensembler") as llm:
+    with engine(tmp_path / "ensemble", load_format="ensembler") as llm:
         both, base, adapted = sizes(llm, "reference", "aligned")
         assert_same(served(llm, prompts), expected(model, prompts))
     assert both == 2 * base == 2 * adapted
