@@ -44,7 +44,7 @@ from ensembler.patch.patch_device import (
 )
 from ensembler.patch.patch_plan import PatchPlan, plan_patches
 from ensembler.patch.requantize import Loss, kept_weights, plain_rows, requantized
-from ensembler.patch.schemes.quantization_settings import is_scale, leave_alone, settings_in
+from ensembler.patch.schemes.quantization_settings import is_scale, leave_alone, scales_of, settings_in
 from ensembler.patch.schemes.scheme import QuantizedWeight
 from ensembler.safetensors_files import (
     FLOATS,
@@ -161,9 +161,12 @@ def _targets(plan: PatchPlan, kept: Sequence[str], dtype: str | None) -> list[St
     config = plan.model.config
     is_quantized = bool(settings_in(config))
     own = str(dtype or config.get("dtype") or config.get("torch_dtype"))  # the rest of the model is loaded in that
+    unused = scales_of({name.removesuffix(".weight") for name in kept}, plan.model.tensors) - parts.keys()
     targets = []
     for name, tensor in plan.model.tensors.items():
         weight = parts.get(name)
+        if name in unused:
+            continue
         if weight is None:
             is_cast = tensor.dtype in FLOATS.values() and not (is_quantized and is_scale(name))
             targets.append(_as(tensor, FLOATS[dtype]) if dtype is not None and is_cast else tensor)

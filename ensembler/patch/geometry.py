@@ -21,7 +21,7 @@ from ensembler.patch.addition import DTYPES, load_factors, load_pieces, read_fin
 from ensembler.patch.boxes import Shape, stack_shape
 from ensembler.patch.formats import Patch
 from ensembler.patch.low_rank import Pieces
-from ensembler.patch.patch_plan import plan_patches
+from ensembler.patch.patch_plan import PatchPlan, plan_patches
 from ensembler.safetensors_files import StoredModel, StoredTensor, listed
 
 _DENSE_SIZE = 128  # below it a full decomposition is quicker than an iteration
@@ -145,11 +145,11 @@ def inspect_patch(
     warnings: tuple[str, ...] = ()
     old_names: dict[str, str] = {}
     if base is not None:
-        plan = plan_patches([patch], base)
+        plan = _plain_plan(patch, base)
         old, warnings = plan.model, plan.warnings
         old_names = {_source(plan.patches[0], name): name for name in _measured(plan.patches[0])}
     if model is not None:
-        plan = plan_patches([patch], model)
+        plan = _plain_plan(patch, model)
         updated, patch = plan.model, plan.patches[0]
         other = None if other is None else plan_patches([other], model).patches[0]
     names = _measured(patch)
@@ -169,6 +169,18 @@ def inspect_patch(
         if advance is not None:
             advance(1)
     return PatchReport(tuple(modules), patch.notes, warnings)
+
+
+def _plain_plan(patch: Patch, model: Path) -> PatchPlan:
+    """Return the plan of a patch for a model; raise PatchError where the weights that it changes are quantised."""
+    plan = plan_patches([patch], model)
+    quantized = [name for name in _measured(plan.patches[0]) if name in plan.quantized]
+    if quantized:
+        raise PatchError(
+            f"{model} is quantised ({listed(quantized)}), and norms are those of plain weights; give the model before "
+            "that"
+        )
+    return plan
 
 
 def _measured(patch: Patch) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ensembler.errors import PatchError
 from ensembler.patch.formats import Patch
-from ensembler.patch.schemes.quantization_settings import SCHEMES, quantization_of, said_scheme
+from ensembler.patch.schemes.quantization_settings import METHOD, SCHEMES, quantization_of, said_scheme
 from ensembler.safetensors_files import FLOATS, StoredModel, listed, read_model
 
 if TYPE_CHECKING:
@@ -80,6 +80,11 @@ def plan_patches(patches: Sequence[Patch], model: Path) -> PatchPlan:
         if both:
             raise PatchError(f"{patch.folder} replaces {both[0]}, which another patch changes too; leave one out")
     warnings = [line for patch in fitted if (line := warn_of_other_base(patch, stored)) is not None]
+    if warnings and quantization_of(stored).get(METHOD) == "awq":
+        warnings.append(
+            f"AWQ has scaled the inputs of layers in {stored.folder}, and divided the norms before them: a patch "
+            "of the model before that does not fit exactly; test the result, or give a model in another scheme"
+        )
     for patch in patches:
         warnings += patch.unmatched_patterns()
     return PatchPlan(stored, tuple(fitted), tuple(warnings), quantized)

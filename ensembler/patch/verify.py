@@ -18,6 +18,7 @@ from ensembler.patch.addition import DTYPES, WeightUpdate, block_rows, patched, 
 from ensembler.patch.patch_device import BLOCK_ELEMENTS, CPU, block_elements, memory_of, on_host
 from ensembler.patch.patch_plan import PatchPlan
 from ensembler.patch.requantize import plain_rows, requantized
+from ensembler.patch.schemes.quantization_settings import scales_of
 from ensembler.patch.schemes.scheme import QuantizedWeight
 from ensembler.safetensors_files import FLOATS, StoredModel, StoredTensor, listed, read_model
 
@@ -88,6 +89,8 @@ def _expected(plan: PatchPlan, kept: list[QuantizedWeight]) -> dict[str, StoredT
         for part in weight.parts.values():
             del expected[part.name]
         expected[weight.name] = StoredTensor(weight.name, Path(), "BF16", weight.shape, 0, 2 * weight.num_elements)
+    for name in scales_of({weight.name.removesuffix(".weight") for weight in kept}, expected):
+        del expected[name]
     return expected
 
 
@@ -104,7 +107,7 @@ def _recomputed(
     changed, names = set(plan.names), {weight.name for weight in kept}
     parts = {part.name for weight in plan.quantized.values() for part in weight.parts.values()}
     for name, tensor in plan.model.tensors.items():
-        if name not in parts:
+        if name not in parts and name in found.tensors:  # scales of what is plain in the patched model are not
             update = planned_update(plan, name) if name in changed else None
             yield 1, _plain(tensor, found.tensors[name], update, sample)
     for weight in plan.quantized.values():

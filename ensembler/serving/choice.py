@@ -96,7 +96,7 @@ def plan_member(role: str, member: MemberConfig) -> PatchPlan:
             raise MemberError(
                 f"{error}; vLLM loads what is a sum with the weights: merge it with PEFT first, and give that model"
             ) from error
-        return plan_patches(patches, find_folder(member.model))
+        return plan_patches(patches, find_folder(member.model, revision=member.revision))
 
 
 def own_dtypes(checked: CheckedEnsemble) -> list[str]:

@@ -45,7 +45,8 @@ class PatchedLoader(DefaultModelLoader):  # type: ignore[misc,unused-ignore]
         patches = [
             read_patch(find_folder(name, allow_patterns=PATCH_FILES), scale=scale) for name, scale in self._patches
         ]
-        yield from load_patched(plan_patches(patches, find_folder(model_config.model)))
+        options = {"revision": model_config.revision, "cache_dir": self.load_config.download_dir}
+        yield from load_patched(plan_patches(patches, find_folder(model_config.model, **options)))
 
 
 def patches_of(extra: dict[str, Any]) -> list[tuple[str, float]]:

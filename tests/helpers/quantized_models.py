@@ -22,7 +22,7 @@ GROUP, BLOCK = 32, 64
 SIZE = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.05}  # FP8 goes by blocks of 128
 LAYERS = [f"model.layers.{layer}." for layer in range(2)]
 CHANGED = [f"{layer}{name}" for layer in LAYERS for name in ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")]
-# bitsandbytes' nf4, the quantiles of a normal distribution (arXiv 2305.14314, appendix E), and its fp4.
+# bitsandbytes' nf4, the quantiles of a normal distribution (arXiv 2305.14314, appendix E).
 NF4 = (-1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0)
 NF4 += (0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0)
 SECOND_OFFSET = 0.05

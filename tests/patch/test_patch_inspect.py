@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.patch_cases import exact, save_lora, save_model, weights
+from helpers.quantized_models import quantize_folder
 from helpers.tiny import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -154,6 +155,15 @@ def test_a_heat_map_is_a_picture(tmp_path: Path) -> None:
     model, lora = save_model(tmp_path / "model"), save_lora(tmp_path / "lora", target_modules=["q_proj", "lm_head"])
     save_heatmap(inspect_patch(read_patch(lora), model=model), tmp_path / "patch.png")
     assert (tmp_path / "patch.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", ["fp8-blocks", "int4-rows"])
+def test_norms_are_those_of_plain_weights(kind: str, plain: Path, lora: Path, tmp_path: Path) -> None:
+    model = quantize_folder(plain, tmp_path / "model", kind)
+    for models in ({"model": model}, {"model": plain, "base": model}):
+        with pytest.raises(PatchError, match=r"is quantised \(model\.layers\.0.*norms are those of plain weights"):
+            inspect_patch(read_patch(lora), **models)
+    assert inspect_patch(read_patch(lora)).modules
 
 
 def test_what_cannot_be_measured(tmp_path: Path) -> None:

@@ -29,9 +29,10 @@ from torch import Tensor
 from ensembler.patch.apply import apply_patches
 from ensembler.patch.extract import extract_patch
 from ensembler.patch.formats import read_patch
-from ensembler.patch.patch_plan import PatchPlan
+from ensembler.patch.patch_plan import PatchPlan, plan_patches
 from ensembler.patch.requantize import kept_weights
 from ensembler.patch.schemes.quantization_settings import leave_alone
+from ensembler.patch.verify import verify_applied
 from ensembler.safetensors_files import read_model
 
 SCALE = 0.05
@@ -177,6 +178,20 @@ def test_modules_that_stay_in_bfloat16(
         assert torch.equal(bits(after[name]), bits(tensor)), name
     assert applied.num_bytes == read_model(tmp_path / "out").num_bytes
     assert set(applied.losses) == set(CHANGED) - alone
+
+
+def test_modules_that_stay_in_bfloat16_have_no_scales_of_inputs(plain: Path, lora: Path, tmp_path: Path) -> None:
+    """Servers know no tensors of static activations in a plain layer; those of keys and values are another matter."""
+    model = quantize_folder(plain, tmp_path / "model", "fp8-rows")
+    modules = [f"{LAYERS[0]}self_attn.q_proj", f"{LAYERS[0]}mlp.down_proj"]
+    scales = {f"{module}.input_scale": torch.tensor([0.1]) for module in modules}
+    scales |= {f"{LAYERS[0]}self_attn.k_proj.output_scale": torch.tensor([0.2])}
+    save_tensors({**read_tensors(model), **scales}, model)
+    patch = read_patch(lora, scale=SCALE)
+    apply_patches([patch], model, tmp_path / "out", keep_bf16=["layers.0.self_attn.q_proj"])
+    kept = [name for name in read_tensors(tmp_path / "out") if name in scales]
+    assert sorted(kept) == [f"{LAYERS[0]}mlp.down_proj.input_scale", f"{LAYERS[0]}self_attn.k_proj.output_scale"]
+    verify_applied(plan_patches([patch], model), tmp_path / "out")
 
 
 def test_kept_modules_are_ignored_by_name(plain: Path, lora: Path, tmp_path: Path) -> None:

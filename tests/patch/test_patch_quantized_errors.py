@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.commands import Run
-from helpers.patch_cases import edit_tensors, save_lora, save_model
+from helpers.patch_cases import edit_json, edit_tensors, save_lora, save_model
 from helpers.quantized_models import SIZE, Change, edit_config, flipped, quantize_folder, without
 
 from ensembler.errors import InputError, OutputError, RunError
@@ -55,6 +55,10 @@ def settings(**changes: Any) -> Callable[[Path], None]:
 def cut(model: Path) -> None:
     file = model / WEIGHTS
     file.write_bytes(file.read_bytes()[:-100])
+
+
+def nvfp4(name: str, values: torch.Tensor) -> torch.Tensor:
+    return values.to(torch.float8_e4m3fn) if name.endswith("weight_scale") else values
 
 
 SCALE_INV = f"{Q}.weight_scale_inv"
@@ -113,6 +117,54 @@ BAD: dict[str, tuple[str, Callable[[Path], None], str]] = {
         in_blocks(lambda t: {**t, f"{Q}.scales": t[f"{Q}.scales"].index_fill(0, torch.tensor(1), float("inf"))}),
         rf"the codes or scales of {Q}\.weight hold NaN or infinity",
     ),
+    "scales of a scheme that is not known, in e4m3": (
+        "int4-rows",
+        lambda model: (
+            in_blocks(lambda t: {n: v.to(torch.uint8) if "packed" in n else nvfp4(n, v) for n, v in t.items()})(model),
+            settings(quant_method="compressed-tensors", format="nvfp4-pack-quantized")(model),
+        ),
+        r"is quantised \(quant_method 'compressed-tensors', format 'nvfp4-pack-quantized' in its config\.json\), and",
+    ),
+    "empty scales": (
+        "fp8-rows",
+        in_blocks(lambda t: {**t, f"{Q}.weight_scale": torch.ones(128, 0)}),
+        rf"{Q}\.weight_scale has shape \(128, 0\), which does not fit {Q}\.weight",
+    ),
+    "empty scales of int4": (
+        "int4-rows",
+        in_blocks(lambda t: {**t, f"{Q}.weight_scale": torch.ones(128, 0)}),
+        rf"{Q}\.weight_scale has shape \(128, 0\), which does not fit 128 x 128 values",
+    ),
+    "groups that are not there": (
+        "gptq-order",
+        in_blocks(lambda t: {**t, f"{Q}.g_idx": t[f"{Q}.g_idx"] + 1}),
+        rf"{Q}\.g_idx names groups 1 to 4, and there are 4; fetch the model again",
+    ),
+    "no group size": (
+        "gptq",
+        settings(quant_method="gptq", bits=4, group_size=None),
+        r"the settings of its quantisation are damaged \(quant_method 'gptq', bits 4 in its config\.json: ",
+    ),
+    "groups of 0": (
+        "awq",
+        settings(quant_method="awq", bits=4, group_size=0),
+        r"the settings of its quantisation are damaged \(quant_method 'awq', bits 4 in its config\.json: ",
+    ),
+    "blocks of one size": (
+        "fp8-blocks",
+        settings(quant_method="fp8", weight_block_size=[128]),
+        r"the settings of its quantisation are damaged \(quant_method 'fp8' in its config\.json: ",
+    ),
+    "codes in another dtype": (
+        "nf4",
+        in_blocks(lambda t: {**t, f"{Q}.weight": t[f"{Q}.weight"].view(-1, 2).view(torch.bfloat16)}),
+        rf"keeps the codes of {Q}\.weight as BF16 \(bnb_4bit_quant_storage\); expected U8: save it with uint8",
+    ),
+    "rotated weights": (
+        "int4-rows",
+        settings(quant_method="compressed-tensors", transform_config={"config_groups": {"R1": {"type": "hadamard"}}}),
+        r"has weights that are rotated \(transform_config in its config\.json\), and patches are for those before that",
+    ),
     "a cut file": ("fp8-rows", cut, "is cut off; fetch it again"),
 }
 
@@ -128,6 +180,17 @@ def test_bad_models_are_told_in_one_sentence_and_leave_nothing(
         apply_patches([read_patch(lora, scale=SCALE)], model, tmp_path / "out")
     assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("base", ["model", "plain"])
+def test_patches_of_the_model_before_awq_are_warned_of(base: str, plain: Path, lora: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(lora, tmp_path / "lora")
+    edit_json(copy / "adapter_config.json", base_model_name_or_path=f"org/{base}")
+    for kind in ("awq", "gptq"):
+        model = quantize_folder(plain, tmp_path / kind / "model", kind)
+        lines = plan_patches([read_patch(copy)], model).warnings
+        found = [line for line in lines if "AWQ has scaled the inputs of layers" in line]
+        assert len(found) == (kind == "awq" and base == "plain")
 
 
 def test_a_weight_that_one_patch_replaces_and_another_changes(plain: Path, lora: Path, tmp_path: Path) -> None:

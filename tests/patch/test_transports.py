@@ -6,6 +6,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from helpers.tiny import make_tokenizer
 from helpers.transport_cases import EXAMPLES, save_pair, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ensembler.errors import ConfigError, EnsemblerError
@@ -26,7 +27,8 @@ from ensembler.patch.apply import apply_plan
 from ensembler.patch.formats import read_patch
 from ensembler.patch.patch_plan import plan_patches
 from ensembler.patch.transports.orthogonal import Orthogonal
-from ensembler.patch.transports.transport import Sources, carried, delta_rows
+from ensembler.patch.transports.sign_mask import count_votes
+from ensembler.patch.transports.transport import Example, Sources, carried, delta_rows
 from ensembler.patch.verify import verify_applied
 from ensembler.safetensors_files import StoredModel, StoredTensor
 
@@ -208,6 +210,21 @@ def test_a_masked_update_lowers_the_loss_to_first_order(tmp_path: Path) -> None:
     products = [(gradients[name] * (found[name] - before[name])).sum() for name in found]
     assert max(products) <= 1e-6
     assert sum(products) < -0.01
+
+
+def test_votes_of_many_examples_are_counted() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(2))
+
+        def forward(self, **inputs: Any) -> Any:
+            return SimpleNamespace(loss=self.weight[1] - self.weight[0])
+
+    model = Model()
+    for num in (127, 128, 2**15):
+        votes = count_votes(model, {"w": model.weight}, [Example((1,), (2,), "")] * num, lambda steps: None)
+        assert votes["w"].tolist() == [num, -num]
 
 
 # mistakes

@@ -81,6 +81,29 @@ def test_log_probs_are_those_of_the_written_model(kind: str, tmp_path: Path) -> 
     assert ours != log_probs(base, load_format="auto")
 
 
+def test_files_are_those_of_the_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    from vllm.config.load import LoadConfig
+
+    from ensembler.serving import vllm_patched
+
+    asked = {}
+
+    def find_folder(name: str, **options: Any) -> Path:
+        asked[name] = options
+        if name == "a":
+            return Path(name)
+        raise ConfigError("stopped")
+
+    monkeypatch.setattr(vllm_patched, "read_patch", lambda folder, scale: None)
+    monkeypatch.setattr(vllm_patched, "find_folder", find_folder)
+    loader = vllm_patched.PatchedLoader(LoadConfig(download_dir="cache", model_loader_extra_config={"patch": "a"}))
+    with pytest.raises(ConfigError, match="stopped"):
+        next(loader.get_all_weights(SimpleNamespace(model="org/base", revision="v2"), torch.nn.Module()))
+    assert asked["org/base"] == {"revision": "v2", "cache_dir": "cache"}
+
+
 def test_what_the_configuration_has_to_say() -> None:
     from ensembler.serving.vllm_patched import patches_of
 

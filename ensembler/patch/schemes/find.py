@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from ensembler.errors import MemberError
+from ensembler.errors import EnsemblerError, MemberError
+from ensembler.files import one_line
 from ensembler.patch.addition import read_tensor
 from ensembler.patch.schemes import bitsandbytes4, fp8, int4, mxfp4
-from ensembler.patch.schemes.quantization_settings import METHOD, quantization_of
+from ensembler.patch.schemes.quantization_settings import METHOD, is_scale, quantization_of, said_scheme
 from ensembler.patch.schemes.scheme import QuantizedWeight
 from ensembler.safetensors_files import FLOATS, StoredModel, StoredTensor
 
@@ -24,11 +25,19 @@ def find_quantized(model: StoredModel) -> dict[str, QuantizedWeight]:
     """Return the weights that stand as several tensors on disk, by the name that they have when loaded.
 
     Weights in a scheme that is not known are left out. Raises MemberError where the tensors of a weight do not fit
-    each other.
+    each other, or where the settings are damaged.
     """
     settings = quantization_of(model)
     search = _SEARCHES.get(str(settings.get(METHOD)))
-    return {} if search is None else {weight.name: weight for weight in search(model, settings)}
+    try:
+        return {} if search is None else {weight.name: weight for weight in search(model, settings)}
+    except EnsemblerError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # sizes that are no sizes
+        raise MemberError(
+            f"{model.folder}: the settings of its quantisation are damaged ({said_scheme(model)}: {one_line(error)}); "
+            "fetch the model again"
+        ) from error
 
 
 def _fp8(model: StoredModel, settings: Mapping[str, Any]) -> Found:
@@ -36,7 +45,7 @@ def _fp8(model: StoredModel, settings: Mapping[str, Any]) -> Found:
     blocks = settings.get("weight_block_size") or _of_weights(settings, "block_structure")
     is_power = settings.get("scale_fmt") == "ue8m0"
     for name, codes in model.tensors.items():
-        if codes.dtype != _FP8 or len(codes.shape) < 2:
+        if codes.dtype != _FP8 or len(codes.shape) < 2 or is_scale(name):  # NVFP4 has scales in e4m3
             continue
         names = (f"{name}_scale_inv", f"{name}_scale")
         scale = next((model.tensors[each] for each in names if each in model.tensors), None)
@@ -64,7 +73,7 @@ def _block_of(
     if scale.num_elements == 1:
         return matrix
     rows, columns = _as_matrix(scale).matrix
-    if rows == matrix[0] and matrix[1] % columns == 0:
+    if rows == matrix[0] and columns and matrix[1] % columns == 0:
         return 1, matrix[1] // columns
     block = (int(blocks[0]), int(blocks[1])) if blocks else (codes.shape[-2], codes.shape[-1])
     stacked = math.prod(codes.shape[:-2])
@@ -78,6 +87,11 @@ def _block_of(
 
 def _compressed(model: StoredModel, settings: Mapping[str, Any]) -> Found:
     """compressed-tensors: FP8 codes, or four-bit integers packed along rows."""
+    if settings.get("transform_config"):
+        raise MemberError(
+            f"{model.folder} has weights that are rotated (transform_config in its config.json), and patches are for "
+            "those before that; give the model before quantisation"
+        )
     yield from _fp8(model, settings)
     if _of_weights(settings, "num_bits") != 4:
         return
@@ -103,7 +117,7 @@ def _compressed(model: StoredModel, settings: Mapping[str, Any]) -> Found:
         _, groups = parts[int4.SCALE].matrix
         if codes.shape != (rows, math.ceil(columns / 8)):
             raise _misfit(model, codes, f"{rows} x {columns} values")
-        if parts[int4.SCALE].shape != (rows, groups) or columns % groups:
+        if parts[int4.SCALE].shape != (rows, groups) or not groups or columns % groups:
             raise _misfit(model, parts[int4.SCALE], f"{rows} x {columns} values")
         if zeros is not None and zeros.shape != (math.ceil(rows / 8), groups):
             raise _misfit(model, zeros, f"{rows} x {columns} values in {groups} groups a row")
@@ -140,6 +154,13 @@ def _packed(model: StoredModel, settings: Mapping[str, Any]) -> Found:
             raise _misfit(model, parts[int4.ZERO], values)
         if int4.GROUP_OF in parts and parts[int4.GROUP_OF].shape != (rows,):
             raise _misfit(model, parts[int4.GROUP_OF], values)
+        if has_order:
+            low, high = read_tensor(parts[int4.GROUP_OF]).aminmax()
+            if low < 0 or high >= groups:
+                raise MemberError(
+                    f"{model.folder}: {module}.g_idx names groups {low} to {high}, and there are {groups}; fetch the "
+                    "model again"
+                )
         scheme = int4.PackedColumns(
             size,
             packs_rows=is_gptq,
@@ -156,8 +177,13 @@ def _four_bit(model: StoredModel, settings: Mapping[str, Any]) -> Found:
     for name, codes in tensors.items():
         states = [f"{name}.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")]
         state = next((tensors[each] for each in states if each in tensors), None)
-        if state is None or codes.dtype != "U8":
+        if state is None:
             continue
+        if codes.dtype != "U8":
+            raise MemberError(
+                f"{model.folder} keeps the codes of {name} as {codes.dtype} (bnb_4bit_quant_storage); expected U8: "
+                "save it with uint8, or give the model before quantisation"
+            )
         try:
             said = json.loads(bytes(read_tensor(state).flatten().tolist()))
             rows, columns = (int(size) for size in said["shape"])

@@ -6,7 +6,7 @@ Loads no torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from ensembler.safetensors_files import StoredModel
@@ -31,6 +31,7 @@ FUSED = {
 EXPERTS = ".experts."
 _SAID = ("bits", "w_bit", "version", "format", "load_in_8bit")
 _SCALE = re.compile(r"(scales?|scale_inv|absmax|quant_map|zero_point|SCB)$")
+_OF_LAYER = ("weight_", "input_", "act")  # scales of a linear layer, and not of its place among keys and values
 
 
 def settings_in(config: dict[str, Any]) -> dict[str, Any]:
@@ -59,6 +60,12 @@ def said_scheme(model: StoredModel) -> str:
 def is_scale(name: str) -> bool:
     """Return whether a tensor of a quantised model belongs to a scheme by its name: its dtype is part of that."""
     return _SCALE.search(name) is not None
+
+
+def scales_of(modules: Collection[str], names: Iterable[str]) -> set[str]:
+    """Return the tensors that scale the weights or inputs of linear layers: servers know none of a plain layer."""
+    parts = ((name, *name.rpartition(".")[::2]) for name in names)
+    return {name for name, module, last in parts if module in modules and last.startswith(_OF_LAYER) and is_scale(last)}
 
 
 def leave_alone(settings: dict[str, Any], modules: Iterable[str], plain: Sequence[str]) -> None:

@@ -5,10 +5,11 @@ base gives inputs X and outputs Y of some texts, the new base X′ and Y′ of t
 
     P_in = argmin ‖X′ − X Pᵀ‖,  P_out = argmin ‖Y′ − Y Pᵀ‖  over semi-orthogonal P (new width, old width)
 
-(eq. 5 of v1; of the SVD X′ᵀ X = U S Vᵀ it is U Vᵀ), the update becomes Δ′ = P_out Δ P_inᵀ (eq. 10, with the transposes
-that its shapes need), which keeps its rank, and its norm where no width shrinks. BiCo (Son et al., arXiv 2605.28444)
-takes gradients for P_out; here both maps are of activations, so that texts need no labels. From BiCo is the matching of
-layers by relative depth: layer j of the new base is given what layer round(j (L − 1) / (L′ − 1)) of the old one has.
+(eq. 5 of v1; of the SVD X′ᵀ X = U S Vᵀ the paper takes U Vᵀ, which is the minimum where no width shrinks), the update
+becomes Δ′ = P_out Δ P_inᵀ (eq. 10, with the transposes that its shapes need), which keeps its rank, and its norm where
+no width shrinks. BiCo (Son et al., arXiv 2605.28444) takes gradients for P_out; here both maps are of activations, so
+that texts need no labels. From BiCo is the matching of layers by relative depth: layer j of the new base is given what
+layer round(j (L − 1) / (L′ − 1)) of the old one has.
 
 Implemented here and in neither paper: directions that no text reaches (outputs of a module that widens, or fewer tokens
 than widths) are mapped by the orthogonal map nearest to the identity. Attention heads are not matched one by one, and
@@ -56,8 +57,9 @@ _NOISE = 1e-12  # of the largest singular value: fp32 activations leave 1e-14 in
 
 
 def orthogonal_map(old: Tensor, new: Tensor) -> Tensor:
-    """Return the semi-orthogonal P (new width, old width) in fp64 that minimises ‖new − old Pᵀ‖_F.
+    """Return the semi-orthogonal P (new width, old width) in fp64 that maximises ⟨new, old Pᵀ⟩.
 
+    It minimises ‖new − old Pᵀ‖_F as well, unless the width shrinks: ‖old Pᵀ‖ then depends on P.
     `old` and `new` are activations of the same tokens, (tokens, width) each. Directions that they do not reach are
     mapped by the semi-orthogonal map between them that is nearest to the identity.
     """

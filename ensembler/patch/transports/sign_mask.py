@@ -6,8 +6,8 @@ paper's way for few of them: each example is a vote, and a tie keeps nothing. (C
 abstract and published descriptions were at hand, and not the whole text.)
 
 Cost: one forward and one backward pass of θ′ in fp32 for each example. Memory: the model in fp32, one gradient, and 1
-byte of votes for each weight value that the patch can change (2 from 128 examples on); afterwards 1 bit for each, and
-while a tensor is written its Δ in fp32, of as many tensors at once as there are threads.
+byte of votes for each weight value that the patch can change (2 from 128 examples on, 4 from 32,768 on); afterwards 1
+bit for each, and while a tensor is written its Δ in fp32, of as many tensors at once as there are threads.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def count_votes(
     """
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    dtype = torch.int8 if len(examples) < 128 else torch.int16
+    dtype = next(each for each in (torch.int8, torch.int16, torch.int32) if len(examples) <= torch.iinfo(each).max)
     votes: dict[int, Tensor] = {}
 
     def count(parameter: Tensor) -> None:
