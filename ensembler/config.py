@@ -14,8 +14,8 @@ from transformers import AutoConfig, PreTrainedConfig
 import ensembler
 from ensembler.errors import ConfigError
 from ensembler.quantization import Quantization
-from ensembler.rules import Rule, get_rule
-from ensembler.vocab import OUTSIDE_CHOICES
+from ensembler.rules import Rule, finite_number, get_rule
+from ensembler.vocab import CHAT_TEMPLATES, OUTSIDE_CHOICES
 
 TEXTS, IMAGES = "text-generation", "image-classification"
 TASKS = (TEXTS, IMAGES)
@@ -146,9 +146,11 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
     `constant` and `slope` (by role) are the numbers of the rule 'linear' and `anchor` its anchor (default: the first
     role with a constant); `cutoff` belongs to 'contrastive'.
     `outside` says what happens to tokens that not every member holds: 'mask' forbids them, 'neutral' gives them
-    log-ratio 0. `allow_renamed_special`: added tokens may have other names at the same ids. `vocab_size` is the
-    anchor's width, `shared_vocab_size` the number of ids that all members share, `max_position_embeddings` the shortest
-    context of the members, in tokens.
+    log-ratio 0. `allow_renamed_special`: added tokens may have other names at the same ids. Where tokenizers differ,
+    `text_candidates` is the number of next tokens that are compared, `text_tolerance` the share of their probabilities
+    that may stay unknown, and `chat_template` says whose chat template a member reads, its own ('per-member') or the
+    anchor's ('anchor'). `vocab_size` is the anchor's width, `shared_vocab_size` the number of ids that all share,
+    `max_position_embeddings` the shortest context of the members, in tokens.
 
     Of the task 'image-classification': `classes` are the labels in the order of the logits (None: those of the anchor),
     `class_texts` the words for them in prompts by label, where these are others, `templates` the prompts of zero-shot
@@ -169,6 +171,9 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
     cutoff: float | None = None
     outside: str = "mask"
     allow_renamed_special: bool = False
+    text_candidates: int = 64
+    text_tolerance: float = 0.02
+    chat_template: str = "per-member"
     vocab_size: int | None = None
     shared_vocab_size: int | None = None
     max_position_embeddings: int | None = None
@@ -207,6 +212,13 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
         self.alpha = rule.check_alpha(self.alpha)
         if self.outside not in OUTSIDE_CHOICES:
             raise ConfigError(f"outside is {self.outside!r}; expected one of: {', '.join(OUTSIDE_CHOICES)}")
+        if not isinstance(self.text_candidates, int) or self.text_candidates < 1:
+            raise ConfigError(f"text_candidates is {self.text_candidates!r}; expected a whole number of at least 1")
+        self.text_tolerance = finite_number("text_tolerance", self.text_tolerance)
+        if not 0 < self.text_tolerance < 1:
+            raise ConfigError(f"text_tolerance is {self.text_tolerance:g}; expected a number between 0 and 1, as 0.02")
+        if self.chat_template not in CHAT_TEMPLATES:
+            raise ConfigError(f"chat_template is {self.chat_template!r}; expected one of: {', '.join(CHAT_TEMPLATES)}")
         check_roles(rule, self.members)
         for role in rule.roles:
             if hasattr(nn.ModuleDict, role):
@@ -286,8 +298,9 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
         content["members"] = {role: member.to_dict() for role, member in self.members.items()}
         if self.task == TEXTS:
             content.pop("task", None)
-        if not self.allow_renamed_special:
-            content.pop("allow_renamed_special", None)
+        for name, default in _UNSAID.items():
+            if content.get(name) == default:
+                del content[name]
         return {key: value for key, value in content.items() if key in _KEYS_WRITTEN and value is not None}
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -298,6 +311,12 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
 AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
 _OWN_KEYS = tuple(name for name in EnsembleConfig.__annotations__ if name != "model_type")
 _KEYS_WRITTEN = {"model_type", "architectures", "transformers_version", *_OWN_KEYS}
+_UNSAID = {  # settings that most folders do without
+    "allow_renamed_special": False,
+    "text_candidates": 64,
+    "text_tolerance": 0.02,
+    "chat_template": "per-member",
+}
 _KEYS_OF_TRANSFORMERS = {"attn_implementation", "experts_implementation", "model_type", "name_or_path", "num_labels"}
 _KEYS_OF_TRANSFORMERS |= {"output_attentions", "torch_dtype", "use_cache"}
 

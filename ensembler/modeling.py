@@ -6,7 +6,7 @@ The face of a member set and a rule: config, forward, save, load, `generate`. Me
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -29,6 +29,8 @@ from ensembler.engine.member_set import MemberSet
 from ensembler.engine.members import MemberFiles, is_whole, load_members, load_whole, shortest_context
 from ensembler.engine.model_runner import Step
 from ensembler.engine.row_cache import RowCache
+from ensembler.engine.text_member_set import TextMemberSet
+from ensembler.engine.text_plan import TextPlan
 from ensembler.errors import ConfigError, InputError, OutputError
 from ensembler.generation import EnsembleGeneration, check_arguments
 from ensembler.preflight import CheckedEnsemble, check_ensemble
@@ -63,6 +65,7 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         contract: VocabularyContract,
         backbones: Sequence[Backbone] = (),
         world: World | None = None,
+        text: TextPlan | None = None,
     ) -> None:
         rule = config.get_rule()
         if world is None:
@@ -75,8 +78,10 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         self.combination = make_combination(rule, contract, config.outside, tuple(contract.widths))
         self.tokenizer: Any | None = None
         self._files: dict[str, MemberFiles] = {}
-        make = MemberSet if world is None else partial(RankedMembers, world)
-        self.member_set: MemberSet = make(self.members, backbones, contract)
+        make: Callable[..., MemberSet] = MemberSet if world is None else partial(RankedMembers, world)
+        if text is not None:
+            make = partial(TextMemberSet, text, rule.anchor)
+        self.member_set = make(self.members, backbones, contract)
         self._row_alpha: Tensor | None = None
         if rule.anchor in self.members:
             self.generation_config = deepcopy(self.anchor.generation_config)
@@ -148,10 +153,14 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         cls, checked: CheckedEnsemble, *, attn_implementation: str | None = None, world: World | None = None
     ) -> EnsembleForCausalLM:
         """Load the members of a checked ensemble; with a `world` of several processes each loads its part of them."""
+        if checked.text is not None and world is not None:
+            raise ConfigError(
+                "the members have different tokenizers, and several processes were asked for; run them in one process"
+            )
         models, backbones = load_members(checked.files, world, attn_implementation=attn_implementation)
         if attn_implementation is not None:
             checked.config._attn_implementation = attn_implementation
-        model = cls(checked.config, models | checked.loaded, checked.contract, backbones, world)
+        model = cls(checked.config, models | checked.loaded, checked.contract, backbones, world, checked.text)
         model.tokenizer = checked.tokenizer
         model._files = dict(checked.files)
         if checked.generation_config is not None:

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from ensembler.config import TEXTS, EnsembleConfig, check_roles
 from ensembler.engine.members import MemberFiles, check_member, shortest_context, split_backbones
+from ensembler.engine.text_plan import TextPlan, TextSettings, plan_text
 from ensembler.errors import ConfigError, MemberError, VocabularyError
 from ensembler.files import one_line
 from ensembler.vocab import VocabularyContract, end_ids, make_contract, read_vocabulary
@@ -26,7 +27,8 @@ class CheckedEnsemble:
 
     `files` holds the members that are to be loaded, `loaded` those that were passed in as models; `model_configs`
     has both, by role. `tokenizer` and `generation_config` are those of the ensemble's folder, or the anchor's; None
-    where there are none. The `eos_token_id` of the generation config has all ids that end a text.
+    where there are none. The `eos_token_id` of the generation config has all ids that end a text. `text`: how members
+    with other tokenizers are asked.
     """
 
     config: EnsembleConfig
@@ -36,6 +38,7 @@ class CheckedEnsemble:
     loaded: dict[str, PreTrainedModel] = field(default_factory=dict)
     tokenizer: Any | None = None
     generation_config: GenerationConfig | None = None
+    text: TextPlan | None = None
 
     def require_tokenizer(self) -> Any:
         """Return the anchor's tokenizer, or raise MemberError where it came without one."""
@@ -76,7 +79,13 @@ def check_ensemble(config: EnsembleConfig, loaded: Mapping[str, PreTrainedModel]
             for role in rule.roles
         ],
         allow_renamed_special=config.allow_renamed_special,
+        by_text=rule.is_anchor_times_ratio,
     )
+    text = None
+    if contract.is_text:
+        if loaded:
+            raise MemberError(f"{next(iter(loaded))} was given as a model; beside other tokenizers, give its folder")
+        text = plan_text(rule.anchor, files, _text_settings(config))
     text_config = model_configs[rule.anchor].get_text_config(decoder=True)
     config.vocab_size, config.shared_vocab_size = contract.widths[rule.anchor], contract.shared
     shortest = shortest_context(model_configs)
@@ -94,7 +103,11 @@ def check_ensemble(config: EnsembleConfig, loaded: Mapping[str, PreTrainedModel]
     if generation_config is not None:
         _check_ends(config, contract, generation_config, tokenizer)
         _set_padding(config, contract, generation_config, tokenizer)
-    return CheckedEnsemble(config, files, model_configs, contract, loaded, tokenizer, generation_config)
+    return CheckedEnsemble(config, files, model_configs, contract, loaded, tokenizer, generation_config, text)
+
+
+def _text_settings(config: EnsembleConfig) -> TextSettings:
+    return TextSettings(config.text_candidates, config.text_tolerance, config.chat_template == "anchor")
 
 
 def _check_ends(

@@ -45,6 +45,17 @@ class Rule:
         """All roles, the anchor first."""
         return tuple(dict.fromkeys((*self.constant, *self.slope)))
 
+    @property
+    def is_anchor_times_ratio(self) -> bool:
+        """Return whether α scales nothing but a ratio of members that are not the anchor, as in base-change and EFT."""
+        sums = sum(self.slope.values())
+        return len(self.constant) == 1 and self.anchor not in self.slope and abs(sums) < 1e-9 and self.is_plain
+
+    @property
+    def is_plain(self) -> bool:
+        """Return whether all roles are distributions and no token is cut off."""
+        return not self.raw_roles and self.cutoff is None
+
     def weights(self, alpha: float) -> dict[str, float]:
         """Return the weight of each role's logits at `alpha`."""
         return {role: self.constant.get(role, 0.0) + alpha * self.slope.get(role, 0.0) for role in self.roles}

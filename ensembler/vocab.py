@@ -1,12 +1,13 @@
 """The vocabulary contract: members may be combined only where an id means the same token in all of them.
 
-Five cases, decided from tokenizer files and configs before any weight is loaded:
+Six cases, decided from tokenizer files and configs before any weight is loaded:
 
     identical   the same tokens, the same width of the vocabulary head
     renamed     the same ids, some added tokens under other names (a distilled Qwen beside Qwen2.5); refused by default
     padded      the same tokens, heads of different widths (Qwen2.5: 151,936 and 152,064)
     extended    the same ids, extra tokens at the end (CodeLlama: 32,016 beside Llama 2: 32,000)
-    different   refused; the error names the first ids that disagree
+    text        other tokenizers: all but the anchor are asked for the bytes of its tokens (`engine.text_member`)
+    different   the same where the rule is no ratio of members: refused; the error names the first ids that disagree
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 from ensembler.errors import VocabularyError
 
 OUTSIDE_CHOICES = ("mask", "neutral")
+CHAT_TEMPLATES = ("per-member", "anchor")
+TEXT = "text"
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,11 @@ class VocabularyContract:
     notes: tuple[str, ...] = ()
     num_ids: int = 0
 
+    @property
+    def is_text(self) -> bool:
+        """Return whether members other than the anchor are asked for bytes of text, not for ids."""
+        return self.kind == TEXT
+
     def lacks_ids(self, role: str) -> bool:
         """Return whether there are ids that this member does not hold."""
         return self.held[role] < max(self.num_ids, *self.held.values())
@@ -99,8 +107,13 @@ def end_ids(generation_config: Any) -> tuple[int, ...]:
     return tuple(token for token in ends if token >= 0)
 
 
-def make_contract(members: Sequence[MemberVocabulary], *, allow_renamed_special: bool = False) -> VocabularyContract:
+def make_contract(
+    members: Sequence[MemberVocabulary], *, allow_renamed_special: bool = False, by_text: bool = False
+) -> VocabularyContract:
     """Compare every member with the first, the anchor; raise VocabularyError where their ids disagree.
+
+    With `by_text`, members one of which has other ordinary tokens are compared by text: the contract is then over the
+    ids of the anchor.
 
     With `allow_renamed_special`, an added token of another name counts as the same below the shared ids; beyond them, a
     member does not hold what the anchor calls otherwise. Both are listed in the notes.
@@ -110,6 +123,8 @@ def make_contract(members: Sequence[MemberVocabulary], *, allow_renamed_special:
     held = {member.role: min(member.width, member.num_ids) for member in members}
     shared = min(held.values())
     renamed = []
+    if by_text and any(_ordinary(known[0], other, shared) for other in known[1:]):
+        return _text_contract(members)
     for other in known[1:]:
         conflicts = [] if other.tokens == known[0].tokens else _conflicts(known[0], other)
         if not conflicts:
@@ -140,20 +155,44 @@ def _conflicts(first: MemberVocabulary, other: MemberVocabulary) -> list[Conflic
     return [(i, token, name) for i, token, name in pairs if token != name]
 
 
+def _ordinary(first: MemberVocabulary, other: MemberVocabulary, shared: int) -> list[Conflict]:
+    """Return the conflicts of two ordinary tokens of all members."""
+    if other.tokens == first.tokens:
+        return []
+    added = first.added | other.added
+    return [one for one in _conflicts(first, other) if one[0] < shared and one[0] not in added]
+
+
+def _text_contract(members: Sequence[MemberVocabulary]) -> VocabularyContract:
+    """Return the contract of members whose logits all come in the ids of the anchor."""
+    anchor = members[0]
+    held = min(anchor.width, anchor.num_ids)
+    return VocabularyContract(
+        kind=TEXT,
+        shared=anchor.width,
+        widths={member.role: anchor.width for member in members},
+        held={member.role: held for member in members},
+        substitutes={member.role: anchor.substitute if anchor.substitute < held else 0 for member in members},
+        notes=tuple(note for note in _notes(members) if note.startswith(f"{anchor.role} has")),
+        num_ids=anchor.num_ids,
+    )
+
+
 def _check_renamed(
     first: MemberVocabulary, other: MemberVocabulary, conflicts: Sequence[Conflict], shared: int, *, allowed: bool
 ) -> None:
     """Raise VocabularyError unless conflicts are `allowed` and none is of two ordinary tokens of all members."""
-    ordinary = [one for one in conflicts if one[0] < shared and one[0] not in first.added | other.added]
+    ordinary = _ordinary(first, other, shared)
     if allowed and not ordinary:
         return
-    remedy = "choose models of one tokenizer family"
+    remedy = "choose models of one tokenizer family, or the rule base-change or eft, which compare texts"
     if not ordinary:
+        remedy = "choose models of one tokenizer family"
         remedy += ", or allow these: allow_renamed_special=True (--allow-renamed-special)"
     num_ids = min(first.num_ids, other.num_ids)
     raise VocabularyError(
         f"the tokenizers of {first.role} and {other.role} differ in {len(conflicts):,} of {num_ids:,} ids: "
-        f"{_listed((ordinary or conflicts)[:3])}; members must share a vocabulary, so {remedy}"
+        f"{_listed((ordinary or conflicts)[:3])}; members of this rule must share a vocabulary, so {remedy}"
     )
 
 

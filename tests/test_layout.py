@@ -19,7 +19,7 @@ KERNELS = ROOT.parent / "kernels" / "ensembler_kernels"
 # From the bottom up; a module may import its own layer and those below. Folders stand for all their modules.
 LAYERS = (
     {"errors", "launch", "files", "yaml_file", "auto_classes", ""},
-    {"vocab", "rules", "config", "quantization", "safetensors_files", "extras"},
+    {"vocab", "rules", "config", "quantization", "safetensors_files", "extras", "tokenization"},
     {"patch", "adapters"},
     {"engine", "planning", "preflight", "folder"},
     {"inspection"},

@@ -33,6 +33,9 @@ class EnsembleOptions:
     cutoff: float | None = None
     outside: str | None = None
     allow_renamed_special: bool | None = None
+    text_candidates: int | None = None
+    text_tolerance: float | None = None
+    chat_template: str | None = None
     trust_remote_code: tuple[str, ...] = ()
     dtype: tuple[str, ...] = ()
     quantize: tuple[str, ...] = ()
@@ -77,6 +80,7 @@ class EnsembleOptions:
             "cutoff": self.cutoff,
             "outside": self.outside,
             "allow_renamed_special": self.allow_renamed_special,
+            **self._of_texts(),
         }
         config = config.replaced(**{key: value for key, value in changes.items() if value is not None})
         return self._placed(config)
@@ -98,8 +102,14 @@ class EnsembleOptions:
             cutoff=self.cutoff,
             outside=self.outside or "mask",
             allow_renamed_special=bool(self.allow_renamed_special),
+            **self._of_texts(),
         )
         return self._placed(config)
+
+    def _of_texts(self) -> dict[str, Any]:
+        """Return what was given for members with different tokenizers."""
+        names = ("text_candidates", "text_tolerance", "chat_template")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def _placed(self, config: EnsembleConfig) -> EnsembleConfig:
         """Return the configuration with the options for loading members."""

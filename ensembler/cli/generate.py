@@ -165,6 +165,7 @@ def generate(
             template_kwargs=chat_template_kwargs,
             context=backend.shortest_context(checked),
             skip=skip,
+            plan=checked.text,
         )
         if not encoded:
             raise PromptError("no prompt is left to decode; mend the skipped lines")

@@ -144,6 +144,23 @@ _RULE_OPTIONS = (
         default=None,
         help="Added tokens may have other names at the same ids; `inspect` lists them.",
     ),
+    _rule(
+        "--text-tolerance",
+        type=float,
+        metavar="SHARE",
+        help="Different tokenizers: the share of a probability that may stay unknown.  [default: 0.02]",
+    ),
+    _rule(
+        "--text-candidates",
+        type=int,
+        metavar="K",
+        help="Different tokenizers: next tokens of the anchor that are compared.  [default: 64]",
+    ),
+    _rule(
+        "--chat-template",
+        metavar="per-member|anchor",
+        help="Different tokenizers: whose chat template a member reads.  [default: per-member]",
+    ),
 )
 _DEVICE_OPTIONS = (
     _devices(

@@ -162,6 +162,12 @@ def _counts(row: Mapping[str, Any]) -> Iterator[str]:
         yield f"by transformers' own loop: {reason}{_times(num_batches)}"
     if row["plain_reason"] is not None:
         yield f"plain: {row['plain_reason']}"
+    if text := row["text"]:
+        evaluations = ", ".join(f"{role} {num:.2f}" for role, num in text["evaluations"].items())
+        yield (
+            f"by text: evaluations per token: {evaluations}, rounds: {text['rounds']:.2f}, "
+            f"open: {text['mean_open']:.2%} (at most {text['largest_open']:.2%}), certain: {text['certain']:.1%}"
+        )
     for name, reason in row["eager"].items():
         yield f"without CUDA graphs: {name}, {reason}"
 

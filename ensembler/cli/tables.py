@@ -17,6 +17,7 @@ from rich.text import Text
 from ensembler.cli.command_class import is_quiet, log
 from ensembler.launch import this_rank
 from ensembler.planning.sizes import show_digits, show_size
+from ensembler.vocab import TEXT
 
 if TYPE_CHECKING:
     from ensembler.decoding.texts import Candidate, Choice
@@ -60,7 +61,10 @@ def print_summary(summary: EnsembleSummary) -> None:
     outside = "forbidden" if summary.outside == "mask" else "log-ratio 0"
     widest = max(member.width for member in summary.members)
     rest = f"; ids from there on: {outside}" if widest > summary.shared else ""
-    out.print(f"vocabulary  {summary.vocabulary}, {summary.shared:,} shared ids{rest}", markup=False)
+    shared = f"{summary.shared:,} shared ids{rest}"
+    if summary.vocabulary == TEXT:
+        shared = f"the {summary.shared:,} ids of {summary.anchor}; different tokenizers, compared by what tokens spell"
+    out.print(f"vocabulary  {summary.vocabulary}, {shared}", markup=False)
     for note in summary.notes:
         out.print(f"            {note}", markup=False)
     ends = ", ".join(f"{end.token!r} ({end.id})" if end.token else str(end.id) for end in summary.ends)
@@ -204,18 +208,20 @@ def print_scores(scored: Sequence[ScoredRequest], points: Sequence[GridPoint]) -
     def at(point: GridPoint) -> list[str]:
         return [*([point.rule] if rules else []), f"{point.alpha:g}"]
 
-    together: dict[tuple[str, int], list[tuple[float, int, bool]]] = {}
+    together: dict[tuple[str, int], list[tuple[float, int, bool | None]]] = {}
     for one in scored:
         for number, score in enumerate(one.scores):
             choice = str(number) if one.request.has_choices else "-"
             for index, (log_prob, is_greedy) in enumerate(zip(score.log_probs, score.is_greedy, strict=True)):
                 together.setdefault((choice, index), []).append((log_prob, score.num_tokens, is_greedy))
-                cells = (*_score_cells(log_prob, score.num_tokens), str(score.num_tokens), "yes" if is_greedy else "no")
+                shown = "?" if is_greedy is None else "yes" if is_greedy else "no"
+                cells = (*_score_cells(log_prob, score.num_tokens), str(score.num_tokens), shown)
                 table.add_row(str(one.request.number), choice, *at(points[index]), show_digits(log_prob), *cells)
     for (choice, index), found in together.items():
         if len(found) > 1:
             log_probs, counts, greedy = zip(*found, strict=True)
-            mean, tokens, share = (show_digits(sum(one) / len(found)) for one in (log_probs, counts, greedy))
+            mean, tokens = (show_digits(sum(one) / len(found)) for one in (log_probs, counts))
+            share = "?" if None in greedy else show_digits(sum(map(bool, greedy)) / len(found))
             cells = (*_score_cells(sum(log_probs), sum(counts)), tokens, share)
             table.add_row("mean", choice, *at(points[index]), mean, *cells)
     console().print(table)

@@ -20,10 +20,10 @@ from transformers import GenerationConfig
 from ensembler.decoding.choosing import Processors
 from ensembler.decoding.decoder import Decoder, grid_of, make_seed
 from ensembler.decoding.decoding_options import DecodingOptions
-from ensembler.decoding.loop import prefill
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.rows import Row, Text
 from ensembler.decoding.samples import StopChecker, StopInNewText, Stream
+from ensembler.engine.prefill import prefill
 from ensembler.engine.row_cache import RowCache, common_length
 from ensembler.modeling import EnsembleForCausalLM
 from ensembler.vocab import end_ids

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from ensembler.decoding.decoding_options import DecodingOptions
-from ensembler.decoding.prompts import EncodedPrompt, chat_ids, check_length, check_text
+from ensembler.decoding.prompts import EncodedPrompt, chat_ids, chats_of, check_length, check_text
 from ensembler.decoding.samples import AnswerDecoder, TextPrinter, make_sample
 from ensembler.decoding.texts import Choice, complete_prompts, decoder_of, explain
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.engine.row_cache import RowCache
+from ensembler.engine.text_member_set import TextMemberSet
 from ensembler.errors import ConfigError, OutputError, PromptError
 from ensembler.files import write_whole
 from ensembler.modeling import EnsembleForCausalLM
@@ -91,8 +92,12 @@ class Conversation:
         self.decoder.streamer = self._streamer = streamer = _Streamer(self.tokenizer)
         check_text(text, "the message")
         messages = [*self.messages, {"role": "user", "content": text}]
-        prompt = EncodedPrompt(0, chat_ids(self.tokenizer, messages, self._template_kwargs), is_chat=True)
-        ids = prompt.ids
+        ids = chat_ids(self.tokenizer, messages, self._template_kwargs)
+        members = self._model.member_set
+        others = {}
+        if isinstance(members, TextMemberSet):
+            others = chats_of(members.text.plan, messages, self._template_kwargs)
+        prompt = EncodedPrompt(0, ids, is_chat=True, others=others)
         check_length(len(ids), "the conversation", self._model.shortest_context)
         try:
             with self._model.at(self.rule, self.alpha):

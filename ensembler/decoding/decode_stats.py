@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ensembler.decoding.drafting import Round
+from ensembler.engine.text_member_set import TextMemberSet
 from ensembler.modeling import EnsembleForCausalLM
 
 PHASES = ("prefill", "draft", "verify", "step", "choose")
@@ -22,7 +23,8 @@ class DecodingStats:
 
     `num_tokens` is left to who knows the texts; `num_rows`: those of all steps together. `draft`: who drafted, None for
     nobody; `plain_reason`: why nothing was drafted, or nothing any more; `by_transformers`: why `transformers`' own
-    loop decoded, with the number of batches; `eager`: why models were not captured as CUDA graphs, by their names.
+    loop decoded, with the number of batches; `text`: what members with other tokenizers did; `eager`: why models were
+    not captured as CUDA graphs, by their names.
     """
 
     draft: str | None = None
@@ -38,6 +40,7 @@ class DecodingStats:
     num_drafted: int = 0
     num_accepted: int = 0
     seconds: float = 0.0
+    text: dict[str, Any] = field(default_factory=dict)
     phases: dict[str, float] = field(default_factory=dict)
     members: dict[str, float] = field(default_factory=dict)
 
@@ -96,6 +99,8 @@ class Meter:
         finally:
             model.member_set.timer = None
             self.stats.eager = model.member_set.why_eager()
+            if isinstance(model.member_set, TextMemberSet):
+                self.stats.text = model.member_set.text.describe()
             self.stats.seconds += _now() - start
 
     @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ from ensembler.decoding.by_transformers import decode_by_transformers, why_trans
 from ensembler.decoding.choosing import Chooser, NoiseProcessor, Processors, Recorder, TokenRequest
 from ensembler.decoding.decode_stats import DecodingStats, Meter
 from ensembler.decoding.drafting import AUTO, DraftSchedule, find_drafter
-from ensembler.decoding.loop import DecodeLoop, RunMembers
+from ensembler.decoding.loop import DecodeLoop
 from ensembler.decoding.rows import Row, Text
 from ensembler.decoding.samples import GridOutput, StopChecker, Stream
 from ensembler.engine.grid import Grid, GridPoint, make_combination
 from ensembler.engine.model_runner import ModelRunner, Step
+from ensembler.engine.prefill import RunMembers
 from ensembler.engine.row_cache import RowCache
+from ensembler.engine.text_member_set import TextMemberSet
 from ensembler.errors import ConfigError
 from ensembler.generation import check_arguments, check_given_cache
 from ensembler.modeling import EnsembleForCausalLM
@@ -165,7 +168,7 @@ class Decoder:
         recorder: Recorder | None = None,
     ) -> DecodeLoop:
         """Return a loop that decodes at the points of `grid`, by sampling where there is a `seed`, with who drafts."""
-        run_members, own = _run_of(model, grid)
+        run_members, own = _run_of(model, grid, is_greedy=seed is None and not processors and recorder is None)
         width = model.contract.widths[model.rule.anchor]
         found = find_drafter(model, self.draft, grid, lambda one: Chooser(one, processors, seed, width=width))
         drafter, self.stats.plain_reason = (None, found) if isinstance(found, str) else (found, None)
@@ -199,11 +202,15 @@ class Decoder:
         return ended
 
 
-def _run_of(model: EnsembleForCausalLM, grid: Grid) -> tuple[RunMembers, Grid]:
+def _run_of(model: EnsembleForCausalLM, grid: Grid, *, is_greedy: bool) -> tuple[RunMembers, Grid]:
     """Return what runs the members of `model`, and the grid that combines the logits that it returns.
 
-    Of several processes each has some of the members: at one point the ranks' weighted sums are enough.
+    Of several processes each has some of the members: at one point the ranks' weighted sums are enough. Members with
+    other tokenizers stop where the best token is certain, if it is all that is wanted.
     """
+    if isinstance(model.member_set, TextMemberSet) and is_greedy:
+        points = [rule.weights(alpha) for rule, alphas in grid.runs for alpha in alphas]
+        return partial(model.member_set.logits, points=points), grid.to(model.device)
     if model.world is None or len(grid) > 1:
         return model.member_set.logits, grid.to(model.device)
     ((rule, alphas),) = grid.runs

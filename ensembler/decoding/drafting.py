@@ -206,7 +206,9 @@ def find_drafter(
         return "no draft was wanted"
     if model.world is not None:
         return "several processes share the members"
-    if len(runners) == 1:
+    if model.contract.is_text and draft != NGRAM:
+        return "members with other tokenizers verify no drafts of a member"
+    if len(runners) == 1 and not model.contract.is_text:
         return "all members run in one forward, so that there is none to verify"
     if draft == NGRAM:
         return Drafter(None)

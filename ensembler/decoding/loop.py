@@ -9,36 +9,20 @@ of ranks change a text. It knows no files, tokenizers or tasks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 from ensembler.decoding.choosing import NAN, Chooser, TokenRequest
 from ensembler.decoding.decode_stats import Meter, timed
 from ensembler.decoding.drafting import Drafter, Round, look_up
 from ensembler.decoding.rows import Row, Text, condense_rows, split_rows
 from ensembler.decoding.samples import StopChecker
-from ensembler.engine.model_runner import ModelRunner, Step, check_nan
+from ensembler.engine.model_runner import Step, check_nan
+from ensembler.engine.prefill import Logits, RunMembers, prefill, unread_to_the_right
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import LogitsError
-
-Logits = dict[str, Tensor]
-RunMembers = Callable[[Step, RowCache, Sequence[ModelRunner] | None], Logits]
-"""Runs all members, or those of the given runners, and returns their logits (rows, n, V) by role."""
-_CHUNK = 1024  # positions of prompts that are read at once: a mask of all of a long prompt would be its square
-
-
-def prefill(
-    run: RunMembers, cache: RowCache, ids: Tensor, positions: Tensor, chunk: int | None = None, first_row: int = 0
-) -> Logits:
-    """Read prompts, `ids` and `positions` (rows, n), `chunk` of them at a time; return the last logits (rows, 1, V)."""
-    lengths = positions[:, -1:] + 1  # of the prompts, whatever the pieces
-    for start in range(0, ids.shape[1], chunk or _CHUNK):
-        here = slice(start, start + (chunk or _CHUNK))
-        logits = run(Step(ids[:, here], None, positions[:, here], 1, first_row, lengths), cache, None)
-    return logits
 
 
 class DecodeLoop:
@@ -129,12 +113,7 @@ class DecodeLoop:
 
     def _read_prompts(self, rows: Sequence[Row], first: int) -> Logits:
         """Return the logits (rows, 1, V) after the prompts; all end at the right, so that these are the last."""
-        unread = [row.ids[row.num_read :] for row in rows]
-        longest = max(map(len, unread))
-        ids = torch.tensor([[0] * (longest - len(one)) + one for one in unread])
-        ends = torch.tensor([len(row.ids) for row in rows])[:, None]
-        positions = ends - longest + torch.arange(longest)
-        positions[positions < torch.tensor([row.num_read for row in rows])[:, None]] = -1
+        ids, positions = unread_to_the_right([row.ids for row in rows], [row.num_read for row in rows])
         return prefill(self._run_members, self.cache, ids, positions, self._chunk, first)
 
     def _read_drafting(self, num: int) -> Logits:

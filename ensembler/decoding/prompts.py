@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ensembler.engine.text_plan import TextPlan
 from ensembler.errors import ConfigError, PromptError
+from ensembler.tokenization.reading import prompt_ids
 
 _OF_CONVERSATION = ("messages", "add_generation_prompt")  # variables that a chat template always gets
 Report = Callable[[str], None]
@@ -28,11 +30,15 @@ class Prompt:
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt as token ids. `is_chat`: they are of a conversation in a chat template."""
+    """A prompt as token ids. `is_chat`: they are of a conversation in a chat template.
+
+    `others`: by role, the ids of members with other tokenizers where these do not follow from the text.
+    """
 
     number: int
     ids: list[int]
     is_chat: bool = False
+    others: Mapping[str, list[int]] = field(default_factory=dict)
 
 
 def read_prompts(path: Path, *, skip: Report | None = None) -> list[Prompt]:
@@ -107,11 +113,13 @@ def encode_prompts(
     template_kwargs: Mapping[str, Any] | None = None,
     context: tuple[str, int] | None = None,
     skip: Report | None = None,
+    plan: TextPlan | None = None,
 ) -> list[EncodedPrompt]:
     """Return the prompts as token ids, by the tokenizer's chat template with `chat`, with these variables.
 
-    `context` is the role with the shortest context and that length in tokens. An empty or too long prompt raises
-    PromptError; with `skip`, it is called with the message instead.
+    `plan`: of members with other tokenizers, each of which gets a chat in its own template. `context` is the role with
+    the shortest context and that length in tokens. An empty or too long prompt raises PromptError; with `skip`, it is
+    called with the message instead.
     """
     start = [] if system is None else [{"role": "system", "content": system}]
     encoded = []
@@ -124,12 +132,13 @@ def encode_prompts(
             else:
                 ids = text_ids(tokenizer, prompt.text)
             check_length(len(ids), prompt.source, context)
+            others = {} if plan is None or not chat else chats_of(plan, messages, template_kwargs, prompt.source)
         except PromptError as error:
             if skip is None:
                 raise
             skip(str(error))
         else:
-            encoded.append(EncodedPrompt(prompt.number, ids, chat))
+            encoded.append(EncodedPrompt(prompt.number, ids, chat, others))
     return encoded
 
 
@@ -162,14 +171,42 @@ def chat_ids(
         raise ConfigError("the anchor's tokenizer has no chat template; add one, or choose a rule with another anchor")
     if template_kwargs:
         check_template_kwargs(tokenizer.get_chat_template(), template_kwargs)
+    text = _chat_text(tokenizer, messages, template_kwargs, source)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _chat_text(
+    tokenizer: Any, messages: list[dict[str, str]], template_kwargs: Mapping[str, Any] | None, source: str
+) -> str:
     try:
-        text = tokenizer.apply_chat_template(
+        text: str = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, **(template_kwargs or {})
         )
     except Exception as error:  # templates are programs of the models' authors and raise what they like
         raise PromptError(f"{source}{': ' * bool(source)}the chat template refuses these messages: {error}") from error
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    return text
+
+
+def chats_of(
+    plan: TextPlan, messages: list[dict[str, str]], template_kwargs: Mapping[str, Any] | None = None, source: str = ""
+) -> dict[str, list[int]]:
+    """Return by role the ids of a conversation for members with other tokenizers, each in its own chat template.
+
+    A member without a template, or with the plan's `anchor_chats`, reads the text of the anchor's, special tokens and
+    all, as plain text. Variables that a template does not have are left out. Raises PromptError where one refuses the
+    messages.
+    """
+    as_text = _chat_text(plan.anchor.tokenizer, messages, template_kwargs, source)
+    found = {}
+    for role, reader in plan.readers.items():
+        tokenizer = reader.tokenizer
+        if tokenizer.chat_template and not plan.settings.anchor_chats:
+            text = _chat_text(tokenizer, messages, template_kwargs, f"{source}{' ' * bool(source)}for {role}")
+            found[role] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        else:
+            found[role] = prompt_ids(tokenizer, as_text)
+    return found
 
 
 def check_template_kwargs(template: str, given: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from ensembler.decoding.samples import AnswerDecoder, GridOutput, Sample, make_s
 from ensembler.engine.grid import Grid, GridPoint
 from ensembler.engine.model_runner import Step
 from ensembler.engine.row_cache import RowCache
+from ensembler.engine.text_member_set import TextMemberSet
 from ensembler.errors import ConfigError
 from ensembler.files import digest
 from ensembler.modeling import EnsembleForCausalLM
@@ -182,6 +183,8 @@ def _decode(
     share_prefixes: bool = True,
 ) -> Iterator[Decoded]:
     """Decode in the loop, or where it does not do what is asked batch by batch with `generate`."""
+    if isinstance(model.member_set, TextMemberSet):
+        model.member_set.text.prompts |= {tuple(one.ids): one.others for one in prompts if one.others}
     reason = "beam search" if options.num_beams > 1 else model.member_set.why_not_by_row()
     if reason is None:
         running = decode_queue(
@@ -279,11 +282,17 @@ def next_tokens(model: EnsembleForCausalLM, ids: Sequence[int], top_k: int = 5) 
     logits = model.member_set.logits(Step(torch.tensor([list(ids)], device=model.device), logits_to_keep=1))
     scores = {ENSEMBLE: model.combine(logits), **logits}
     top_k = min(top_k, *(values.shape[-1] for values in scores.values()))
-    return {role: _top(values[0, -1], top_k) for role, values in scores.items()}
+    by_text = model.member_set.text.members if isinstance(model.member_set, TextMemberSet) else {}
+    probabilities = {
+        # Of members with other tokenizers, that the text goes on with these bytes; 0 stands for no candidates.
+        role: values[0, -1].exp() * (values[0, -1] != 0) if role in by_text else values[0, -1].float().softmax(-1)
+        for role, values in scores.items()
+    }
+    return {role: _top(values, top_k) for role, values in probabilities.items()}
 
 
-def _top(logits: Tensor, top_k: int) -> list[Candidate]:
-    values, tokens = logits.float().softmax(-1).topk(top_k)
+def _top(probabilities: Tensor, top_k: int) -> list[Candidate]:
+    values, tokens = probabilities.topk(top_k)
     return [Candidate(token, value) for token, value in zip(tokens.tolist(), values.tolist(), strict=True)]
 
 

@@ -58,6 +58,11 @@ class Grid:
         runs = []
         for name, run in groupby(points, key=lambda point: point.rule):
             rule = _find(name, own)
+            if contract.is_text and (rule.anchor != own.anchor or not rule.is_anchor_times_ratio):
+                raise ConfigError(
+                    f"the rule {name!r} is in the grid of an ensemble by {own.name!r} whose members have different "
+                    f"tokenizers; run rules of other anchors than {own.anchor} one by one (--rule)"
+                )
             runs.append((rule, tuple(rule.check_alpha(point.alpha) for point in run)))
         numbers = [(make_combination(rule, contract, outside, own.roles), list(alphas)) for rule, alphas in runs]
         return cls(tuple(points), own.roles, Weights.of(*numbers), tuple(runs))

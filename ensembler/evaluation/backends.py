@@ -17,10 +17,12 @@ from ensembler.decoding.decoding_options import DecodingOptions
 from ensembler.decoding.prompts import EncodedPrompt
 from ensembler.decoding.texts import GridCompletion, complete_grid
 from ensembler.engine.grid import Grid, GridPoint, make_grid
+from ensembler.engine.text_member_set import TextMemberSet
 from ensembler.errors import MemberError
 from ensembler.evaluation.request_batches import Batch, can_share_contexts, make_batches, run_passes
 from ensembler.evaluation.requests import ScoringRequest, make_request
 from ensembler.evaluation.scoring import Score, ScoredRequest, score_batch
+from ensembler.evaluation.text_scoring import score_texts
 from ensembler.modeling import EnsembleForCausalLM
 from ensembler.preflight import CheckedEnsemble
 from ensembler.serving.choice import VLLM, BackendChoice
@@ -56,7 +58,10 @@ class TransformersBackend:
         model = self.model
         grid = Grid.of(points, model.rule, model.contract, model.config.outside).to(model.device)
         for batch in batches:
-            scored = score_batch(batch, run_passes(batch.passes, model.member_set), grid)
+            if isinstance(model.member_set, TextMemberSet):
+                scored = score_texts(batch, model.member_set, grid)
+            else:
+                scored = score_batch(batch, run_passes(batch.passes, model.member_set), grid)
             advance(len(scored))
             yield scored
 

@@ -179,8 +179,9 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
         with self._progress(len(grouped), "loglikelihood", disable_tqdm) as bar:
             for one in chain.from_iterable(self.members.score(batches, self.points, advance=bar.update)):
                 for continuation, score in zip(one.request.continuations, one.scores, strict=True):
-                    over_points = np.array(score.log_probs), np.array(score.is_greedy)
-                    at_point = score.log_probs[0], score.is_greedy[0]
+                    greedy = list(map(bool, score.is_greedy))  # not known where tokenizers differ: then it is not
+                    over_points = np.array(score.log_probs), np.array(greedy)
+                    at_point = score.log_probs[0], greedy[0]
                     found[one.request.context, continuation] = at_point if self._answers_one_point else over_points
         for (texts, *_), pair in zip(requests, pairs, strict=True):
             if texts is not None:  # not a window of a long text

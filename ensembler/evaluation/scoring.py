@@ -25,11 +25,12 @@ from ensembler.files import digest
 class Score:
     """The score of one continuation: for each point its log-prob in nats, and whether it is the greedy one.
 
-    A log-prob, the sum of its `token_log_probs`, is −inf where the ensemble forbids one of the tokens.
+    A log-prob, the sum of its `token_log_probs`, is −inf where the ensemble forbids one of the tokens. `is_greedy` is
+    None where tokenizers differ: what else might have followed is not compared then.
     """
 
     log_probs: tuple[float, ...]
-    is_greedy: tuple[bool, ...]
+    is_greedy: tuple[bool | None, ...]
     token_log_probs: tuple[tuple[float, ...], ...]
 
     @property

@@ -39,6 +39,11 @@ def require_vllm() -> None:
 
 def check_servable(checked: CheckedEnsemble, *, num_ranks: int = 1) -> None:
     """Raise ConfigError or MemberError with what vLLM cannot run as members of one model, on so many parallel ranks."""
+    if checked.contract.is_text:
+        raise ConfigError(
+            "the members have different tokenizers, which vLLM's one model cannot have; leave out --backend vllm, or "
+            "use ensembler generate"
+        )
     for role, member in checked.config.members.items():
         if member.trust_remote_code:
             raise ConfigError(

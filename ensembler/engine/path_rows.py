@@ -1,0 +1,86 @@
+"""Rows of one member for texts that come and go: each is read behind what some row holds of it already.
+
+Whoever asks gives whole texts; which row has read how much of them is known here alone. So siblings of a tree of tokens
+take turns on a row, and a text that parts from another finds its beginning there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ensembler.engine.member_set import MemberSet
+from ensembler.engine.prefill import prefill, unread_to_the_right
+from ensembler.engine.row_cache import RowCache, common_length
+
+_ROWS = 2
+_LIVE = 16  # calls after which a row that nobody reads is of a text that has ended
+_COPIED = 4  # tokens that are copied from another row rather than read again
+
+
+class PathRows:
+    """The rows of the one member of a member set."""
+
+    def __init__(self, members: MemberSet) -> None:
+        self._members = members
+        self._cache: RowCache | None = None
+        self._calls = 0
+        self._used: dict[int, int] = {}  # the last call that read each row
+        (self.role,) = members.runners[0].roles
+
+    def logits(self, texts: Sequence[Sequence[int]], num_last: int = 1) -> Tensor:
+        """Return the logits (texts, num_last, V) behind the last tokens of texts, as ids, from one forward.
+
+        Only what no row has read is read, and those last tokens; of shorter texts the first logits mean nothing.
+        """
+        cache = self._reserved(len(texts), max(map(len, texts)))
+        rows = self._place(cache, texts)
+        first, last = min(rows), max(rows)
+        by_row = dict(zip(rows, texts, strict=True))
+        read = [by_row.get(row, ()) for row in range(first, last + 1)]
+        held = [cache.num_held(row, ids) if ids else 0 for row, ids in enumerate(read, start=first)]
+        num_held = [max(0, min(num, len(ids) - num_last)) for num, ids in zip(held, read, strict=True)]
+        ids, positions = unread_to_the_right(read, num_held)
+        try:
+            logits = prefill(self._members.logits, cache, ids, positions, first_row=first, num_kept=num_last)[self.role]
+        except BaseException:
+            cache.empty()
+            raise
+        self._calls += 1
+        for row, text in by_row.items():
+            cache.hold([list(text)], [len(text)], row)
+            self._used[row] = self._calls
+        return logits[[row - first for row in rows]]
+
+    def _reserved(self, num_texts: int, room: int) -> RowCache:
+        """Return the cache, with two rows for each text: one that goes on with it, one for ways that are left again."""
+        if self._cache is None:
+            self._cache = self._members.row_cache(_ROWS * num_texts, room + 1, room)
+        self._cache.reserve(_ROWS * num_texts, room)
+        return self._cache
+
+    def _place(self, cache: RowCache, texts: Sequence[Sequence[int]]) -> list[int]:
+        """Return a row for each text: the free one that loses least, with what another one holds of the text copied."""
+        rows: list[int] = []
+        for text in texts:
+            held = [_num_shared(cache, row, text) for row in range(cache.num_rows)]
+            lost = [length - num for length, num in zip(cache.lengths, held, strict=True)]
+            free = [row for row in range(cache.num_rows) if row not in rows]
+            row = min(free, key=lambda one: (lost[one] if self._is_live(one) else 0, -held[one]))
+            best = max(range(cache.num_rows), key=held.__getitem__)
+            if held[best] >= held[row] + _COPIED:
+                cache.copy_rows([best], [row], held[best])
+                cache.hold([list(text[: held[best]])], [held[best]], row)
+            rows.append(row)
+        return rows
+
+    def _is_live(self, row: int) -> bool:
+        return self._used.get(row, -_LIVE) > self._calls - _LIVE
+
+
+def _num_shared(cache: RowCache, row: int, text: Sequence[int]) -> int:
+    """Return how many ids of a text a row holds."""
+    held = cache.texts[row]
+    num = min(cache.lengths[row], len(text))
+    return num if held[:num] == text[:num] else common_length([held[:num], text[:num]])

@@ -1,0 +1,56 @@
+"""Scores of given continuations where members have different tokenizers.
+
+Along a text the mixture is p_anchor(tokens) · (P(text) / P'(text))^α, whatever the tokens of the other members. It is
+not normalised over all texts: scores compare continuations of one context, and are no perplexities.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ensembler.engine.grid import Grid
+from ensembler.engine.text_member_set import TextMemberSet
+from ensembler.evaluation.request_batches import Batch, run_passes
+from ensembler.evaluation.scoring import Score, ScoredRequest
+
+
+@torch.inference_mode()
+def score_texts(batch: Batch, members: TextMemberSet, grid: Grid) -> list[ScoredRequest]:
+    """Return the scores of a batch at each point: weight · log p_anchor(token) + Σ weight · log P(bytes), by token.
+
+    Whether a continuation is the greedy one is not known (None): it would need all other tokens.
+    """
+    texts = [
+        (context, continuation)
+        for request in batch.requests
+        for context, continuations in request.windows()
+        for continuation in continuations
+    ]
+    by_role = members.text.score(texts)
+    logprobs = {role: [one for of_text in by_role for one in of_text[role].log_probs] for role in members.text.members}
+    (anchor,) = members.anchor.runners[0].roles
+    logprobs[anchor] = _anchor_log_probs(batch, members, sum(len(ids) for _, ids in texts))
+    values = torch.tensor([logprobs[role] for role in grid.roles], dtype=torch.float64)  # (roles, tokens)
+    weights = [rule.weights(alpha) for rule, alphas in grid.runs for alpha in alphas]
+    table = torch.tensor([[one[role] for role in grid.roles] for one in weights], dtype=torch.float64)
+    scores = (table[:, :, None] * values).nan_to_num(nan=0.0).sum(1)  # 0 · −∞ is 0: a role without weight
+    scored, start = [], 0
+    for request in batch.requests:
+        of_request = []
+        for ids in request.continuations:
+            tokens = scores[:, start : start + len(ids)]
+            start += len(ids)
+            sums = tuple(tokens.sum(1).tolist())
+            of_request.append(Score(sums, (None,) * len(grid), tuple(map(tuple, tokens.tolist()))))
+        scored.append(ScoredRequest(request, tuple(of_request)))
+    return scored
+
+
+def _anchor_log_probs(batch: Batch, members: TextMemberSet, num: int) -> list[float]:
+    """Return the log-probs of all tokens of all continuations under the anchor."""
+    found = torch.zeros(num, dtype=torch.float64)
+    for one, logits in run_passes(batch.passes, members.anchor):
+        (of_anchor,) = logits.values()
+        rows = of_anchor.float().log_softmax(-1)
+        found[one.slots] = rows[one.needed, one.tokens].double().cpu()
+    return found.tolist()

@@ -1,0 +1,152 @@
+"""Write text in the tokens of one tokenizer, from its merges: the same tokens as its own, for any piece of bytes.
+
+Byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) and SentencePiece-BPE that falls back to bytes (Llama 2, Mistral, Gemma).
+The tokenizer itself takes whole characters only, and a call of it for every question would take most of a step.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from itertools import accumulate
+
+from ensembler.tokenization.merges import Merges, merge
+from ensembler.tokenization.token_bytes import TokenBytes
+
+_MOST_TRIED = 256  # tokens that are tried as the next one; of more, some can follow: a bound is only larger then
+_Utf8 = codecs.getincrementaldecoder("utf-8")  # keeps the bytes of a character that is not whole
+_SPACES = re.compile(r" *[^ ]+| +")  # a word of SentencePiece with the spaces in front of it
+
+
+class TokenWriter:
+    """Writes bytes in the tokens of a vocabulary.
+
+    `split` cuts text into the pieces inside which tokens are merged, `symbols` gives the ids that a piece begins as,
+    None where one cannot be written. `added`: tokens that are found in a text before anything else. `takes_whole`: a
+    piece that is a token is that token, whatever its merges.
+    """
+
+    def __init__(
+        self,
+        tokens: TokenBytes,
+        merges: Merges,
+        split: Callable[[str], Sequence[bytes]],
+        symbols: Callable[[bytes], list[int] | None],
+        *,
+        added: Mapping[bytes, int] | None = None,
+        takes_whole: bool = False,
+    ) -> None:
+        self.tokens = tokens
+        self._merges = merges
+        self._split = split
+        self._symbols = symbols
+        self._added = TokenBytes({token: spelled for spelled, token in (added or {}).items()})
+        self._takes_whole = takes_whole
+        self.pieces = lru_cache(maxsize=1 << 14)(self._pieces)
+        self.can_follow = lru_cache(maxsize=1 << 18)(self._can_follow)
+        self.can_go_on = lru_cache(maxsize=1 << 16)(self._can_go_on)
+        self.can_reach = lru_cache(maxsize=1 << 16)(self._can_reach)
+        self._written = lru_cache(maxsize=1 << 16)(self._write)
+
+    def encode(self, text: bytes, num_bytes: int | None = None, *, goes_on: bool = False) -> list[int] | None:
+        """Return the tokens of the first `num_bytes` of a text, by the pieces into which it is cut up to there.
+
+        Both may end inside of a character. `goes_on`: the last piece is not whole. None: it cannot be written.
+        """
+        num_bytes = len(text) if num_bytes is None else num_bytes
+        found: list[int] = []
+        start = 0
+        for piece in self.pieces(_whole_characters(text, num_bytes)):
+            kept = piece[: num_bytes - start]
+            tokens = self._written(kept, len(kept) == len(piece) and not (goes_on and start + len(kept) == num_bytes))
+            if tokens is None:
+                return None
+            found += tokens
+            start += len(kept)
+        return found
+
+    def boundaries(self, text: bytes) -> list[int]:
+        """Return where the pieces of a text begin, in bytes, and its end."""
+        return [0, *accumulate(map(len, self.pieces(text)))]
+
+    def _pieces(self, text: bytes) -> tuple[bytes, ...]:
+        found: list[bytes] = []
+        for is_added, part in self._around_added(text):
+            if is_added:
+                found.append(part)
+                continue
+            decoder = _Utf8()
+            try:
+                words, rest = self._split(decoder.decode(part)), decoder.getstate()[0]
+            except UnicodeDecodeError:  # it begins inside of a character
+                words, rest = [part], b""
+            found += [*words[:-1], words[-1] + rest] if words else [rest]
+        return tuple(found)
+
+    def _around_added(self, text: bytes) -> list[tuple[bool, bytes]]:
+        """Return the parts of a text and whether each is an added token: the leftmost first, then the longest."""
+        if not len(self._added):
+            return [(False, text)] if text else []
+        found, start, here = [], 0, 0
+        while here < len(text):
+            places = self._added.within(text[here : here + self._added.longest])
+            if not places:
+                here += 1
+                continue
+            if start < here:
+                found.append((False, text[start:here]))
+            found.append((True, self._added.spelled[places[-1]]))
+            here = start = here + len(found[-1][1])
+        return [*found, (False, text[start:])] if start < len(text) else found
+
+    def _write(self, piece: bytes, is_whole: bool) -> list[int] | None:
+        if is_whole:
+            token = self._added.id_of(piece)
+            token = self.tokens.id_of(piece) if token is None and self._takes_whole else token
+            if token is not None:
+                return [token]
+        symbols = self._symbols(piece)
+        return None if symbols is None else merge(symbols, self._merges)
+
+    def _can_follow(self, first: int, second: int) -> bool:
+        """Return whether the tokenizer may write these two tokens, as ids, one behind the other."""
+        before, after = self.tokens.texts[first], self.tokens.texts[second]
+        symbols = self._symbols(before + after)
+        if symbols is not None and merge(symbols, self._merges) == [first, second]:
+            return True
+        try:
+            (before + after).decode()
+        except UnicodeDecodeError:
+            return False
+        # Neighbours may decide whether the last space of several, or the s of 's, is a piece of its own.
+        around = (before + after, before + after + b".")
+        return any(
+            len(before) in self.boundaries(one) or len(before) + 1 in self.boundaries(b"." + one) for one in around
+        )
+
+    def _can_go_on(self, token: int, text: bytes) -> bool:
+        """Return whether the tokenizer may write `token` and then tokens that begin with `text`, or are part of it."""
+        within = (int(self.tokens.order[place]) for place in self.tokens.within(text))
+        return any(self.can_follow(token, one) for one in within) or self.can_reach(token, text)
+
+    def _can_reach(self, token: int, text: bytes) -> bool:
+        """Return whether the tokenizer may write `token` and then one that begins with `text` and is longer."""
+        first, last = self.tokens.starting(text)
+        first += text in self.tokens.places
+        if last - first > _MOST_TRIED:
+            return True
+        return any(self.can_follow(token, int(one)) for one in self.tokens.order[first:last])
+
+
+def _whole_characters(text: bytes, num_bytes: int) -> bytes:
+    """Return the first `num_bytes` of a text, and the rest of the character in which they end."""
+    while num_bytes < len(text) and text[num_bytes] & 0xC0 == 0x80:
+        num_bytes += 1
+    return text[:num_bytes]
+
+
+def split_at_spaces(text: str) -> list[bytes]:
+    """Return the words of a text, each with the spaces in front of it."""
+    return [word.encode() for word in _SPACES.findall(text)]

@@ -1,0 +1,129 @@
+"""Commands on ensembles whose members have different tokenizers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.commands import Run
+from helpers.text_cases import save_text_members
+from transformers import AutoTokenizer
+
+from ensembler.errors import ConfigError
+from ensembler.folder import read
+from ensembler.preflight import check_ensemble
+from ensembler.serving.choice import check_servable
+
+CHAT = "{% for one in messages %}[{{ one['role'] }}]{{ one['content'] }}<|end|>{% endfor %}[assistant]"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_text_members(tmp_path_factory.mktemp("texts"))
+
+
+@pytest.fixture(scope="module")
+def with_chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The target has a template of its own, with other words."""
+    home = tmp_path_factory.mktemp("chats")
+    save_text_members(home)
+    for role in ("source_ft", "source_pt", "target_pt", "ensemble"):
+        tokenizer = AutoTokenizer.from_pretrained(home / role)
+        tokenizer.chat_template = CHAT if role != "target_pt" else CHAT.replace("[assistant]", "[model]")
+        tokenizer.save_pretrained(home / role)
+    return home
+
+
+def test_inspect_says_that_it_compares_texts(folder: Path, run: Run) -> None:
+    found = run("inspect", folder)
+    assert found.code == 0, found.err
+    assert (
+        "vocabulary  text, the 420 ids of source_ft; different tokenizers, compared by what tokens spell" in found.out
+    )
+    shown = json.loads(run("inspect", folder, "--prompt", "The quick", "--json").out)
+    assert shown["vocabulary"] == "text"
+    assert {role: len(column) for role, column in shown["next_tokens"].items()} == {
+        "ensemble": 5,
+        "source_ft": 5,
+        "target_pt": 5,
+        "source_pt": 5,
+    }
+    assert all(0 <= one["probability"] <= 1.0001 for column in shown["next_tokens"].values() for one in column)
+
+
+def test_generate_explains_and_says_what_it_cost(folder: Path, run: Run) -> None:
+    found = run("generate", folder, "--prompt", "The quick brown", "--max-new-tokens", 6, "--stats", "--json")
+    assert found.code == 0, found.err
+    (stats,) = (json.loads(line)["stats"] for line in found.err.splitlines() if line.startswith('{"stats"'))
+    text = stats["text"]
+    assert set(text["evaluations"]) == {"source_pt", "target_pt"}
+    assert all(0 < num < 20 for num in text["evaluations"].values())
+    assert 0 <= text["mean_open"] <= text["largest_open"] <= 1
+    assert 0 <= text["certain"] <= 1
+    plain = run("generate", folder, "--prompt", "The quick brown", "--max-new-tokens", 6, "--explain", "--stats")
+    assert plain.code == 0, plain.err
+    assert "by text: evaluations per token: " in plain.err
+
+
+def test_score_adds_up_and_does_not_say_greedy(folder: Path, run: Run, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "The quick", "choices": [" brown fox", " lazy dogs"]}) + "\n")
+    found = run("score", folder, "--data", rows, "--alpha", "0,1", "--json")
+    assert found.code == 0, found.err
+    (row,) = map(json.loads, found.out.splitlines())
+    assert [choice["greedy"] for choice in row["choices"]] == [[None, None]] * 2
+    assert all(number < 0 for choice in row["choices"] for number in choice["log_prob"])
+    assert run("score", folder, "--data", rows).code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--text-candidates", 0], "text_candidates is 0; expected a whole number of at least 1"),
+        (["--text-tolerance", 1], "text_tolerance is 1; expected a number between 0 and 1, as 0.02"),
+        (["--text-tolerance", 0], "text_tolerance is 0; expected a number between 0 and 1, as 0.02"),
+        (["--chat-template", "mine"], "chat_template is 'mine'; expected one of: per-member, anchor"),
+        (["--rule", "base-change,eft"], "the rule 'eft' is in the grid of an ensemble by 'base-change'"),
+        (["--num-beams", 2], "members with other tokenizers run in the decode loop"),
+    ],
+)
+def test_bad_options_are_one_sentence(folder: Path, run: Run, options: list[object], said: str) -> None:
+    found = run("generate", folder, "--prompt", "The", "--max-new-tokens", 2, *options)
+    assert found.code == 2, found.err
+    assert said in found.err.splitlines()[-1]
+
+
+def test_vllm_refuses_them_by_name(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="the members have different tokenizers, which vLLM's one model cannot have"):
+        check_servable(check_ensemble(read(folder)))
+
+
+def test_a_rule_that_is_no_ratio_is_refused_with_those_that_are(folder: Path, run: Run) -> None:
+    members = [f"--member=expert={folder.parent / 'source_ft'}", f"--member=amateur={folder.parent / 'target_pt'}"]
+    found = run("inspect", "--rule", "contrastive", *members)
+    assert found.code == 2
+    assert "choose models of one tokenizer family, or the rule base-change or eft, which compare texts" in found.error
+
+
+def test_text_that_a_member_cannot_write_names_the_character(tmp_path: Path, run: Run) -> None:
+    folder = save_text_members(tmp_path, target="spaces without bytes")
+    found = run("generate", folder, "--prompt", "ab 好 c", "--max-new-tokens", 2)
+    assert found.code == 2, found.err
+    assert "target_pt cannot read '好' at byte 3 of the prompt" in found.err.splitlines()[-1]
+
+
+def test_each_member_reads_a_chat_in_its_own_template(with_chats: Path, run: Run) -> None:
+    texts = {}
+    for template in ("per-member", "anchor"):
+        found = run(
+            "generate",
+            with_chats / "ensemble",
+            *("--chat", "--prompt", "Who jumps?", "--max-new-tokens", 8, "--chat-template", template, "--json"),
+        )
+        assert found.code == 0, found.err
+        texts[template] = json.loads(found.out)["text"]
+    assert texts["per-member"]
+    assert texts["per-member"] != texts["anchor"]
+    talked = run("chat", with_chats / "ensemble", "--max-new-tokens", 4, stdin="Who jumps?\nAnd then?\n")
+    assert talked.code == 0, talked.err

@@ -1,0 +1,117 @@
+"""The probability of a text is the sum over all ways to write it: compared with an enumeration of token sequences."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ensembler.engine.text_cover import NextTokens, Path, cover
+from ensembler.tokenization.token_bytes import TokenBytes
+
+ALPHABET = "ab"
+
+
+@dataclass
+class Toy:
+    """A member with a random table of next tokens for each path, and the pairs of tokens that its tokenizer writes."""
+
+    tokens: TokenBytes
+    seed: int
+    pairs: Callable[[int, int], bool]
+
+    def distribution(self, path: Path) -> np.ndarray:
+        """The probabilities of all tokens by id, and that of the end as the last."""
+        generator = np.random.default_rng([self.seed, *path])
+        return generator.dirichlet(np.full(len(self.tokens) + 1, 0.5))
+
+    def node(self, path: Path) -> NextTokens:
+        probabilities = self.distribution(path)
+        sums = np.concatenate([[0.0], np.cumsum(probabilities[self.tokens.order])])
+        return NextTokens(sums, float(probabilities[-1]))
+
+    def can_follow(self, first: int, second: int) -> bool:
+        return self.pairs(first, second)
+
+    def can_go_on(self, token: int, text: bytes) -> bool:
+        """As of a writer: any token that is part of the text, or that begins with it."""
+        first, last = self.tokens.starting(text)
+        near = [*range(first, last), *self.tokens.within(text)]
+        return any(self.pairs(token, int(self.tokens.order[place])) for place in near)
+
+    def truth(self, text: bytes, path: Path = (), *, ends: bool = False) -> float:
+        """The sum over the token sequences that begin with, or spell, the text; each pair but the last is written."""
+        probabilities = self.distribution(path)
+        if not text:
+            return float(probabilities[-1]) if ends else 1.0
+        total = 0.0
+        for token, spelled in self.tokens.texts.items():
+            if spelled.startswith(text) and (not ends or spelled == text):
+                rest = 1.0 if not ends else self.truth(b"", (*path, token), ends=True)
+                is_last = not ends
+            elif text.startswith(spelled):
+                if not self.can_go_on(token, text[len(spelled) :]):
+                    continue
+                rest, is_last = self.truth(text[len(spelled) :], (*path, token), ends=ends), False
+            else:
+                continue
+            if path and not is_last and not self.pairs(path[-1], token):
+                continue
+            total += float(probabilities[token]) * rest
+        return total
+
+
+texts = st.text(ALPHABET, min_size=0, max_size=6)
+
+
+@st.composite
+def toys(draw: st.DrawFn) -> Toy:
+    pieces = draw(st.lists(st.text(ALPHABET, min_size=1, max_size=3), min_size=1, max_size=7, unique=True))
+    tokens = TokenBytes({token: piece.encode() for token, piece in enumerate(pieces)})
+    seed = draw(st.integers(0, 10**6))
+    if draw(st.booleans()):
+        return Toy(tokens, seed, lambda first, second: True)
+    allowed = random.Random(seed).choices([True, False], [3, 1], k=100)
+    return Toy(tokens, seed, lambda first, second: allowed[first * 10 + second])
+
+
+def evaluated(toy: Toy, text: bytes, num: int, *, ends: bool) -> tuple[dict[Path, NextTokens], bool]:
+    """The nodes after `num` evaluations, most open mass first, and whether none is open any more."""
+    nodes: dict[Path, NextTokens] = {}
+    for _ in range(num):
+        bounds = cover(nodes, toy.tokens, toy, text, ends=ends)
+        if not bounds.open:
+            return nodes, True
+        path = max(bounds.open, key=bounds.open.__getitem__)
+        nodes[path] = toy.node(path)
+    return nodes, not cover(nodes, toy.tokens, toy, text, ends=ends).open
+
+
+@given(toys(), texts, st.booleans())
+@settings(max_examples=400, deadline=None)
+def test_all_splits_are_the_sum_over_all_token_sequences(toy: Toy, text: str, ends: bool) -> None:
+    nodes, is_closed = evaluated(toy, text.encode(), 500, ends=ends)
+    bounds = cover(nodes, toy.tokens, toy, text.encode(), ends=ends)
+    assert is_closed
+    assert bounds.low == pytest.approx(toy.truth(text.encode(), ends=ends), abs=1e-12)
+
+
+@given(toys(), texts, st.booleans(), st.integers(0, 6))
+@settings(max_examples=400, deadline=None)
+def test_the_truth_lies_in_every_interval(toy: Toy, text: str, ends: bool, num: int) -> None:
+    nodes, _ = evaluated(toy, text.encode(), num, ends=ends)
+    bounds = cover(nodes, toy.tokens, toy, text.encode(), ends=ends)
+    truth = toy.truth(text.encode(), ends=ends)
+    assert bounds.low - 1e-12 <= truth <= bounds.high + 1e-12, (bounds, truth)
+    assert bounds.low <= bounds.middle <= bounds.high
+
+
+def test_short_ranges_keep_their_digits_behind_a_large_sum() -> None:
+    tokens = TokenBytes({0: b"a", 1: b"z"})
+    nodes = {(): NextTokens(np.cumsum([0.0, 1 - 1e-12, 1e-12]), 0.0)}
+    assert cover(nodes, tokens, Toy(tokens, 0, lambda *_: True), b"z").low == pytest.approx(1e-12, rel=1e-3)
