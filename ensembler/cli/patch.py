@@ -334,7 +334,8 @@ def extract(
     else:
         print_extracted(done)
     if done.why_not_peft is not None:
-        log.info("Note: `patch apply` reads this patch, and PEFT does not: %s", done.why_not_peft)
+        remedy = "" if rank is not None or full else "; of one --rank for all matrices it may"
+        log.info("Note: `patch apply` reads this patch, and PEFT does not: %s%s", done.why_not_peft, remedy)
     if done.files:
         log.info("Note: the tokenizer of %s is another than its base's, and lies beside the patch", finetuned)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -337,10 +338,13 @@ def print_extracted(extracted: Extracted) -> None:
 
 
 def print_losses(applied: Applied, most: float) -> None:
-    """Print what quantising again lost of a patch in each module, and warn of those that lost more than `most`."""
+    """Count the modules kept plain, print the loss of each other one, and warn of losses above `most`."""
+    out = console()
+    if applied.kept:
+        counts = Counter(name.rpartition(".")[2] for name in applied.kept)
+        out.print("not quantised any more:", ", ".join(f"{num:,} {kind}" for kind, num in counts.items()), markup=False)
     if not applied.losses:
         return
-    out = console()
     table = _plain_table(("quantised module", "of the patch lost"))
     for name, share in applied.losses.items():
         table.add_row(name, f"{share:.3f}")

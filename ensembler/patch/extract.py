@@ -31,6 +31,7 @@ from ensembler.patch.model_layout import ModelLayout, read_layouts
 from ensembler.patch.patch_device import CPU, memory_of
 from ensembler.patch.patch_plan import resize_command
 from ensembler.patch.peft_check import why_not_read_by_peft
+from ensembler.patch.schemes.quantization_settings import quantization_of
 from ensembler.patch.singular_values import Svd, is_exact, truncate
 from ensembler.safetensors_files import FLOATS, StoredModel, StoredTensor, listed, read_model
 
@@ -207,7 +208,13 @@ def _check_limit(rank: int | None, energy: float | None, full: bool) -> None:
 
 
 def _check_versions(old: StoredModel, new: StoredModel, layout: ModelLayout) -> None:
-    """Raise PatchError unless both have the same tensors in the same shapes."""
+    """Raise PatchError unless both have the same tensors in the same shapes, and both or neither are quantised."""
+    for first, second in ((old, new), (new, old)):
+        if quantization_of(first) and not quantization_of(second):
+            raise PatchError(
+                f"{first.folder} is quantised and {second.folder} is not; give both models in plain weights, before "
+                "they were quantised"
+            )
     for first, second in ((old, new), (new, old)):
         absent = sorted(first.tensors.keys() - second.tensors.keys())
         if absent:
@@ -270,7 +277,10 @@ def _difference(old: StoredTensor, new: StoredTensor, device: torch.device) -> T
     """Return new - old in fp32 as a matrix on a device, or None where the two are equal."""
     if old.dtype not in FLOATS.values():
         if not new.has_values_of(old):
-            raise PatchError(f"{new.name} is {new.dtype} and differs; only floats have a difference that can be added")
+            raise PatchError(
+                f"{new.name} is {new.dtype} and differs; only floats have a difference that can be added: give both "
+                "models in plain weights, before they were quantised"
+            )
         return None
     delta = read_tensor(new, device=device).float() - read_tensor(old, device=device).float()
     if not torch.isfinite(delta).all():

@@ -17,13 +17,15 @@ def find_modules(option: str, pattern: str, names: Iterable[str], kind: str = "m
     modules = {name.removesuffix(".weight"): name for name in names}
     found = [name for module, name in modules.items() if fnmatchcase(f".{module}", f"*.{pattern}")]
     if not found:
-        raise ConfigError(f"{option} {pattern} matches no {kind} that the patch changes; {_nearest(pattern, modules)}")
+        raise ConfigError(
+            f"{option} {pattern} matches no {kind} that the patch changes; {_remedy(option, pattern, modules)}"
+        )
     return found
 
 
-def _nearest(pattern: str, modules: Iterable[str]) -> str:
+def _remedy(option: str, pattern: str, modules: Iterable[str]) -> str:
     last_names = dict.fromkeys(module.rpartition(".")[2] for module in modules)
     if not last_names:
-        return "there is none"
+        return f"there is none: leave {option} out"
     near = get_close_matches(pattern, [*last_names, *modules], n=1)
     return f"did you mean {near[0]}?" if near else f"expected one of {', '.join(last_names)}, or the name of one"

@@ -317,7 +317,8 @@ def _quoted(name: str | Path) -> str:
 def _why_missing(missing: Sequence[str], model: StoredModel, layout: ModelLayout) -> str:
     """Return the likeliest reason: quantised, several modules in one matrix, another architecture or class."""
     folder = model.folder.name
-    if quantization_of(model):
+    modules = tuple(name.removesuffix(".weight") for name in missing)
+    if quantization_of(model) and any(name.startswith(modules) for name in model.tensors):
         return (
             f"{folder} is quantised ({said_scheme(model)}), and no scheme that is known holds these ({SCHEMES}); give "
             "the model before that"

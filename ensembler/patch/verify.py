@@ -71,7 +71,8 @@ def verify_applied(
     if wrong:
         raise RunError(
             f"{out} is not {plan.model.folder} with the patch at these strengths: {len(wrong):,} of {len(expected):,} "
-            f"tensors differ, {listed(sorted(wrong))}; apply it again"
+            f"tensors differ, {listed(sorted(wrong))}; give the --scale, --also and --transport that apply was given, "
+            "or apply it again"
         )
     return Verified(len(expected), num)
 

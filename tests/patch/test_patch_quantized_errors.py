@@ -16,6 +16,7 @@ import torch
 from helpers.commands import Run
 from helpers.patch_cases import edit_json, edit_tensors, save_lora, save_model
 from helpers.quantized_models import SIZE, Change, edit_config, flipped, quantize_folder, without
+from safetensors.torch import load_file, save_file
 
 from ensembler.errors import InputError, OutputError, RunError
 from ensembler.patch.apply import apply_patches
@@ -39,9 +40,34 @@ def test_patterns_are_checked_before_anything_is_written(plain: Path, lora: Path
     assert done.error.endswith("; expected one of down_proj, q_proj, v_proj, or the name of one")
     done = run("patch", "apply", lora, "--to", plain, "--keep-bf16", "down_proj", "--check")
     assert done.error.endswith(
-        "--keep-bf16 down_proj matches no quantised module that the patch changes; there is none"
+        "--keep-bf16 down_proj matches no quantised module that the patch changes; there is none: leave --keep-bf16 out"
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_layers_that_a_quantised_model_lacks_are_not_laid_to_its_scheme(
+    plain: Path, lora: Path, run: Run, tmp_path: Path
+) -> None:
+    model = quantize_folder(plain, tmp_path / "model", "fp8-blocks")
+    deeper = shutil.copytree(lora, tmp_path / "deeper")
+    factors = load_file(lora / "adapter_model.safetensors")
+    renamed = {name.replace("layers.1.", "layers.7."): factor for name, factor in factors.items()}
+    save_file(renamed, deeper / "adapter_model.safetensors")
+    done = run("patch", "apply", deeper, "--to", model, "--check")
+    assert (done.code, "does not have: model.layers.7." in done.error) == (2, True), done.error
+    assert done.error.endswith("it was made for another architecture")
+
+
+def test_no_patch_is_extracted_from_quantised_models(plain: Path, lora: Path, run: Run, tmp_path: Path) -> None:
+    model = quantize_folder(plain, tmp_path / "model", "fp8-blocks")
+    apply_patches([read_patch(lora)], model, tmp_path / "tuned")
+    for base, said in ((plain, f"tuned is quantised and {plain} is not"), (model, "is F8_E4M3 and differs")):
+        done = run(
+            "patch", "extract", "--base", base, "--finetuned", tmp_path / "tuned", "--output", tmp_path / "patch"
+        )
+        assert (done.code, said in done.error) == (2, True), done.error
+        assert done.error.endswith("give both models in plain weights, before they were quantised")
+    assert not (tmp_path / "patch").exists()
 
 
 def in_blocks(change: Change) -> Callable[[Path], None]:

@@ -69,7 +69,7 @@ def test_several_patches_and_full_deltas(plain: Path, lora: Path, tmp_path: Path
 
 Q = "model.layers.1.self_attn.q_proj"
 OTHERS: dict[str, tuple[Change, str]] = {
-    "a byte of a changed weight": (flipped(f"{Q}.weight", -3), rf"1 of 35 tensors differ, {Q}\.weight; apply it again"),
+    "a byte of a changed weight": (flipped(f"{Q}.weight", -3), rf"1 of 35 tensors differ, {Q}\.weight; .* again"),
     "a byte of its scale": (flipped(f"{Q}.weight_scale_inv", 1), rf"tensors differ, {Q}\.weight_scale_inv"),
     "a byte of a weight that stays": (flipped("model.layers.0.mlp.up_proj.weight", 20_000), r"up_proj\.weight"),
     "a byte of a plain tensor": (flipped("model.norm.weight", 5), r"differ, model\.norm\.weight"),
@@ -152,13 +152,15 @@ def test_the_command(plain: Path, lora: Path, run: Run, tmp_path: Path) -> None:
     assert "4 modules" not in done.err
     for name in ("self_attn.q_proj", "self_attn.v_proj"):
         assert f"model.layers.0.{name}" in done.out
-    assert "down_proj" not in done.out
+    assert "not quantised any more: 2 down_proj" in done.out
+    assert "mlp.down_proj" not in done.out
     done = run("patch", "verify", model, lora, out, "--scale", SCALE)
     assert done.code == 0, done.err
     assert "blocks of" in done.out
     done = run("patch", "verify", model, lora, out)
     assert done.code == 1
     assert "with the patch at these strengths" in done.error
+    assert done.error.endswith("give the --scale, --also and --transport that apply was given, or apply it again")
 
 
 def test_losses_are_warned_of(plain: Path, lora: Path, run: Run, tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_procrustes_finds_a_rotation_of_the_old_base(
     texts = write_lines(tmp_path / "texts", rows)
     monkeypatch.setattr("ensembler.patch.transports.procrustes.MOST_BYTES", most_bytes)
     notes = carry_lora(read_patch(lora), tmp_path / "old", tmp_path / "new", plain_texts(texts), tmp_path / "carried")
+    assert len(notes) == 1  # the texts are enough
     assert "14 modules mapped by 240 tokens of texts" in notes[0]
     with torch.no_grad():
         expected = PeftModel.from_pretrained(make_model(seed=1), lora).eval()(ids).logits
@@ -135,6 +136,10 @@ def test_procrustes_goes_to_another_depth_and_leaves_norms_out(run: Run, tmp_pat
     result = run("transport", lora, "--from", old, "--to", deep, "--texts", texts, "--output", tmp_path / "out")
     assert result.code == 0, result.err
     assert "lm_head.weight: left out" in result.err
+    assert "cannot reach" not in result.err
+    few = write_lines(tmp_path / "few", [{"text": "one and two"}])
+    command = ["transport", lora, "--from", old, "--to", deep, "--texts", few, "--output", tmp_path / "out_of_few"]
+    assert "11 tokens cannot reach all directions of the widest layer (32)" in " ".join(run(*command).err.split())
     carried_factors = weights(tmp_path / "out")
     assert len(carried_factors) == 2 * 2 * 3
     key = "base_model.model.model.layers.2.mlp.down_proj.lora_B.weight"

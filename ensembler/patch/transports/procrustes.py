@@ -153,13 +153,20 @@ class Procrustes(Transport):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Say from which texts the maps are, and how well they fit."""
+        """Say from which texts the maps are, how well they fit, and whether the texts are too few to tell that."""
         residual = median(found.residual for found in self.maps.values())
-        return (
+        notes: tuple[str, ...] = (
             f"transport procrustes: {len(self.maps):,} modules mapped by {self.num_tokens:,} tokens of "
             f"{self.texts.said}; of the new activations the maps leave "
             f"{100 * residual:.0f} % unexplained (‖X′ − X Pᵀ‖ / ‖X′‖, median)",
         )
+        widest = max(size for found in self.maps.values() for size in (*found.out.shape, *found.into.shape))
+        if self.num_tokens < widest:
+            notes += (
+                f"transport procrustes: {self.num_tokens:,} tokens cannot reach all directions of the widest layer "
+                f"({widest:,}), and the rest is mapped without evidence; give more texts",
+            )
+        return notes
 
 
 @dataclass(frozen=True)
