@@ -122,6 +122,10 @@ def score(
         described = describe_ensemble(checked, verify_weights=verify_weights)
         settings |= {key: described[key] for key in ("verify_weights", "members")}
         settings = run_settings(checked.config, requests, points, settings)
+    if top_k_logits is not None and checked.contract.is_text:
+        raise ConfigError(
+            "the members have different tokenizers, and give no logits of all tokens; leave out --top-k-logits"
+        )
     if top_k_logits is not None and output is not None:
         folder = LogitsFolder(output, settings, overwrite=overwrite)
         writer = TopKWriter(requests, top_k_logits, checked.contract.widths[rule.anchor], folder)

@@ -216,21 +216,23 @@ def print_scores(scored: Sequence[ScoredRequest], points: Sequence[GridPoint]) -
             for index, (log_prob, is_greedy) in enumerate(zip(score.log_probs, score.is_greedy, strict=True)):
                 together.setdefault((choice, index), []).append((log_prob, score.num_tokens, is_greedy))
                 shown = "?" if is_greedy is None else "yes" if is_greedy else "no"
-                cells = (*_score_cells(log_prob, score.num_tokens), str(score.num_tokens), shown)
+                cells = (*_score_cells(log_prob, score.num_tokens, shown), str(score.num_tokens), shown)
                 table.add_row(str(one.request.number), choice, *at(points[index]), show_digits(log_prob), *cells)
     for (choice, index), found in together.items():
         if len(found) > 1:
             log_probs, counts, greedy = zip(*found, strict=True)
             mean, tokens = (show_digits(sum(one) / len(found)) for one in (log_probs, counts))
             share = "?" if None in greedy else show_digits(sum(map(bool, greedy)) / len(found))
-            cells = (*_score_cells(sum(log_probs), sum(counts)), tokens, share)
+            cells = (*_score_cells(sum(log_probs), sum(counts), share), tokens, share)
             table.add_row("mean", choice, *at(points[index]), mean, *cells)
     console().print(table)
 
 
-def _score_cells(log_prob: float, num_tokens: int) -> tuple[str, str]:
-    """The log-prob per token, and the perplexity."""
+def _score_cells(log_prob: float, num_tokens: int, greedy: str) -> tuple[str, str]:
+    """The log-prob per token, and the perplexity, which unnormalised scores do not have (what is greedy is "?" then)."""
     per_token = log_prob / num_tokens
+    if greedy == "?":
+        return show_digits(per_token), "?"
     return show_digits(per_token), show_digits(math.exp(-per_token) if per_token > -700 else math.inf)
 
 

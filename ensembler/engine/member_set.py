@@ -169,6 +169,10 @@ class MemberSet:
         with self._advancing(cache):
             return self._as_transformers(step, cache, runners)
 
+    def read(self, step: Step, cache: RowCache, runners: Sequence[ModelRunner] | None = None) -> dict[str, Tensor]:
+        """Read tokens into a cache, for which nobody needs the logits."""
+        return self.logits(step, cache, runners)
+
     def combined(
         self, step: Step, cache: EnsembleCache | None, combination: Combination, alpha: float | Tensor
     ) -> Tensor:

@@ -87,6 +87,10 @@ class TextMemberSet(MemberSet):
                 filled[role][rows, columns] = values
         return found | filled
 
+    def read(self, step: Step, cache: RowCache, runners: Sequence[ModelRunner] | None = None) -> dict[str, Tensor]:
+        """Read tokens of the anchor into a cache: other members read texts, as far as they are asked about them."""
+        return super().logits(step, cache, runners)
+
 
 def _kept_texts(step: Step, cache: EnsembleCache | RowCache | None, num: int) -> list[tuple[int, int, list[int]]]:
     """Return row and column of the logits that are wanted, and the ids up to there; none for parts of a prompt."""

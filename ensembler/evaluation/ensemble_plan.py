@@ -32,6 +32,7 @@ from ensembler.rules import RULES
 
 LOG_PROB = "log_prob"  # the value of a prompt
 AUTO = "auto"  # the batch size that fits into memory
+_PERPLEXITIES = frozenset({"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"})
 
 
 @dataclass(frozen=True)
@@ -88,16 +89,29 @@ class Plan:
     def __init__(
         self, run: Run, checked: CheckedEnsemble, answerer: Answerer, tasks: Sequence[Task], options: PlanOptions
     ) -> None:
-        self.run, self.checked, self.answerer, self.options = run, checked, answerer, options
         self.rule = checked.config.get_rule()
+        if checked.contract.is_text:  # a grid has one anchor then, and no other member is a point of it
+            run = run.by_rule(self.rule.name)
+        self.run, self.checked, self.answerer, self.options = run, checked, answerer, options
         self.points = make_grid(run.rules, run.alphas)
         ones = make_grid(run.rules, [1.0])
         # Member logits depend on no point: those that are compared cost nothing beside those that were asked for.
-        self.grid = list(dict.fromkeys([*self.points, *ones, *levels(self.rule).values()]))
+        alone = [
+            point
+            for point in levels(self.rule).values()
+            if not checked.contract.is_text or point.rule == self.rule.name
+        ]
+        self.grid = list(dict.fromkeys([*self.points, *ones, *alone]))
         for points in (self.points, self.grid):  # raises for duplicates
             Grid.of(points, self.rule, checked.contract, checked.config.outside)
         self._encoded: dict[str, EncodedDocument] = {}
         self.tasks = [self._plan(task) for task in tasks]
+        of_perplexity = options.by_perplexity or any(one.metric.key in _PERPLEXITIES for one in self.tasks)
+        if checked.contract.is_text and of_perplexity:
+            raise ConfigError(
+                "perplexity was asked for, and scores of members with different tokenizers are not normalised; choose "
+                "a task and a metric that compare answers"
+            )
 
     @property
     def name(self) -> str:

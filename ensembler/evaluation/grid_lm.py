@@ -165,6 +165,11 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
 
         A request is what `HFLM` makes of it: its texts (None of a window), and the ids of context and continuation.
         """
+        if self.checked.contract.is_text and any(texts is None for texts, *_ in requests):
+            raise ConfigError(
+                "perplexity was asked for, and scores of members with different tokenizers are not normalised; choose "
+                "a task that compares answers, and select alpha by its metric"
+            )
         encoded = [self._fitted(*one) for one in requests]
         if self._noted is not None:
             self._noted += encoded

@@ -80,6 +80,10 @@ class Run:
         """Return whether a method is one of its own."""
         return any(method.key == key for method in self.methods)
 
+    def by_rule(self, rule: str) -> Run:
+        """Return the run without the methods of other rules."""
+        return replace(self, methods=tuple(method for method in self.methods if method.rule == rule))
+
     def method(self, key: str) -> Method:
         """Return one of its methods by its key."""
         return next(method for method in self.methods if method.key == key)

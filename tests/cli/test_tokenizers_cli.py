@@ -77,6 +77,16 @@ def test_score_adds_up_and_does_not_say_greedy(folder: Path, run: Run, tmp_path:
     assert run("score", folder, "--data", rows).code == 0
 
 
+@pytest.mark.parametrize("option", [["--offline-members"], ["--top-k-logits", 4]])
+def test_logits_of_all_tokens_are_not_kept(folder: Path, run: Run, tmp_path: Path, option: list[object]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "The quick brown fox"}) + "\n")
+    found = run("score", folder, "--data", rows, "--output", tmp_path / "out", *option)
+    assert found.code == 2, found.err
+    assert "the members have different tokenizers" in found.error
+    assert str(option[0]) in found.error
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -127,3 +137,25 @@ def test_each_member_reads_a_chat_in_its_own_template(with_chats: Path, run: Run
     assert texts["per-member"] != texts["anchor"]
     talked = run("chat", with_chats / "ensemble", "--max-new-tokens", 4, stdin="Who jumps?\nAnd then?\n")
     assert talked.code == 0, talked.err
+
+
+@pytest.mark.parametrize("metric", ["acc", "exact_match"])
+def test_sweep_scores_choices_and_texts_at_every_alpha(folder: Path, run: Run, tmp_path: Path, metric: str) -> None:
+    rows = [{"q": f"The quick {word}", "answer": "fox"} for word in ("brown", "x >", "lazy")]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--data", data, "--prompt", "{q}", "--answer", "{answer}", "--alpha", "0,0.5,1", "--metric", metric]
+    options += ["--choices", "fox,dogs"] if metric == "acc" else []
+    found = run("sweep", folder, *options, "--output", tmp_path / "out", "--json")
+    assert found.code == 0, found.err
+    again = run("sweep", folder, *options, "--output", tmp_path / "out", "--json")
+    assert again.out == found.out
+
+
+def test_sweep_has_no_perplexity(folder: Path, run: Run, tmp_path: Path) -> None:
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"q": "The quick", "answer": "fox"}) + "\n")
+    options = ["--data", data, "--prompt", "{q}", "--answer", "{answer}", "--metric", "perplexity"]
+    found = run("sweep", folder, *options, "--output", tmp_path / "out")
+    assert found.code == 2, found.err
+    assert "scores of members with different tokenizers are not normalised" in found.err
