@@ -9,7 +9,7 @@ ANCHOR, MEMBER and TARGET are folders, such as models/smollm2 and models/gemma3.
 of FILE of some length (default: WikiText's validation set), code of this project, and those of
 benchmarks/paragraphs.jsonl (digits, other scripts, emoji, addresses). The reference is the member's own log-prob of the
 text in its own tokens, the last of which are not certain and are summed over all ways to write them. One row for each
-paragraph.
+paragraph; the same command goes on behind those that are there.
 
 `decode` takes ANCHOR as source FT and source PT and decodes greedily at alpha 1, so that the ensemble ought to write
 what TARGET writes. Of TARGET's own greedy texts: the share of the anchor's tokens that the ensemble chooses along them,
@@ -51,6 +51,7 @@ OTHERS = Path(__file__).parent / "paragraphs.jsonl"
 class ScoreRow(Measured):
     """One paragraph: nats of the sum and of the reference, the bound of their difference, evaluations for a token."""
 
+    number: int
     kind: str
     anchor: str
     member: str
@@ -118,20 +119,23 @@ def reference(model: EnsembleForCausalLM, text: TextMembers, role: str, whole: s
     return total + math.log(bounds.middle)
 
 
-def measure_scores(anchor: Path, other: Path, data: Path, num: int) -> Iterator[ScoreRow]:
+def measure_scores(anchor: Path, other: Path, data: Path, num: int, done: set[int]) -> Iterator[ScoreRow]:
     model, text = load(anchor, other)
     role, reader = "target_pt", text.plan.readers["target_pt"]
     begin = [reader.tokenizer.bos_token_id if reader.tokenizer.bos_token_id is not None else reader.ends[0]]
     context = (text.plan.anchor.ends[0],)
     only = TextMembers(text.plan, {role: text.members[role]})
     only.prompts[context] = {role: begin}
-    for kind, paragraph in paragraphs(data, num):
+    for number, (kind, paragraph) in enumerate(paragraphs(data, num)):
+        if number in done:
+            continue
         before = text.members[role].num_evaluated
         with torch.inference_mode():
             (found,) = only.score([(context, plain_ids(model.tokenizer, paragraph))])
         num_tokens = len(found[role].log_probs)
         evaluations = (text.members[role].num_evaluated - before) / num_tokens
         yield ScoreRow(
+            number=number,
             kind=kind,
             anchor=anchor.name,
             member=other.name,
@@ -261,7 +265,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.what == "decode":
         measure_decode(given.anchor, given.other, given.data, given.num or 20, given.tokens).append(given.results)
         return
-    for row in measure_scores(given.anchor, given.other, given.data, given.num or 50):
+    rows = map(json.loads, given.results.read_text().splitlines() if given.results.exists() else ())
+    names = given.anchor.name, given.other.name
+    done = {row["number"] for row in rows if (row["anchor"], row.get("member")) == names}
+    for row in measure_scores(given.anchor, given.other, given.data, given.num or 50, done):
         row.append(given.results)
         print(f"{row.kind}: off by {row.log_prob - row.reference:+.4f} nats, bound {row.bound:.4f}", flush=True)
 

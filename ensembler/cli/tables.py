@@ -229,7 +229,7 @@ def print_scores(scored: Sequence[ScoredRequest], points: Sequence[GridPoint]) -
 
 
 def _score_cells(log_prob: float, num_tokens: int, greedy: str) -> tuple[str, str]:
-    """The log-prob per token, and the perplexity, which unnormalised scores do not have (what is greedy is "?" then)."""
+    """The log-prob per token, and the perplexity, which scores that are not normalised ("?" for greedy) have not."""
     per_token = log_prob / num_tokens
     if greedy == "?":
         return show_digits(per_token), "?"
