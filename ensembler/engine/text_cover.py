@@ -31,7 +31,7 @@ class Neighbours(Protocol):
         """Return whether the token `second` may stand behind `first`, both as ids."""
 
     def can_go_on(self, token: int, text: bytes) -> bool:
-        """Return whether tokens that begin with `text`, or are part of it, may stand behind a token."""
+        """Return whether tokens that together begin with `text` may stand behind a token."""
 
 
 @dataclass(frozen=True, eq=False)

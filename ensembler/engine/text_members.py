@@ -69,19 +69,26 @@ class Question:
         self.bounds[role] = [member.bounds(state, one) for one in self.candidates]
         self.begun[role] = member.begun(state)
 
-    def open_paths(self, role: str, kept: Sequence[bool] | None = None) -> dict[Path, float]:
-        """Return the share of the probabilities that is open, in their mean by weight, by path of a role.
+    def open_paths(self, role: str, tolerance: float = 0.0, kept: Sequence[bool] | None = None) -> dict[Path, float]:
+        """Return the share that is open, by path of a role: of the candidates, in their mean by weight, and of R(x).
 
-        `kept`: the candidates that count (None: all).
+        Either counts where it is more than `tolerance`; R(x) does not where the best candidate alone is wanted. `kept`:
+        the candidates that count (None: all).
         """
         weights = [weight if kept is None or kept[at] else 0.0 for at, weight in enumerate(self.weights)]
         total = sum(weights) or 1.0
         found: dict[Path, float] = {}
-        for weight, bounds in zip([*weights, total], [*self.bounds[role], self.begun[role]], strict=True):
+        for weight, bounds in zip(weights, self.bounds[role], strict=True):
             if bounds.open and weight > 0:
                 share = weight / total / bounds.high
                 for path, mass in bounds.open.items():
                     found[path] = found.get(path, 0.0) + share * mass
+        if sum(found.values()) <= tolerance:
+            found = {}
+        begun = self.begun[role]
+        if self.decision is None and begun.num_open > tolerance * begun.high:
+            for path, mass in begun.open.items():
+                found[path] = found.get(path, 0.0) + mass / begun.high
         return found
 
     def contenders(self) -> list[bool]:
@@ -303,10 +310,9 @@ class TextMembers:
                 return {role: [] for role in self.members}
         found = {}
         for role in self.members:
-            shares = question.open_paths(role, kept)
+            shares = question.open_paths(role, tolerance, kept)
             most = max(shares.values(), default=0.0)
-            is_enough = sum(shares.values()) <= tolerance
-            found[role] = [] if is_enough else [path for path, share in shares.items() if share >= most / 2]
+            found[role] = [path for path, share in shares.items() if share >= most / 2]
         return found
 
     def _log_probs(self, role: str, question: Question) -> Tensor:

@@ -7,15 +7,17 @@ The tokenizer itself takes whole characters only, and a call of it for every que
 from __future__ import annotations
 
 import codecs
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate
 
-from ensembler.tokenization.merges import Merges, merge
+from ensembler.tokenization.merges import Merges, merge, merge_steps
 from ensembler.tokenization.token_bytes import TokenBytes
 
-_MOST_TRIED = 256  # tokens that are tried as the next one; of more, some can follow: a bound is only larger then
+_FEW = 32  # tokens that are tried as the next one without looking at their merges before
+_MOST_TRIED = 256  # of more, one is taken to follow: a bound is only larger then
 _Utf8 = codecs.getincrementaldecoder("utf-8")  # keeps the bytes of a character that is not whole
 _SPACES = re.compile(r" *[^ ]+| +")  # a word of SentencePiece with the spaces in front of it
 
@@ -48,6 +50,7 @@ class TokenWriter:
         self.can_follow = lru_cache(maxsize=1 << 18)(self._can_follow)
         self.can_go_on = lru_cache(maxsize=1 << 16)(self._can_go_on)
         self.can_reach = lru_cache(maxsize=1 << 16)(self._can_reach)
+        self.first_rank = cache(self._first_rank)
         self._written = lru_cache(maxsize=1 << 16)(self._write)
 
     def encode(self, text: bytes, num_bytes: int | None = None, *, goes_on: bool = False) -> list[int] | None:
@@ -116,6 +119,10 @@ class TokenWriter:
         symbols = self._symbols(before + after)
         if symbols is not None and merge(symbols, self._merges) == [first, second]:
             return True
+        return self._are_apart(before, after)
+
+    def _are_apart(self, before: bytes, after: bytes) -> bool:
+        """Return whether a piece may begin with `after` behind `before`."""
         try:
             (before + after).decode()
         except UnicodeDecodeError:
@@ -127,17 +134,50 @@ class TokenWriter:
         )
 
     def _can_go_on(self, token: int, text: bytes) -> bool:
-        """Return whether the tokenizer may write `token` and then tokens that begin with `text`, or are part of it."""
-        within = (int(self.tokens.order[place]) for place in self.tokens.within(text))
-        return any(self.can_follow(token, one) for one in within) or self.can_reach(token, text)
+        """Return whether the tokenizer may write `token` and then tokens that begin with `text` together."""
+        for place in reversed(self.tokens.within(text)):
+            after, rest = int(self.tokens.order[place]), text[len(self.tokens.spelled[place]) :]
+            if self.can_follow(token, after) and (not rest or self.can_go_on(after, rest)):
+                return True
+        return self.can_reach(token, text)
 
     def _can_reach(self, token: int, text: bytes) -> bool:
         """Return whether the tokenizer may write `token` and then one that begins with `text` and is longer."""
         first, last = self.tokens.starting(text)
         first += text in self.tokens.places
-        if last - first > _MOST_TRIED:
+        found: Sequence[int] = range(first, last)
+        if len(found) > _FEW:
+            if self._are_apart(self.tokens.texts[token], text):
+                return True
+            rank = self._crossing_rank(token, text)
+            found = [place for place in found if self.first_rank(place) < rank]
+        if len(found) > _MOST_TRIED:
             return True
-        return any(self.can_follow(token, int(one)) for one in self.tokens.order[first:last])
+        return any(self.can_follow(token, int(self.tokens.order[place])) for place in found)
+
+    def _crossing_rank(self, token: int, text: bytes) -> float:
+        """Return the rank at which the end of `token` merges with the first symbol of `text`; infinity for never.
+
+        What may stand behind the token has a first symbol that merges to its right before.
+        """
+        behind, symbols = self._symbols(text), self._symbols(self.tokens.texts[token])
+        if not behind or not symbols:
+            return math.inf
+        last, end, since = symbols[-1], len(symbols) - 1, -1
+        for step in (*merge_steps(symbols, self._merges), None):
+            if step is not None and end not in (step.left, step.right):
+                continue
+            crossing = self._merges.get((last, behind[0]))
+            if crossing is not None and since < crossing[0] < (math.inf if step is None else step.rank):
+                return crossing[0]
+            if step is not None:
+                last, end, since = step.merged, step.left, step.rank
+        return math.inf
+
+    def _first_rank(self, place: int) -> float:
+        """Return the rank at which the first symbol of a token merges with the next; infinity for a single one."""
+        symbols = self._symbols(self.tokens.spelled[place]) or []
+        return next((step.rank for step in merge_steps(symbols, self._merges) if step.left == 0), math.inf)
 
 
 def _whole_characters(text: bytes, num_bytes: int) -> bytes:
