@@ -22,7 +22,8 @@ from ensembler.tokenization.stable_tokens import stable_tokens
 from ensembler.tokenization.token_writer import TokenWriter
 
 _MOST_TEXTS = 16  # that are read in one forward: rows of a cache for more would take its memory
-MOST_AHEAD = 32  # tokens: the distributions behind them are kept, each as large as the vocabulary
+_MOST_TEXTS_AHEAD = 4  # the same where the logits of many tokens are kept
+MOST_AHEAD = 16  # tokens: the distributions behind them are kept, each as large as the vocabulary
 _Utf8 = codecs.getincrementaldecoder("utf-8")  # keeps the bytes of a character that is not whole
 
 
@@ -155,13 +156,14 @@ class TextMember:
                 state.nodes[path] = node
 
     def read_ahead(self, wanted: Sequence[tuple[TextState, bytes]]) -> None:
-        """Evaluate in one forward the nodes that the tokenizer's own writing of more text will pass."""
-        paths = [self._ahead(state, text) for state, text in wanted]
-        num = max(map(len, paths)) + 1
-        logits = self._rows.logits([state.trunk + path for (state, _), path in zip(wanted, paths, strict=True)], num)
-        for (state, _), path, of_text in zip(wanted, paths, logits, strict=True):
-            for at, node in enumerate(self._next_tokens(of_text[num - 1 - len(path) :])):
-                state.nodes.setdefault(tuple(path[:at]), node)
+        """Evaluate together the nodes that the tokenizer's own writing of more text will pass."""
+        for start in range(0, len(wanted), _MOST_TEXTS_AHEAD):
+            part = [(state, self._ahead(state, text)) for state, text in wanted[start : start + _MOST_TEXTS_AHEAD]]
+            num = max(len(path) for _, path in part) + 1
+            logits = self._rows.logits([state.trunk + path for state, path in part], num)
+            for (state, path), of_text in zip(part, logits, strict=True):
+                for at, node in enumerate(self._next_tokens(of_text[num - 1 - len(path) :])):
+                    state.nodes.setdefault(tuple(path[:at]), node)
 
     def _ahead(self, state: TextState, text: bytes) -> list[int]:
         """Return the tokens behind the trunk for more text, as far as it can be written."""
