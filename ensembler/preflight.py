@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,14 @@ from ensembler.engine.members import MemberFiles, check_member, shortest_context
 from ensembler.engine.text_plan import TextPlan, TextSettings, plan_text
 from ensembler.errors import ConfigError, MemberError, VocabularyError
 from ensembler.files import one_line
-from ensembler.vocab import VocabularyContract, end_ids, make_contract, read_vocabulary
+from ensembler.vocab import (
+    MemberVocabulary,
+    VocabularyContract,
+    end_ids,
+    first_difference,
+    make_contract,
+    read_vocabulary,
+)
 
 _logger = logging.get_logger(__name__)
 
@@ -73,19 +80,16 @@ def check_ensemble(config: EnsembleConfig, loaded: Mapping[str, PreTrainedModel]
     model_configs = {role: loaded[role].config if role in loaded else files[role].model_config for role in rule.roles}
     for role in files:  # a path stays right when the working directory changes
         config.members[role] = config.members[role].absolute()
+    vocabularies = [
+        files[role].vocabulary if role in files else read_vocabulary(role, None, model_configs[role])
+        for role in rule.roles
+    ]
     contract = make_contract(
-        [
-            files[role].vocabulary if role in files else read_vocabulary(role, None, model_configs[role])
-            for role in rule.roles
-        ],
+        vocabularies,
         allow_renamed_special=config.allow_renamed_special,
         by_text=rule.is_anchor_times_ratio,
     )
-    text = None
-    if contract.is_text:
-        if loaded:
-            raise MemberError(f"{next(iter(loaded))} was given as a model; beside other tokenizers, give its folder")
-        text = plan_text(rule.anchor, files, _text_settings(config))
+    text = _plan_text(config, files, vocabularies) if contract.is_text else None
     text_config = model_configs[rule.anchor].get_text_config(decoder=True)
     config.vocab_size, config.shared_vocab_size = contract.widths[rule.anchor], contract.shared
     shortest = shortest_context(model_configs)
@@ -106,8 +110,20 @@ def check_ensemble(config: EnsembleConfig, loaded: Mapping[str, PreTrainedModel]
     return CheckedEnsemble(config, files, model_configs, contract, loaded, tokenizer, generation_config, text)
 
 
-def _text_settings(config: EnsembleConfig) -> TextSettings:
-    return TextSettings(config.text_candidates, config.text_tolerance, config.chat_template == "anchor")
+def _plan_text(
+    config: EnsembleConfig, files: Mapping[str, MemberFiles], vocabularies: Sequence[MemberVocabulary]
+) -> TextPlan:
+    """Return the plan of members with different tokenizers. Raises VocabularyError, or MemberError for a model."""
+    given = next((one.role for one in vocabularies if one.role not in files), None)
+    if given is not None:
+        raise MemberError(
+            f"{given} was given as a model, without a tokenizer; beside other tokenizers, give its folder"
+        )
+    settings = TextSettings(config.text_candidates, config.text_tolerance, config.chat_template == "anchor")
+    try:
+        return plan_text(config.get_rule().anchor, files, settings)
+    except VocabularyError as error:
+        raise VocabularyError(f"{first_difference(vocabularies)}, and {error}") from error
 
 
 def _check_ends(

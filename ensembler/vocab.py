@@ -189,10 +189,24 @@ def _check_renamed(
     if not ordinary:
         remedy = "choose models of one tokenizer family"
         remedy += ", or allow these: allow_renamed_special=True (--allow-renamed-special)"
-    num_ids = min(first.num_ids, other.num_ids)
-    raise VocabularyError(
-        f"the tokenizers of {first.role} and {other.role} differ in {len(conflicts):,} of {num_ids:,} ids: "
-        f"{_listed((ordinary or conflicts)[:3])}; members of this rule must share a vocabulary, so {remedy}"
+    raise VocabularyError(f"{_difference(first, other)}; members of this rule must share a vocabulary, so {remedy}")
+
+
+def first_difference(members: Sequence[MemberVocabulary]) -> str:
+    """Return a clause that names the first member whose ordinary tokens are not the anchor's, and some of these."""
+    known = [member for member in members if member.tokens is not None]
+    shared = min(min(member.width, member.num_ids) for member in members)
+    other = next(member for member in known[1:] if _ordinary(known[0], member, shared))
+    return _difference(known[0], other)
+
+
+def _difference(first: MemberVocabulary, other: MemberVocabulary) -> str:
+    conflicts = _conflicts(first, other)
+    shared = min(first.num_ids, other.num_ids)
+    shown = (_ordinary(first, other, shared) or conflicts)[:3]
+    return (
+        f"the tokenizers of {first.role} and {other.role} differ in {len(conflicts):,} of {shared:,} ids: "
+        f"{_listed(shown)}"
     )
 
 

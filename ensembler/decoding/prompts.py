@@ -7,11 +7,13 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ensembler.engine.text_plan import TextPlan
 from ensembler.errors import ConfigError, PromptError
 from ensembler.tokenization.reading import prompt_ids
+
+if TYPE_CHECKING:
+    from ensembler.engine.text_plan import TextPlan
 
 _OF_CONVERSATION = ("messages", "add_generation_prompt")  # variables that a chat template always gets
 Report = Callable[[str], None]

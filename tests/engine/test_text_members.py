@@ -9,13 +9,14 @@ import pytest
 import torch
 from helpers.text_cases import KINDS, own_log_prob, save_text_members
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from ensembler import EnsembleForCausalLM
 from ensembler.decoding.decoder import Decoder
 from ensembler.engine.grid import GridPoint
 from ensembler.engine.text_member import Continuation, TextMember
 from ensembler.engine.text_member_set import TextMemberSet
-from ensembler.errors import PromptError
+from ensembler.errors import MemberError, PromptError
 from ensembler.evaluation.backends import score
 from ensembler.tokenization.reading import plain_ids
 
@@ -158,6 +159,13 @@ def test_a_prompt_with_a_special_token_inside_is_refused_by_its_name(model: Ense
     ids = model.tokenizer("a <|end|> b", return_tensors="pt").input_ids
     with pytest.raises(PromptError, match=r"special token '<\|end\|>'.*--chat"):
         model.generate(ids, max_new_tokens=2)
+
+
+def test_a_model_without_its_folder_has_no_tokenizer(folder: Path) -> None:
+    members = {role: str(folder.parent / role) for role in ("source_ft", "target_pt")}
+    source_pt = AutoModelForCausalLM.from_pretrained(folder.parent / "source_pt")
+    with pytest.raises(MemberError, match="source_pt was given as a model, without a tokenizer"):
+        EnsembleForCausalLM.from_members(members={**members, "source_pt": source_pt})
 
 
 @pytest.mark.parametrize("kinds", KINDS)
