@@ -59,7 +59,9 @@ def test_killed_at_any_moment_the_output_is_whole_or_not_there(tmp_path: Path, k
     assert (row["whole"] + row["absent"], row["damaged"]) == (kills, 0)
 
 
-@pytest.mark.parametrize("script", ["examples/port_smollm2.py", "benchmarks/patch_apply.py"])
+@pytest.mark.parametrize(
+    "script", ["examples/port_smollm2.py", "examples/transport_smollm2.py", "benchmarks/patch_apply.py"]
+)
 def test_the_tables_in_the_page_are_those_of_the_rows(script: str) -> None:
     """The page leaves lines out, but those that it has are the printed ones."""
     results = ROOT / "benchmarks" / "results" / f"{Path(script).stem}.jsonl"
