@@ -23,3 +23,14 @@ def test_scores() -> None:
     assert f"and by {max(errors):.1f} at most" in PAGE
     english = [row for row in rows if row["kind"] == "English"]
     assert f"{per_token(rows):.2f} evaluations a token, {per_token(english):.2f} in English." in PAGE
+
+
+def test_decode() -> None:
+    (row,) = (row for row in ROWS if "agreement" in row)
+    agreed, named, certain = (f"{row[name]:.0%}"[:-1] for name in ("agreement", "agreement_by_name", "certain"))
+    assert f"{row['num_prompts']} prompts of 32 tokens" in PAGE
+    assert f"chooses {agreed} % of its tokens, {named} % where tokens are matched by name" in PAGE
+    assert f"{row['evaluations']['target_pt']:.2f} evaluations of the target a token" in PAGE
+    assert f"{certain} % of the choices certain, {row['seconds_ratio']:.1f} times" in PAGE
+    free, own = (f"{row[name]:.2f}".replace("-", "−") for name in ("likelihood", "likelihood_of_own"))
+    assert f"{free} nats a byte under Gemma, its own {own}" in PAGE
