@@ -186,7 +186,7 @@ def _rows(section: str, options: Options) -> Iterator[Row]:
     """Yield the rows of a section, and its error if it ends with one: the next may still be measured."""
     try:
         yield from SECTIONS[section](options)
-    except Exception as error:
+    except Exception as error:  # whatever it is, the other sections are still wanted
         traceback.print_exc()
         yield Row(section, {"error": repr(error)}, {"note": repr(error)[:100]})
 

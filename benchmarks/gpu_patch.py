@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def _seconds(
 
     ways = {COPY: timed(lambda: shutil.copytree(model, out), COPY)}
     for name, device in _devices(options).items():
-        ways[name] = timed(lambda device=device: work(device), name)  # type: ignore[misc]
+        ways[name] = timed(partial(work, device), name)
     times = interleaved(ways, 2 if options.small else 4)
     return {way: (spread, peaks[way]) for way, spread in times.items()}
 

@@ -38,7 +38,7 @@ from ensembler.decoding.decode_stats import DecodingStats, Meter
 from ensembler.decoding.decoder import Decoder
 from ensembler.decoding.texts import explain
 from ensembler.engine.text_member_set import TextMemberSet
-from ensembler.engine.text_members import TextMembers
+from ensembler.engine.text_members import TextMembers, TextStats
 from ensembler.tokenization.reading import plain_ids
 
 ROOT = Path(__file__).parents[1]
@@ -209,7 +209,7 @@ def measure_decode(anchor: Path, target: Path, data: Path, num: int, num_tokens:
         agreed += [one.ensemble_token == one.token for one in choices]
         named += by_name(model, text, prompt, new)
         model_pairs.append((prompt, new))
-    text.stats.__init__()  # type: ignore[misc]
+    text.stats = TextStats()
     for member in text.members.values():
         member.num_evaluated = 0
     for prompt, new in model_pairs:

@@ -298,8 +298,8 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
         content["members"] = {role: member.to_dict() for role, member in self.members.items()}
         if self.task == TEXTS:
             content.pop("task", None)
-        for name, default in _UNSAID.items():
-            if content.get(name) == default:
+        for name in _UNSAID:
+            if content.get(name) == getattr(EnsembleConfig, name):
                 del content[name]
         return {key: value for key, value in content.items() if key in _KEYS_WRITTEN and value is not None}
 
@@ -311,12 +311,8 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
 AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
 _OWN_KEYS = tuple(name for name in EnsembleConfig.__annotations__ if name != "model_type")
 _KEYS_WRITTEN = {"model_type", "architectures", "transformers_version", *_OWN_KEYS}
-_UNSAID = {  # settings that most folders do without
-    "allow_renamed_special": False,
-    "text_candidates": 64,
-    "text_tolerance": 0.02,
-    "chat_template": "per-member",
-}
+# Settings that most folders do without: not written where they are the defaults.
+_UNSAID = ("allow_renamed_special", "text_candidates", "text_tolerance", "chat_template")
 _KEYS_OF_TRANSFORMERS = {"attn_implementation", "experts_implementation", "model_type", "name_or_path", "num_labels"}
 _KEYS_OF_TRANSFORMERS |= {"output_attentions", "torch_dtype", "use_cache"}
 

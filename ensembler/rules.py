@@ -48,13 +48,8 @@ class Rule:
     @property
     def is_anchor_times_ratio(self) -> bool:
         """Return whether α scales nothing but a ratio of members that are not the anchor, as in base-change and EFT."""
-        sums = sum(self.slope.values())
-        return len(self.constant) == 1 and self.anchor not in self.slope and abs(sums) < 1e-9 and self.is_plain
-
-    @property
-    def is_plain(self) -> bool:
-        """Return whether all roles are distributions and no token is cut off."""
-        return not self.raw_roles and self.cutoff is None
+        is_ratio = self.anchor not in self.slope and abs(sum(self.slope.values())) < 1e-9
+        return len(self.constant) == 1 and is_ratio and not self.raw_roles and self.cutoff is None
 
     def weights(self, alpha: float) -> dict[str, float]:
         """Return the weight of each role's logits at `alpha`."""

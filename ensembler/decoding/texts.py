@@ -184,7 +184,7 @@ def _decode(
 ) -> Iterator[Decoded]:
     """Decode in the loop, or where it does not do what is asked batch by batch with `generate`."""
     if isinstance(model.member_set, TextMemberSet):
-        model.member_set.text.prompts |= {tuple(one.ids): one.others for one in prompts if one.others}
+        model.member_set.text.prompts = {tuple(one.ids): one.others for one in prompts if one.others}
     reason = "beam search" if options.num_beams > 1 else model.member_set.why_not_by_row()
     if reason is None:
         running = decode_queue(

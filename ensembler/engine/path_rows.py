@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ensembler.engine.member_set import MemberSet
 from ensembler.engine.prefill import prefill, unread_to_the_right
-from ensembler.engine.row_cache import RowCache, common_length
+from ensembler.engine.row_cache import RowCache
 
 _ROWS = 2
 _LIVE = 16  # calls after which a row that nobody reads is of a text that has ended
@@ -64,7 +64,7 @@ class PathRows:
         """Return a row for each text: the free one that loses least, with what another one holds of the text copied."""
         rows: list[int] = []
         for text in texts:
-            held = [_num_shared(cache, row, text) for row in range(cache.num_rows)]
+            held = [cache.num_held(row, text) for row in range(cache.num_rows)]
             lost = [length - num for length, num in zip(cache.lengths, held, strict=True)]
             free = [row for row in range(cache.num_rows) if row not in rows]
             row = min(free, key=lambda one: (lost[one] if self._is_live(one) else 0, -held[one]))
@@ -77,10 +77,3 @@ class PathRows:
 
     def _is_live(self, row: int) -> bool:
         return self._used.get(row, -_LIVE) > self._calls - _LIVE
-
-
-def _num_shared(cache: RowCache, row: int, text: Sequence[int]) -> int:
-    """Return how many ids of a text a row holds."""
-    held = cache.texts[row]
-    num = min(cache.lengths[row], len(text))
-    return num if held[:num] == text[:num] else common_length([held[:num], text[:num]])

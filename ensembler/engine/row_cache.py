@@ -192,8 +192,9 @@ class RowCache:
         """Return how many tokens of a text a row holds; its last is read again, for the logits behind it."""
         if not self.is_unscaled(max(self.longest, len(ids))):
             return 0
-        held = self.texts[row][: self.lengths[row]] if row < self.num_rows else ()
-        return min(common_length([held, ids]), len(ids) - 1)
+        num = min(self.lengths[row], len(ids) - 1) if row < self.num_rows else 0
+        held, wanted = self.texts[row][:num] if num else (), ids[:num]
+        return num if held == wanted else common_length([held, wanted])
 
     def is_unscaled(self, length: int) -> bool:
         """Return whether a text of `length` tokens may begin with what was read for another one."""

@@ -89,12 +89,15 @@ def cover(
     waiting: list[tuple[Path, bytes, float]] = [((), text, 1.0)]
     while waiting:
         path, rest, mass = waiting.pop()
+        if not rest and not ends:
+            bounds.low += mass
+            continue
         node = nodes.get(path)
         if node is None:
             bounds.open[path] = bounds.open.get(path, 0.0) + mass
             continue
         if not rest:
-            bounds.low += mass * (node.end if ends else 1.0)
+            bounds.low += mass * node.end
             continue
         if not ends:
             bounds.low += mass * node.within(*tokens.starting(rest))

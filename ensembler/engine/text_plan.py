@@ -19,9 +19,9 @@ class TextSettings:
     """`num_candidates`: the anchor's most probable next tokens that are compared, besides its end; `tolerance`: the
     share of their probabilities that may stay open; `anchor_chats`: all members read chats in the anchor's template."""
 
-    num_candidates: int = 64
-    tolerance: float = 0.02
-    anchor_chats: bool = False
+    num_candidates: int
+    tolerance: float
+    anchor_chats: bool
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,8 @@ def check_reading(role: str, reader: TextReader, ids: Sequence[int], text: bytes
     at = next(
         (at for at, (one, two) in enumerate(zip(read, text, strict=False)) if one != two), min(len(read), len(text))
     )
-    at -= next((back for back in range(4) if at - back >= 0 and text[at - back : at - back + 1] >= b"\xc0"), 0)
+    while 0 < at < len(text) and text[at] & 0xC0 == 0x80:  # to where the character begins
+        at -= 1
     character = text[at:].decode(errors="replace")[:1]
     raise PromptError(
         f"{role} cannot read {character!r} at byte {at} of the prompt as it stands: its tokenizer changes it or has no "

@@ -33,7 +33,12 @@ def score_texts(batch: Batch, members: TextMemberSet, grid: Grid) -> list[Scored
     values = torch.tensor([logprobs[role] for role in grid.roles], dtype=torch.float64)  # (roles, tokens)
     weights = [rule.weights(alpha) for rule, alphas in grid.runs for alpha in alphas]
     table = torch.tensor([[one[role] for role in grid.roles] for one in weights], dtype=torch.float64)
-    scores = (table[:, :, None] * values).nan_to_num(nan=0.0).sum(1)  # 0 · −∞ is 0: a role without weight
+    terms = table[:, :, None] * values
+    terms = terms.masked_fill(table[:, :, None] == 0, 0.0)  # 0 · −∞ is NaN
+    alone = terms[:, grid.roles.index(anchor)]
+    ratio = terms.sum(1) - alone
+    # As in decoding, a ratio counts as 0 where it is undefined, or infinite because only the divisor forbids the text.
+    scores = alone + ratio.masked_fill(ratio.isnan() | (ratio == torch.inf), 0.0)
     scored, start = [], 0
     for request in batch.requests:
         of_request = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import unicodedata
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -66,9 +65,7 @@ def _make_writer(tokenizer: Any, data: Mapping[str, Any], byte_map: Mapping[str,
     model, vocabulary = data["model"], data["model"]["vocab"]
     known = {one["content"]: one["id"] for one in data["added_tokens"]}
     special = {one["id"] for one in data["added_tokens"] if one["special"]} | set(tokenizer.all_special_ids)
-    added = {text.encode(): token for text, token in known.items() if token not in special and text not in vocabulary}
-    unusual = {_spelled(text): token for text, token in known.items() if token not in special and text in vocabulary}
-    added |= {spelled: token for spelled, token in unusual.items() if spelled}
+    added = {spelled: token for text, token in known.items() if token not in special and (spelled := _spelled(text))}
     texts = {
         token: spelled
         for text, token in vocabulary.items()
@@ -188,11 +185,6 @@ def plain_ids(tokenizer: Any, text: str) -> list[int]:
     """Return the ids of a text without special tokens: text that spells one is text."""
     ids: list[int] = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return ids
-
-
-def is_normal(text: str) -> bool:
-    """Return whether a text is in NFC, which some tokenizers make of it."""
-    return unicodedata.is_normalized("NFC", text)
 
 
 def prompt_ids(tokenizer: Any, text: str) -> list[int]:

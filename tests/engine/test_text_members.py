@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.text_cases import KINDS, own_log_prob, save_text_members
+from helpers.tokenizer_cases import make_byte_tokenizer
+from tokenizers import normalizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -16,9 +18,11 @@ from ensembler.decoding.decoder import Decoder
 from ensembler.engine.grid import GridPoint
 from ensembler.engine.text_member import Continuation, TextMember
 from ensembler.engine.text_member_set import TextMemberSet
+from ensembler.engine.text_plan import TextReader
+from ensembler.engine.text_prompts import read_prompt
 from ensembler.errors import MemberError, PromptError
 from ensembler.evaluation.backends import score
-from ensembler.tokenization.reading import plain_ids
+from ensembler.tokenization.reading import plain_ids, read_writer
 
 PROMPTS = ("The quick brown fox", "def f(x):\n    if x", "It is 1234", "trailing space ")
 
@@ -159,6 +163,15 @@ def test_a_prompt_with_a_special_token_inside_is_refused_by_its_name(model: Ense
     ids = model.tokenizer("a <|end|> b", return_tensors="pt").input_ids
     with pytest.raises(PromptError, match=r"special token '<\|end\|>'.*--chat"):
         model.generate(ids, max_new_tokens=2)
+
+
+def test_text_that_a_tokenizer_changes_is_refused_with_its_first_character() -> None:
+    tokenizer = make_byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
+    reader = TextReader(tokenizer, read_writer("target_pt", tokenizer), ())
+    assert read_prompt("target_pt", reader, "é e".encode())[1] == b""
+    with pytest.raises(PromptError, match="target_pt cannot read 'e' at byte 3 of the prompt"):
+        read_prompt("target_pt", reader, "é e\N{COMBINING ACUTE ACCENT}".encode())
 
 
 def test_a_model_without_its_folder_has_no_tokenizer(folder: Path) -> None:

@@ -35,8 +35,8 @@ Decoded = list[tuple[list[int], list[float]]]
 def engine(folder: Path, *, own_process: bool = False, **options: Any) -> Iterator[Any]:
     """vLLM's engine on a folder, ended behind the block.
 
-    On one rank it runs in this process, where it starts in a fifth of the time, unless `own_process`: vLLM changes
-    classes of `transformers` that it has no model for, and its worker where that is extended.
+    On one rank it runs in this process, where it starts faster, unless `own_process`: vLLM changes classes of
+    `transformers` that it has no model for, and its worker where that is extended.
     """
     from vllm import LLM
 
