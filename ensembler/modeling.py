@@ -80,7 +80,7 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         self._files: dict[str, MemberFiles] = {}
         make: Callable[..., MemberSet] = MemberSet if world is None else partial(RankedMembers, world)
         if text is not None:
-            make = partial(TextMemberSet, text, rule.anchor)
+            make = partial(TextMemberSet, text)
         self.member_set = make(self.members, backbones, contract)
         self._row_alpha: Tensor | None = None
         if rule.anchor in self.members:

@@ -121,7 +121,9 @@ def _plan_text(
         )
     settings = TextSettings(config.text_candidates, config.text_tolerance, config.chat_template == "anchor")
     try:
-        return plan_text(config.get_rule().anchor, files, settings)
+        return plan_text(
+            config.get_rule(), files, vocabularies, settings, allow_renamed_special=config.allow_renamed_special
+        )
     except VocabularyError as error:
         raise VocabularyError(f"{first_difference(vocabularies)}, and {error}") from error
 

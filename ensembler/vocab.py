@@ -123,7 +123,7 @@ def make_contract(
     held = {member.role: min(member.width, member.num_ids) for member in members}
     shared = min(held.values())
     renamed = []
-    if by_text and any(_ordinary(known[0], other, shared) for other in known[1:]):
+    if by_text and text_roles(members):
         return _text_contract(members)
     for other in known[1:]:
         conflicts = [] if other.tokens == known[0].tokens else _conflicts(known[0], other)
@@ -190,6 +190,13 @@ def _check_renamed(
         remedy = "choose models of one tokenizer family"
         remedy += ", or allow these: allow_renamed_special=True (--allow-renamed-special)"
     raise VocabularyError(f"{_difference(first, other)}; members of this rule must share a vocabulary, so {remedy}")
+
+
+def text_roles(members: Sequence[MemberVocabulary]) -> list[str]:
+    """Return the roles that have other ordinary tokens than the first member, the anchor."""
+    known = [member for member in members if member.tokens is not None]
+    shared = min(min(member.width, member.num_ids) for member in members)
+    return [other.role for other in known[1:] if _ordinary(known[0], other, shared)]
 
 
 def first_difference(members: Sequence[MemberVocabulary]) -> str:

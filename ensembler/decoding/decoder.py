@@ -208,9 +208,9 @@ def _run_of(model: EnsembleForCausalLM, grid: Grid, *, is_greedy: bool) -> tuple
     Of several processes each has some of the members: at one point the ranks' weighted sums are enough. Members with
     other tokenizers stop where the best token is certain, if it is all that is wanted.
     """
-    if isinstance(model.member_set, TextMemberSet) and is_greedy:
+    if isinstance(model.member_set, TextMemberSet):
         points = [rule.weights(alpha) for rule, alphas in grid.runs for alpha in alphas]
-        return partial(model.member_set.logits, points=points), grid.to(model.device)
+        return partial(model.member_set.logits, points=points, is_greedy=is_greedy), grid.to(model.device)
     if model.world is None or len(grid) > 1:
         return model.member_set.logits, grid.to(model.device)
     ((rule, alphas),) = grid.runs

@@ -282,10 +282,10 @@ def next_tokens(model: EnsembleForCausalLM, ids: Sequence[int], top_k: int = 5) 
     logits = model.member_set.logits(Step(torch.tensor([list(ids)], device=model.device), logits_to_keep=1))
     scores = {ENSEMBLE: model.combine(logits), **logits}
     top_k = min(top_k, *(values.shape[-1] for values in scores.values()))
-    by_text = model.member_set.text.members if isinstance(model.member_set, TextMemberSet) else {}
+    others = set(logits) - {model.rule.anchor} if isinstance(model.member_set, TextMemberSet) else set()
     probabilities = {
-        # Of members with other tokenizers, that the text goes on with these bytes; 0 stands for no candidates.
-        role: values[0, -1].exp() * (values[0, -1] != 0) if role in by_text else values[0, -1].float().softmax(-1)
+        # Beside other tokenizers, those of the candidates; 0 stands for all other tokens.
+        role: values[0, -1].exp() * (values[0, -1] != 0) if role in others else values[0, -1].float().softmax(-1)
         for role, values in scores.items()
     }
     return {role: _top(values, top_k) for role, values in probabilities.items()}

@@ -1,11 +1,14 @@
 """The probability that a text begins with given bytes, as a sum over the ways to write them in tokens.
 
+Counted may be only those texts that another tokenizer cuts right behind the bytes.
+
 From a node, which has read some tokens, the bytes r that remain are covered by
 
     the tokens that begin with r: one range of the vocabulary, sorted by bytes, and
     every token v that r begins with, followed by what covers the rest from the node behind v.
 
-A node that was not evaluated leaves its probability *open*: the value lies in [low, low + open].
+A node that was not evaluated leaves its probability *open*: the value lies in [low, low + open]. Where a cut is wanted,
+the first token that goes beyond it tells: a path that ends at the cut needs the node behind it, too.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ensembler.tokenization.token_bytes import TokenBytes
+from ensembler.tokenization.token_cut import TokenCut
 
 Path = tuple[int, ...]
 """Token ids behind the tokens that a text is known to begin with."""
@@ -44,6 +48,14 @@ class NextTokens:
 
     sums: NDArray[np.float64]
     end: float
+    _kept: dict[tuple[bytes, int, int], tuple[float, float]] = field(default_factory=dict)
+
+    def kept(self, cut: TokenCut, tokens: TokenBytes, first: int, last: int, start: int) -> tuple[float, float]:
+        """Return `cut.kept` of these probabilities, which is computed once."""
+        key = cut.text, first, start
+        if key not in self._kept:
+            self._kept[key] = cut.kept(tokens, self.sums, first, last, start)
+        return self._kept[key]
 
     def within(self, first: int, last: int) -> float:
         """Return the probability of the tokens at places from `first` up to `last`."""
@@ -52,15 +64,19 @@ class NextTokens:
 
 @dataclass
 class Bounds:
-    """A probability between `low` and `low` plus all that is `open`, by the node that would have to be evaluated."""
+    """A probability between `low` and `low` plus all that is open.
+
+    `open`: by the node that would have to be evaluated; `undecided`: what no node would tell.
+    """
 
     low: float = 0.0
     open: dict[Path, float] = field(default_factory=dict)
+    undecided: float = 0.0
 
     @property
     def num_open(self) -> float:
         """The mass that is open."""
-        return sum(self.open.values())
+        return sum(self.open.values()) + self.undecided
 
     @property
     def high(self) -> float:
@@ -75,35 +91,49 @@ class Bounds:
     @property
     def log_error(self) -> float:
         """The largest error of the middle's logarithm."""
-        return math.log(self.middle / self.low) if self.low > 0 else math.inf if self.open else 0.0
+        return math.log(self.middle / self.low) if self.low > 0 else math.inf if self.num_open else 0.0
 
 
 def cover(
-    nodes: Mapping[Path, NextTokens], tokens: TokenBytes, writer: Neighbours, text: bytes, *, ends: bool = False
+    nodes: Mapping[Path, NextTokens],
+    tokens: TokenBytes,
+    writer: Neighbours,
+    text: bytes,
+    *,
+    ends: bool = False,
+    cut: TokenCut | None = None,
+    is_settled: bool = False,
 ) -> Bounds:
     """Return the bounds of the probability that the text goes on with `text`; with `ends`, that it ends behind it.
 
-    `nodes`: those that were evaluated, by path from the first, ().
+    `nodes`: those that were evaluated, by path from the first, (). `cut`: of these texts, those that another tokenizer
+    cuts behind `text`; `is_settled`: paths that end there count as such, whatever follows.
     """
     bounds = Bounds()
     waiting: list[tuple[Path, bytes, float]] = [((), text, 1.0)]
     while waiting:
         path, rest, mass = waiting.pop()
-        if not rest and not ends:
+        if not rest and not ends and (cut is None or is_settled):
             bounds.low += mass
             continue
         node = nodes.get(path)
         if node is None:
             bounds.open[path] = bounds.open.get(path, 0.0) + mass
             continue
-        if not rest:
+        if not rest and ends:
             bounds.low += mass * node.end
             continue
         if not ends:
-            bounds.low += mass * node.within(*tokens.starting(rest))
+            first, last = tokens.starting(rest)
+            if cut is None:
+                bounds.low += mass * node.within(first, last)
+            else:
+                kept, undecided = node.kept(cut, tokens, first, last, len(rest))
+                bounds.low += mass * (kept if rest else kept + node.end)
+                bounds.undecided += mass * undecided
         for place in tokens.within(rest):
             token, behind = int(tokens.order[place]), rest[len(tokens.spelled[place]) :]
-            if not behind and not ends:  # one of the range
+            if not behind and not ends and cut is None:  # one of the range
                 continue
             if path and not writer.can_follow(path[-1], token):
                 continue

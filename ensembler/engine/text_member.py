@@ -1,7 +1,8 @@
 """A member as a distribution over texts: R(x + s) / R(x), R(x) being its probability that the text begins with x.
 
 Whatever tokenizer it has. x is a trunk of tokens that stay whatever follows, and a tail of bytes behind them; from the
-trunk on, nodes of a tree of tokens are evaluated as they are asked for. `text_cover` has the sum over the tree.
+trunk on, nodes of a tree of tokens are evaluated as they are asked for. `text_cover` has the sum over the tree. Where
+s is a token of another tokenizer, R counts the texts that this one cuts behind it: the same event for all members.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ensembler.engine.model_runner import check_nan
 from ensembler.engine.path_rows import PathRows
 from ensembler.engine.text_cover import Bounds, NextTokens, Path, cover
 from ensembler.tokenization.stable_tokens import stable_tokens
+from ensembler.tokenization.token_cut import TokenCut
 from ensembler.tokenization.token_writer import TokenWriter
 
 _MOST_TEXTS = 16  # that are read in one forward: rows of a cache for more would take its memory
@@ -29,10 +31,17 @@ _Utf8 = codecs.getincrementaldecoder("utf-8")  # keeps the bytes of a character 
 
 @dataclass(frozen=True, eq=False)
 class Continuation:
-    """Bytes behind a text, or with `ends` its end right behind them."""
+    """Bytes behind a text, or with `ends` its end right behind them.
+
+    `cut`: the bytes as a token of another tokenizer. `longer`: the texts that the token is told apart from, of those
+    that begin with it; None for all that there are. `is_impossible`: the other tokenizer cuts no text so.
+    """
 
     text: bytes
     ends: bool = False
+    cut: TokenCut | None = None
+    longer: tuple[bytes, ...] | None = None
+    is_impossible: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +51,8 @@ class TextState:
     `trunk`: ids of the tokens that stay. `recent`: the last bytes of the text, from where a piece begins; the trunk's
     last `num_recent` tokens stand in it, and behind them the `tail`. `nodes`: the distributions behind the trunk and
     behind paths of tokens from there. `dropped`: by how much log R(x) would be larger with the other ways to write
-    the text that the trunk has left out, added up; `num_bytes`: of the whole text.
+    the text that the trunk has left out, added up; `num_bytes`: of the whole text. `cut`: the token of the other
+    tokenizer with which the text ends, where R(x) counts the texts that are cut so.
     """
 
     trunk: list[int]
@@ -52,6 +62,7 @@ class TextState:
     nodes: dict[Path, NextTokens] = field(default_factory=dict)
     dropped: float = 0.0
     num_bytes: int = 0
+    cut: TokenCut | None = None
 
 
 class TextMember:
@@ -84,10 +95,13 @@ class TextMember:
         tail = state.tail[len(self._writer.tokens.texts[tokens[0]]) :]
         return replace(state, trunk=tokens[:1], num_recent=1, tail=tail)
 
-    def advance(self, state: TextState, text: bytes) -> TextState:
-        """Return the state behind more text; the trunk grows by the tokens that are certain now, and evaluated."""
+    def advance(self, state: TextState, text: bytes, cut: TokenCut | None = None) -> TextState:
+        """Return the state behind more text; the trunk grows by the tokens that are certain now, and evaluated.
+
+        `cut`: as in the state.
+        """
         state = replace(
-            state, recent=state.recent + text, tail=state.tail + text, num_bytes=state.num_bytes + len(text)
+            state, recent=state.recent + text, tail=state.tail + text, num_bytes=state.num_bytes + len(text), cut=cut
         )
         return self._with_longer_trunk(state)
 
@@ -135,17 +149,31 @@ class TextMember:
         """Return the last place up to `end` at which a piece of the text begins that is no part of a token before."""
         return max(at for at in self._writer.boundaries(text) if at <= end)
 
-    def _cover(self, nodes: dict[Path, NextTokens], text: bytes, *, ends: bool = False) -> Bounds:
-        writer = self._writer
-        return cover(nodes, writer.tokens, writer, text, ends=ends)
+    def _cover(self, nodes: dict[Path, NextTokens], text: bytes) -> Bounds:
+        return cover(nodes, self._writer.tokens, self._writer, text)
 
     def begun(self, state: TextState) -> Bounds:
         """Return the bounds of R(x) for the text of a state, counted from its trunk."""
-        return self._cover(state.nodes, state.tail)
+        return cover(state.nodes, self._writer.tokens, self._writer, state.tail, cut=state.cut)
 
     def bounds(self, state: TextState, one: Continuation) -> Bounds:
         """Return the bounds of R(x + s), or of the probability that the text ends there, counted from its trunk."""
-        return self._cover(state.nodes, state.tail + one.text, ends=one.ends)
+        return cover(
+            state.nodes,
+            self._writer.tokens,
+            self._writer,
+            state.tail + one.text,
+            ends=one.ends,
+            cut=one.cut,
+            is_settled=one.longer is not None and not self._parts(state, one.text, one.longer),
+        )
+
+    def _parts(self, state: TextState, text: bytes, longer: Sequence[bytes]) -> bool:
+        """Return whether the tokenizer may end a token behind `text` and then go on to one of the longer texts."""
+        if not longer:
+            return False
+        tokens = self._writer.encode(state.recent + text)
+        return tokens is not None and any(self._writer.can_go_on(tokens[-1], one[len(text) :]) for one in longer)
 
     def evaluate(self, wanted: Sequence[tuple[TextState, Path]]) -> None:
         """Evaluate nodes, by path from the trunks of their states, together. Raises LogitsError for NaN."""

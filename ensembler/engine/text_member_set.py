@@ -26,23 +26,22 @@ from ensembler.vocab import VocabularyContract, make_contract, read_vocabulary
 
 
 class TextMemberSet(MemberSet):
-    """Run the anchor by ids, and the members of `text` by what its tokens spell. `anchor` runs the anchor alone."""
+    """Run the anchor, and the members of its tokenizer, by ids, and those of `text` by what its tokens spell.
+
+    `by_ids` runs the former alone.
+    """
 
     def __init__(
-        self,
-        plan: TextPlan,
-        anchor: str,
-        models: Mapping[str, Any],
-        backbones: Sequence[Backbone],
-        contract: VocabularyContract,
+        self, plan: TextPlan, models: Mapping[str, Any], backbones: Sequence[Backbone], contract: VocabularyContract
     ) -> None:
         self._others: list[MemberSet] = []
-        super().__init__({anchor: models[anchor]}, backbones, contract)
-        self.anchor = MemberSet({anchor: models[anchor]}, backbones, contract)
+        own = {role: model for role, model in models.items() if role not in plan.readers}
+        super().__init__(own, backbones, contract)
+        self.by_ids = MemberSet(own, backbones, plan.contract)
         members = {}
         for role, reader in plan.readers.items():
-            own = make_contract([read_vocabulary(role, reader.tokenizer, models[role].config)])
-            alone = MemberSet({role: models[role]}, backbones, own)
+            vocabulary = make_contract([read_vocabulary(role, reader.tokenizer, models[role].config)])
+            alone = MemberSet({role: models[role]}, backbones, vocabulary)
             self._others.append(alone)
             members[role] = TextMember(alone, reader.writer, reader.ends)
         self.text = TextMembers(plan, members)
@@ -64,17 +63,19 @@ class TextMemberSet(MemberSet):
         cache: EnsembleCache | RowCache | None = None,
         runners: Sequence[ModelRunner] | None = None,
         *,
-        points: Sequence[Mapping[str, float]] | None = None,
+        points: Sequence[Mapping[str, float]] = (),
+        is_greedy: bool = False,
     ) -> dict[str, Tensor]:
         """Return by role the anchor's logits, and log-probs for all others, (rows, kept positions, V of the anchor).
 
-        `points`: the weights by role where only the best token at each of these points is wanted. Raises InputError for
-        a growing cache, which does not hold the texts.
+        `points`: the weights by role for which they are wanted; `is_greedy`: only the best token at each of these.
+        Raises InputError for a growing cache, which does not hold the texts.
         """
-        found = super().logits(step, cache, runners)
-        (logits,) = found.values()
+        own = super().logits(step, cache, runners)
+        logits = own[self.text.plan.anchor_role]
         kept = _kept_texts(step, cache, logits.shape[1])
-        filled = {role: torch.zeros(logits.shape, device=logits.device) for role in self.text.members}
+        others = [role for role in (*own, *self.text.members) if role != self.text.plan.anchor_role]
+        filled = {role: torch.zeros(logits.shape, device=logits.device) for role in others}
         if kept:
             rows, columns = ([one[axis] for one in kept] for axis in (0, 1))
             if isinstance(cache, RowCache):
@@ -83,9 +84,10 @@ class TextMemberSet(MemberSet):
             else:
                 texts = [[ids for _, _, ids in of_row] for _, of_row in groupby(kept, key=lambda one: one[0])]
                 states = [one for of_row in texts for one in self.text.along(of_row[-1], len(of_row[0]))]
-            for role, values in self.text.log_probs(states, logits[rows, columns], points).items():
+            own = {role: values[rows, columns] for role, values in own.items()}
+            for role, values in self.text.log_probs(states, own, points, is_greedy=is_greedy).items():
                 filled[role][rows, columns] = values
-        return found | filled
+        return {self.text.plan.anchor_role: logits} | filled
 
     def read(self, step: Step, cache: RowCache, runners: Sequence[ModelRunner] | None = None) -> dict[str, Tensor]:
         """Read tokens of the anchor into a cache: other members read texts, as far as they are asked about them."""

@@ -1,28 +1,34 @@
 """Ask several members what their texts go on with, for the candidates of an anchor that writes in other tokens.
 
 For each of the anchor's most probable next tokens, and for the end of the text, every member gives the log-prob that
-its text goes on with those bytes. Rounds of evaluation go on until little of the candidates' probabilities is open.
+its text goes on so, as the anchor would cut it. Rounds of evaluation go on until little of the candidates'
+probabilities is open.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from itertools import takewhile
+from operator import methodcaller
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ensembler.engine.text_cover import Bounds, Path
+from ensembler.engine.text_cover import Path
 from ensembler.engine.text_member import MOST_AHEAD, Continuation, TextMember, TextState
 from ensembler.engine.text_plan import TextPlan
 from ensembler.engine.text_prompts import read_prompt, spell
+from ensembler.engine.text_question import Question, Scores, States
 from ensembler.errors import RunError
+from ensembler.tokenization.token_cut import TokenCut
 
-States = dict[str, TextState]
-"""The state of each member, by role, behind one text."""
 _MOST_ROUNDS = 8
 _END = Continuation(b"", ends=True)
 
@@ -49,90 +55,6 @@ class TextScore:
     bound: float = 0.0
 
 
-@dataclass
-class Question:
-    """The continuations of one text that are compared, with the weight of each, and what is known of them by role.
-
-    `weights`: their probabilities under the anchor. `decision`: for whom the best one is enough, else None.
-    """
-
-    states: States
-    candidates: Sequence[Continuation]
-    weights: Sequence[float]
-    decision: Decision | None = None
-    bounds: dict[str, list[Bounds]] = field(default_factory=dict)
-    begun: dict[str, Bounds] = field(default_factory=dict)
-
-    def update(self, role: str, member: TextMember) -> None:
-        """Compute the bounds of a role from the nodes that are evaluated."""
-        state = self.states[role]
-        self.bounds[role] = [member.bounds(state, one) for one in self.candidates]
-        self.begun[role] = member.begun(state)
-
-    def open_paths(self, role: str, tolerance: float = 0.0, kept: Sequence[bool] | None = None) -> dict[Path, float]:
-        """Return the share that is open, by path of a role: of the candidates, in their mean by weight, and of R(x).
-
-        Either counts where it is more than `tolerance`; R(x) does not where the best candidate alone is wanted. `kept`:
-        the candidates that count (None: all).
-        """
-        weights = [weight if kept is None or kept[at] else 0.0 for at, weight in enumerate(self.weights)]
-        total = sum(weights) or 1.0
-        found: dict[Path, float] = {}
-        for weight, bounds in zip(weights, self.bounds[role], strict=True):
-            if bounds.open and weight > 0:
-                share = weight / total / bounds.high
-                for path, mass in bounds.open.items():
-                    found[path] = found.get(path, 0.0) + share * mass
-        if sum(found.values()) <= tolerance:
-            found = {}
-        begun = self.begun[role]
-        if self.decision is None and begun.num_open > tolerance * begun.high:
-            for path, mass in begun.open.items():
-                found[path] = found.get(path, 0.0) + mass / begun.high
-        return found
-
-    def contenders(self) -> list[bool]:
-        """Return which candidates may still be the best: one of them where that is certain."""
-        assert self.decision is not None
-        logs = {
-            role: ([_log(one.low / begun) for one in bounds], [_log(one.high / begun) for one in bounds])
-            for role, bounds in self.bounds.items()
-            if (begun := self.begun[role].middle) > 0
-        }
-        return self.decision.contenders(logs) if len(logs) == len(self.bounds) else [True] * len(self.candidates)
-
-
-@dataclass(frozen=True)
-class Decision:
-    """The scores of candidates at some points, where the best alone is wanted.
-
-    `anchor`: of each point, the scores of the candidates under the anchor; `rest`: the best of all other tokens.
-    `slopes`: of each point the weight of each role's log-probs.
-    """
-
-    anchor: Sequence[Sequence[float]]
-    rest: Sequence[float]
-    slopes: Sequence[Mapping[str, float]]
-
-    def contenders(self, logs: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> list[bool]:
-        """Return which candidates may be the best at some point. `logs`: lower and upper log-probs by role."""
-        may_win = [False] * len(self.anchor[0])
-        for anchor, rest, slopes in zip(self.anchor, self.rest, self.slopes, strict=True):
-            low, high = list(anchor), list(anchor)
-            for role, slope in slopes.items():
-                for at, (least, most) in enumerate(zip(*logs[role], strict=True)):
-                    worst, best = (least, most) if slope > 0 else (most, least)
-                    low[at] += slope * worst if math.isfinite(worst) else -math.inf
-                    high[at] += slope * best
-            most_certain = max([rest, *low])
-            may_win = [so_far or not top < most_certain for so_far, top in zip(may_win, high, strict=True)]
-        return may_win
-
-
-def _log(value: float) -> float:
-    return math.log(value) if value > 0 else -math.inf
-
-
 class TextMembers:
     """The members that are asked for text, by role. `prompts`: ids by role, for prompts of the anchor as ids."""
 
@@ -142,8 +64,11 @@ class TextMembers:
         self.stats = TextStats()
         self.prompts: dict[tuple[int, ...], Mapping[str, Sequence[int]]] = {}
         self._texts = plan.anchor.writer.tokens.texts
-        self._ends = frozenset(plan.anchor.ends)
+        self._ends = sorted(plan.anchor.ends)
         self._states: OrderedDict[tuple[int, ...], States] = OrderedDict()
+        width = plan.contract.widths[plan.anchor_role]
+        self._never = [token for token in range(width) if token not in self._texts and token not in plan.anchor.ends]
+        self._cut = cache(partial(TokenCut, plan.anchor.writer))
 
     def describe(self) -> dict[str, Any]:
         """Return the evaluations by role and rounds for each text that was asked about, and what stayed open."""
@@ -165,14 +90,17 @@ class TextMembers:
         found = self._states.pop(key, None)
         if found is None:
             before = self._states.get(key[:-1])
-            found = self.begin(key) if before is None else self.advance(before, self._texts.get(key[-1], b""))
+            found = self.begin(key) if before is None else self.advance(before, key[-1])
         self._states[key] = found
         while len(self._states) > most:
             self._states.popitem(last=False)
         return found
 
     def begin(self, ids: Sequence[int]) -> States:
-        """Return the states behind a prompt, as ids of the anchor: each member reads its text by itself."""
+        """Return the states behind a prompt, as ids of the anchor: each member reads its text by itself.
+
+        Where a prompt ends, no member is held to the anchor's cut: it may end inside of a word.
+        """
         given = self.prompts.get(tuple(ids))
         if given is not None:
             return {role: member.begin(given[role]) for role, member in self.members.items()}
@@ -193,36 +121,63 @@ class TextMembers:
             if at % MOST_AHEAD == 0:
                 for role, member in self.members.items():
                     member.read_ahead([(found[-1][role], self._text_of(ids[first + at :]))])
-            found.append(self.advance(found[-1], self._texts.get(token, b"")))
+            found.append(self.advance(found[-1], token))
         return found
 
-    def advance(self, states: States, text: bytes) -> States:
-        """Return the states behind more text."""
-        return {role: self.members[role].advance(state, text) for role, state in states.items()}
+    def advance(self, states: States, token: int) -> States:
+        """Return the states behind one more token of the anchor."""
+        one = self._continuation(token, states)
+        cut = None if one.is_impossible else one.cut
+        return {role: self.members[role].advance(state, one.text, cut) for role, state in states.items()}
 
     def log_probs(
-        self, states: Sequence[States], logits: Tensor, points: Sequence[Mapping[str, float]] | None = None
+        self,
+        states: Sequence[States],
+        logits: Mapping[str, Tensor],
+        points: Sequence[Mapping[str, float]] = (),
+        *,
+        is_greedy: bool = False,
     ) -> dict[str, Tensor]:
-        """Return by role the log-probs (texts, V) fp32 of the anchor's tokens behind texts, on its device.
+        """Return, for all roles but the anchor, the log-probs (texts, V) fp32 of the anchor's tokens behind texts.
 
-        `logits` (texts, V): the anchor's. Of tokens that are no candidates all roles have 0, so that their ratio is 1.
-        `points`: the weights of all roles at the points where the best token alone is wanted; else (None) rounds go on
-        until all are known to the tolerance. Raises RunError for a text that a member cannot spell.
+        `logits` (texts, V_member): of the anchor, and of the members that share its tokenizer; the result is on the
+        anchor's device. Of tokens that are no candidates all roles have 0, so that their ratio is 1, but a token that
+        spells no text and ends none is forbidden. `points`: the weights of all roles for which they are wanted (none:
+        the anchor alone counts); `is_greedy`: the best token alone is wanted, else rounds go on until all are known to
+        the tolerance. Raises RunError for a text that a member cannot spell.
         """
-        scores = logits.float().cpu()
-        num = min(self.plan.settings.num_candidates, logits.shape[-1])
+        of_anchor = logits[self.plan.anchor_role]
+        scores = of_anchor.float().cpu()
+        own = {role: self.own_log_probs(values) for role, values in logits.items() if role != self.plan.anchor_role}
+        num = min(self.plan.settings.num_candidates, scores.shape[-1])
         ids = [self._candidates(tokens) for tokens in scores.topk(num).indices.tolist()]
-        questions = []
-        for state, tokens, row in zip(states, ids, scores, strict=True):
-            weights = row.softmax(-1)[tokens].tolist()
-            decision = None if points is None else self._decision(row, tokens, points)
-            questions.append(Question(state, [self._spelled(token) for token in tokens], weights, decision))
+        questions = [
+            Question(
+                state,
+                self._told_apart([self._continuation(token, state) for token in tokens]),
+                self._scores(row, tokens, {role: values[at] for role, values in own.items()}, points),
+                is_greedy,
+            )
+            for at, (state, tokens, row) in enumerate(zip(states, ids, scores, strict=True))
+        ]
         self.refine(questions)
-        filled = {role: torch.zeros(logits.shape) for role in self.members}
-        for row, (tokens, question) in enumerate(zip(ids, questions, strict=True)):
+        found = {role: torch.zeros(scores.shape) for role in (*own, *self.members)}
+        for role in self.plan.raised & self.members.keys():
+            found[role][:, self._never] = -math.inf
+        for at, (tokens, question) in enumerate(zip(ids, questions, strict=True)):
+            for role, values in own.items():
+                found[role][at, tokens] = values[at, tokens]
             for role in self.members:
-                filled[role][row, tokens] = self._log_probs(role, question)
-        return {role: values.to(logits.device) for role, values in filled.items()}
+                found[role][at, tokens] = self._log_probs(role, question)
+        return {role: values.to(of_anchor.device) for role, values in found.items()}
+
+    def own_log_probs(self, logits: Tensor) -> Tensor:
+        """Return the log-probs (texts, V of the anchor) fp32 of a member by ids; all end tokens have that of any."""
+        log_probs = logits.float().cpu().log_softmax(-1)
+        width = self.plan.contract.widths[self.plan.anchor_role]
+        log_probs = torch.nn.functional.pad(log_probs, (0, width - log_probs.shape[-1]), value=-math.inf)
+        log_probs[:, self._ends] = log_probs[:, self._ends].logsumexp(-1, keepdim=True)
+        return log_probs
 
     def score(self, texts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[dict[str, TextScore]]:
         """Return by role, for each context and its continuation, the log-probs of what its tokens spell, one by one.
@@ -237,10 +192,11 @@ class TextMembers:
             if at % MOST_AHEAD == 0:
                 for role, member in self.members.items():
                     member.read_ahead([(states[index][role], self._text_of(texts[index][1][at:])) for index in asked])
-            questions = [Question(states[index], [self._spelled(texts[index][1][at])], [1.0]) for index in asked]
+            # A text that is given goes on as it does, also where the anchor's tokenizer would cut it otherwise.
+            questions = [Question(states[index], [self._continuation(texts[index][1][at])]) for index in asked]
             self.refine(questions)
             for index, question in zip(asked, questions, strict=True):
-                before, states[index] = states[index], self.advance(states[index], question.candidates[0].text)
+                before, states[index] = states[index], self.advance(states[index], texts[index][1][at])
                 for role, score in found[index].items():
                     score.log_probs.append(float(self._log_probs(role, question)))
                     score.bound += question.bounds[role][0].log_error + question.begun[role].log_error
@@ -250,23 +206,49 @@ class TextMembers:
     def _text_of(self, tokens: Sequence[int]) -> bytes:
         return b"".join(self._texts.get(token, b"") for token in tokens)
 
-    def _decision(self, scores: Tensor, tokens: Sequence[int], points: Sequence[Mapping[str, float]]) -> Decision:
-        """Return what decides between `tokens`, whose scores under the anchor are those of `scores` (V,)."""
-        anchor = self.plan.anchor_role
-        others = scores.index_fill(0, torch.tensor(tokens), -math.inf).max()
-        return Decision(
-            [(weights[anchor] * scores[tokens]).tolist() for weights in points],
-            [float(weights[anchor] * others) for weights in points],
-            [{role: weight for role, weight in weights.items() if role != anchor and weight} for weights in points],
+    def _scores(
+        self, anchor: Tensor, tokens: Sequence[int], own: Mapping[str, Tensor], points: Sequence[Mapping[str, float]]
+    ) -> Scores:
+        """Return the scores of `tokens` from the anchor's logits (V,) and the log-probs (V,) of others by ids."""
+        points = points or [{self.plan.anchor_role: 1.0}]
+        rest = float(anchor.index_fill(0, torch.tensor(tokens), -math.inf).max())
+        known = {self.plan.anchor_role: anchor, **own}
+        base = np.zeros((len(points), len(tokens)))
+        for at, weights in enumerate(points):
+            for role, values in known.items():
+                if weights.get(role):
+                    base[at] += weights[role] * values[tokens].double().numpy()
+        return Scores(
+            base,
+            np.array([weights[self.plan.anchor_role] * rest for weights in points]),
+            {role: np.array([weights.get(role, 0.0) for weights in points]) for role in self.members},
         )
 
     def _candidates(self, tokens: Sequence[int]) -> list[int]:
         """Return the tokens that are compared: those that spell text, and all that end one."""
-        both = dict.fromkeys((*tokens, *sorted(self._ends)))
-        return [token for token in both if token in self._ends or token in self._texts]
+        both = dict.fromkeys((*tokens, *self._ends))
+        known = (token for token in both if token in self._ends or token in self._texts)
+        return [token for token in known if token < self.plan.contract.shared]
 
-    def _spelled(self, token: int) -> Continuation:
-        return _END if token in self._ends else Continuation(self._texts.get(token, b""))
+    def _continuation(self, token: int, states: States | None = None) -> Continuation:
+        """Return what a token of the anchor is for others. With `states`, behind which the anchor may not write it."""
+        if token in self._ends:
+            return _END
+        if token not in self._texts:
+            return Continuation(b"")
+        cut = self._cut(token)
+        before = None if states is None else next(iter(states.values())).cut
+        return Continuation(cut.text, cut=cut, is_impossible=before is not None and not before.allows(token))
+
+    def _told_apart(self, candidates: Sequence[Continuation]) -> list[Continuation]:
+        """Return candidates with those of their texts that begin with each."""
+        texts = sorted(one.text for one in candidates if one.cut is not None)
+        found = []
+        for one in candidates:
+            first = bisect_right(texts, one.text)
+            longer = tuple(takewhile(methodcaller("startswith", one.text), texts[first:]))
+            found.append(one if one.cut is None else replace(one, longer=longer))
+        return found
 
     def refine(self, questions: Sequence[Question]) -> None:
         """Evaluate nodes, most open mass first, until all questions are answered, or rounds enough were run."""
@@ -297,20 +279,17 @@ class TextMembers:
         for one in questions:
             share = max(sum(one.open_paths(role).values()) for role in self.members)
             self.stats.num_asked += 1
-            self.stats.num_certain += one.decision is not None and sum(one.contenders()) <= 1
+            self.stats.num_certain += one.is_greedy and sum(one.contenders()) <= 1
             self.stats.sum_open += share
             self.stats.largest_open = max(self.stats.largest_open, share)
 
     def _next_paths(self, question: Question) -> dict[str, list[Path]]:
         """Return the paths that are evaluated next, by role: those with much of the open mass, where it matters."""
-        kept, tolerance = None, self.plan.settings.tolerance
-        if question.decision is not None:
-            kept, tolerance = question.contenders(), 0.0
-            if sum(kept) <= 1:
-                return {role: [] for role in self.members}
+        if question.is_greedy and sum(question.contenders()) <= 1:
+            return {role: [] for role in self.members}
         found = {}
         for role in self.members:
-            shares = question.open_paths(role, tolerance, kept)
+            shares = question.open_paths(role, 0.0 if question.is_greedy else self.plan.settings.tolerance)
             most = max(shares.values(), default=0.0)
             found[role] = [path for path, share in shares.items() if share >= most / 2]
         return found
@@ -323,5 +302,4 @@ class TextMembers:
                 f"{role} cannot write the text up to byte {question.states[role].num_bytes}: its probability is 0; "
                 "choose a model whose tokens can write any byte"
             )
-        values = torch.tensor([one.middle for one in question.bounds[role]], dtype=torch.float64)
-        return (values / begun.middle).log().float()
+        return torch.from_numpy(question.log_probs(role)).float()

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ensembler.engine.members import MemberFiles
 from ensembler.errors import MemberError
+from ensembler.rules import Rule
 from ensembler.tokenization.reading import plain_ids, read_writer
 from ensembler.tokenization.special_tokens import text_ends
 from ensembler.tokenization.token_writer import TokenWriter
-from ensembler.vocab import end_ids
+from ensembler.vocab import MemberVocabulary, VocabularyContract, end_ids, make_contract, text_roles
 
 
 @dataclass(frozen=True)
@@ -39,18 +40,35 @@ class TextReader:
 
 @dataclass(frozen=True)
 class TextPlan:
-    """A plan of who is asked for text. `readers`: by role, those of all members but the anchor."""
+    """A plan of who is asked for text. `readers`: by role, those of all members that have not the anchor's tokenizer.
+
+    `contract`: of the anchor and the members that share its tokenizer. `raised`: the roles whose weight grows with α.
+    """
 
     anchor_role: str
     anchor: TextReader
     readers: Mapping[str, TextReader]
+    contract: VocabularyContract
+    raised: frozenset[str]
     settings: TextSettings
 
 
-def plan_text(anchor: str, files: Mapping[str, MemberFiles], settings: TextSettings) -> TextPlan:
-    """Return the plan of checked members. Raises VocabularyError for a tokenizer whose tokens are no pieces of text."""
+def plan_text(
+    rule: Rule,
+    files: Mapping[str, MemberFiles],
+    vocabularies: Sequence[MemberVocabulary],
+    settings: TextSettings,
+    *,
+    allow_renamed_special: bool = False,
+) -> TextPlan:
+    """Return the plan of checked members, with their `vocabularies` in the order of the rule's roles.
+
+    Raises VocabularyError for a tokenizer whose tokens are no pieces of text.
+    """
+    anchor, others = rule.anchor, text_roles(vocabularies)
     readers: dict[str, TextReader] = {}
-    for role, member in files.items():
+    for role in (anchor, *others):
+        member = files[role]
         tokenizer = member.tokenizer
         if tokenizer is None:
             raise MemberError(f"{role} has no tokenizer files beside its weights; other tokenizers need them")
@@ -60,4 +78,7 @@ def plan_text(anchor: str, files: Mapping[str, MemberFiles], settings: TextSetti
         kept = tuple(token for token in ends if token < member.vocabulary.width)
         begin = writer.tokens.texts.get(plain_ids(tokenizer, "a")[0], b"")
         readers[role] = TextReader(tokenizer, writer, kept, begin.startswith(b" "))
-    return TextPlan(anchor, readers.pop(anchor), readers, settings)
+    own = [one for one in vocabularies if one.role not in others]
+    contract = make_contract(own, allow_renamed_special=allow_renamed_special)
+    raised = frozenset(role for role, slope in rule.slope.items() if slope > 0)
+    return TextPlan(anchor, readers.pop(anchor), readers, contract, raised, settings)

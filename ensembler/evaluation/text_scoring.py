@@ -28,8 +28,8 @@ def score_texts(batch: Batch, members: TextMemberSet, grid: Grid) -> list[Scored
     ]
     by_role = members.text.score(texts)
     logprobs = {role: [one for of_text in by_role for one in of_text[role].log_probs] for role in members.text.members}
-    (anchor,) = members.anchor.runners[0].roles
-    logprobs[anchor] = _anchor_log_probs(batch, members, sum(len(ids) for _, ids in texts))
+    logprobs |= _own_log_probs(batch, members, sum(len(ids) for _, ids in texts))
+    anchor = members.text.plan.anchor_role
     values = torch.tensor([logprobs[role] for role in grid.roles], dtype=torch.float64)  # (roles, tokens)
     weights = [rule.weights(alpha) for rule, alphas in grid.runs for alpha in alphas]
     table = torch.tensor([[one[role] for role in grid.roles] for one in weights], dtype=torch.float64)
@@ -51,11 +51,12 @@ def score_texts(batch: Batch, members: TextMemberSet, grid: Grid) -> list[Scored
     return scored
 
 
-def _anchor_log_probs(batch: Batch, members: TextMemberSet, num: int) -> list[float]:
-    """Return the log-probs of all tokens of all continuations under the anchor."""
-    found = torch.zeros(num, dtype=torch.float64)
-    for one, logits in run_passes(batch.passes, members.anchor):
-        (of_anchor,) = logits.values()
-        rows = of_anchor.float().log_softmax(-1)
-        found[one.slots] = rows[one.needed, one.tokens].double().cpu()
-    return found.tolist()
+def _own_log_probs(batch: Batch, members: TextMemberSet, num: int) -> dict[str, list[float]]:
+    """Return by role the log-probs of all tokens of all continuations under the members of the anchor's tokenizer."""
+    found = {role: torch.zeros(num, dtype=torch.float64) for one in members.runners for role in one.roles}
+    for one, logits in run_passes(batch.passes, members.by_ids):
+        for role, values in logits.items():
+            is_anchor = role == members.text.plan.anchor_role
+            rows = values.float().log_softmax(-1) if is_anchor else members.text.own_log_probs(values)
+            found[role][one.slots] = rows[one.needed, one.tokens].double().cpu()
+    return {role: values.tolist() for role, values in found.items()}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 
 class TokenBytes:
@@ -26,6 +27,8 @@ class TokenBytes:
         self.longest = max(map(len, self.spelled), default=0)
         self.starting = lru_cache(maxsize=1 << 16)(self._starting)
         self.within = lru_cache(maxsize=1 << 16)(self._within)
+        self.by_byte = lru_cache(maxsize=1 << 16)(self._by_byte)
+        self._byte_at = cache(self._bytes_at)
 
     def __len__(self) -> int:
         return len(self.spelled)
@@ -41,6 +44,18 @@ class TokenBytes:
         """Return the places of the tokens with which `text` begins, the shortest first; one may be all of it."""
         found = (self.places.get(text[:end]) for end in range(1, min(len(text), self.longest) + 1))
         return tuple(place for place in found if place is not None)
+
+    def _by_byte(self, first: int, last: int, start: int) -> tuple[tuple[int, int, int], ...]:
+        """Return the tokens of a range, which agree in `start` bytes, by their next byte, where they have one.
+
+        Each entry is a byte, the first place, and one behind the last.
+        """
+        bounds = first + np.searchsorted(self._byte_at(start)[first:last], np.arange(257))
+        found = zip(range(256), bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
+        return tuple((byte, low, high) for byte, low, high in found if low < high)
+
+    def _bytes_at(self, start: int) -> NDArray[np.int64]:
+        return np.array([one[start] if start < len(one) else -1 for one in self.spelled])
 
     def id_of(self, spelled: bytes) -> int | None:
         """Return the id of the token that spells exactly these bytes, or None."""

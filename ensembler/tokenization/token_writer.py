@@ -13,11 +13,15 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from itertools import accumulate
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ensembler.tokenization.merges import Merges, merge, merge_steps
 from ensembler.tokenization.token_bytes import TokenBytes
 
 _FEW = 32  # tokens that are tried as the next one without looking at their merges before
 _MOST_TRIED = 256  # of more, one is taken to follow: a bound is only larger then
+_WORD = b"x"  # spaces before the end of a text are cut otherwise than before a word
 _Utf8 = codecs.getincrementaldecoder("utf-8")  # keeps the bytes of a character that is not whole
 _SPACES = re.compile(r" *[^ ]+| +")  # a word of SentencePiece with the spaces in front of it
 
@@ -45,12 +49,15 @@ class TokenWriter:
         self._split = split
         self._symbols = symbols
         self._added = TokenBytes({token: spelled for spelled, token in (added or {}).items()})
+        self._added_starts = {one[:2] for one in self._added.spelled}
         self._takes_whole = takes_whole
         self.pieces = lru_cache(maxsize=1 << 14)(self._pieces)
         self.can_follow = lru_cache(maxsize=1 << 18)(self._can_follow)
         self.can_go_on = lru_cache(maxsize=1 << 16)(self._can_go_on)
         self.can_reach = lru_cache(maxsize=1 << 16)(self._can_reach)
         self.first_rank = cache(self._first_rank)
+        self.cuts_behind = lru_cache(maxsize=1 << 18)(self._cuts_behind)
+        self._joined = _joined_bytes(tokens.spelled)
         self._written = lru_cache(maxsize=1 << 16)(self._write)
 
     def encode(self, text: bytes, num_bytes: int | None = None, *, goes_on: bool = False) -> list[int] | None:
@@ -69,6 +76,16 @@ class TokenWriter:
             found += tokens
             start += len(kept)
         return found
+
+    def _cuts_behind(self, token: bytes, text: bytes) -> bool:
+        """Return whether the bytes of a token are one with `text` behind them, as both would stand before a word."""
+        whole = token + text
+        tokens = self.encode(whole + _WORD if whole[-1:].isspace() else whole)
+        return tokens is not None and tokens[0] == self.tokens.id_of(token)
+
+    def may_join(self, first: int, second: int) -> bool:
+        """Return whether two bytes stand beside each other in any token."""
+        return bool(self._joined[first, second])
 
     def boundaries(self, text: bytes) -> list[int]:
         """Return where the pieces of a text begin, in bytes, and its end."""
@@ -90,7 +107,7 @@ class TokenWriter:
 
     def _around_added(self, text: bytes) -> list[tuple[bool, bytes]]:
         """Return the parts of a text and whether each is an added token: the leftmost first, then the longest."""
-        if not len(self._added):
+        if not any(text[at : at + num] in self._added_starts for at in range(len(text)) for num in (1, 2)):
             return [(False, text)] if text else []
         found, start, here = [], 0, 0
         while here < len(text):
@@ -147,6 +164,9 @@ class TokenWriter:
         first += text in self.tokens.places
         found: Sequence[int] = range(first, last)
         if len(found) > _FEW:
+            begun, behind = self._added.starting(text)
+            if behind - begun > (text in self._added.places):  # added tokens stand behind any other
+                return True
             if self._are_apart(self.tokens.texts[token], text):
                 return True
             rank = self._crossing_rank(token, text)
@@ -178,6 +198,17 @@ class TokenWriter:
         """Return the rank at which the first symbol of a token merges with the next; infinity for a single one."""
         symbols = self._symbols(self.tokens.spelled[place]) or []
         return next((step.rank for step in merge_steps(symbols, self._merges) if step.left == 0), math.inf)
+
+
+def _joined_bytes(spelled: Sequence[bytes]) -> NDArray[np.bool_]:
+    """Return (256, 256) which bytes stand beside each other inside of a token."""
+    together = np.frombuffer(b"".join(spelled), dtype=np.uint8)
+    is_inside = np.ones(len(together), dtype=bool)
+    is_inside[np.cumsum([len(one) for one in spelled], dtype=np.int64) - 1] = False  # the last byte of each
+    firsts = np.flatnonzero(is_inside)
+    joined = np.zeros((256, 256), dtype=bool)
+    joined[together[firsts], together[firsts + 1]] = True
+    return joined
 
 
 def _whole_characters(text: bytes, num_bytes: int) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +45,10 @@ class Toy:
         near = [*range(first, last), *self.tokens.within(text)]
         return any(self.pairs(token, int(self.tokens.order[place])) for place in near)
 
+    def leaves(self, text: bytes) -> bool:
+        """Whether another tokenizer cuts before this text."""
+        return random.Random(f"{self.seed} {text!r}").random() < 0.7
+
     def truth(self, text: bytes, path: Path = (), *, ends: bool = False) -> float:
         """The sum over the token sequences that begin with, or spell, the text; each pair but the last is written."""
         probabilities = self.distribution(path)
@@ -64,6 +69,38 @@ class Toy:
                 continue
             total += float(probabilities[token]) * rest
         return total
+
+    def truth_of_cut(self, text: bytes, path: Path = ()) -> float:
+        """The same of texts that the other tokenizer cuts behind `text`; the token that goes beyond it tells."""
+        probabilities = self.distribution(path)
+        if not text:
+            kept = sum(
+                float(probabilities[token]) for token, spelled in self.tokens.texts.items() if self.leaves(spelled)
+            )
+            return kept + float(probabilities[-1])
+        total = 0.0
+        for token, spelled in self.tokens.texts.items():
+            rest = text[len(spelled) :]
+            if spelled.startswith(text) and spelled != text:
+                total += float(probabilities[token]) * self.leaves(spelled[len(text) :])
+            elif text.startswith(spelled) and (not rest or self.can_go_on(token, rest)):
+                is_written = not path or self.pairs(path[-1], token)
+                total += is_written and float(probabilities[token]) * self.truth_of_cut(rest, (*path, token))
+        return total
+
+
+@dataclass
+class Cut:
+    """The end of a text, behind which another tokenizer cuts as the toy says."""
+
+    toy: Toy
+    text: bytes
+
+    def kept(self, tokens: TokenBytes, sums: np.ndarray, first: int, last: int, start: int) -> tuple[float, float]:
+        """By place, one after the other."""
+        found = (place for place in range(first, last) if len(tokens.spelled[place]) > start)
+        kept = [place for place in found if self.toy.leaves(tokens.spelled[place][start:])]
+        return float(sum(sums[place + 1] - sums[place] for place in kept)), 0.0
 
 
 texts = st.text(ALPHABET, min_size=0, max_size=6)
@@ -109,6 +146,25 @@ def test_the_truth_lies_in_every_interval(toy: Toy, text: str, ends: bool, num: 
     truth = toy.truth(text.encode(), ends=ends)
     assert bounds.low - 1e-12 <= truth <= bounds.high + 1e-12, (bounds, truth)
     assert bounds.low <= bounds.middle <= bounds.high
+
+
+@given(toys(), texts, st.integers(0, 200))
+@settings(max_examples=400, deadline=None)
+def test_a_cut_counts_the_sequences_that_leave_it(toy: Toy, text: str, num: int) -> None:
+    """To 1e-12 where no node is open any more; else the truth lies in the interval."""
+    cut: Any = Cut(toy, text.encode())
+    nodes: dict[Path, NextTokens] = {}
+    bounds = cover(nodes, toy.tokens, toy, cut.text, cut=cut)
+    for _ in range(num):
+        if not bounds.open:
+            break
+        path = max(bounds.open, key=bounds.open.__getitem__)
+        nodes[path] = toy.node(path)
+        bounds = cover(nodes, toy.tokens, toy, cut.text, cut=cut)
+    truth = toy.truth_of_cut(cut.text)
+    assert bounds.low - 1e-12 <= truth <= bounds.high + 1e-12
+    if not bounds.open:
+        assert bounds.low == pytest.approx(truth, abs=1e-12)
 
 
 def test_short_ranges_keep_their_digits_behind_a_large_sum() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +18,18 @@ from transformers import AutoModelForCausalLM
 
 from ensembler import EnsembleForCausalLM
 from ensembler.decoding.decoder import Decoder
+from ensembler.demo import demo_folder
 from ensembler.engine.grid import GridPoint
 from ensembler.engine.text_member import Continuation, TextMember
 from ensembler.engine.text_member_set import TextMemberSet
-from ensembler.engine.text_plan import TextReader
+from ensembler.engine.text_plan import TextPlan, TextReader, TextSettings
 from ensembler.engine.text_prompts import read_prompt
 from ensembler.errors import MemberError, PromptError
 from ensembler.evaluation.backends import score
 from ensembler.tokenization.reading import plain_ids, read_writer
+from ensembler.tokenization.token_bytes import TokenBytes
+from ensembler.tokenization.token_writer import TokenWriter
+from ensembler.vocab import make_contract, read_vocabulary
 
 PROMPTS = ("The quick brown fox", "def f(x):\n    if x", "It is 1234", "trailing space ")
 
@@ -68,9 +75,9 @@ def enumerated(model: EnsembleForCausalLM, role: str, trunk: list[int], text: by
     return behind([], text)
 
 
-@pytest.mark.parametrize("role", ["source_pt", "target_pt"])
 @pytest.mark.parametrize("text", ["The", " lazy", "x >", "é"])
-def test_bounds_are_those_of_an_enumeration(model: EnsembleForCausalLM, role: str, text: str) -> None:
+def test_bounds_are_those_of_an_enumeration(model: EnsembleForCausalLM, text: str) -> None:
+    role = "target_pt"
     member = text_member(model, role)
     assert isinstance(model.member_set, TextMemberSet)
     begin = [model.member_set.text.plan.readers[role].tokenizer.bos_token_id]
@@ -87,21 +94,71 @@ def test_bounds_are_those_of_an_enumeration(model: EnsembleForCausalLM, role: st
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_scores_add_up_to_that_of_the_text_whatever_the_tokens(model: EnsembleForCausalLM, prompt: str) -> None:
-    """Cut into the anchor's tokens and into single bytes, a text has one probability, to the tolerance."""
+def test_scores_add_up_to_that_of_the_text_and_its_end(model: EnsembleForCausalLM, prompt: str) -> None:
+    """Step by step through the anchor's tokens, and as one question: R(x + s) / R(x), then the end behind it."""
     assert isinstance(model.member_set, TextMemberSet)
-    text = model.member_set.text
-    tokenizer = model.tokenizer
-    context = tokenizer(prompt)["input_ids"]
-    tokens = plain_ids(tokenizer, " jumps over 13 dogs.\n")
-    by_bytes = [token for character in " jumps over 13 dogs.\n" for token in plain_ids(tokenizer, character)]
-    assert len(by_bytes) > len(tokens)
+    text, role, continuation = model.member_set.text, "target_pt", " jumps over 13 dogs.\n"
+    context = model.tokenizer(prompt)["input_ids"]
+    tokens = [*plain_ids(model.tokenizer, continuation), text.plan.anchor.ends[0]]
+    member = text.members[role]
     with torch.inference_mode():
-        whole, pieces = text.score([(context, tokens), (context, by_bytes)])
-    for role in ("source_pt", "target_pt"):
-        error = abs(sum(whole[role].log_probs) - sum(pieces[role].log_probs))
-        assert error <= whole[role].bound + pieces[role].bound + 1e-4
-        assert error < 0.05
+        (steps,) = text.score([(context, tokens)])
+        state = text.begin(context)[role]
+        whole = Continuation(continuation.encode(), ends=True)
+        member.read_ahead([(state, whole.text)])
+        for _ in range(400):
+            bounds, begun = member.bounds(state, whole), member.begun(state)
+            if bounds.num_open <= 1e-4 * bounds.high and begun.num_open <= 1e-4 * begun.high:
+                break
+            paths = {**bounds.open, **begun.open}
+            member.evaluate([(state, max(paths, key=paths.__getitem__))])
+    expected = math.log(bounds.middle / begun.middle)
+    error = abs(sum(steps[role].log_probs) - expected)
+    assert error <= steps[role].bound + bounds.log_error + begun.log_error + 1e-4
+    assert error < 0.05
+
+
+class Words:
+    """The embedded family's own writing: words, each with its space before it, are tokens, and have no pieces."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        texts = {token: text.replace("▁", " ") for text, token in tokenizer.get_vocab().items()}
+        self._texts = {text: token for token, text in texts.items() if token not in tokenizer.all_special_ids}
+        self.writer = TokenWriter(
+            TokenBytes({token: text.encode() for text, token in self._texts.items()}), {}, self._split, self._symbols
+        )
+
+    def _split(self, text: str) -> list[bytes]:
+        return [piece.encode() for piece in re.findall(" ?[^ .,;:?]+|[.,;:?]| ", text)]
+
+    def _symbols(self, piece: bytes) -> list[int] | None:
+        token = self._texts.get(piece.decode(errors="replace"))
+        return None if token is None else [token]
+
+
+@pytest.mark.parametrize("rule", ["base-change", "eft"])
+def test_the_same_tokenizer_through_text_decodes_as_by_ids(rule: str) -> None:
+    """In the embedded family, whose numbers begin with others: ` 1` is the beginning of ` 19`."""
+    members = {role: str(demo_folder() / role) for role in ("source_ft", "source_pt", "target_pt")}
+    model = EnsembleForCausalLM.from_members(rule=rule, alpha=1.0, members=members)
+    lines = (demo_folder() / "data" / "examples.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts = [json.loads(line)["prompt"] for line in lines[:8]]
+    inputs = [dict(model.tokenizer(prompt, return_tensors="pt")) for prompt in prompts]
+
+    def texts() -> list[list[int]]:
+        return [model.generate(**one, max_new_tokens=12, do_sample=False)[0].tolist() for one in inputs]
+
+    by_ids = texts()
+    writer = Words(model.tokenizer).writer
+    reader = TextReader(model.tokenizer, writer, (model.tokenizer.eos_token_id,), has_prefix=True)
+    anchor, *others = model.rule.roles
+    vocabularies = [read_vocabulary(role, model.tokenizer, model.members[role].config) for role in model.rule.roles]
+    raised = frozenset(role for role, slope in model.rule.slope.items() if slope > 0)
+    settings = TextSettings(len(model.tokenizer), 0.001, anchor_chats=False)
+    plan = TextPlan(anchor, reader, dict.fromkeys(others, reader), make_contract(vocabularies[:1]), raised, settings)
+    model.member_set = TextMemberSet(plan, model.members, (), make_contract(vocabularies))
+    assert texts() == by_ids
+    assert model.member_set.text.describe()["certain"] == 1
 
 
 def test_at_alpha_0_it_is_the_anchor(model: EnsembleForCausalLM, folder: Path) -> None:
@@ -153,7 +210,8 @@ def test_the_score_is_the_anchors_and_the_ratio_of_the_texts(model: EnsembleForC
     ids = model.tokenizer(context)["input_ids"]
     with torch.inference_mode():
         (by_role,) = model.member_set.text.score([(ids, plain_ids(model.tokenizer, row["continuation"]))])
-    ratio = sum(by_role["target_pt"].log_probs) - sum(by_role["source_pt"].log_probs)
+    source = own_log_prob(model, "source_pt", context, row["continuation"])
+    ratio = sum(by_role["target_pt"].log_probs) - source
     assert scored[1] - scored[0] == pytest.approx(ratio, abs=1e-4)
     assert math.isfinite(ratio)
     assert abs(ratio) > 1e-3

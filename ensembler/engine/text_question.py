@@ -1,0 +1,121 @@
+"""One question to members that are asked for text: the continuations that are compared, and what is known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ensembler.engine.text_cover import Bounds, Path
+from ensembler.engine.text_member import Continuation, TextMember, TextState
+
+States = dict[str, TextState]
+"""The state of each member, by role, behind one text."""
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of candidates at some points, as far as members by ids decide them, and the weights of all others.
+
+    `base` (points, candidates); `rest` (points,): the best of all other tokens; `slopes` (points,) by role.
+    """
+
+    base: Array
+    rest: Array
+    slopes: Mapping[str, Array]
+
+    def at(self, log_probs: Mapping[str, Array], others: Mapping[str, Array] | None = None) -> Array:
+        """Return the scores (points, candidates), NaN where they are undefined.
+
+        `log_probs` (candidates,) by role; `others` are taken where a role's weight is negative.
+        """
+        scores = self.base.copy()
+        with np.errstate(invalid="ignore"):
+            for role, slopes in self.slopes.items():
+                for point, slope in enumerate(slopes):
+                    values = log_probs if others is None or slope > 0 else others
+                    if slope:
+                        scores[point] += slope * values[role]
+        return scores
+
+
+@dataclass
+class Question:
+    """The continuations of one text that are compared, and what is known of them by role.
+
+    `scores`: None for a text that is given, where nothing is compared. `is_greedy`: the best one is enough.
+    """
+
+    states: States
+    candidates: Sequence[Continuation]
+    scores: Scores | None = None
+    is_greedy: bool = False
+    bounds: dict[str, list[Bounds]] = field(default_factory=dict)
+    begun: dict[str, Bounds] = field(default_factory=dict)
+
+    def update(self, role: str, member: TextMember) -> None:
+        """Compute the bounds of a role from the nodes that are evaluated."""
+        state = self.states[role]
+        self.bounds[role] = [Bounds() if one.is_impossible else member.bounds(state, one) for one in self.candidates]
+        self.begun[role] = member.begun(state)
+
+    def log_probs(self, role: str, bound: str = "middle") -> Array:
+        """Return the log-probs (candidates,) of a role, or the lower or upper ones: 'low', 'high'."""
+        values = np.array([getattr(one, bound) for one in self.bounds[role]], dtype=np.float64)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found: Array = np.log(values) - np.log(self.begun[role].middle)
+        return found
+
+    def contenders(self) -> NDArray[np.bool_]:
+        """Return which candidates may still be the best at some point: one of them where that is certain."""
+        best, most = self._best()
+        may_win: NDArray[np.bool_] = np.any(most >= best[:, None], axis=0)
+        return may_win
+
+    def _best(self) -> tuple[Array, Array]:
+        """Return the score (points,) that some token certainly has, and the highest scores (points, candidates)."""
+        assert self.scores is not None
+        if not all(one.middle > 0 for one in self.begun.values()):
+            return np.full(len(self.scores.rest), -np.inf), np.full(self.scores.base.shape, np.inf)
+        low, high = ({role: self.log_probs(role, bound) for role in self.bounds} for bound in ("low", "high"))
+        least, most = self.scores.at(low, high), self.scores.at(high, low)
+        least[np.isnan(least)], most[np.isnan(most)] = -np.inf, np.inf
+        return np.maximum(self.scores.rest, least.max(1, initial=-np.inf)), most
+
+    def weights(self) -> Array:
+        """Return how much each candidate matters (candidates,), 1 in all: as it is drawn, or as it may be the best."""
+        num = len(self.candidates)
+        if self.scores is None:
+            return np.full(num, 1 / max(1, num))
+        if self.is_greedy:
+            best, most = self._best()
+            most = np.where(most >= best[:, None], most, -np.inf)
+            return np.bincount(most.argmax(1), minlength=num) / len(most)
+        scores = self.scores.at({role: self.log_probs(role) for role in self.bounds})
+        scores[np.isnan(scores)] = -np.inf
+        scores = np.minimum(scores, np.finfo(float).max)
+        drawn = np.exp(scores - scores.max(1, keepdims=True, initial=np.finfo(float).min))
+        total = drawn.sum(1, keepdims=True)
+        mean: Array = (drawn / np.where(total > 0, total, 1)).mean(0)
+        return mean
+
+    def open_paths(self, role: str, tolerance: float = 0.0) -> dict[Path, float]:
+        """Return the share that is open, by path of a role: of the candidates, in their mean by weight, and of R(x).
+
+        Either counts where it is more than `tolerance`; R(x) does not where the best candidate alone is wanted.
+        """
+        found: dict[Path, float] = {}
+        for weight, bounds in zip(self.weights().tolist(), self.bounds[role], strict=True):
+            if bounds.open and weight > 0:
+                for path, mass in bounds.open.items():
+                    found[path] = found.get(path, 0.0) + weight * mass / bounds.high
+        if sum(found.values()) <= tolerance:
+            found = {}
+        begun = self.begun[role]
+        if not self.is_greedy and begun.num_open > tolerance * begun.high:
+            for path, mass in begun.open.items():
+                found[path] = found.get(path, 0.0) + mass / begun.high
+        return found
