@@ -1,12 +1,12 @@
 """Check and measure kernels and engine on a GPU without a network: python benchmarks/gpu.py [--sections kernels,table].
 
 kernels: the cases of the tests on the device. table: times over the floor, goals. tune: candidates of the launch
-table (block, warps, splits). engine: what a token of whole ensembles takes. patch_apply, patch_extract: patches on the
-device, on the CPU, and a plain copy. vllm: tokens per second of ensembles in vLLM, skipped where it is not installed.
-Build the CUDA kernels first (kernels/ensembler_kernels/cuda/build.py): else they are skipped. It needs torch, Triton,
-pytest and hypothesis, for `engine` and the patches also what the package requires, and installs nothing. Every section
-appends its rows to OUT/SECTION.jsonl as they are made, and prints its table at the end. On a CPU it runs with
---device cpu --small.
+table (block, warps, splits). engine: what a token of whole ensembles takes. text: the same with a target of another
+tokenizer. patch_apply, patch_extract: patches on the device, on the CPU, and a plain copy. vllm: tokens per second of
+ensembles in vLLM, skipped where it is not installed. Build the CUDA kernels first
+(kernels/ensembler_kernels/cuda/build.py): else they are skipped. It needs torch, Triton, pytest and hypothesis, for
+`engine`, `text` and the patches also what the package requires, and installs nothing. Every section appends its rows
+to OUT/SECTION.jsonl as they are made, and prints its table at the end. On a CPU it runs with --device cpu --small.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 import gpu_engine
 import gpu_patch
 import gpu_table
+import gpu_text
 import gpu_tune
 import gpu_vllm
 from gpu_options import Options, Row, table
@@ -125,6 +126,7 @@ SECTIONS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "table": gpu_table.table,
     "tune": gpu_tune.tune,
     "engine": gpu_engine.engine,
+    "text": gpu_text.text,
     "patch_apply": gpu_patch.patch_apply,
     "patch_extract": gpu_patch.patch_extract,
     "vllm": gpu_vllm.vllm,

@@ -112,7 +112,7 @@ def _plain(
     if compiled:
         model.compile_members()
         ways = {"graph, compiled" if graphs is not None else "compiled": generate(graphs=graphs)}
-    times = _per_token(ways, options)
+    times = per_token(ways, options)
     floor = family.bytes_of_token(rows, length) / bandwidth
     case = f"{family.name}, {rows} rows, {length} tokens"
     for way, spread in times.items():
@@ -120,7 +120,7 @@ def _plain(
         if "loop" in times:
             numbers["times_loop"] = spread.median / times["loop"].median
             numbers["times_target"] = spread.median / times["target alone"].median
-        fields = {"way": way, "rows": rows, "length": length, "ms": _milliseconds(spread), "floor_ms": 1e3 * floor}
+        fields = {"way": way, "rows": rows, "length": length, "ms": milliseconds(spread), "floor_ms": 1e3 * floor}
         goals = {name: GOALS.get((family.name, way, name)) for name in numbers} if rows == 1 and length == 8 else {}
         met = {name: goal for name, goal in goals.items() if goal is not None and not options.small}
         cell = f"{1e3 * spread.median:.2f} ms, {numbers['times_floor']:.2f} x"
@@ -148,7 +148,7 @@ def _grids(family: Family, options: Options) -> Iterator[Row]:
 
         return run
 
-    times = _per_token({"1": decode(one), "16": decode(many)}, options)
+    times = per_token({"1": decode(one), "16": decode(many)}, options)
     yield _ratio(family, "generation", times, 2.5, small)
     num, length = (2, 20) if small else (32, 512)
     choices = [
@@ -168,7 +168,7 @@ def _grids(family: Family, options: Options) -> Iterator[Row]:
 
 def _ratio(family: Family, name: str, times: Mapping[str, Spread], goal: float, small: bool) -> Row:
     ratio = times["16"].median / times["1"].median
-    fields = {"of": name, "ratio": ratio, "one": _milliseconds(times["1"]), "sixteen": _milliseconds(times["16"])}
+    fields = {"of": name, "ratio": ratio, "one": milliseconds(times["1"]), "sixteen": milliseconds(times["16"])}
     said = "" if small else f", goal {goal} {'met' if ratio <= goal else 'missed'}"
     return Row(
         f"{family.name}, 16 alphas over one", {**fields, "goal": None if small else goal}, {name: f"{ratio:.2f}{said}"}
@@ -197,16 +197,16 @@ def _drafting(options: Options) -> Iterator[Row]:
                 ids, max_new_tokens=num, top_k=0, **settings
             ),
         }
-        times = _per_token(ways, options, longer=4)
+        times = per_token(ways, options, longer=4)
         row = decoder.stats.to_row()
         over = {way: times["drafted"].median / times[way].median for way in ("plain", "target alone")}
         fields = {"acceptance": row["acceptance"], "tokens_per_round": row["tokens_per_round"], "over": over}
-        fields |= {way.replace(" ", "_"): _milliseconds(spread) for way, spread in times.items()}
+        fields |= {way.replace(" ", "_"): milliseconds(spread) for way, spread in times.items()}
         cells = {f"over {way}": f"{value:.2f}" for way, value in over.items()} | {"acceptance": str(row["acceptance"])}
         yield Row(f"drafted, target of 5 x the layers, {name}", fields, cells)
 
 
-def _per_token(ways: Mapping[str, Callable[[int], object]], options: Options, longer: int = 1) -> dict[str, Spread]:
+def per_token(ways: Mapping[str, Callable[[int], object]], options: Options, longer: int = 1) -> dict[str, Spread]:
     """Seconds per token of each way by turns: the difference of a long and a short text."""
     short, long = (2, 2 + 4 * longer) if options.small else (8, 8 + 32 * longer)
 
@@ -230,7 +230,7 @@ def _seconds(way: Callable[[int], object], num: int, options: Options) -> float:
     return seconds_of(run)
 
 
-def _milliseconds(spread: Spread) -> list[float]:
+def milliseconds(spread: Spread) -> list[float]:
     return [round(1e3 * seconds, 4) for seconds in (spread.lower, spread.median, spread.upper)]
 
 
@@ -254,12 +254,12 @@ def _loop(model: Any, ids: Tensor, num: int) -> None:
 
 
 def _small_trio(device: torch.device) -> Family:
-    return Family("small", _ensemble({role: _llama(SMALL, seed, device) for seed, role in enumerate(ROLES)}))
+    return Family("small", _ensemble({role: llama(SMALL, seed, device) for seed, role in enumerate(ROLES)}))
 
 
 def _one_b(device: torch.device) -> Family:
     shapes = dict(zip(ROLES, (ONE_B, ONE_B, THREE_B), strict=True))
-    members = {role: _llama(shape, seed, device) for seed, (role, shape) in enumerate(shapes.items())}
+    members = {role: llama(shape, seed, device) for seed, (role, shape) in enumerate(shapes.items())}
     return Family("1B/1B/3B", _ensemble(members))
 
 
@@ -271,7 +271,7 @@ def _seven_b(device: torch.device) -> Family:
     from ensembler.engine.backbone import Backbone
     from ensembler.patch.formats import read_patch
 
-    base, target = _llama(SEVEN_B, 0, device), _llama(THIRTEEN_B, 1, device)
+    base, target = llama(SEVEN_B, 0, device), llama(THIRTEEN_B, 1, device)
     names = [name for name, _ in base.named_modules() if name.rpartition(".")[2] in ("q_proj", "v_proj")]
     tensors = {}
     for name in names:
@@ -294,8 +294,8 @@ def _deepened(config: Mapping[str, Any], factor: int, device: torch.device) -> d
 
     Its head is a little off, so that drafts are not always right.
     """
-    source = _llama(config, 0, device)
-    target = _llama({**config, "num_hidden_layers": factor * config["num_hidden_layers"]}, 1, device)
+    source = llama(config, 0, device)
+    target = llama({**config, "num_hidden_layers": factor * config["num_hidden_layers"]}, 1, device)
     with torch.no_grad():
         for index, layer in enumerate(target.model.layers):
             layer.load_state_dict(source.model.layers[index // factor].state_dict())
@@ -305,11 +305,11 @@ def _deepened(config: Mapping[str, Any], factor: int, device: torch.device) -> d
         target.model.embed_tokens.load_state_dict(source.model.embed_tokens.state_dict())
         head = source.lm_head.weight
         target.lm_head.weight.copy_(head + 0.3 * head.std() * torch.randn_like(head))
-    other = _llama(config, 0, device)
+    other = llama(config, 0, device)
     return {"source_ft": source, "source_pt": other, "target_pt": target}
 
 
-def _llama(shape: Mapping[str, Any], seed: int, device: torch.device) -> Any:
+def llama(shape: Mapping[str, Any], seed: int, device: torch.device) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)

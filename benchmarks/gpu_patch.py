@@ -83,7 +83,7 @@ def _save_model(folder: Path, options: Options, num_layers: int | None = None) -
         shape = {**shape, "num_hidden_layers": num_layers}
     model, lora = folder / "model", folder / "lora"
     with torch.inference_mode(mode=False):
-        gpu_engine._llama(shape, 0, options.device).to(torch.bfloat16).save_pretrained(model)
+        gpu_engine.llama(shape, 0, options.device).to(torch.bfloat16).save_pretrained(model)
         files.make_lora(model, lora)
     return model, lora
 

@@ -55,7 +55,7 @@ def _save_members(folder: Path, options: Options) -> Any:
 
     shapes = (SMALL,) * 3 if options.small else (gpu_engine.ONE_B, gpu_engine.ONE_B, gpu_engine.THREE_B)
     for seed, (role, shape) in enumerate(zip(gpu_engine.ROLES, shapes, strict=True)):
-        gpu_engine._llama(shape, seed, options.device).save_pretrained(folder / role)
+        gpu_engine.llama(shape, seed, options.device).save_pretrained(folder / role)
     if options.device.type == "cuda":
         torch.cuda.empty_cache()
     members: dict[str, Any] = {role: {"model": str(folder / role)} for role in gpu_engine.ROLES}

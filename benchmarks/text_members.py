@@ -8,13 +8,16 @@ ANCHOR, MEMBER and TARGET are folders, such as models/smollm2 and models/gemma3.
 `scores` adds up the log-probs of the anchor's tokens under MEMBER, piece by piece along 50 paragraphs: the first ones
 of FILE of some length (default: WikiText's validation set), code of this project, and those of
 benchmarks/paragraphs.jsonl (digits, other scripts, emoji, addresses). The reference is the member's own log-prob of the
-text in its own tokens, the last of which are not certain and are summed over all ways to write them. One row for each
-paragraph; the same command goes on behind those that are there.
+text in its own tokens, the last of which are not certain and are summed over all ways to write them: of those texts
+that the anchor cuts behind the last token, as the steps count them. One row for each paragraph; the same command goes
+on behind those that are there.
 
 `decode` takes ANCHOR as source FT and source PT and decodes greedily at alpha 1, so that the ensemble ought to write
-what TARGET writes. Of TARGET's own greedy texts: the share of the anchor's tokens that the ensemble chooses along them,
-and, for comparison, the share where tokens are matched by name alone. Of free texts: log-likelihood per byte under
-TARGET, beside that of its own texts. Evaluations for each token, certain choices, time over an ensemble of three
+what TARGET writes. Of TARGET's own greedy texts (of tokens that spell text): the share of the anchor's tokens that the
+ensemble chooses along them. Of free texts: log-likelihood per byte under TARGET, beside that of its own texts. Both
+also where tokens are aligned in two known ways: by name, and as in UniTE (Yao et al. 2024, arXiv 2410.03777), where the
+candidates are the 64 most probable tokens of both models, and one that the other model writes in several tokens has
+the probability of the first of these. Evaluations for each token, certain choices, time over an ensemble of three
 ANCHORs, and the share of time outside of forwards. One row. Rows are appended to benchmarks/results/text_members.jsonl.
 """
 
@@ -26,7 +29,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ from ensembler.decoding.texts import explain
 from ensembler.engine.text_member_set import TextMemberSet
 from ensembler.engine.text_members import TextMembers, TextStats
 from ensembler.tokenization.reading import plain_ids
+from ensembler.tokenization.token_cut import TokenCut
 
 ROOT = Path(__file__).parents[1]
 OUT = RESULTS / "text_members.jsonl"
@@ -73,7 +77,9 @@ class DecodeRow(Measured):
     num_tokens: int
     agreement: float
     agreement_by_name: float
+    agreement_by_first_token: float
     likelihood: float
+    likelihood_by_first_token: float
     likelihood_of_own: float
     evaluations: dict[str, float]
     rounds: float
@@ -103,17 +109,20 @@ def load(anchor: Path, target: Path) -> tuple[EnsembleForCausalLM, TextMembers]:
 
 
 @torch.inference_mode()
-def reference(model: EnsembleForCausalLM, text: TextMembers, role: str, whole: str) -> float:
-    """The log-prob that a member begins with a text behind its begin token, by its own tokens and all ends."""
+def reference(model: EnsembleForCausalLM, text: TextMembers, role: str, whole: str, last: int) -> float:
+    """The log-prob that a member begins with a text behind its begin token, by its own tokens and all ends.
+
+    `last`: the anchor's last token, behind which it cuts the texts that count.
+    """
     reader, member = text.plan.readers[role], text.members[role]
     begin = [reader.tokenizer.bos_token_id if reader.tokenizer.bos_token_id is not None else reader.ends[0]]
     ids = begin + plain_ids(reader.tokenizer, whole)
-    state = member.begin(ids)
+    state = replace(member.begin(ids), cut=TokenCut(text.plan.anchor.writer, last))
     logprobs = model.members[role](torch.tensor([state.trunk])).logits[0].double().log_softmax(-1)
     total = sum(float(logprobs[at, token]) for at, token in enumerate(state.trunk[len(begin) :]))
     for _ in range(64):
         bounds = member.begun(state)
-        if bounds.num_open <= 1e-4 * bounds.high:
+        if sum(bounds.open.values()) <= 1e-4 * bounds.high:
             break
         member.evaluate([(state, max(bounds.open, key=bounds.open.__getitem__))])
     return total + math.log(bounds.middle)
@@ -130,8 +139,9 @@ def measure_scores(anchor: Path, other: Path, data: Path, num: int, done: set[in
         if number in done:
             continue
         before = text.members[role].num_evaluated
+        tokens = plain_ids(model.tokenizer, paragraph)
         with torch.inference_mode():
-            (found,) = only.score([(context, plain_ids(model.tokenizer, paragraph))])
+            (found,) = only.score([(context, tokens)])
         num_tokens = len(found[role].log_probs)
         evaluations = (text.members[role].num_evaluated - before) / num_tokens
         yield ScoreRow(
@@ -142,7 +152,7 @@ def measure_scores(anchor: Path, other: Path, data: Path, num: int, done: set[in
             num_bytes=len(paragraph.encode()),
             num_tokens=num_tokens,
             log_prob=sum(found[role].log_probs),
-            reference=reference(model, text, role, paragraph),
+            reference=reference(model, text, role, paragraph, tokens[-1]),
             bound=found[role].bound,
             evaluations=evaluations,
         )
@@ -165,21 +175,39 @@ def likelihood(model: EnsembleForCausalLM, text: TextMembers, prompt: str, new: 
     return sum(float(logprobs[at - 1, ids[at]]) for at in range(start, len(ids)))
 
 
-def by_name(model: EnsembleForCausalLM, text: TextMembers, prompt: str, new: str) -> list[bool]:
-    """For each token of the anchor along a text: whether the target's best token of those with its name is that one."""
-    reader, anchor = text.plan.readers["target_pt"], text.plan.anchor.writer.tokens.texts
-    names = {spelled: token for token, spelled in reader.writer.tokens.texts.items()}
-    shared = torch.tensor([names[one] for one in anchor.values() if one in names])
-    found, so_far = [], prompt.encode()
-    for token in plain_ids(model.tokenizer, prompt + new)[len(plain_ids(model.tokenizer, prompt)) :]:
-        begin = [] if reader.tokenizer.bos_token_id is None else [reader.tokenizer.bos_token_id]
-        ids = begin + plain_ids(reader.tokenizer, so_far.decode(errors="ignore"))
-        with torch.inference_mode():
-            logits = model.members["target_pt"](torch.tensor([ids])).logits[0, -1]
-        best = int(shared[logits[shared].argmax()])
-        found.append(reader.writer.tokens.texts[best] == anchor.get(token))
-        so_far += anchor.get(token, b"")
-    return found
+class Alignment:
+    """The target's next token in the anchor's tokens, as others align them: by name, and by the first of its tokens."""
+
+    def __init__(self, model: EnsembleForCausalLM, text: TextMembers) -> None:
+        self._model = model
+        self._reader = text.plan.readers["target_pt"]
+        self._writer = text.plan.anchor.writer
+        self._anchor = self._writer.tokens.texts
+        names = {spelled: token for token, spelled in self._reader.writer.tokens.texts.items()}
+        self._shared = torch.tensor([names[one] for one in self._anchor.values() if one in names])
+
+    @torch.inference_mode()
+    def best(self, ids: Sequence[int]) -> tuple[bytes, int]:
+        """The best token behind a text as ids of the anchor: by name, its bytes, and by the first token, its id."""
+        so_far = b"".join(self._anchor.get(token, b"") for token in ids).decode(errors="ignore")
+        begin = [] if self._reader.tokenizer.bos_token_id is None else [self._reader.tokenizer.bos_token_id]
+        own = torch.tensor([begin + plain_ids(self._reader.tokenizer, so_far)])
+        logits = self._model.members["target_pt"](own, logits_to_keep=1).logits[0, -1]
+        named = self._reader.writer.tokens.texts[int(self._shared[logits[self._shared].argmax()])]
+        of_anchor = self._model.anchor(torch.tensor([ids]), logits_to_keep=1).logits[0, -1]
+        candidates = {token for token in of_anchor.topk(64).indices.tolist() if token in self._anchor}
+        for token in logits.topk(64).indices.tolist():
+            written = self._writer.encode(self._reader.writer.tokens.texts.get(token, b""))
+            candidates |= set((written or [])[:1])
+        firsts = {token: self._reader.writer.encode(self._anchor[token]) for token in candidates}
+        return named, max(firsts, key=lambda token: float(logits[firsts[token][0]]) if firsts[token] else -math.inf)
+
+    def write(self, ids: Sequence[int], num: int) -> list[int]:
+        """The next `num` tokens, by the first token."""
+        found = list(ids)
+        for _ in range(num):
+            found.append(self.best(found)[1])
+        return found[len(ids) :]
 
 
 def measure_decode(anchor: Path, target: Path, data: Path, num: int, num_tokens: int) -> DecodeRow:
@@ -193,21 +221,27 @@ def measure_decode(anchor: Path, target: Path, data: Path, num: int, num_tokens:
     lines = [line.strip() for line in data.read_text(encoding="utf-8").splitlines() if len(line) > 300]
     prompts = [line[:120].rsplit(" ", 1)[0] for line in lines[:num]]
     meter = Meter(DecodingStats())
-    agreed, named, free, seconds, theirs = [], [], [], [], []
+    agreed, named, first_of, free, seconds, theirs = [], [], [], [], [], []
     inside: list[float] = []
     model_pairs = []
+    alignment = Alignment(model, text)
+    known = {*text.plan.readers["target_pt"].writer.tokens.texts, *text.plan.readers["target_pt"].ends}
+    no_text = [token for token in range(len(own)) if token not in known]
     for prompt in prompts:
-        new = own.decode(
-            greedy(model.members["target_pt"], dict(own(prompt, return_tensors="pt")), num_tokens),
-            skip_special_tokens=True,
+        new_ids = greedy(
+            model.members["target_pt"], dict(own(prompt, return_tensors="pt")), num_tokens, suppress_tokens=no_text
         )
+        new = own.decode(new_ids, skip_special_tokens=True)
         first = tokenizer(prompt).input_ids
         whole = tokenizer(prompt + new).input_ids
         if whole[: len(first)] != first or len(whole) == len(first):
             continue
         choices = explain(model, first, whole[len(first) :])
         agreed += [one.ensemble_token == one.token for one in choices]
-        named += by_name(model, text, prompt, new)
+        for at in range(len(first), len(whole)):
+            by_name, by_first = alignment.best(whole[:at])
+            named.append(by_name == text.plan.anchor.writer.tokens.texts.get(whole[at]))
+            first_of.append(by_first == whole[at])
         model_pairs.append((prompt, new))
     text.stats = TextStats()
     for member in text.members.values():
@@ -224,13 +258,9 @@ def measure_decode(anchor: Path, target: Path, data: Path, num: int, num_tokens:
         greedy(trio, inputs, num_tokens, custom_generate=Decoder("none"))
         theirs.append(time.perf_counter() - start)
         written = tokenizer.decode(ids, skip_special_tokens=True)
+        aligned = tokenizer.decode(alignment.write(inputs["input_ids"][0].tolist(), num_tokens))
         if written and new:
-            free.append(
-                (
-                    likelihood(model, text, prompt, written) / len(written.encode()),
-                    likelihood(model, text, prompt, new) / len(new.encode()),
-                )
-            )
+            free.append([likelihood(model, text, prompt, one) / len(one.encode()) for one in (written, new, aligned)])
     found = text.describe()
     return DecodeRow(
         anchor=anchor.name,
@@ -239,8 +269,10 @@ def measure_decode(anchor: Path, target: Path, data: Path, num: int, num_tokens:
         num_tokens=len(agreed),
         agreement=statistics.mean(agreed),
         agreement_by_name=statistics.mean(named),
-        likelihood=statistics.mean(one for one, _ in free),
-        likelihood_of_own=statistics.mean(one for _, one in free),
+        agreement_by_first_token=statistics.mean(first_of),
+        likelihood=statistics.mean(one for one, _, _ in free),
+        likelihood_of_own=statistics.mean(one for _, one, _ in free),
+        likelihood_by_first_token=statistics.mean(one for _, _, one in free),
         evaluations=found["evaluations"],
         rounds=found["rounds"],
         certain=found["certain"],

@@ -6,7 +6,7 @@ The face of a member set and a rule: config, forward, save, load, `generate`. Me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -78,10 +78,13 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         self.combination = make_combination(rule, contract, config.outside, tuple(contract.widths))
         self.tokenizer: Any | None = None
         self._files: dict[str, MemberFiles] = {}
-        make: Callable[..., MemberSet] = MemberSet if world is None else partial(RankedMembers, world)
+        self.member_set: MemberSet
         if text is not None:
-            make = partial(TextMemberSet, text)
-        self.member_set = make(self.members, backbones, contract)
+            self.member_set = TextMemberSet(text, self.members, backbones)
+        elif world is not None:
+            self.member_set = RankedMembers(world, self.members, backbones, contract)
+        else:
+            self.member_set = MemberSet(self.members, backbones, contract)
         self._row_alpha: Tensor | None = None
         if rule.anchor in self.members:
             self.generation_config = deepcopy(self.anchor.generation_config)

@@ -78,7 +78,7 @@ class PrefixCache:
             self._cache = None  # before the next is read: not both in memory
             cache = self._model.member_set.new_row_cache(1, len(prefix))
             positions = torch.arange(len(prefix))[None]
-            prefill(self._model.member_set.read, cache, torch.tensor([prefix]), positions, self._chunk)
+            prefill(self._model.member_set.logits, cache, torch.tensor([prefix]), positions, self._chunk)
             cache.hold([prefix], [len(prefix)])
             self._cache = cache
         return self._cache

@@ -27,7 +27,7 @@ from ensembler.decoding.rows import Row, Text
 from ensembler.decoding.samples import GridOutput, StopChecker, Stream
 from ensembler.engine.grid import Grid, GridPoint, make_combination
 from ensembler.engine.model_runner import ModelRunner, Step
-from ensembler.engine.prefill import RunMembers
+from ensembler.engine.prefill import Complete, RunMembers
 from ensembler.engine.row_cache import RowCache
 from ensembler.engine.text_member_set import TextMemberSet
 from ensembler.errors import ConfigError
@@ -168,7 +168,8 @@ class Decoder:
         recorder: Recorder | None = None,
     ) -> DecodeLoop:
         """Return a loop that decodes at the points of `grid`, by sampling where there is a `seed`, with who drafts."""
-        run_members, own = _run_of(model, grid, is_greedy=seed is None and not processors and recorder is None)
+        run_members, own = _run_of(model, grid)
+        is_greedy = seed is None and not processors and recorder is None
         width = model.contract.widths[model.rule.anchor]
         found = find_drafter(model, self.draft, grid, lambda one: Chooser(one, processors, seed, width=width))
         drafter, self.stats.plain_reason = (None, found) if isinstance(found, str) else (found, None)
@@ -183,6 +184,7 @@ class Decoder:
             chunk=chunk,
             keeps_rows=keeps_rows,
             meter=self.meter,
+            complete=_complete_of(model, grid, is_greedy=is_greedy),
         )
 
     def run(self, loop: DecodeLoop) -> list[Text]:
@@ -202,15 +204,19 @@ class Decoder:
         return ended
 
 
-def _run_of(model: EnsembleForCausalLM, grid: Grid, *, is_greedy: bool) -> tuple[RunMembers, Grid]:
+def _complete_of(model: EnsembleForCausalLM, grid: Grid, *, is_greedy: bool) -> Complete | None:
+    """Return what asks members with other tokenizers, if there are any: greedily until the best token is certain."""
+    if not isinstance(model.member_set, TextMemberSet):
+        return None
+    points = [rule.weights(alpha) for rule, alphas in grid.runs for alpha in alphas]
+    return partial(model.member_set.completed, points=points, is_greedy=is_greedy)
+
+
+def _run_of(model: EnsembleForCausalLM, grid: Grid) -> tuple[RunMembers, Grid]:
     """Return what runs the members of `model`, and the grid that combines the logits that it returns.
 
-    Of several processes each has some of the members: at one point the ranks' weighted sums are enough. Members with
-    other tokenizers stop where the best token is certain, if it is all that is wanted.
+    Of several processes each has some of the members: at one point the ranks' weighted sums are enough.
     """
-    if isinstance(model.member_set, TextMemberSet):
-        points = [rule.weights(alpha) for rule, alphas in grid.runs for alpha in alphas]
-        return partial(model.member_set.logits, points=points, is_greedy=is_greedy), grid.to(model.device)
     if model.world is None or len(grid) > 1:
         return model.member_set.logits, grid.to(model.device)
     ((rule, alphas),) = grid.runs

@@ -206,8 +206,8 @@ def find_drafter(
         return "no draft was wanted"
     if model.world is not None:
         return "several processes share the members"
-    if model.contract.is_text and draft != NGRAM:
-        return "members with other tokenizers verify no drafts of a member"
+    if model.contract.is_text and draft == AUTO:
+        return "members have different tokenizers"
     if len(runners) == 1 and not model.contract.is_text:
         return "all members run in one forward, so that there is none to verify"
     if draft == NGRAM:
@@ -217,12 +217,25 @@ def find_drafter(
         drafting = [runner for runner in runners if set(runner.roles) - model.rule.raw_roles]
         found = min(drafting, key=sizes.__getitem__)
     else:
-        found = next(runner for runner in runners if draft in runner.roles)
-    share = sizes[found] / sum(sizes.values())
+        found = _runner_of(model, draft)
+    asked = [model.members[role] for role in model.members if all(role not in one.roles for one in runners)]
+    share = sizes[found] / (sum(sizes.values()) + sum(map(num_bytes, asked)))
     if draft == AUTO and share >= 1 / 3:
         return "no member is light enough to draft for the others"
     others = [runner for runner in runners if runner is not found]
     return Drafter(found, others, share, make_chooser(_draft_grid(model, grid, found.roles)))
+
+
+def _runner_of(model: EnsembleForCausalLM, role: str) -> ModelRunner:
+    """Return the runner of a role; raise ConfigError for a member with another tokenizer than the anchor."""
+    runners = model.member_set.runners
+    found = next((runner for runner in runners if role in runner.roles), None)
+    if found is None:
+        expected = ", ".join((NGRAM, *(role for runner in runners for role in runner.roles)))
+        raise ConfigError(
+            f"draft is {role!r}, which has another tokenizer than the anchor; expected one of: {expected}"
+        )
+    return found
 
 
 def check_draft(rule: Rule, draft: str) -> None:
@@ -260,7 +273,7 @@ def _stand_ins(model: EnsembleForCausalLM, rule: Rule, roles: Sequence[str]) -> 
             constant[stands[role]] += rule.constant.get(role, 0.0)
             slope[stands[role]] += rule.slope.get(role, 0.0)
     return replace(
-        make_combination(rule, model.contract, model.config.outside),
+        make_combination(rule, model.member_set.contract, model.config.outside),
         constant=tuple(constant.values()),
         slope=tuple(slope.values()),
         raw=tuple(role in rule.raw_roles for role in roles),

@@ -20,7 +20,7 @@ from ensembler.decoding.drafting import Drafter, Round, look_up
 from ensembler.decoding.rows import Row, Text, condense_rows, split_rows
 from ensembler.decoding.samples import StopChecker
 from ensembler.engine.model_runner import Step, check_nan
-from ensembler.engine.prefill import Logits, RunMembers, prefill, unread_to_the_right
+from ensembler.engine.prefill import Complete, Logits, RunMembers, prefill, unread_to_the_right
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import LogitsError
 
@@ -29,7 +29,7 @@ class DecodeLoop:
     """Rows that are decoded together, on one cache.
 
     `chunk`: read prompts so many positions at a time. `keeps_rows`: a row whose texts have ended keeps its row of the
-    cache, for a later call.
+    cache, for a later call. `complete`: returns the logits with those of members that are asked for text.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class DecodeLoop:
         chunk: int | None = None,
         keeps_rows: bool = False,
         meter: Meter | None = None,
+        complete: Complete | None = None,
     ) -> None:
         self.rows: list[Row] = []
         self.cache = cache
@@ -53,6 +54,7 @@ class DecodeLoop:
         self._chunk = chunk
         self._keeps_rows = keeps_rows
         self._meter = meter
+        self._complete = complete
         self._has_nan = False
 
     @property
@@ -73,7 +75,9 @@ class DecodeLoop:
         self.cache.hold([row.ids for row in rows], [row.num_read for row in rows], first)
         with self._undone_if_it_fails():
             with timed(self._meter, "prefill"):
-                logits = self._read_prompts(rows, first)
+                logits = self._completed(
+                    self._read_prompts(rows, first), [(index, 0, row.ids) for index, row in enumerate(rows)]
+                )
             requests = [TokenRequest(text, row, 0, index) for index, row in enumerate(rows) for text in row.texts]
             gained, ended = self._choose(logits, requests)
         self.rows += rows
@@ -91,13 +95,20 @@ class DecodeLoop:
         with self._undone_if_it_fails():
             logits = self._read_drafting(num)
             num = next(iter(logits.values())).shape[1]
-            requests = [
-                TokenRequest(text, row, offset, index * num + offset)
-                for index, row in enumerate(self.rows)
-                for offset in range(min(1 + len(row.drafts), self._num_readable(row)))
-                for text in row.texts
-            ]
             guesses = self.drafter.peek(logits, self.rows) if self.drafter is not None and num == 1 else None
+            places = [
+                (index, offset, [*row.ids, *row.drafts[:offset]])
+                for index, row in enumerate(self.rows)
+                if row.texts
+                for offset in range(min(1 + len(row.drafts), self._num_readable(row)))
+            ]
+            with timed(self._meter, "step" if num == 1 else "verify"):
+                logits = self._completed(logits, places)
+            requests = [
+                TokenRequest(text, self.rows[index], offset, index * num + offset)
+                for index, offset, _ in places
+                for text in self.rows[index].texts
+            ]
             gained, ended = self._choose(logits, requests)
         grown = [(row, gained[row.texts[0]]) for row in rows]  # of texts that share a row, the first counts
         num_tokens = sum(len(tokens) for _, tokens in grown)
@@ -139,6 +150,10 @@ class DecodeLoop:
         with timed(self._meter, "verify"):
             verified = self._run_members(self._newest(0, num), self.cache, drafter.others)
         return {role: torch.cat([step[role] for step in steps], dim=1) for role in steps[0]} | verified
+
+    def _completed(self, logits: Logits, places: Sequence[tuple[int, int, Sequence[int]]]) -> Logits:
+        """Return the logits of all members. `places`: row and column of those that are wanted, and the ids so far."""
+        return logits if self._complete is None else self._complete(logits, places)
 
     def _newest(self, offset: int, num: int) -> Step:
         """Return the input of `num` tokens from `offset` behind the newest one; what is not there is padding."""

@@ -250,8 +250,8 @@ class RankedMembers(MemberSet):
         with self._advancing(cache):
             logits, failure = self._own_logits(step, cache)
             self._world.agree(step, failure, is_plain=False)
-            gathered = self._world.gather(logits, self._contract)
-        return {role: gathered[role] for role in self._contract.widths}
+            gathered = self._world.gather(logits, self.contract)
+        return {role: gathered[role] for role in self.contract.widths}
 
     def combined(
         self, step: Step, cache: EnsembleCache | RowCache | None, combination: Combination, alpha: float | Tensor
@@ -261,7 +261,7 @@ class RankedMembers(MemberSet):
         Where all logits are finite it is the all-reduce of the ranks' weighted sums. What no sum expresses (a member
         that forbids tokens by −inf, a cut-off, ratios normalised over the shared ids) is combined from all logits.
         """
-        contract = self._contract
+        contract = self.contract
         roles = tuple(contract.widths)
         width = contract.widths[roles[0]]
         sum_is_enough = combination.cutoff is None and not (combination.neutral and contract.shared < width)

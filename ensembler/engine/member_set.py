@@ -47,7 +47,7 @@ class MemberSet:
         self.timer: Timer | None = None
         self.graphs: StepGraphs | None = StepGraphs(CudaRecorder) if torch.cuda.is_available() else None
         self._models = models
-        self._contract = contract
+        self.contract = contract
         self._compiled: dict[int, Callable[..., Any]] | None = None
         self._backend: Any = None
         self._planned: list[ModelRunner] = []
@@ -60,9 +60,9 @@ class MemberSet:
     def runners(self) -> list[ModelRunner]:
         """The runners of the members; planned anew when a model was replaced or its weights have moved."""
         if torch.compiler.is_compiling():  # traced weights have no address, and must not be kept
-            return self._planned or plan_runners(dict(self._models.items()), self.backbones, self._contract)
+            return self._planned or plan_runners(dict(self._models.items()), self.backbones, self.contract)
         if not self._planned or self._planned_for != self._models_and_weights():
-            self._planned = plan_runners(dict(self._models.items()), self.backbones, self._contract)
+            self._planned = plan_runners(dict(self._models.items()), self.backbones, self.contract)
             self._planned_for = self._models_and_weights()
             self._kept, self._plan = None, next(_plans)
             if self.graphs is not None:
@@ -169,10 +169,6 @@ class MemberSet:
         with self._advancing(cache):
             return self._as_transformers(step, cache, runners)
 
-    def read(self, step: Step, cache: RowCache, runners: Sequence[ModelRunner] | None = None) -> dict[str, Tensor]:
-        """Read tokens into a cache, for which nobody needs the logits."""
-        return self.logits(step, cache, runners)
-
     def combined(
         self, step: Step, cache: EnsembleCache | None, combination: Combination, alpha: float | Tensor
     ) -> Tensor:
@@ -183,7 +179,7 @@ class MemberSet:
         """
         with self._advancing(cache):
             logits = self.logits(step, cache)
-            combined = combine_members(logits, combination, alpha, self._contract)
+            combined = combine_members(logits, combination, alpha, self.contract)
             if not torch.compiler.is_compiling() and combined.isnan().any():  # a traced value is not known
                 check_nan(logits)
         return combined

@@ -14,6 +14,8 @@ from ensembler.engine.row_cache import RowCache
 Logits = dict[str, Tensor]
 RunMembers = Callable[[Step, RowCache, Sequence[ModelRunner] | None], Logits]
 """Runs all members, or those of the given runners, and returns their logits (rows, n, V) by role."""
+Complete = Callable[[Logits, Sequence[tuple[int, int, Sequence[int]]]], Logits]
+"""Adds the logits of members that are asked for text: row and column of those that are wanted, and the ids so far."""
 _CHUNK = 1024  # positions of prompts that are read at once: a mask of all of a long prompt would be its square
 
 

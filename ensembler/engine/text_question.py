@@ -115,7 +115,7 @@ class Question:
         if sum(found.values()) <= tolerance:
             found = {}
         begun = self.begun[role]
-        if not self.is_greedy and begun.num_open > tolerance * begun.high:
+        if not self.is_greedy and sum(begun.open.values()) > tolerance * begun.high:
             for path, mass in begun.open.items():
                 found[path] = found.get(path, 0.0) + mass / begun.high
         return found

@@ -13,6 +13,7 @@ from ensembler.tokenization.token_bytes import TokenBytes
 from ensembler.tokenization.token_writer import TokenWriter
 
 _SMALL = 1e-3  # of what is asked about: less is left undecided
+_MOST_TRIED = 128  # tokens of one first byte, the most probable ones
 
 
 class TokenCut:
@@ -37,22 +38,28 @@ class TokenCut:
         bytes; one that ends there is left out. `sums`: the cumulative probabilities, by place.
         """
         small = _SMALL * float(sums[last] - sums[first])
+        groups = [
+            (float(sums[high] - sums[low]), byte, low, high) for byte, low, high in tokens.by_byte(first, last, start)
+        ]
+        left = sum(mass for mass, *_ in groups)
         kept = undecided = 0.0
-        for byte, low, high in tokens.by_byte(first, last, start):
-            mass = float(sums[high] - sums[low])
-            if mass <= small:
-                undecided += mass
-            elif self._stays_before(byte):
+        for mass, byte, low, high in sorted(groups, reverse=True):
+            if left <= small:
+                break
+            left -= mass
+            if self._stays_before(byte):
                 kept += mass
-            else:
-                probabilities = np.diff(sums[low : high + 1])
-                for place in np.flatnonzero(probabilities > small).tolist():
-                    mass -= float(probabilities[place])
-                    if self._writer.cuts_behind(self.text, tokens.spelled[low + place][start:]):
-                        kept += float(probabilities[place])
-                if mass <= small or self._writer.can_go_on(self.token, bytes([byte])):
-                    undecided += mass
-        return kept, undecided
+                continue
+            probabilities = np.diff(sums[low : high + 1])
+            for place in np.argsort(-probabilities)[:_MOST_TRIED].tolist():
+                if mass <= small:
+                    break
+                mass -= float(probabilities[place])
+                if self._writer.cuts_behind(self.text, tokens.spelled[low + place][start:]):
+                    kept += float(probabilities[place])
+            if mass <= small or self._writer.can_go_on(self.token, bytes([byte])):
+                undecided += max(0.0, mass)
+        return kept, undecided + max(0.0, left)
 
     def _stays_before(self, byte: int) -> bool:
         """Return whether the cut is sure to stay before all texts that begin with a byte."""

@@ -94,6 +94,19 @@ def test_the_engine_is_timed_with_what_it_is_measured_against(tmp_path: Path) ->
         assert all(numbers == sorted(numbers) for numbers in row.values() if isinstance(numbers, list))
 
 
+def test_another_tokenizer_is_timed_against_the_same(tmp_path: Path) -> None:
+    command = [sys.executable, BENCHMARKS / "gpu.py", "--device", "cpu", "--small", "--sections", "text"]
+    done = subprocess.run([*map(str, command), "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    rows = rows_of(tmp_path / "text.jsonl")
+    assert [row["rows"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row.keys() >= WHERE
+        assert row["ratio"] > 0 < row["evaluations"]
+        assert 0 < row["host_share"] < 1
+        assert row["other_tokenizer"] == sorted(row["other_tokenizer"])
+
+
 def test_patches_are_timed_against_a_copy(tmp_path: Path) -> None:
     command = [sys.executable, BENCHMARKS / "gpu.py", "--device", "cpu", "--small"]
     command += ["--sections", "patch_apply,patch_extract", "--out", tmp_path]
@@ -135,7 +148,10 @@ def test_without_time_everything_is_left_out_and_said(tmp_path: Path) -> None:
 def test_a_section_that_is_not_there_and_a_gpu_that_is_not(tmp_path: Path) -> None:
     done = bench("--out", tmp_path, "--sections", "tables")
     assert done.returncode == 2
-    assert "expected some of kernels, table, tune, engine, patch_apply, patch_extract, vllm, got tables" in done.stderr
+    assert (
+        "expected some of kernels, table, tune, engine, text, patch_apply, patch_extract, vllm, got tables"
+        in done.stderr
+    )
     if not torch.cuda.is_available():
         assert "torch finds no GPU here" in bench("--device", "cuda").stderr
 
