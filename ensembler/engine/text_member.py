@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -187,10 +187,14 @@ class TextMember:
         """Evaluate together the nodes that the tokenizer's own writing of more text will pass."""
         for start in range(0, len(wanted), _MOST_TEXTS_AHEAD):
             part = [(state, self._ahead(state, text)) for state, text in wanted[start : start + _MOST_TEXTS_AHEAD]]
-            num = max(len(path) for _, path in part) + 1
+            known = [_num_known(state.nodes, path) for state, path in part]
+            num = max(len(path) + 1 - first for (_, path), first in zip(part, known, strict=True))
+            if num == 0:
+                continue
             logits = self._rows.logits([state.trunk + path for state, path in part], num)
-            for (state, path), of_text in zip(part, logits, strict=True):
-                for at, node in enumerate(self._next_tokens(of_text[num - 1 - len(path) :])):
+            for (state, path), first, of_text in zip(part, known, logits, strict=True):
+                nodes = self._next_tokens(of_text[num - (len(path) + 1 - first) :])
+                for at, node in enumerate(nodes, start=first):
                     state.nodes.setdefault(tuple(path[:at]), node)
 
     def _ahead(self, state: TextState, text: bytes) -> list[int]:
@@ -209,6 +213,11 @@ class TextMember:
         summed = torch.nn.functional.pad(probabilities[:, order].cumsum(-1, dtype=torch.float64), (1, 0))
         ends = probabilities[:, self._ends].sum(-1).tolist()
         return [NextTokens(one.copy(), end) for one, end in zip(summed.cpu().numpy(), ends, strict=True)]
+
+
+def _num_known(nodes: Mapping[Path, NextTokens], path: Sequence[int]) -> int:
+    """Return how many nodes along a path are there, from the trunk on without a gap."""
+    return next((at for at in range(len(path) + 1) if tuple(path[:at]) not in nodes), len(path) + 1)
 
 
 def _ends_with_character(text: bytes) -> bool:
