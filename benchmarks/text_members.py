@@ -175,6 +175,16 @@ def likelihood(model: EnsembleForCausalLM, text: TextMembers, prompt: str, new: 
     return sum(float(logprobs[at - 1, ids[at]]) for at in range(start, len(ids)))
 
 
+def own_text(model: EnsembleForCausalLM, text: TextMembers, prompt: str, num: int) -> str:
+    """What the target alone writes greedily behind a prompt, in tokens that spell text."""
+    reader = text.plan.readers["target_pt"]
+    no_text = set(range(len(reader.tokenizer))) - {*reader.writer.tokens.texts, *reader.ends}
+    inputs = dict(reader.tokenizer(prompt, return_tensors="pt"))
+    ids = greedy(model.members["target_pt"], inputs, num, suppress_tokens=sorted(no_text))
+    written: str = reader.tokenizer.decode(ids, skip_special_tokens=True)
+    return written
+
+
 class Alignment:
     """The target's next token in the anchor's tokens, as others align them: by name, and by the first of its tokens."""
 
@@ -217,7 +227,7 @@ def measure_decode(anchor: Path, target: Path, data: Path, num: int, num_tokens:
         alpha=1.0,
         members=dict.fromkeys(("source_ft", "source_pt", "target_pt"), str(anchor)),
     )
-    tokenizer, own = model.tokenizer, text.plan.readers["target_pt"].tokenizer
+    tokenizer = model.tokenizer
     lines = [line.strip() for line in data.read_text(encoding="utf-8").splitlines() if len(line) > 300]
     prompts = [line[:120].rsplit(" ", 1)[0] for line in lines[:num]]
     meter = Meter(DecodingStats())
@@ -225,13 +235,8 @@ def measure_decode(anchor: Path, target: Path, data: Path, num: int, num_tokens:
     inside: list[float] = []
     model_pairs = []
     alignment = Alignment(model, text)
-    known = {*text.plan.readers["target_pt"].writer.tokens.texts, *text.plan.readers["target_pt"].ends}
-    no_text = [token for token in range(len(own)) if token not in known]
     for prompt in prompts:
-        new_ids = greedy(
-            model.members["target_pt"], dict(own(prompt, return_tensors="pt")), num_tokens, suppress_tokens=no_text
-        )
-        new = own.decode(new_ids, skip_special_tokens=True)
+        new = own_text(model, text, prompt, num_tokens)
         first = tokenizer(prompt).input_ids
         whole = tokenizer(prompt + new).input_ids
         if whole[: len(first)] != first or len(whole) == len(first):

@@ -68,6 +68,10 @@ class TextMembers:
         self._states: OrderedDict[tuple[int, ...], States] = OrderedDict()
         width = plan.contract.widths[plan.anchor_role]
         self._never = [token for token in range(width) if token not in self._texts and token not in plan.anchor.ends]
+        writers = {id(reader.writer): reader.writer for reader in plan.readers.values()}
+        self._groups = [
+            [role for role in self.members if plan.readers[role].writer is writer] for writer in writers.values()
+        ]
         self._cut = cache(partial(TokenCut, plan.anchor.writer))
 
     def describe(self) -> dict[str, Any]:
@@ -222,6 +226,7 @@ class TextMembers:
             base,
             np.array([weights[self.plan.anchor_role] * rest for weights in points]),
             {role: np.array([weights.get(role, 0.0) for weights in points]) for role in self.members},
+            self._groups,
         )
 
     def _candidates(self, tokens: Sequence[int]) -> list[int]:
@@ -285,13 +290,17 @@ class TextMembers:
 
     def _next_paths(self, question: Question) -> dict[str, list[Path]]:
         """Return the paths that are evaluated next, by role: those with much of the open mass, where it matters."""
-        if question.is_greedy and sum(question.contenders()) <= 1:
-            return {role: [] for role in self.members}
-        found = {}
-        for role in self.members:
-            shares = question.open_paths(role, 0.0 if question.is_greedy else self.plan.settings.tolerance)
+        is_certain = question.is_greedy and sum(question.contenders()) <= 1
+        tolerance = 0.0 if question.is_greedy and not is_certain else self.plan.settings.tolerance
+        found: dict[str, list[Path]] = {}
+        for group in self._groups:
+            shares: dict[Path, float] = {}
+            for role in group if not is_certain or len(group) > 1 else ():  # of a ratio the best one is to be known
+                for path, share in question.open_paths(role, tolerance).items():
+                    shares[path] = max(share, shares.get(path, 0.0))
             most = max(shares.values(), default=0.0)
-            found[role] = [path for path, share in shares.items() if share >= most / 2]
+            paths = [path for path, share in shares.items() if share >= most / 2]
+            found |= {role: [path for path in paths if path not in question.states[role].nodes] for role in group}
         return found
 
     def _log_probs(self, role: str, question: Question) -> Tensor:

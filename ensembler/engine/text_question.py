@@ -14,32 +14,54 @@ from ensembler.engine.text_member import Continuation, TextMember, TextState
 States = dict[str, TextState]
 """The state of each member, by role, behind one text."""
 Array = NDArray[np.float64]
+_NEARLY_0 = 1e-9
 
 
 @dataclass(frozen=True)
 class Scores:
     """The scores of candidates at some points, as far as members by ids decide them, and the weights of all others.
 
-    `base` (points, candidates); `rest` (points,): the best of all other tokens; `slopes` (points,) by role.
+    `base` (points, candidates); `rest` (points,): the best of all other tokens; `slopes` (points,) by role. `groups`:
+    the roles that share a tokenizer, and so ways to write a text.
     """
 
     base: Array
     rest: Array
     slopes: Mapping[str, Array]
+    groups: Sequence[Sequence[str]]
 
-    def at(self, log_probs: Mapping[str, Array], others: Mapping[str, Array] | None = None) -> Array:
-        """Return the scores (points, candidates), NaN where they are undefined.
-
-        `log_probs` (candidates,) by role; `others` are taken where a role's weight is negative.
-        """
+    def at(self, log_probs: Mapping[str, Array]) -> Array:
+        """Return the scores (points, candidates) for log-probs (candidates,) by role."""
         scores = self.base.copy()
-        with np.errstate(invalid="ignore"):
-            for role, slopes in self.slopes.items():
-                for point, slope in enumerate(slopes):
-                    values = log_probs if others is None or slope > 0 else others
-                    if slope:
-                        scores[point] += slope * values[role]
+        for group in self.groups:
+            scores += self._ratio(group, log_probs)
         return scores
+
+    def between(self, low: Mapping[str, Array], high: Mapping[str, Array]) -> tuple[Array, Array]:
+        """Return the lowest and the highest scores (points, candidates) for log-probs between bounds, by role.
+
+        What is open counts alike for members that share a tokenizer: nothing would bound their ratio else.
+        """
+        least, most = self.base.copy(), self.base.copy()
+        for group in self.groups:
+            one, other = self._ratio(group, high), self._ratio(group, low)
+            is_open = np.any([np.isinf(low[role]) & np.isfinite(high[role]) for role in group], axis=0)
+            total = np.sum([self.slopes[role] for role in group], axis=0)[:, None]
+            limit = np.where(np.abs(total) < _NEARLY_0, one, np.where(total > 0, -np.inf, np.inf))
+            other = np.where(is_open, limit, other)
+            least += np.minimum(one, other)
+            most += np.maximum(one, other)
+        return least, most
+
+    def _ratio(self, group: Sequence[str], log_probs: Mapping[str, Array]) -> Array:
+        """Return what a group adds (points, candidates): 0 where it is undefined, as the kernels count it."""
+        ratio = np.zeros_like(self.base)
+        with np.errstate(invalid="ignore"):
+            for role in group:
+                slopes = self.slopes[role][:, None]
+                ratio += np.where(slopes == 0, 0.0, slopes * log_probs[role])
+        ratio[np.isnan(ratio) | (ratio == np.inf)] = 0.0
+        return ratio
 
 
 @dataclass
@@ -81,8 +103,7 @@ class Question:
         if not all(one.middle > 0 for one in self.begun.values()):
             return np.full(len(self.scores.rest), -np.inf), np.full(self.scores.base.shape, np.inf)
         low, high = ({role: self.log_probs(role, bound) for role in self.bounds} for bound in ("low", "high"))
-        least, most = self.scores.at(low, high), self.scores.at(high, low)
-        least[np.isnan(least)], most[np.isnan(most)] = -np.inf, np.inf
+        least, most = self.scores.between(low, high)
         return np.maximum(self.scores.rest, least.max(1, initial=-np.inf)), most
 
     def weights(self) -> Array:
@@ -95,8 +116,6 @@ class Question:
             most = np.where(most >= best[:, None], most, -np.inf)
             return np.bincount(most.argmax(1), minlength=num) / len(most)
         scores = self.scores.at({role: self.log_probs(role) for role in self.bounds})
-        scores[np.isnan(scores)] = -np.inf
-        scores = np.minimum(scores, np.finfo(float).max)
         drawn = np.exp(scores - scores.max(1, keepdims=True, initial=np.finfo(float).min))
         total = drawn.sum(1, keepdims=True)
         mean: Array = (drawn / np.where(total > 0, total, 1)).mean(0)
