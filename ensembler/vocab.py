@@ -6,7 +6,7 @@ Six cases, decided from tokenizer files and configs before any weight is loaded:
     renamed     the same ids, some added tokens under other names (a distilled Qwen beside Qwen2.5); refused by default
     padded      the same tokens, heads of different widths (Qwen2.5: 151,936 and 152,064)
     extended    the same ids, extra tokens at the end (CodeLlama: 32,016 beside Llama 2: 32,000)
-    text        other tokenizers: all but the anchor are asked for the bytes of its tokens (`engine.text_member`)
+    text        other tokenizers: members with another than the anchor's are asked for text (`engine.text_member`)
     different   the same where the rule is no ratio of members: refused; the error names the first ids that disagree
 """
 
@@ -65,7 +65,7 @@ class VocabularyContract:
 
     @property
     def is_text(self) -> bool:
-        """Return whether members other than the anchor are asked for bytes of text, not for ids."""
+        """Return whether some members are asked for bytes of text, not for ids."""
         return self.kind == TEXT
 
     def lacks_ids(self, role: str) -> bool:

@@ -20,7 +20,7 @@ from ensembler.decoding.drafting import Drafter, Round, look_up
 from ensembler.decoding.rows import Row, Text, condense_rows, split_rows
 from ensembler.decoding.samples import StopChecker
 from ensembler.engine.model_runner import Step, check_nan
-from ensembler.engine.prefill import Complete, Logits, RunMembers, prefill, unread_to_the_right
+from ensembler.engine.prefill import Complete, Logits, Place, RunMembers, prefill, unread_to_the_right
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import LogitsError
 
@@ -75,9 +75,8 @@ class DecodeLoop:
         self.cache.hold([row.ids for row in rows], [row.num_read for row in rows], first)
         with self._undone_if_it_fails():
             with timed(self._meter, "prefill"):
-                logits = self._completed(
-                    self._read_prompts(rows, first), [(index, 0, row.ids) for index, row in enumerate(rows)]
-                )
+                places = [(index, 0, row.ids) for index, row in enumerate(rows)]
+                logits = self._completed(self._read_prompts(rows, first), places, first + len(rows))
             requests = [TokenRequest(text, row, 0, index) for index, row in enumerate(rows) for text in row.texts]
             gained, ended = self._choose(logits, requests)
         self.rows += rows
@@ -103,7 +102,7 @@ class DecodeLoop:
                 for offset in range(min(1 + len(row.drafts), self._num_readable(row)))
             ]
             with timed(self._meter, "step" if num == 1 else "verify"):
-                logits = self._completed(logits, places)
+                logits = self._completed(logits, places, len(self.rows))
             requests = [
                 TokenRequest(text, self.rows[index], offset, index * num + offset)
                 for index, offset, _ in places
@@ -151,9 +150,9 @@ class DecodeLoop:
             verified = self._run_members(self._newest(0, num), self.cache, drafter.others)
         return {role: torch.cat([step[role] for step in steps], dim=1) for role in steps[0]} | verified
 
-    def _completed(self, logits: Logits, places: Sequence[tuple[int, int, Sequence[int]]]) -> Logits:
-        """Return the logits of all members. `places`: row and column of those that are wanted, and the ids so far."""
-        return logits if self._complete is None else self._complete(logits, places)
+    def _completed(self, logits: Logits, places: Sequence[Place], num_rows: int) -> Logits:
+        """Return the logits of all members at the places that are wanted, of so many rows in all."""
+        return logits if self._complete is None else self._complete(logits, places, num_rows)
 
     def _newest(self, offset: int, num: int) -> Step:
         """Return the input of `num` tokens from `offset` behind the newest one; what is not there is padding."""

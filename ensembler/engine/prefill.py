@@ -14,8 +14,10 @@ from ensembler.engine.row_cache import RowCache
 Logits = dict[str, Tensor]
 RunMembers = Callable[[Step, RowCache, Sequence[ModelRunner] | None], Logits]
 """Runs all members, or those of the given runners, and returns their logits (rows, n, V) by role."""
-Complete = Callable[[Logits, Sequence[tuple[int, int, Sequence[int]]]], Logits]
-"""Adds the logits of members that are asked for text: row and column of those that are wanted, and the ids so far."""
+Place = tuple[int, int, Sequence[int]]
+"""Row and column of logits, and the ids of the text behind which they stand."""
+Complete = Callable[[Logits, Sequence[Place], int], Logits]
+"""Adds to logits, at the places that are wanted, those of members that are asked for text, of so many rows in all."""
 _CHUNK = 1024  # positions of prompts that are read at once: a mask of all of a long prompt would be its square
 
 

@@ -17,6 +17,7 @@ from ensembler.engine.backbone import Backbone
 from ensembler.engine.ensemble_cache import EnsembleCache
 from ensembler.engine.member_set import MemberSet, Timer
 from ensembler.engine.model_runner import ModelRunner, Step
+from ensembler.engine.prefill import Place
 from ensembler.engine.row_cache import RowCache
 from ensembler.engine.text_member import TextMember
 from ensembler.engine.text_members import TextMembers
@@ -24,9 +25,6 @@ from ensembler.engine.text_plan import TextPlan
 from ensembler.engine.text_question import States
 from ensembler.errors import InputError
 from ensembler.vocab import make_contract, read_vocabulary
-
-Place = tuple[int, int, Sequence[int]]
-"""Row and column of logits, and the ids of the text behind which they stand."""
 
 
 class TextMemberSet(MemberSet):
@@ -86,16 +84,19 @@ class TextMemberSet(MemberSet):
         self,
         own: Mapping[str, Tensor],
         places: Sequence[Place],
+        num_rows: int,
         *,
         points: Sequence[Mapping[str, float]] = (),
         is_greedy: bool = False,
     ) -> dict[str, Tensor]:
         """Return by role the anchor's logits, and log-probs for all others (rows, positions, V of the anchor).
 
-        `own`: the logits of the members by ids, of which the `places` are wanted. `points`: the weights by role for
+        `own`: the logits of the members by ids, of which the `places` are wanted; `num_rows`: of all texts that go on,
+        also where these are not asked about. `points`: the weights by role for
         which they are wanted; `is_greedy`: only the best token at each of these.
         """
-        states = [self.text.states_of(ids, 2 * len(places) + 2) for _, _, ids in places]
+        most = 2 * num_rows * own[self.text.plan.anchor_role].shape[1] + 2
+        states = [self.text.states_of(ids, most) for _, _, ids in places]
         return self._completed(own, places, states, points, is_greedy=is_greedy)
 
     def _completed(

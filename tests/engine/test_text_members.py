@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,17 @@ from transformers import AutoModelForCausalLM
 
 from ensembler import EnsembleForCausalLM
 from ensembler.decoding.decoder import Decoder
+from ensembler.decoding.decoding_options import DecodingOptions
+from ensembler.decoding.prompts import EncodedPrompt
+from ensembler.decoding.texts import complete_prompts
 from ensembler.demo import demo_folder
 from ensembler.engine.grid import GridPoint
 from ensembler.engine.text_member import Continuation, TextMember
 from ensembler.engine.text_member_set import TextMemberSet
+from ensembler.engine.text_members import TextMembers
 from ensembler.engine.text_plan import TextPlan, TextReader, TextSettings
 from ensembler.engine.text_prompts import read_prompt
+from ensembler.engine.text_question import States
 from ensembler.errors import MemberError, PromptError
 from ensembler.evaluation.backends import score
 from ensembler.tokenization.reading import plain_ids, read_writer
@@ -184,6 +190,31 @@ def test_a_batch_is_its_prompts_one_by_one(model: EnsembleForCausalLM, sampled: 
     for number, prompt in enumerate(PROMPTS):
         (alone,) = texts(dict(model.tokenizer(prompt, return_tensors="pt")), [number])
         assert together[number][: len(alone)] == alone
+
+
+def test_texts_that_join_later_leave_the_states_of_others(
+    model: EnsembleForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More prompts than rows: each prompt is read once, and no text is read again as if it were one."""
+    begun: list[int] = []
+    begin = TextMembers.begin
+
+    def counted(self: TextMembers, ids: Sequence[int]) -> States:
+        begun.append(len(ids))
+        return begin(self, ids)
+
+    monkeypatch.setattr(TextMembers, "begin", counted)
+    texts = [f"{prompt} {number}" for number in range(3) for prompt in PROMPTS]
+    prompts = [EncodedPrompt(number, model.tokenizer(text)["input_ids"]) for number, text in enumerate(texts)]
+    options = DecodingOptions(max_new_tokens=16, stop=("ууу", "т", "J"))  # so that rows end one by one
+    together = {
+        one.number: one.samples[0].text
+        for one in complete_prompts(model, model.tokenizer, prompts, options, batch_size=5)
+    }
+    assert sorted(begun) == sorted(len(prompt.ids) for prompt in prompts)
+    for prompt in prompts[:3]:
+        (alone,) = complete_prompts(model, model.tokenizer, [prompt], options)
+        assert together[prompt.number] == alone.samples[0].text
 
 
 def test_a_grid_is_its_points_one_by_one_and_drafts_change_nothing(model: EnsembleForCausalLM) -> None:
