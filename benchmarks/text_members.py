@@ -176,7 +176,7 @@ def likelihood(model: EnsembleForCausalLM, text: TextMembers, prompt: str, new: 
 
 
 def own_text(model: EnsembleForCausalLM, text: TextMembers, prompt: str, num: int) -> str:
-    """What the target alone writes greedily behind a prompt, in tokens that spell text."""
+    """Return the text that the target alone writes greedily behind a prompt, in tokens that spell text."""
     reader = text.plan.readers["target_pt"]
     no_text = set(range(len(reader.tokenizer))) - {*reader.writer.tokens.texts, *reader.ends}
     inputs = dict(reader.tokenizer(prompt, return_tensors="pt"))

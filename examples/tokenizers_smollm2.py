@@ -46,7 +46,7 @@ ROWS = {
     "sst2": (1200, 500),
     "mrpc": (720, 400),
     "boolq": (320, 300),
-    "gsm8k": (480, 100),
+    "gsm8k": (160, 100),
 }  # of training, of the dev set
 BATCH = 8
 FORM = re.compile(r"#### -?[0-9]")
@@ -111,7 +111,7 @@ def run_sweep(task: str, rule: str, source: Path, target: Path, data: Path, fold
     command = [sys.executable, "-m", "ensembler", "sweep", *members, "--rule", rule, "--output", folder]
     command += ["--task", TASKS / f"{task}.yaml", "--limit", ROWS[task][1]]
     if task == "gsm8k":
-        command += ["--alpha", "0,0.5,1", "--gen-kwargs", "max_gen_toks=160", "--batch-size", 16]
+        command += ["--alpha", "0,1", "--gen-kwargs", "max_gen_toks=128", "--batch-size", 16]
     else:
         command += ["--alpha", ALPHAS, "--validation", CHOOSING]
     subprocess.run([str(one) for one in command], cwd=data.parent, check=True)

@@ -180,7 +180,7 @@ def generate(
                 return frozenset()
             settings = run_settings(checked, encoded, decoding, points=points, backend=backend.describe(checked))
             described = describe_ensemble(checked, verify_weights=verify_weights)
-            settings |= {key: described[key] for key in ("verify_weights", "members")}
+            settings |= {key: described[key] for key in ("vocabulary", "verify_weights", "members")}
             settings["explain"] = explain
             settings["fields"] = digest([fields[one.number] for one in encoded])
             if chat_template_kwargs is not None:
@@ -195,9 +195,8 @@ def generate(
                 pass
             log.info("nothing to do: all %d prompts have their rows already", len(encoded))
             return
-        printer = Printer(
-            tokenizer, left, fields, as_json=as_json, is_shown=as_json or (output is None and streamer is None)
-        )
+        is_shown = as_json or (output is None and streamer is None)
+        printer = Printer(tokenizer, left, fields, checked.contract.kind, as_json=as_json, is_shown=is_shown)
         if on_vllm:
             _decode_on_vllm(checked, backend, encoded, points, decoding, done, results, printer)
             return

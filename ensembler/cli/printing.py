@@ -45,7 +45,8 @@ class InOrder:
 class Printer(InOrder):
     """Prints completions in the order of `numbers`, each as soon as those before it are printed.
 
-    `fields`: by number what the input row holds, which its result carries back. An interruption prints the rest too.
+    `fields`: by number what the input row holds, which its result carries back. `vocabulary`: see `json_line`. An
+    interruption prints the rest too.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Printer(InOrder):
         tokenizer: Any,
         numbers: Sequence[int],
         fields: Mapping[int, Mapping[str, Any]],
+        vocabulary: str,
         *,
         as_json: bool,
         is_shown: bool,
@@ -61,6 +63,7 @@ class Printer(InOrder):
         self._model: EnsembleForCausalLM | None = None
         self._tokenizer = tokenizer
         self._fields = fields
+        self._vocabulary = vocabulary
         self._as_json = as_json
         self._is_shown = is_shown
         self._has_many = len(numbers) > 1
@@ -86,7 +89,7 @@ class Printer(InOrder):
         self, completion: Completion | GridCompletion, choices: list[list[Choice]], row: Mapping[str, Any]
     ) -> None:
         if self._as_json:
-            click.echo(json.dumps(row, ensure_ascii=False))
+            click.echo(json_line(row, self._vocabulary))
             return
         points = completion.samples if isinstance(completion, GridCompletion) else {None: completion.samples}
         for point, samples in points.items():
@@ -103,6 +106,11 @@ class Printer(InOrder):
 def with_fields(row: dict[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
     """Return a row of results behind the `fields` of its input; a field that is called as a result gives way."""
     return {"number": row["number"], **{key: value for key, value in fields.items() if key not in row}, **row}
+
+
+def json_line(row: Mapping[str, Any], vocabulary: str) -> str:
+    """Return a row as JSON with the level of the vocabulary contract: there are no settings beside it that say so."""
+    return json.dumps({**row, "vocabulary": vocabulary}, ensure_ascii=False)
 
 
 def _moved(choices: list[Choice], tokenizer: Any) -> list[dict[str, Any]]:

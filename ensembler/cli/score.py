@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import nullcontext
 from functools import partial
@@ -120,7 +119,7 @@ def score(
     settings: dict[str, Any] = {"batch_size": batch_size, "per_token": per_token, "top_k": top_k_logits}
     if output is not None:
         described = describe_ensemble(checked, verify_weights=verify_weights)
-        settings |= {key: described[key] for key in ("verify_weights", "members")}
+        settings |= {key: described[key] for key in ("vocabulary", "verify_weights", "members")}
         settings = run_settings(checked.config, requests, points, settings)
     if top_k_logits is not None and checked.contract.is_text:
         raise ConfigError(
@@ -148,7 +147,9 @@ def score(
         scorer = TransformersBackend(EnsembleForCausalLM.from_checked(checked))
     start = partial(scorer.score, batches, points)
     with results or nullcontext():
-        _score(start, num_steps, done, points, results, requests, tokenizer if per_token else None, as_json=as_json)
+        tokens = tokenizer if per_token else None
+        kind = checked.contract.kind
+        _score(start, num_steps, done, points, results, requests, tokens, vocabulary=kind, as_json=as_json)
 
 
 def _check_options(given: list[str], output: Path | None, num_points: int) -> None:
@@ -200,10 +201,11 @@ def _score(
     requests: Sequence[ScoringRequest],
     tokenizer: Any | None,
     *,
+    vocabulary: str,
     as_json: bool,
 ) -> None:
     """Write each row at once and print JSON in input order; a table is printed at the end."""
-    from ensembler.cli.printing import InOrder, with_fields
+    from ensembler.cli.printing import InOrder, json_line, with_fields
     from ensembler.cli.tables import print_scores, progress
 
     for_table: list[ScoredRequest] = []
@@ -215,7 +217,7 @@ def _score(
             if results is not None:
                 results.append(row)
             if as_json:
-                in_order.add(row["number"], partial(click.echo, json.dumps(row, ensure_ascii=False)))
+                in_order.add(row["number"], partial(click.echo, json_line(row, vocabulary)))
             elif results is None:
                 for_table.append(scored)
             num_lines += 1

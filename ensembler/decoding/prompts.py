@@ -182,24 +182,28 @@ def _chat_text(
     tokenizer: Any, messages: list[dict[str, str]], template_kwargs: Mapping[str, Any] | None, source: str
 ) -> str:
     try:
-        text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **(template_kwargs or {})
-        )
+        settings = {"add_generation_prompt": True, **(template_kwargs or {})}
+        text: str = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
     except Exception as error:  # templates are programs of the models' authors and raise what they like
         raise PromptError(f"{source}{': ' * bool(source)}the chat template refuses these messages: {error}") from error
     return text
 
 
 def chats_of(
-    plan: TextPlan, messages: list[dict[str, str]], template_kwargs: Mapping[str, Any] | None = None, source: str = ""
+    plan: TextPlan,
+    messages: list[dict[str, str]],
+    template_kwargs: Mapping[str, Any] | None = None,
+    source: str = "",
+    as_text: str | None = None,
 ) -> dict[str, list[int]]:
     """Return by role the ids of a conversation for members with other tokenizers, each in its own chat template.
 
     A member without a template, or with the plan's `anchor_chats`, reads the text of the anchor's, special tokens and
-    all, as plain text. Variables that a template does not have are left out. Raises PromptError where one refuses the
-    messages.
+    all, as plain text: `as_text`, or that of the template that its tokenizer has. Variables that a template does not
+    have are left out. Raises PromptError where one refuses the messages.
     """
-    as_text = _chat_text(plan.anchor.tokenizer, messages, template_kwargs, source)
+    if as_text is None:
+        as_text = _chat_text(plan.anchor.tokenizer, messages, template_kwargs, source)
     found = {}
     for role, reader in plan.readers.items():
         tokenizer = reader.tokenizer

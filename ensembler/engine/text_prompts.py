@@ -22,7 +22,7 @@ def spell(plan: TextPlan, ids: Sequence[int]) -> bytes:
         name = plan.anchor.tokenizer.convert_ids_to_tokens(special)
         raise PromptError(
             f"the prompt holds the special token {name!r}, which members with other tokenizers do not know; give plain "
-            "text, or a chat (--chat), which each of them reads in its own template"
+            "text, or a chat (--chat, --apply-chat-template), which each of them reads in its own template"
         )
     spelled = b"".join(texts[token] for token in ids[first:])
     return spelled.removeprefix(b" ") if plan.anchor.has_prefix else spelled

@@ -96,7 +96,8 @@ class Bench:
             raise ConfigError(f"its models are not run by {self.backend.name}; leave --backend out")
         found = [(run, *models.answerer(experiment, run.config)) for run in plan_runs(experiment)]
         if not all(models.are_alike(checked) for _, checked, _ in found):
-            runs = plan_runs(experiment, members_apart=True)
+            is_text = any(checked.contract.is_text for _, checked, _ in found)
+            runs = plan_runs(experiment, members_apart=True, rules_apart=is_text)
             found = [(run, *models.answerer(experiment, run.config)) for run in runs]
         plans = []
         for run, checked, answerer in found:  # tasks after all members, since their data may have to be fetched

@@ -72,7 +72,11 @@ def _load(timed: Timed) -> Load:
     documents = plan.tasks[0].subsets[TEST][: max(speed.num_examples, speed.num_prompts)]
     scored = [one for one in documents if one.requests[0].request_type != "generate_until"][: speed.num_examples]
     room = answerer.model.max_length - speed.new_tokens
-    prompts = [answerer.model.tok_encode(one.prompt)[-room:] for one in documents[: speed.num_prompts]]
+    texts = [one.prompt for one in documents[: speed.num_prompts]]
+    prompts = [answerer.model.tok_encode(text)[-room:] for text in texts]
+    requests = [request for one in scored for request in answerer.encode_requests(one)]
+    chats = [(ids, answerer.model.chat_of(text)) for ids, text in zip(prompts, texts, strict=True)]
+    chats += [(list(request.tokens[0]), dict(request.others)) for request in requests]
     members = {role: member.to_dict() for role, member in plan.checked.config.members.items()}
     config: dict[str, Any] = {"rule": method.rule, "members": members}
     if method.alone is not None:  # as its user would load it: without the others
@@ -83,7 +87,8 @@ def _load(timed: Timed) -> Load:
         alpha=timed.alpha,
         alone=method.alone is not None,
         prompts=prompts,
-        requests=[request.tokens for one in scored for request in answerer.encode_requests(one)],
+        requests=[request.tokens for request in requests],
+        chats=[(ids, others) for ids, others in chats if others],
         num_examples=len(scored),
         new_tokens=speed.new_tokens,
         batch_size=plan.options.batch_size,

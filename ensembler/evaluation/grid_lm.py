@@ -7,11 +7,11 @@ tokens, stop strings and the length of answers are those of `HFLM`, called or in
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain, groupby
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +19,13 @@ import torch
 from ensembler import folder
 from ensembler.config import EnsembleConfig
 from ensembler.decoding.decoding_options import DecodingOptions
-from ensembler.decoding.prompts import EncodedPrompt
+from ensembler.decoding.prompts import EncodedPrompt, chats_of
 from ensembler.decoding.samples import Sample
 from ensembler.demo import demo_folder
 from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError, PromptError
 from ensembler.evaluation.backends import Backend, TransformersBackend
+from ensembler.evaluation.encoded_request import EncodedRequest
 from ensembler.evaluation.request_batches import can_share_contexts, make_batches
 from ensembler.evaluation.requests import group_by_context
 from ensembler.extras import require
@@ -41,22 +42,6 @@ _OF_HFLM = ("max_batch_size", "add_bos_token", "prefix_token_id", *_OF_CHATS)
 _OWN = ("pretrained", "alpha", "rule", "device", "dtype", "max_length", "batch_size", "seed")
 _SAMPLING = ("top_k", "top_p", "min_p", "repetition_penalty")
 _MAX_LENGTH = HFLM._DEFAULT_MAX_LENGTH
-
-
-class EncodedRequest(NamedTuple):
-    """A request as the members read it: the `tokens` of its context and its continuation, or of a prompt alone.
-
-    `is_cut`: it lost tokens on the left to fit into the context. `num_new`: how many tokens may be generated.
-    """
-
-    tokens: tuple[tuple[int, ...], ...]
-    is_cut: bool
-    num_new: int = 0
-
-    @property
-    def length(self) -> int:
-        """The number of tokens that are read at most, generated ones among them: all but the last."""
-        return sum(map(len, self.tokens)) + self.num_new - 1
 
 
 class _Unloaded(SimpleNamespace):
@@ -104,6 +89,7 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
         self._members: Backend | None = None
         self._noted: list[EncodedRequest] | None = None
         self._names: dict[tuple[str, str], str] = {}
+        self._chats: dict[str, tuple[list[dict[str, str]], bool]] = {}
         self.seed = seed
         if not isinstance(pretrained, str):
             self.checked = pretrained
@@ -152,6 +138,35 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
         if hasattr(self, "accelerator"):  # HFLM splits the documents among GPUs alone
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
 
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return what `HFLM` returns; where tokenizers differ, keep the chat for the templates of other members."""
+        text = str(super().apply_chat_template(chat_history, add_generation_prompt))
+        if self.checked.text is not None:
+            self._chats[text] = chat_history, add_generation_prompt
+        return text
+
+    def chat_of(self, text: str) -> dict[str, list[int]]:
+        """Return by role the ids of a chat, given as text, for members with other tokenizers; {} of another text.
+
+        Raises PromptError where a template refuses the messages.
+        """
+        if self.checked.text is None or text not in self._chats:
+            return {}
+        messages, asks = self._chats[text]
+        settings = {"add_generation_prompt": asks, "continue_final_message": not asks}
+        return chats_of(self.checked.text, messages, {**self.chat_template_args, **settings}, as_text=text)
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Return what `HFLM` returns, which moves white space at the end of a context into the continuation.
+
+        Not that of a chat where tokenizers differ: other members' templates end in their own.
+        """
+        if context not in self._chats:
+            pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
+            return pair
+        ids = self.tok_encode(context)
+        return ids, self.tok_encode(context + continuation)[len(ids) :]
+
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
         """Return what `HFLM` returns; errors name the documents."""
         self._names = {one.args: f"document {one.doc_id} of {one.task_name}" for one in requests if one.task_name}
@@ -170,10 +185,14 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
                 "perplexity was asked for, and scores of members with different tokenizers are not normalised; choose "
                 "a task that compares answers, and select alpha by its metric"
             )
-        encoded = [self._fitted(*one) for one in requests]
+        contexts = {texts[0] for texts, *_ in requests if texts is not None}
+        chats = {text: self.chat_of(text) for text in contexts & self._chats.keys()}
+        encoded = [self._fitted(chats, *one) for one in requests]
         if self._noted is not None:
             self._noted += encoded
             return [(0.0, False)] * len(requests)
+        if self.checked.text is not None:
+            self.model.member_set.text.prompts = {one.tokens[0]: one.others for one in encoded if one.others}
         pairs = [one.tokens for one in encoded]
         named = [(pair[0], self._names.get(texts)) for (texts, *_), pair in zip(requests, pairs, strict=True)]
         grouped = group_by_context(pairs, self.tokenizer, {context: name for context, name in named if name})
@@ -198,10 +217,17 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
         hidden = disable or self.rank != 0 or not self._answers_one_point
         return tqdm(total=total, disable=hidden, desc=f"Running {kind} requests")
 
-    def _fitted(self, texts: Any, context: Sequence[int], continuation: Sequence[int]) -> EncodedRequest:
+    def _fitted(
+        self,
+        chats: Mapping[str, Mapping[str, list[int]]],
+        texts: Any,
+        context: Sequence[int],
+        continuation: Sequence[int],
+    ) -> EncodedRequest:
         """Cut the context on the left to fit into the members' shortest one. Raises PromptError.
 
-        In a window of a text, a begin token that the tokenizer adds is not scored behind the begin token.
+        In a window of a text, a begin token that the tokenizer adds is not scored behind the begin token. `chats`:
+        what `chat_of` returns, by the texts of contexts.
         """
         if texts is None and list(continuation[:1]) == list(context) == [self.prefix_token_id]:
             continuation = continuation[1:]
@@ -215,7 +241,12 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
                 f"the answer has {len(continuation):,} tokens; the context ends at {self.max_length:,}: shorten it"
             )
         room = self.max_length + 1 - len(continuation)
-        return EncodedRequest((tuple(context[-room:]), tuple(continuation)), len(context) > room)
+        others = {} if texts is None else chats.get(texts[0], {})
+        return EncodedRequest.fitted((tuple(context), tuple(continuation)), room, others)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """Return what lm-eval's results say of a model, and the level of the vocabulary contract."""
+        return {**super().get_model_info(), "vocabulary": self.checked.contract.kind}
 
     def take(self, members: Backend | None) -> None:
         """Answer with these members from now on, or with none."""
@@ -296,7 +327,7 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
         for start in range(0, len(prompts), size):
             chunk = prompts[start : start + size]
             positions = {number: position for position, number, _ in chunk}
-            encoded = [EncodedPrompt(number, list(one.tokens[0])) for _, number, one in chunk]
+            encoded = [EncodedPrompt(number, list(one.tokens[0]), others=one.others) for _, number, one in chunk]
             for one in self.members.complete(encoded, self.points, options):
                 texts = [[self._cut(each, options.stop) for each in one.samples[point]] for point in self.points]
                 by_sample = list(zip(*texts, strict=True)) * (count // options.num_return_sequences)
@@ -310,7 +341,7 @@ class GridLM(HFLM):  # type: ignore[misc]  # HFLM is Any: it is imported where l
         ids = self.tok_batch_encode([request.args[0]])[0][0].tolist() if request.args[0] else []
         if not ids:
             raise PromptError("the prompt is empty; give it some text")
-        return EncodedRequest((tuple(ids[-room:]),), len(ids) > room, max_new_tokens)
+        return EncodedRequest.fitted((tuple(ids),), room, self.chat_of(request.args[0]), max_new_tokens)
 
     def _cut(self, sample: Sample, stop: Sequence[str]) -> str:
         text, think_end = self.tok_decode(sample.ids), self.think_end_token  # by itself, as in HFLM

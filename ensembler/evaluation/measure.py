@@ -26,6 +26,7 @@ from transformers.generation.streamers import BaseStreamer
 from ensembler.config import EnsembleConfig
 from ensembler.decoding.batching import pad_id
 from ensembler.engine.grid import GridPoint
+from ensembler.engine.text_member_set import TextMemberSet
 from ensembler.evaluation.backends import TransformersBackend
 from ensembler.evaluation.request_batches import can_share_contexts, make_batches
 from ensembler.evaluation.requests import ScoringRequest, group_by_context
@@ -38,7 +39,8 @@ from ensembler.preflight import check_ensemble
 class Load:
     """The work to be timed: an ensemble at α, or its one member `alone`, on prompts and continuations as ids.
 
-    `requests`, each a context and its continuation, are those of `num_examples` documents.
+    `requests`, each a context and its continuation, are those of `num_examples` documents. `chats`: prompts and
+    contexts that are chats, with the ids by role of members with other tokenizers.
     """
 
     config: Mapping[str, Any]
@@ -46,6 +48,7 @@ class Load:
     alone: bool
     prompts: Sequence[Sequence[int]]
     requests: Sequence[Sequence[Sequence[int]]]
+    chats: Sequence[tuple[Sequence[int], Mapping[str, Sequence[int]]]]
     num_examples: int
     new_tokens: int
     batch_size: int
@@ -79,6 +82,8 @@ def measure(load: Load) -> dict[str, float | None]:
     start = time.perf_counter()
     model = EnsembleForCausalLM.from_checked(checked)
     _read_weights(model)
+    if isinstance(model.member_set, TextMemberSet):
+        model.member_set.text.prompts = {tuple(ids): others for ids, others in load.chats}
     setup = time.perf_counter() - start
     decoder = model.anchor if load.alone else model
     tokenizer = checked.require_tokenizer()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _TRIO = ("source_ft", "source_pt", "target_pt")
 _ALONE = GridPoint("linear", 0.0)
 _LEVELS = {"source_ft": GridPoint("base-change", 0.0), "target_pt": GridPoint("eft", 0.0)}
+_SHARED = {"ensemble": {"source_ft": "source_ft", "target_pt": "target_pt"}, "patched": {"target_pt": "patch"}}
 # Which methods are compared besides each with the first (source FT, where there is one): the question of the benchmark.
 _PAIRS = (
     ("base-change", "eft"),
@@ -140,15 +141,16 @@ def compared_pairs(methods: Sequence[str]) -> list[tuple[str, str]]:
     return pairs + [pair for pair in _PAIRS if set(pair) <= set(methods) and pair not in pairs]
 
 
-def plan_runs(experiment: Experiment, *, members_apart: bool = False) -> list[Run]:
+def plan_runs(experiment: Experiment, *, members_apart: bool = False, rules_apart: bool = False) -> list[Run]:
     """Return the runs of an experiment, every method in one of them; with several seeds of training, in one of each.
 
     The members are the levels of their ensemble (base-change at α = 0 is source FT, EFT at α = 0 target PT), so they
     cost nothing beside it; with the patched target in place of target PT, EFT at α = 0 is the ported patch. An ensemble
     may fail where a member would not, as on a device that holds one model and not three. `members_apart`: run the
-    members alone in any case, as where the ensemble would change them. What no seed changes is run with the first.
+    members alone in any case, as where the ensemble would change them. `rules_apart`: give each rule a run of its own,
+    too, as where a grid has one anchor. What no seed changes is run with the first.
     """
-    of_seeds = [_runs(one, members_apart) for one in experiment.by_seed]
+    of_seeds = [_runs(one, members_apart, rules_apart) for one in experiment.by_seed]
     by_name = {runs[0].name: runs for runs in zip(*of_seeds, strict=True)}
     split = {name for name, runs in by_name.items() if len({repr(run.config.to_dict()) for run in runs}) > 1}
 
@@ -169,15 +171,16 @@ def plan_runs(experiment: Experiment, *, members_apart: bool = False) -> list[Ru
     ]
 
 
-def _runs(experiment: Experiment, members_apart: bool) -> Iterator[Run]:
+def _runs(experiment: Experiment, members_apart: bool, rules_apart: bool) -> Iterator[Run]:
     runs: list[Run] = []
-    for name, rules, shared, patched in (
-        ("ensemble", ("base-change", "eft"), {"source_ft": "source_ft", "target_pt": "target_pt"}, False),
-        ("patched", ("patch+base-change",), {"target_pt": "patch"}, True),
-    ):
-        tuned = [method for method in rules if method in experiment.methods]
+    ensembles: dict[str, tuple[str, ...]] = {"ensemble": ("base-change", "eft")}
+    if rules_apart:
+        ensembles = {rule: (rule,) for rule in ensembles["ensemble"]}
+    for name, keys in {**ensembles, "patched": ("patch+base-change",)}.items():
+        tuned = [method for method in keys if method in experiment.methods]
         if tuned:
-            runs.append(_together(experiment, name, tuned, {} if members_apart else shared, patched=patched))
+            levels = {} if members_apart or rules_apart else _SHARED[name]
+            runs.append(_together(experiment, name, tuned, levels))
     together = {method.key: run.name for run in runs for method in run.methods}
     yield from runs
     for key in experiment.methods:
@@ -189,9 +192,9 @@ def _runs(experiment: Experiment, members_apart: bool) -> Iterator[Run]:
                 yield replace(_alone(experiment, method.key), instead_of=run.name)
 
 
-def _together(experiment: Experiment, name: str, tuned: list[str], levels: Mapping[str, str], *, patched: bool) -> Run:
+def _together(experiment: Experiment, name: str, tuned: list[str], levels: Mapping[str, str]) -> Run:
     members = {role: experiment.models[role] for role in _TRIO}
-    if patched:
+    if name == "patched":
         members["target_pt"] = _patched(experiment)
     only = experiment.alphas[0] if len(experiment.alphas) == 1 else None
     methods = [
@@ -206,7 +209,8 @@ def _together(experiment: Experiment, name: str, tuned: list[str], levels: Mappi
     alphas = list(experiment.alphas) if any(method.alpha is None for method in methods) else []
     alphas += [method.alpha for method in methods if method.alpha is not None]
     allowed = experiment.allow_renamed_special
-    config = EnsembleConfig(rule="base-change", members=members, allow_renamed_special=allowed)
+    rule = "eft" if name == "eft" else "base-change"  # of one anchor, or of the first
+    config = EnsembleConfig(rule=rule, members=members, allow_renamed_special=allowed)
     return Run(name, config, tuple(method.rule for method in methods), tuple(dict.fromkeys(alphas)), (*known, *methods))
 
 

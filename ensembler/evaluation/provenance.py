@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ensembler import __version__
+from ensembler.config import TEXTS
 from ensembler.engine.members import MemberFiles
 from ensembler.files import digest, file_digest, find_file, is_local
 from ensembler.patch.formats import ADAPTER_CONFIG, ADAPTER_WEIGHTS, DELTAS
@@ -34,18 +35,18 @@ def versions(*more: str) -> dict[str, str]:
 def describe_ensemble(checked: CheckedEnsemble, *, verify_weights: bool = False) -> dict[str, Any]:
     """Return what an ensemble computes but for its α, as JSON: the rule's numbers and each member with its hash.
 
-    A folder goes by its name, the hash of its config, the fingerprint of its weights, as on the cards of `patch apply`
-    (headers and the first 4 KiB of every tensor), and the sizes and times of its weight files, wherever it lies; with
-    `verify_weights` by all bytes of these files in place of sizes and times, which takes as long as reading them. A
-    model on the hub goes by its commit, an adapter by the SHA-256 of its files.
+    `vocabulary` is the level of the vocabulary contract, as `inspect` names it; images have none. A folder goes by its
+    name, the hash of its config, the fingerprint of its weights, as on the cards of `patch apply` (headers and the
+    first 4 KiB of every tensor), and the sizes and times of its weight files, wherever it lies; with `verify_weights`
+    by all bytes of these files in place of sizes and times, which takes as long as reading them. A model on the hub
+    goes by its commit, an adapter by the SHA-256 of its files.
     """
     config = checked.config.to_dict()
     described = {key: config[key] for key in _NUMBERS if key in config}
+    if checked.config.task == TEXTS:
+        described["vocabulary"] = checked.contract.kind
     if checked.contract.is_text:
-        described["vocabulary"] = {
-            "kind": checked.contract.kind,
-            **{key: getattr(checked.config, key) for key in _OF_TEXT},
-        }
+        described |= {key: getattr(checked.config, key) for key in _OF_TEXT}
     members = {role: _describe(files, verify_weights) for role, files in checked.files.items()}
     return {**described, "verify_weights": verify_weights, "members": members}
 

@@ -215,7 +215,8 @@ def _published(study: Study, key: str, task: PlannedTask) -> dict[str, Any]:
 
 
 def _curve(study: Study, index: int, source: _Source, numbers: Statistics) -> list[CurvePoint]:
-    """The metric at every point of the first run with a grid; of a benchmark, where an α was chosen."""
+    """The metric at every point of the first run of each rule with a grid; of a benchmark, where an α was chosen."""
+    curve: dict[GridPoint, CurvePoint] = {}
     for plan in study.plans:
         has_grid = study.experiment is None or plan.run.chooses
         if source.finished[plan.name] and plan.run.seed in (None, 0) and has_grid:
@@ -223,8 +224,9 @@ def _curve(study: Study, index: int, source: _Source, numbers: Statistics) -> li
             chooses = bool(plan.tasks[index].subsets[VALIDATION])
             of_rules = (method for method in reversed(plan.run.methods) if method.has_alpha)
             methods = {method.rule: method.key for method in of_rules}  # of two in a sweep not the one at α = 1
-            return [
-                CurvePoint(
+            known = {point.rule for point in curve}
+            curve |= {
+                point: CurvePoint(
                     methods[point.rule],
                     point.rule,
                     point.alpha,
@@ -232,9 +234,9 @@ def _curve(study: Study, index: int, source: _Source, numbers: Statistics) -> li
                     found.estimate(point, VALIDATION) if chooses else None,
                 )
                 for point in plan.points
-                if point.alpha in study.alphas
-            ]
-    return []
+                if point.alpha in study.alphas and point.rule not in known
+            }
+    return list(curve.values())
 
 
 def _differences(

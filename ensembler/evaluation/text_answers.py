@@ -12,7 +12,8 @@ from ensembler.engine.grid import GridPoint
 from ensembler.errors import PromptError
 from ensembler.evaluation.backends import open_backend
 from ensembler.evaluation.documents import Answer, Document, EncodedDocument
-from ensembler.evaluation.grid_lm import EncodedRequest, GridLM
+from ensembler.evaluation.encoded_request import EncodedRequest
+from ensembler.evaluation.grid_lm import GridLM
 from ensembler.evaluation.lm_eval_settings import silence_lm_eval
 from ensembler.evaluation.provenance import describe_ensemble, versions
 from ensembler.files import digest
@@ -53,9 +54,10 @@ class TextAnswerer:
     def encode(self, document: Document) -> EncodedDocument:
         """Return how the members read a document. Raises PromptError, which names it, for what they cannot be asked."""
         requests = self.encode_requests(document)
+        read = [*(one.tokens for one in requests), *(one.others for one in requests if one.others)]
         return EncodedDocument(
             max((one.length for one in requests), default=0),
-            digest(repr([one.tokens for one in requests]), 16),
+            digest(repr(read), 16),
             sum(len(one.tokens[-1]) for one in requests),
             sum(one.is_cut for one in requests),
         )

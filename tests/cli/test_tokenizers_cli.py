@@ -11,6 +11,7 @@ from helpers.text_cases import save_text_members
 from transformers import AutoTokenizer
 
 from ensembler.errors import ConfigError
+from ensembler.evaluation.results_file import open_results
 from ensembler.folder import read
 from ensembler.preflight import check_ensemble
 from ensembler.serving.choice import check_servable
@@ -75,6 +76,20 @@ def test_score_adds_up_and_does_not_say_greedy(folder: Path, run: Run, tmp_path:
     assert [choice["greedy"] for choice in row["choices"]] == [[None, None]] * 2
     assert all(number < 0 for choice in row["choices"] for number in choice["log_prob"])
     assert run("score", folder, "--data", rows).code == 0
+
+
+def test_results_carry_the_level_of_the_contract(folder: Path, run: Run, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "The quick", "continuation": " brown fox"}) + "\n")
+    alike = [f"--{role}={folder.parent / 'target_pt'}" for role in ("source-ft", "source-pt", "target-pt")]
+    for level, ensemble in {"text": [folder], "identical": alike}.items():
+        for command, *options in (["score"], ["generate", "--max-new-tokens", 2]):
+            out = tmp_path / f"{level}-{command}.jsonl"
+            found = run(command, *ensemble, "--data", rows, *options, "--output", out, "--json")
+            assert found.code == 0, found.err
+            assert json.loads(found.out)["vocabulary"] == level
+            assert json.loads(Path(f"{out}.run.json").read_text())["vocabulary"] == level
+            assert "vocabulary" not in json.loads(out.read_text())
 
 
 @pytest.mark.parametrize("option", [["--offline-members"], ["--top-k-logits", 4]])
@@ -150,6 +165,8 @@ def test_sweep_scores_choices_and_texts_at_every_alpha(folder: Path, run: Run, t
     assert found.code == 0, found.err
     again = run("sweep", folder, *options, "--output", tmp_path / "out", "--json")
     assert again.out == found.out
+    with open_results(tmp_path / "out") as results:
+        assert results.settings["ensemble"]["vocabulary"] == "text"
 
 
 def test_sweep_has_no_perplexity(folder: Path, run: Run, tmp_path: Path) -> None:

@@ -182,7 +182,9 @@ def test_the_command_in_one_process_and_in_two(folder: Path, tmp_path: Path, run
     assert two.returncode == 0, printed
     for name in ("one", "two"):
         (path,) = (tmp_path / name).rglob("results_*.json")
-        assert values(numbers(json.loads(path.read_text()))) == expected
+        results = json.loads(path.read_text())
+        assert values(numbers(results)) == expected
+        assert results["config"]["vocabulary"] == "identical"
         (path,) = (tmp_path / name).rglob("samples_tiny_choice_*.jsonl")
         assert sorted(json.loads(line)["doc_id"] for line in path.read_text().splitlines()) == [0, 1, 2, 3, 4]
     assert "rank 1" in printed  # which has documents of its own
