@@ -284,13 +284,13 @@ class TextMembers:
         for one in questions:
             share = max(sum(one.open_paths(role).values()) for role in self.members)
             self.stats.num_asked += 1
-            self.stats.num_certain += one.is_greedy and sum(one.contenders()) <= 1
+            self.stats.num_certain += one.is_greedy and int(one.contenders().sum()) <= 1
             self.stats.sum_open += share
             self.stats.largest_open = max(self.stats.largest_open, share)
 
     def _next_paths(self, question: Question) -> dict[str, list[Path]]:
         """Return the paths that are evaluated next, by role: those with much of the open mass, where it matters."""
-        is_certain = question.is_greedy and sum(question.contenders()) <= 1
+        is_certain = question.is_greedy and int(question.contenders().sum()) <= 1
         tolerance = 0.0 if question.is_greedy and not is_certain else self.plan.settings.tolerance
         found: dict[str, list[Path]] = {}
         for group in self._groups:
