@@ -83,7 +83,7 @@ class EnsembleGeneration(FixedRule, GenerationMixin):  # type: ignore[misc,unuse
         `alpha` defaults to the ensemble's; one value per row is repeated for beams and for several returned sequences.
         """
         num_rows = next(iter(logits.values())).shape[0]
-        return combine_members(logits, self.combination, self.alpha_of_rows(num_rows, alpha), self.contract)
+        return combine_members(logits, self.combination, self.alpha_of_rows(num_rows, alpha), self.contract.widths)
 
     def alpha_of_rows(self, num_rows: int, alpha: float | Tensor | None = None) -> float | Tensor:
         """Return `alpha`, or the ensemble's, as a number or as one value for each of `num_rows` rows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,11 @@ def check_ensemble(config: EnsembleConfig, loaded: Mapping[str, PreTrainedModel]
         generation_config = deepcopy(getattr(loaded[rule.anchor], "generation_config", None))
     if generation_config is not None:
         _check_ends(config, contract, generation_config, tokenizer)
+        if text is not None:  # members ask for the end of a text: it has to end at each of the tokens that stand for it
+            ends = [*end_ids(generation_config), *text.anchor.ends]
+            generation_config.eos_token_id = list(dict.fromkeys(ends))
+            known = tuple(token for token in generation_config.eos_token_id if token < contract.widths[rule.anchor])
+            text = replace(text, anchor=replace(text.anchor, ends=known))
         _set_padding(config, contract, generation_config, tokenizer)
     return CheckedEnsemble(config, files, model_configs, contract, loaded, tokenizer, generation_config, text)
 

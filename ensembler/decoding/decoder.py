@@ -30,6 +30,7 @@ from ensembler.engine.model_runner import ModelRunner, Step
 from ensembler.engine.prefill import Complete, RunMembers
 from ensembler.engine.row_cache import RowCache
 from ensembler.engine.text_member_set import TextMemberSet
+from ensembler.engine.text_states import TextStates
 from ensembler.errors import ConfigError
 from ensembler.generation import check_arguments, check_given_cache
 from ensembler.modeling import EnsembleForCausalLM
@@ -184,7 +185,7 @@ class Decoder:
             chunk=chunk,
             keeps_rows=keeps_rows,
             meter=self.meter,
-            complete=_complete_of(model, grid, is_greedy=is_greedy),
+            complete=_complete_of(model, grid, cache, is_greedy=is_greedy),
         )
 
     def run(self, loop: DecodeLoop) -> list[Text]:
@@ -204,12 +205,18 @@ class Decoder:
         return ended
 
 
-def _complete_of(model: EnsembleForCausalLM, grid: Grid, *, is_greedy: bool) -> Complete | None:
-    """Return what asks members with other tokenizers, if there are any: greedily until the best token is certain."""
-    if not isinstance(model.member_set, TextMemberSet):
+def _complete_of(model: EnsembleForCausalLM, grid: Grid, cache: RowCache, *, is_greedy: bool) -> Complete | None:
+    """Return what asks members with other tokenizers, if there are any: greedily until the best token is certain.
+
+    Only where `cache` holds a conversation do they go on with what they have read.
+    """
+    members = model.member_set
+    if not isinstance(members, TextMemberSet):
         return None
+    if not any(cache.lengths):
+        members.forget()
     points = [rule.weights(alpha) for rule, alphas in grid.runs for alpha in alphas]
-    return partial(model.member_set.completed, points=points, is_greedy=is_greedy)
+    return partial(members.completed, states=TextStates(members.text), points=points, is_greedy=is_greedy)
 
 
 def _run_of(model: EnsembleForCausalLM, grid: Grid) -> tuple[RunMembers, Grid]:

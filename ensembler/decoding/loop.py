@@ -75,8 +75,8 @@ class DecodeLoop:
         self.cache.hold([row.ids for row in rows], [row.num_read for row in rows], first)
         with self._undone_if_it_fails():
             with timed(self._meter, "prefill"):
-                places = [(index, 0, row.ids) for index, row in enumerate(rows)]
-                logits = self._completed(self._read_prompts(rows, first), places, first + len(rows))
+                places = [Place(index, 0, row.ids, row.num_prompt) for index, row in enumerate(rows)]
+                logits = self._completed(self._read_prompts(rows, first), places)
             requests = [TokenRequest(text, row, 0, index) for index, row in enumerate(rows) for text in row.texts]
             gained, ended = self._choose(logits, requests)
         self.rows += rows
@@ -96,17 +96,17 @@ class DecodeLoop:
             num = next(iter(logits.values())).shape[1]
             guesses = self.drafter.peek(logits, self.rows) if self.drafter is not None and num == 1 else None
             places = [
-                (index, offset, [*row.ids, *row.drafts[:offset]])
+                Place(index, offset, [*row.ids, *row.drafts[:offset]], row.num_prompt)
                 for index, row in enumerate(self.rows)
                 if row.texts
                 for offset in range(min(1 + len(row.drafts), self._num_readable(row)))
             ]
             with timed(self._meter, "step" if num == 1 else "verify"):
-                logits = self._completed(logits, places, len(self.rows))
+                logits = self._completed(logits, places)
             requests = [
-                TokenRequest(text, self.rows[index], offset, index * num + offset)
-                for index, offset, _ in places
-                for text in self.rows[index].texts
+                TokenRequest(text, self.rows[one.row], one.column, one.row * num + one.column)
+                for one in places
+                for text in self.rows[one.row].texts
             ]
             gained, ended = self._choose(logits, requests)
         grown = [(row, gained[row.texts[0]]) for row in rows]  # of texts that share a row, the first counts
@@ -150,9 +150,9 @@ class DecodeLoop:
             verified = self._run_members(self._newest(0, num), self.cache, drafter.others)
         return {role: torch.cat([step[role] for step in steps], dim=1) for role in steps[0]} | verified
 
-    def _completed(self, logits: Logits, places: Sequence[Place], num_rows: int) -> Logits:
-        """Return the logits of all members at the places that are wanted, of so many rows in all."""
-        return logits if self._complete is None else self._complete(logits, places, num_rows)
+    def _completed(self, logits: Logits, places: Sequence[Place]) -> Logits:
+        """Return the logits of all members at the places where they are wanted."""
+        return logits if self._complete is None else self._complete(logits, places)
 
     def _newest(self, offset: int, num: int) -> Step:
         """Return the input of `num` tokens from `offset` behind the newest one; what is not there is padding."""

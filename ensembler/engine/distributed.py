@@ -271,7 +271,7 @@ class RankedMembers(MemberSet):
             is_plain = sum_is_enough and term is not None and bool(term.abs().amax() < _LARGE)
             if self._world.agree(step, failure, is_plain=is_plain) and term is not None:
                 return torch.nn.functional.pad(self._world.sum(term), (0, width - contract.shared), value=-torch.inf)
-            return combine_members(self._world.gather(logits, contract), combination, alpha, contract)
+            return combine_members(self._world.gather(logits, contract), combination, alpha, roles)
 
     def _own_logits(
         self, step: Step, cache: EnsembleCache | RowCache | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -127,10 +127,13 @@ def weights_for(combination: Combination, alpha: float | Tensor, logits: Tensor)
 
 
 def combine_members(
-    logits: Mapping[str, Tensor], combination: Combination, alpha: float | Tensor, contract: VocabularyContract
+    logits: Mapping[str, Tensor], combination: Combination, alpha: float | Tensor, roles: Iterable[str]
 ) -> Tensor:
-    """Return the combination of logits (rows, positions, V_member) by role, on the device of the contract's first."""
-    ordered = [logits[role] for role in contract.widths]
+    """Return the combination of logits (rows, positions, V_member) by role, on the device of the first of `roles`.
+
+    `combination` takes members in the order of `roles`.
+    """
+    ordered = [logits[role] for role in roles]
     ordered = [values.to(ordered[0].device) for values in ordered]
     return combine(ordered, weights_for(combination, alpha, ordered[0]))
 

@@ -38,8 +38,8 @@ Timer = Callable[[str], AbstractContextManager[None]]
 class MemberSet:
     """The members of an ensemble, `models` by role in a mapping in which they may be replaced, and how they run.
 
-    `timer`, where it is set, is given the name of each runner and times what happens inside. `graphs` are there on
-    GPUs; None: every step is launched piece by piece.
+    `roles`: in the order that combinations take. `timer`, where it is set, is given the name of each runner and times
+    what happens inside. `graphs` are there on GPUs; None: every step is launched piece by piece.
     """
 
     def __init__(self, models: Any, backbones: Sequence[Backbone], contract: VocabularyContract) -> None:
@@ -48,6 +48,7 @@ class MemberSet:
         self.graphs: StepGraphs | None = StepGraphs(CudaRecorder) if torch.cuda.is_available() else None
         self._models = models
         self.contract = contract
+        self.roles = tuple(contract.widths)
         self._compiled: dict[int, Callable[..., Any]] | None = None
         self._backend: Any = None
         self._planned: list[ModelRunner] = []
@@ -174,12 +175,12 @@ class MemberSet:
     ) -> Tensor:
         """Return the combination of all members (rows, kept positions, V), fp32, on the device of the first.
 
-        `combination` takes them in the order of the vocabulary contract; `alpha` is a number or one for each row.
+        `combination` takes them in the order of `roles`; `alpha` is a number or one for each row.
         Raises LogitsError naming the member that computed NaN; the cache is then as it was.
         """
         with self._advancing(cache):
             logits = self.logits(step, cache)
-            combined = combine_members(logits, combination, alpha, self.contract)
+            combined = combine_members(logits, combination, alpha, self.roles)
             if not torch.compiler.is_compiling() and combined.isnan().any():  # a traced value is not known
                 check_nan(logits)
         return combined

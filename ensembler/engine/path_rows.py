@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ensembler.engine.member_set import MemberSet
+from ensembler.engine.model_runner import check_nan
 from ensembler.engine.prefill import prefill, unread_to_the_right
 from ensembler.engine.row_cache import RowCache
 
@@ -29,10 +30,16 @@ class PathRows:
         self._used: dict[int, int] = {}  # the last call that read each row
         (self.role,) = members.runners[0].roles
 
+    def forget(self) -> None:
+        """Let go of all rows: the model may be another, elsewhere, or have other weights than when it read them."""
+        self._cache = None
+        self._used.clear()
+
     def logits(self, texts: Sequence[Sequence[int]], num_last: int = 1) -> Tensor:
         """Return the logits (texts, num_last, V) behind the last tokens of texts, as ids, from one forward.
 
         Only what no row has read is read, and those last tokens; of shorter texts the first logits mean nothing.
+        Raises LogitsError for NaN, RunError; nothing is held then.
         """
         cache = self._reserved(len(texts), max(map(len, texts)))
         rows = self._place(cache, texts)
@@ -44,14 +51,16 @@ class PathRows:
         ids, positions = unread_to_the_right(read, num_held)
         try:
             logits = prefill(self._members.logits, cache, ids, positions, first_row=first, num_kept=num_last)[self.role]
+            wanted = logits[[row - first for row in rows]]
+            check_nan({self.role: wanted})
         except BaseException:
-            cache.empty()
+            self.forget()
             raise
         self._calls += 1
         for row, text in by_row.items():
             cache.hold([list(text)], [len(text)], row)
             self._used[row] = self._calls
-        return logits[[row - first for row in rows]]
+        return wanted
 
     def _reserved(self, num_texts: int, room: int) -> RowCache:
         """Return the cache, with two rows for each text: one that goes on with it, one for ways that are left again."""

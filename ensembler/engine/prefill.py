@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +15,19 @@ from ensembler.engine.row_cache import RowCache
 Logits = dict[str, Tensor]
 RunMembers = Callable[[Step, RowCache, Sequence[ModelRunner] | None], Logits]
 """Runs all members, or those of the given runners, and returns their logits (rows, n, V) by role."""
-Place = tuple[int, int, Sequence[int]]
-"""Row and column of logits, and the ids of the text behind which they stand."""
-Complete = Callable[[Logits, Sequence[Place], int], Logits]
-"""Adds to logits, at the places that are wanted, those of members that are asked for text, of so many rows in all."""
+
+
+class Place(NamedTuple):
+    """Logits that are wanted: their row and column, and the text behind which they stand, prompt first."""
+
+    row: int
+    column: int
+    ids: Sequence[int]
+    num_prompt: int
+
+
+Complete = Callable[[Logits, Sequence[Place]], Logits]
+"""Adds the logits of members that are asked for text, at the places where they are wanted."""
 _CHUNK = 1024  # positions of prompts that are read at once: a mask of all of a long prompt would be its square
 
 

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from ensembler.tokenization.token_bytes import TokenBytes
 from ensembler.tokenization.token_cut import TokenCut
 
+_SHARP = 1e-6  # the difference of two sums of about 1 is rounding below 1e-16
 Path = tuple[int, ...]
 """Token ids behind the tokens that a text is known to begin with."""
 
@@ -40,12 +41,13 @@ class Neighbours(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class NextTokens:
-    """The distribution behind some tokens: `sums` (num_tokens + 1,) float64, the cumulative probabilities in the order
-    of their bytes; `end`, the probability that the text ends.
+    """The distribution behind some tokens, in the order of their bytes.
 
-    In float32 the difference of two neighbouring sums would be mostly rounding.
+    `log_probs` (num_tokens,) float32; `sums` (num_tokens + 1,) float64, the cumulative probabilities; `end`, the
+    probability that the text ends.
     """
 
+    log_probs: NDArray[np.float32]
     sums: NDArray[np.float64]
     end: float
     _kept: dict[tuple[bytes, int, int], tuple[float, float]] = field(default_factory=dict)
@@ -59,7 +61,10 @@ class NextTokens:
 
     def within(self, first: int, last: int) -> float:
         """Return the probability of the tokens at places from `first` up to `last`."""
-        return float(self.sums[last] - self.sums[first])
+        found = float(self.sums[last] - self.sums[first])
+        if found > _SHARP:
+            return found
+        return float(np.exp(self.log_probs[first:last], dtype=np.float64).sum())
 
 
 @dataclass

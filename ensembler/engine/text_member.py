@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ensembler.engine.member_set import MemberSet
-from ensembler.engine.model_runner import check_nan
 from ensembler.engine.path_rows import PathRows
 from ensembler.engine.text_cover import Bounds, NextTokens, Path, cover
 from ensembler.tokenization.stable_tokens import stable_tokens
@@ -74,8 +73,13 @@ class TextMember:
         self.role = self._rows.role
         self._writer = writer
         self._order = torch.from_numpy(writer.tokens.order)
+        self._num_ids = 1 + int(self._order.max())  # of tokens that spell text: the model may have fewer
         self._ends = sorted(ends)
         self.num_evaluated = 0
+
+    def forget(self) -> None:
+        """Let go of the keys and values of earlier texts."""
+        self._rows.forget()
 
     def begin(self, ids: Sequence[int]) -> TextState:
         """Return the state behind a prompt, as ids of this member: special tokens, and the text behind the last."""
@@ -87,13 +91,13 @@ class TextMember:
 
     def _begun_somewhere(self, state: TextState) -> TextState:
         """Return a state with a trunk, which a member without a begin token needs: the first token of the text, taken
-        as certain, or an end token before a text of nothing.
+        as certain and as no part of what follows, or an end token before a text of nothing.
         """
         tokens = self._writer.encode(state.recent) or []
         if not tokens:
             return replace(state, trunk=self._ends[:1])
         tail = state.tail[len(self._writer.tokens.texts[tokens[0]]) :]
-        return replace(state, trunk=tokens[:1], num_recent=1, tail=tail)
+        return self._with_longer_trunk(replace(state, trunk=tokens[:1], recent=tail, tail=tail))
 
     def advance(self, state: TextState, text: bytes, cut: TokenCut | None = None) -> TextState:
         """Return the state behind more text; the trunk grows by the tokens that are certain now, and evaluated.
@@ -206,13 +210,14 @@ class TextMember:
     def _next_tokens(self, logits: Tensor) -> list[NextTokens]:
         """Return the distributions of logits (n, V)."""
         self.num_evaluated += len(logits)
-        logits = logits.float()
-        check_nan({self.role: logits})
-        probabilities = logits.softmax(-1)
-        order = self._order = self._order.to(logits.device)
-        summed = torch.nn.functional.pad(probabilities[:, order].cumsum(-1, dtype=torch.float64), (1, 0))
-        ends = probabilities[:, self._ends].sum(-1).tolist()
-        return [NextTokens(one.copy(), end) for one, end in zip(summed.cpu().numpy(), ends, strict=True)]
+        log_probs = logits.float().log_softmax(-1)
+        if log_probs.shape[-1] < self._num_ids:
+            log_probs = torch.nn.functional.pad(log_probs, (0, self._num_ids - log_probs.shape[-1]), value=-math.inf)
+        self._order = self._order.to(logits.device)
+        ordered, ends = log_probs[:, self._order], log_probs[:, self._ends].double().exp().sum(-1).tolist()
+        sums = torch.nn.functional.pad(ordered.exp().cumsum(-1, dtype=torch.float64), (1, 0))
+        columns = ordered.cpu().numpy(), sums.cpu().numpy(), ends
+        return [NextTokens(one.copy(), summed.copy(), end) for one, summed, end in zip(*columns, strict=True)]
 
 
 def _num_known(nodes: Mapping[Path, NextTokens], path: Sequence[int]) -> int:

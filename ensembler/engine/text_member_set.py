@@ -6,8 +6,9 @@ spell, so that whoever combines logits combines them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,8 +24,26 @@ from ensembler.engine.text_member import TextMember
 from ensembler.engine.text_members import TextMembers
 from ensembler.engine.text_plan import TextPlan
 from ensembler.engine.text_question import States
+from ensembler.engine.text_states import TextStates
 from ensembler.errors import InputError
 from ensembler.vocab import make_contract, read_vocabulary
+
+
+class _Some(Mapping[str, Any]):
+    """Some of the members of an ensemble, which may be replaced in it."""
+
+    def __init__(self, models: Any, roles: Sequence[str]) -> None:
+        self._models = models
+        self._roles = roles
+
+    def __getitem__(self, role: str) -> Any:
+        return self._models[role]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._roles)
+
+    def __len__(self) -> int:
+        return len(self._roles)
 
 
 class TextMemberSet(MemberSet):
@@ -35,13 +54,14 @@ class TextMemberSet(MemberSet):
 
     def __init__(self, plan: TextPlan, models: Any, backbones: Sequence[Backbone]) -> None:
         self._others: list[MemberSet] = []
-        own = {role: model for role, model in models.items() if role not in plan.readers}
+        own = _Some(models, [role for role in models if role not in plan.readers])
         super().__init__(own, backbones, plan.contract)
+        self.roles = tuple(models)
         self.by_ids = MemberSet(own, backbones, plan.contract)
         members = {}
         for role, reader in plan.readers.items():
             vocabulary = make_contract([read_vocabulary(role, reader.tokenizer, models[role].config)])
-            alone = MemberSet({role: models[role]}, backbones, vocabulary)
+            alone = MemberSet(_Some(models, [role]), backbones, vocabulary)
             self._others.append(alone)
             members[role] = TextMember(alone, reader.writer, reader.ends)
         self.text = TextMembers(plan, members)
@@ -75,30 +95,41 @@ class TextMemberSet(MemberSet):
         own = super().logits(step, cache, runners)
         if cache is not None:
             return own
+        self.forget()
         places = _places(step, own[self.text.plan.anchor_role].shape[1])
-        rows = [[ids for _, _, ids in of_row] for _, of_row in groupby(places, key=lambda place: place[0])]
-        states = [state for texts in rows for state in self.text.along(texts[-1], len(texts[0]))]
+        states = [state for _, of_row in groupby(places, key=attrgetter("row")) for state in self._along(list(of_row))]
         return self._completed(own, places, states)
+
+    @torch.no_grad()
+    def _along(self, places: Sequence[Place]) -> list[States]:
+        """Return the states behind places of one text, in any order."""
+        lengths = [len(one.ids) for one in places]
+        longest = max(places, key=lambda one: len(one.ids))
+        found = self.text.along(longest.ids, min(lengths))
+        return [found[length - min(lengths)] for length in lengths]
 
     def completed(
         self,
         own: Mapping[str, Tensor],
         places: Sequence[Place],
-        num_rows: int,
         *,
+        states: TextStates,
         points: Sequence[Mapping[str, float]] = (),
         is_greedy: bool = False,
     ) -> dict[str, Tensor]:
         """Return by role the anchor's logits, and log-probs for all others (rows, positions, V of the anchor).
 
-        `own`: the logits of the members by ids, of which the `places` are wanted; `num_rows`: of all texts that go on,
-        also where these are not asked about. `points`: the weights by role for
-        which they are wanted; `is_greedy`: only the best token at each of these.
+        `own`: the logits of the members by ids, of which the `places` are wanted; `states`: of the loop that asks.
+        `points`: the weights by role for which they are wanted; `is_greedy`: only the best token at each of these.
         """
-        most = 2 * num_rows * own[self.text.plan.anchor_role].shape[1] + 2
-        states = [self.text.states_of(ids, most) for _, _, ids in places]
-        return self._completed(own, places, states, points, is_greedy=is_greedy)
+        return self._completed(own, places, states.of(places), points, is_greedy=is_greedy)
 
+    def forget(self) -> None:
+        """Let go of what the members asked for text hold of earlier texts: their weights may have changed since."""
+        for member in self.text.members.values():
+            member.forget()
+
+    @torch.no_grad()
     def _completed(
         self,
         own: Mapping[str, Tensor],
@@ -112,7 +143,7 @@ class TextMemberSet(MemberSet):
         logits = own[anchor]
         others = [role for role in (*own, *self.text.members) if role != anchor]
         filled = {role: torch.zeros(logits.shape, device=logits.device) for role in others}
-        rows, columns = ([place[axis] for place in places] for axis in (0, 1))
+        rows, columns = [one.row for one in places], [one.column for one in places]
         wanted = {role: values[rows, columns] for role, values in own.items()}
         for role, values in self.text.log_probs(states, wanted, points, is_greedy=is_greedy).items():
             filled[role][rows, columns] = values
@@ -123,14 +154,15 @@ def _places(step: Step, num: int) -> list[Place]:
     """Return the places of the logits that are wanted, without those of padding."""
     rows = step.input_ids.tolist()
     if isinstance(step.logits_to_keep, Tensor):
-        columns = step.logits_to_keep.tolist()
+        columns = [column % len(rows[0]) for column in step.logits_to_keep.tolist()]
     else:
         columns = list(range(len(rows[0]) - num, len(rows[0])))
     seen = step.attention_mask
     masks = [[1] * len(ids) for ids in rows] if seen is None else seen.tolist()
     return [
-        (row, at, [token for token, is_seen in zip(ids[: column + 1], mask, strict=False) if is_seen])
+        Place(row, at, text, len(text))
         for row, (ids, mask) in enumerate(zip(rows, masks, strict=True))
         for at, column in enumerate(columns)
         if mask[column]
+        for text in [[token for token, is_seen in zip(ids[: column + 1], mask, strict=False) if is_seen]]
     ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
@@ -65,9 +64,10 @@ class TextMembers:
         self.prompts: dict[tuple[int, ...], Mapping[str, Sequence[int]]] = {}
         self._texts = plan.anchor.writer.tokens.texts
         self._ends = sorted(plan.anchor.ends)
-        self._states: OrderedDict[tuple[int, ...], States] = OrderedDict()
         width = plan.contract.widths[plan.anchor_role]
-        self._never = [token for token in range(width) if token not in self._texts and token not in plan.anchor.ends]
+        never = [token for token in range(width) if token not in self._texts and token not in plan.anchor.ends]
+        self._never = torch.tensor(never, dtype=torch.int64)
+        self._forbidding = plan.raised & self.members.keys()
         writers = {id(reader.writer): reader.writer for reader in plan.readers.values()}
         self._groups = [
             [role for role in self.members if plan.readers[role].writer is writer] for writer in writers.values()
@@ -85,25 +85,11 @@ class TextMembers:
             "certain": self.stats.num_certain / num,
         }
 
-    def states_of(self, ids: Sequence[int], most: int) -> States:
-        """Return the states behind a text, as ids of the anchor; the last `most` that were asked for are kept.
-
-        Raises PromptError for a prompt that a member cannot read.
-        """
-        key = tuple(ids)
-        found = self._states.pop(key, None)
-        if found is None:
-            before = self._states.get(key[:-1])
-            found = self.begin(key) if before is None else self.advance(before, key[-1])
-        self._states[key] = found
-        while len(self._states) > most:
-            self._states.popitem(last=False)
-        return found
-
     def begin(self, ids: Sequence[int]) -> States:
         """Return the states behind a prompt, as ids of the anchor: each member reads its text by itself.
 
-        Where a prompt ends, no member is held to the anchor's cut: it may end inside of a word.
+        Where a prompt ends, no member is held to the anchor's cut: it may end inside of a word. Raises PromptError for
+        a prompt that a member cannot read.
         """
         given = self.prompts.get(tuple(ids))
         if given is not None:
@@ -130,9 +116,8 @@ class TextMembers:
 
     def advance(self, states: States, token: int) -> States:
         """Return the states behind one more token of the anchor."""
-        one = self._continuation(token, states)
-        cut = None if one.is_impossible else one.cut
-        return {role: self.members[role].advance(state, one.text, cut) for role, state in states.items()}
+        one = self._given(token, states)
+        return {role: self.members[role].advance(state, one.text, one.cut) for role, state in states.items()}
 
     def log_probs(
         self,
@@ -166,7 +151,7 @@ class TextMembers:
         ]
         self.refine(questions)
         found = {role: torch.zeros(scores.shape) for role in (*own, *self.members)}
-        for role in self.plan.raised & self.members.keys():
+        for role in self._forbidding:
             found[role][:, self._never] = -math.inf
         for at, (tokens, question) in enumerate(zip(ids, questions, strict=True)):
             for role, values in own.items():
@@ -196,8 +181,7 @@ class TextMembers:
             if at % MOST_AHEAD == 0:
                 for role, member in self.members.items():
                     member.read_ahead([(states[index][role], self._text_of(texts[index][1][at:])) for index in asked])
-            # A text that is given goes on as it does, also where the anchor's tokenizer would cut it otherwise.
-            questions = [Question(states[index], [self._continuation(texts[index][1][at])]) for index in asked]
+            questions = [Question(states[index], [self._given(texts[index][1][at], states[index])]) for index in asked]
             self.refine(questions)
             for index, question in zip(asked, questions, strict=True):
                 before, states[index] = states[index], self.advance(states[index], texts[index][1][at])
@@ -215,7 +199,9 @@ class TextMembers:
     ) -> Scores:
         """Return the scores of `tokens` from the anchor's logits (V,) and the log-probs (V,) of others by ids."""
         points = points or [{self.plan.anchor_role: 1.0}]
-        rest = float(anchor.index_fill(0, torch.tensor(tokens), -math.inf).max())
+        others = anchor.index_fill(0, torch.tensor(tokens), -math.inf)
+        rest, allowed = (float(values.max()) for values in (others, others.index_fill(0, self._never, -math.inf)))
+        rests = [allowed if any(one.get(role, 0.0) > 0 for role in self._forbidding) else rest for one in points]
         known = {self.plan.anchor_role: anchor, **own}
         base = np.zeros((len(points), len(tokens)))
         for at, weights in enumerate(points):
@@ -224,7 +210,7 @@ class TextMembers:
                     base[at] += weights[role] * values[tokens].double().numpy()
         return Scores(
             base,
-            np.array([weights[self.plan.anchor_role] * rest for weights in points]),
+            np.array([weights[self.plan.anchor_role] * rest for weights, rest in zip(points, rests, strict=True)]),
             {role: np.array([weights.get(role, 0.0) for weights in points]) for role in self.members},
             self._groups,
         )
@@ -244,6 +230,11 @@ class TextMembers:
         cut = self._cut(token)
         before = None if states is None else next(iter(states.values())).cut
         return Continuation(cut.text, cut=cut, is_impossible=before is not None and not before.allows(token))
+
+    def _given(self, token: int, states: States) -> Continuation:
+        """Return the same of a token that a text has: where the anchor would cut it otherwise, no cut is asked for."""
+        one = self._continuation(token, states)
+        return replace(one, cut=None, is_impossible=False) if one.is_impossible else one
 
     def _told_apart(self, candidates: Sequence[Continuation]) -> list[Continuation]:
         """Return candidates with those of their texts that begin with each."""
@@ -284,13 +275,13 @@ class TextMembers:
         for one in questions:
             share = max(sum(one.open_paths(role).values()) for role in self.members)
             self.stats.num_asked += 1
-            self.stats.num_certain += one.is_greedy and int(one.contenders().sum()) <= 1
+            self.stats.num_certain += one.is_greedy and one.is_certain
             self.stats.sum_open += share
             self.stats.largest_open = max(self.stats.largest_open, share)
 
     def _next_paths(self, question: Question) -> dict[str, list[Path]]:
         """Return the paths that are evaluated next, by role: those with much of the open mass, where it matters."""
-        is_certain = question.is_greedy and int(question.contenders().sum()) <= 1
+        is_certain = question.is_greedy and question.is_certain
         tolerance = 0.0 if question.is_greedy and not is_certain else self.plan.settings.tolerance
         found: dict[str, list[Path]] = {}
         for group in self._groups:

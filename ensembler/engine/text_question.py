@@ -91,11 +91,11 @@ class Question:
             found: Array = np.log(values) - np.log(self.begun[role].middle)
         return found
 
-    def contenders(self) -> NDArray[np.bool_]:
-        """Return which candidates may still be the best at some point: one of them where that is certain."""
+    @property
+    def is_certain(self) -> bool:
+        """Return whether at each point at most one candidate may still be the best."""
         best, most = self._best()
-        may_win: NDArray[np.bool_] = np.any(most >= best[:, None], axis=0)
-        return may_win
+        return bool(np.all((most >= best[:, None]).sum(1) <= 1))
 
     def _best(self) -> tuple[Array, Array]:
         """Return the score (points,) that some token certainly has, and the highest scores (points, candidates)."""
@@ -113,7 +113,10 @@ class Question:
             return np.full(num, 1 / max(1, num))
         if self.is_greedy:
             best, most = self._best()
-            most = np.where(most >= best[:, None], most, -np.inf)
+            may_win = most >= best[:, None]
+            is_open = may_win.sum(1) > 1
+            most = np.where(may_win, most, -np.inf)
+            most = most[is_open] if is_open.any() else most
             return np.bincount(most.argmax(1), minlength=num) / len(most)
         scores = self.scores.at({role: self.log_probs(role) for role in self.bounds})
         drawn = np.exp(scores - scores.max(1, keepdims=True, initial=np.finfo(float).min))

@@ -57,6 +57,8 @@ class TransformersBackend:
         """
         model = self.model
         grid = Grid.of(points, model.rule, model.contract, model.config.outside).to(model.device)
+        if isinstance(model.member_set, TextMemberSet):
+            model.member_set.forget()
         for batch in batches:
             if isinstance(model.member_set, TextMemberSet):
                 scored = score_texts(batch, model.member_set, grid)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from ensembler.engine.grid import Grid
+from ensembler.engine.model_runner import check_nan
 from ensembler.engine.text_member_set import TextMemberSet
 from ensembler.evaluation.request_batches import Batch, run_passes
 from ensembler.evaluation.scoring import Score, ScoredRequest
@@ -18,7 +19,8 @@ from ensembler.evaluation.scoring import Score, ScoredRequest
 def score_texts(batch: Batch, members: TextMemberSet, grid: Grid) -> list[ScoredRequest]:
     """Return the scores of a batch at each point: weight · log p_anchor(token) + Σ weight · log P(bytes), by token.
 
-    Whether a continuation is the greedy one is not known (None): it would need all other tokens.
+    Whether a continuation is the greedy one is not known (None): it would need all other tokens. Raises LogitsError for
+    NaN, PromptError and RunError for a text that a member cannot read or write.
     """
     texts = [
         (context, continuation)
@@ -55,6 +57,7 @@ def _own_log_probs(batch: Batch, members: TextMemberSet, num: int) -> dict[str, 
     """Return by role the log-probs of all tokens of all continuations under the members of the anchor's tokenizer."""
     found = {role: torch.zeros(num, dtype=torch.float64) for one in members.runners for role in one.roles}
     for one, logits in run_passes(batch.passes, members.by_ids):
+        check_nan(logits)
         for role, values in logits.items():
             is_anchor = role == members.text.plan.anchor_role
             rows = values.float().log_softmax(-1) if is_anchor else members.text.own_log_probs(values)

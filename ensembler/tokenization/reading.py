@@ -10,7 +10,7 @@ from typing import Any
 from ensembler.errors import VocabularyError
 from ensembler.tokenization.merges import Merges
 from ensembler.tokenization.token_bytes import TokenBytes
-from ensembler.tokenization.token_writer import TokenWriter, split_at_spaces
+from ensembler.tokenization.token_writer import TokenWriter, joined_bytes, split_at_spaces, split_where_apart
 
 _SPACE = "▁"  # of SentencePiece
 # Texts on which our own writing is compared with the tokenizer's: words, code, digits, other scripts, spaces, signs.
@@ -86,7 +86,7 @@ def _make_writer(tokenizer: Any, data: Mapping[str, Any], byte_map: Mapping[str,
             if byte < 128 and chr(byte) in characters:
                 del texts[token]
         crossing = any(b" " in spelled.lstrip(b" ") for spelled in texts.values())
-        split = (lambda text: [text.encode()]) if crossing else split_at_spaces
+        split = partial(split_where_apart, joined_bytes(list(texts.values()))) if crossing else split_at_spaces
         symbols = partial(_character_symbols, characters, fallback)
     return TokenWriter(
         TokenBytes(_without_doubles(texts, set(added.values()))),

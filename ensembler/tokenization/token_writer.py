@@ -11,7 +11,8 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +20,11 @@ from numpy.typing import NDArray
 from ensembler.tokenization.merges import Merges, merge, merge_steps
 from ensembler.tokenization.token_bytes import TokenBytes
 
+_Found = TypeVar("_Found")
 _FEW = 32  # tokens that are tried as the next one without looking at their merges before
 _MOST_TRIED = 256  # of more, one is taken to follow: a bound is only larger then
 _WORD = b"x"  # spaces before the end of a text are cut otherwise than before a word
+_LONG = 256  # bytes: of texts that are longer, as prompts, few are kept
 _Utf8 = codecs.getincrementaldecoder("utf-8")  # keeps the bytes of a character that is not whole
 _SPACES = re.compile(r" *[^ ]+| +")  # a word of SentencePiece with the spaces in front of it
 
@@ -51,14 +54,14 @@ class TokenWriter:
         self._added = TokenBytes({token: spelled for spelled, token in (added or {}).items()})
         self._added_starts = {one[:2] for one in self._added.spelled}
         self._takes_whole = takes_whole
-        self.pieces = lru_cache(maxsize=1 << 14)(self._pieces)
+        self.pieces = _kept_by_length(self._pieces)
         self.can_follow = lru_cache(maxsize=1 << 18)(self._can_follow)
         self.can_go_on = lru_cache(maxsize=1 << 16)(self._can_go_on)
         self.can_reach = lru_cache(maxsize=1 << 16)(self._can_reach)
         self.first_rank = cache(self._first_rank)
         self.cuts_behind = lru_cache(maxsize=1 << 18)(self._cuts_behind)
-        self._joined = _joined_bytes(tokens.spelled)
-        self._written = lru_cache(maxsize=1 << 16)(self._write)
+        self._joined = joined_bytes(tokens.spelled)
+        self._written = _kept_by_length(self._write)
 
     def encode(self, text: bytes, num_bytes: int | None = None, *, goes_on: bool = False) -> list[int] | None:
         """Return the tokens of the first `num_bytes` of a text, by the pieces into which it is cut up to there.
@@ -94,16 +97,32 @@ class TokenWriter:
     def _pieces(self, text: bytes) -> tuple[bytes, ...]:
         found: list[bytes] = []
         for is_added, part in self._around_added(text):
-            if is_added:
-                found.append(part)
-                continue
-            decoder = _Utf8()
-            try:
-                words, rest = self._split(decoder.decode(part)), decoder.getstate()[0]
-            except UnicodeDecodeError:  # it begins inside of a character
-                words, rest = [part], b""
-            found += [*words[:-1], words[-1] + rest] if words else [rest]
+            found += [part] if is_added else self._words(part)
         return tuple(found)
+
+    def _words(self, part: bytes) -> list[bytes]:
+        """Return the pieces of a part; bytes that are no character stay with the word before, or with the first one."""
+        found: list[bytes] = []
+        begun = b""
+        while part:
+            decoder, behind = _Utf8(), b""
+            try:
+                text, rest = decoder.decode(part), decoder.getstate()[0]
+            except UnicodeDecodeError as error:
+                end = error.start + 1
+                while end < len(part) and part[end] & 0xC0 == 0x80:
+                    end += 1
+                text, rest, behind = part[: error.start].decode(), part[error.start : end], part[end:]
+            words = list(self._split(text)) if text else []
+            if words:
+                words[0], begun = begun + words[0], b""
+            found += words
+            if found:
+                found[-1] += rest
+            else:
+                begun += rest
+            part = behind
+        return [*found, begun] if begun else found
 
     def _around_added(self, text: bytes) -> list[tuple[bool, bytes]]:
         """Return the parts of a text and whether each is an added token: the leftmost first, then the longest."""
@@ -200,7 +219,17 @@ class TokenWriter:
         return next((step.rank for step in merge_steps(symbols, self._merges) if step.left == 0), math.inf)
 
 
-def _joined_bytes(spelled: Sequence[bytes]) -> NDArray[np.bool_]:
+def _kept_by_length(function: Callable[..., _Found]) -> Callable[..., _Found]:
+    """Return a function of bytes that keeps its results: many of short ones, and few of long ones, which are large."""
+    many, few = lru_cache(maxsize=1 << 16)(function), lru_cache(maxsize=1 << 9)(function)
+
+    def call(text: bytes, *options: bool) -> _Found:
+        return (few if len(text) > _LONG else many)(text, *options)
+
+    return call
+
+
+def joined_bytes(spelled: Sequence[bytes]) -> NDArray[np.bool_]:
     """Return (256, 256) which bytes stand beside each other inside of a token."""
     together = np.frombuffer(b"".join(spelled), dtype=np.uint8)
     is_inside = np.ones(len(together), dtype=bool)
@@ -221,3 +250,15 @@ def _whole_characters(text: bytes, num_bytes: int) -> bytes:
 def split_at_spaces(text: str) -> list[bytes]:
     """Return the words of a text, each with the spaces in front of it."""
     return [word.encode() for word in _SPACES.findall(text)]
+
+
+def split_where_apart(joined: NDArray[np.bool_], text: str) -> list[bytes]:
+    """Return a text cut between characters whose bytes stand beside each other in no token: none is merged across.
+
+    `joined` (256, 256): which bytes do.
+    """
+    whole = text.encode()
+    data = np.frombuffer(whole, dtype=np.uint8)
+    is_apart = ~joined[data[:-1], data[1:]] & ((data[1:] & 0xC0) != 0x80)
+    bounds = [0, *(np.flatnonzero(is_apart) + 1).tolist(), len(whole)]
+    return [whole[start:end] for start, end in pairwise(bounds)]

@@ -168,7 +168,7 @@ class EnsembleForImageClassification(folders.PushedFolder, FixedRule, PreTrained
 
         `alpha`: a number, or one for each row; the ensemble's, if it is not given.
         """
-        return combine_members(logits, self.combination, self.alpha if alpha is None else alpha, self.contract)
+        return combine_members(logits, self.combination, self.alpha if alpha is None else alpha, self.contract.widths)
 
 
 AutoModelForImageClassification.register(EnsembleConfig, EnsembleForImageClassification, exist_ok=True)

@@ -150,6 +150,11 @@ def test_each_member_reads_a_chat_in_its_own_template(with_chats: Path, run: Run
         texts[template] = json.loads(found.out)["text"]
     assert texts["per-member"]
     assert texts["per-member"] != texts["anchor"]
+    checked = check_ensemble(read(with_chats / "ensemble"))
+    end = checked.tokenizer.convert_tokens_to_ids("<|end|>")
+    assert checked.text is not None
+    assert end in checked.text.anchor.ends
+    assert end in checked.generation_config.eos_token_id  # so that a text that members end does end
     talked = run("chat", with_chats / "ensemble", "--max-new-tokens", 4, stdin="Who jumps?\nAnd then?\n")
     assert talked.code == 0, talked.err
 

@@ -18,6 +18,12 @@ from ensembler.tokenization.token_bytes import TokenBytes
 ALPHABET = "ab"
 
 
+def node_of(probabilities: np.ndarray, end: float = 0.0) -> NextTokens:
+    sums = np.concatenate([[0.0], np.cumsum(probabilities)])
+    with np.errstate(divide="ignore"):
+        return NextTokens(np.log(probabilities), sums, end)
+
+
 @dataclass
 class Toy:
     """A member with a random table of next tokens for each path, and the pairs of tokens that its tokenizer writes."""
@@ -33,8 +39,7 @@ class Toy:
 
     def node(self, path: Path) -> NextTokens:
         probabilities = self.distribution(path)
-        sums = np.concatenate([[0.0], np.cumsum(probabilities[self.tokens.order])])
-        return NextTokens(sums, float(probabilities[-1]))
+        return node_of(probabilities[self.tokens.order], float(probabilities[-1]))
 
     def can_follow(self, first: int, second: int) -> bool:
         return self.pairs(first, second)
@@ -167,7 +172,8 @@ def test_a_cut_counts_the_sequences_that_leave_it(toy: Toy, text: str, num: int)
         assert bounds.low == pytest.approx(truth, abs=1e-12)
 
 
-def test_short_ranges_keep_their_digits_behind_a_large_sum() -> None:
-    tokens = TokenBytes({0: b"a", 1: b"z"})
-    nodes = {(): NextTokens(np.cumsum([0.0, 1 - 1e-12, 1e-12]), 0.0)}
-    assert cover(nodes, tokens, Toy(tokens, 0, lambda *_: True), b"z").low == pytest.approx(1e-12, rel=1e-3)
+@pytest.mark.parametrize("small", [1e-3, 1e-12, 1e-40])
+def test_short_ranges_keep_their_digits_behind_a_large_sum(small: float) -> None:
+    tokens = TokenBytes({0: b"a", 1: b"z", 2: b"zz"})
+    nodes = {(): node_of(np.array([1 - 2 * small, small, small]))}
+    assert cover(nodes, tokens, Toy(tokens, 0, lambda *_: True), b"z").low == pytest.approx(2 * small, rel=1e-4)

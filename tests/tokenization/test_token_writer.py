@@ -19,7 +19,7 @@ from ensembler.errors import VocabularyError
 from ensembler.tokenization.merges import merge
 from ensembler.tokenization.reading import PROBES, plain_ids, read_writer
 from ensembler.tokenization.stable_tokens import stable_tokens
-from ensembler.tokenization.token_writer import TokenWriter
+from ensembler.tokenization.token_writer import TokenWriter, joined_bytes, split_where_apart
 
 ROOT = Path(ensembler.__file__).parents[1]
 TEXTS = (*PROBES, (ROOT / "README.md").read_text(encoding="utf-8"), (ROOT / "ensembler/modeling.py").read_text())
@@ -171,3 +171,23 @@ def test_a_space_that_is_put_before_a_text_stands_before_its_first_piece_alone()
     assert spelled(writer, ids) == b" ab c"
     assert writer.encode(b" ab c") == ids
     assert writer.boundaries(b"ab c") == [0, 2, 4]
+
+
+def test_bytes_that_are_no_character_leave_the_words_around_them_apart(writer: TokenWriter) -> None:
+    """All bytes are kept; what stands far behind such bytes is written as without them."""
+    valid = b" The quick brown fox jumps over 13 lazy dogs"
+    usual = writer.encode(valid)
+    assert usual is not None
+    for bad in (b"\xff", b"\xe2\x82", b"\x82\x82", b"a \xe2 b\xff\xff"):
+        ids = writer.encode(bad + valid + valid)
+        assert ids is not None
+        assert spelled(writer, ids) == bad + valid + valid
+        assert ids[-len(usual) :] == usual
+        assert b"".join(writer.pieces(bad + valid)) == bad + valid
+        assert writer.boundaries(valid + bad + valid)[:4] == writer.boundaries(valid)[:4]
+
+
+def test_a_text_is_cut_where_no_token_joins_its_bytes() -> None:
+    joined = joined_bytes([b"ab", b" b", b"b ", "é".encode(), b"\xa9a"])
+    assert split_where_apart(joined, "ab ba béa") == [b"ab b", b"a", b" b", "éa".encode()]
+    assert split_where_apart(joined, "b") == [b"b"]
