@@ -7,7 +7,8 @@ import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ROWS = [json.loads(line) for line in (ROOT / "benchmarks" / "results" / "text_members.jsonl").read_text().splitlines()]
+RESULTS = ROOT / "benchmarks" / "results"
+ROWS = [json.loads(line) for line in (RESULTS / "text_members.jsonl").read_text().splitlines()]
 PAGE = " ".join((ROOT / "docs" / "tokenizers.md").read_text(encoding="utf-8").split())
 
 
@@ -27,10 +28,25 @@ def test_scores() -> None:
 
 def test_decode() -> None:
     (row,) = (row for row in ROWS if "agreement" in row)
-    agreed, named, certain = (f"{row[name]:.0%}"[:-1] for name in ("agreement", "agreement_by_name", "certain"))
-    assert f"{row['num_prompts']} prompts of 32 tokens" in PAGE
-    assert f"chooses {agreed} % of its tokens, {named} % where tokens are matched by name" in PAGE
-    assert f"{row['evaluations']['target_pt']:.2f} evaluations of the target a token" in PAGE
-    assert f"{certain} % of the choices certain, {row['seconds_ratio']:.1f} times" in PAGE
-    free, own = (f"{row[name]:.2f}".replace("-", "−") for name in ("likelihood", "likelihood_of_own"))
-    assert f"{free} nats a byte under Gemma, its own {own}" in PAGE
+    agreed, named, first = (
+        f"{row[name]:.1%}"[:-1] for name in ("agreement", "agreement_by_name", "agreement_by_first_token")
+    )
+    free, own, aligned = (
+        f"{row[name]:.3f}".replace("-", "−")
+        for name in ("likelihood", "likelihood_of_own", "likelihood_by_first_token")
+    )
+    assert f"{row['num_prompts']} prompts of 40 tokens" in PAGE
+    assert f"under Gemma (its own: {own}) |" in PAGE
+    assert f"| this | {agreed} % | {free} |" in PAGE
+    assert f"as in UniTE | {first} % | {aligned} |" in PAGE
+    assert f"matched by name | {named} % |" in PAGE
+    certain, host = (f"{share:.0%}"[:-1] for share in (row["certain"], row["host_share"]))
+    assert f"{row['evaluations']['target_pt']:.2f} evaluations of the target a token, {certain} % of the" in PAGE
+    assert f"{row['seconds_ratio']:.1f} times the time of three SmolLM2s, {host} % of it outside" in PAGE
+
+
+def test_byte_by_byte() -> None:
+    (row,) = map(json.loads, (RESULTS / "byte_sampler.jsonl").read_text().splitlines())
+    free, own = (f"{row[name]:.3f}".replace("-", "−") for name in ("likelihood", "likelihood_of_own"))
+    assert f"{row['num_prompts']} of these prompts), has {row['agreement']:.1%}"[:-1] in PAGE
+    assert f"free texts of {free} (Gemma's own there {own}); it takes {row['forwards']:.2f} evaluations" in PAGE
