@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from ensembler.tokenization.reading import plain_ids, read_writer
 from ensembler.tokenization.special_tokens import text_ends
 from ensembler.tokenization.token_writer import TokenWriter
 from ensembler.vocab import MemberVocabulary, VocabularyContract, end_ids, make_contract, text_roles
+
+_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "decoder", "model")  # of a tokenizer.json, without padding
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ def plan_text(
         tokenizer = member.tokenizer
         if tokenizer is None:
             raise MemberError(f"{role} has no tokenizer files beside its weights; other tokenizers need them")
-        same = next((one for one in readers.values() if one.tokenizer.get_vocab() == tokenizer.get_vocab()), None)
+        same = next((one for one in readers.values() if _are_alike(one.tokenizer, tokenizer)), None)
         writer = read_writer(role, tokenizer) if same is None else same.writer
         ends = text_ends(tokenizer, end_ids(member.generation_config()))
         kept = tuple(token for token in ends if token < member.vocabulary.width)
@@ -82,3 +85,14 @@ def plan_text(
     contract = make_contract(own, allow_renamed_special=allow_renamed_special)
     raised = frozenset(role for role, slope in rule.slope.items() if slope > 0)
     return TextPlan(anchor, readers.pop(anchor), readers, contract, raised, settings)
+
+
+def _are_alike(one: Any, other: Any) -> bool:
+    """Return whether two tokenizers write all texts alike, as far as it can be known."""
+    if not (getattr(one, "is_fast", False) and getattr(other, "is_fast", False)):
+        return False
+    texts = [tokenizer.backend_tokenizer.to_str() for tokenizer in (one, other)]
+    if texts[0] == texts[1] or one.get_vocab() != other.get_vocab():
+        return bool(texts[0] == texts[1])
+    first, second = map(json.loads, texts)
+    return all(first.get(part) == second.get(part) for part in _PARTS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +296,20 @@ def test_a_choice_is_certain_where_each_point_has_one() -> None:
     question.scores = Scores(np.array([[0.0, -5.0], [0.0, 0.0]]), np.full(2, -9.0), {"b": np.ones(2)}, [["b"]])
     assert not question.is_certain
     assert question.weights().tolist() == [0.0, 1.0]
+
+
+def test_tokenizers_of_one_vocabulary_may_write_otherwise(tmp_path: Path) -> None:
+    """A pair shares what it knows of a tokenizer only where both read alike; padding changes nothing."""
+    folder = save_text_members(tmp_path, "spaces", "byte-level", "eft")
+
+    def writers(change: Callable[[dict[str, Any]], None]) -> int:
+        path = folder.parent / "source_pt" / "tokenizer.json"
+        data = json.loads(path.read_text(encoding="utf-8"))
+        change(data)
+        path.write_text(json.dumps(data), encoding="utf-8")
+        members = EnsembleForCausalLM.from_pretrained(folder).member_set
+        assert isinstance(members, TextMemberSet)
+        return len({id(members.text.plan.readers[role].writer) for role in ("source_ft", "source_pt")})
+
+    assert writers(lambda data: data.update(truncation=None)) == 1
+    assert writers(lambda data: data.update(model=data["model"] | {"merges": data["model"]["merges"][:-1]})) == 2
