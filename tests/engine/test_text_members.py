@@ -300,7 +300,7 @@ def test_a_choice_is_certain_where_each_point_has_one() -> None:
 
 def test_tokenizers_of_one_vocabulary_may_write_otherwise(tmp_path: Path) -> None:
     """A pair shares what it knows of a tokenizer only where both read alike; padding changes nothing."""
-    folder = save_text_members(tmp_path, "spaces", "byte-level", "eft")
+    folder = save_text_members(tmp_path, "byte-level", "spaces", "eft")
 
     def writers(change: Callable[[dict[str, Any]], None]) -> int:
         path = folder.parent / "source_pt" / "tokenizer.json"
