@@ -40,7 +40,7 @@ def test_inspect_says_that_it_compares_texts(folder: Path, run: Run) -> None:
     found = run("inspect", folder)
     assert found.code == 0, found.err
     assert (
-        "vocabulary  text, the 420 ids of source_ft; different tokenizers, compared by what tokens spell" in found.out
+        "vocabulary  text, the 900 ids of source_ft; different tokenizers, compared by what tokens spell" in found.out
     )
     shown = json.loads(run("inspect", folder, "--prompt", "The quick", "--json").out)
     assert shown["vocabulary"] == "text"

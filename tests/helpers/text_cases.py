@@ -28,7 +28,7 @@ def save_text_members(
     """Save an ensemble whose target has a tokenizer of another kind than the source pair; return its folder."""
     members = {}
     for seed, (role, kind) in enumerate({"source_ft": source, "source_pt": source, "target_pt": target}.items()):
-        tokenizer = make_trained_tokenizer(kind, TEXTS, vocab_size=420)
+        tokenizer = make_trained_tokenizer(kind, TEXTS, vocab_size=900)
         make_model("llama", seed, vocab_size=len(tokenizer), initializer_range=0.3).save_pretrained(folder / role)
         tokenizer.save_pretrained(folder / role)
         members[role] = str(folder / role)

@@ -16,7 +16,7 @@ from ensembler.tokenization.token_cut import TokenCut
 
 @pytest.mark.parametrize("kinds", KINDS)
 def test_the_kept_share_is_that_of_the_tokens_one_by_one(kinds: tuple[str, str, str]) -> None:
-    anchor, other = (read_writer("anchor", make_trained_tokenizer(kind, TEXTS, vocab_size=420)) for kind in kinds[:2])
+    anchor, other = (read_writer("anchor", make_trained_tokenizer(kind, TEXTS, vocab_size=900)) for kind in kinds[:2])
     tokens = other.tokens
     chosen, generator = random.Random(0), np.random.default_rng(0)
     for token in chosen.sample(sorted(anchor.tokens.texts), 60):
@@ -33,7 +33,7 @@ def test_the_kept_share_is_that_of_the_tokens_one_by_one(kinds: tuple[str, str, 
 
 
 def test_behind_a_space_by_itself_stands_what_has_no_space_before_it() -> None:
-    tokenizer = make_trained_tokenizer("byte-level", TEXTS, vocab_size=420)
+    tokenizer = make_trained_tokenizer("byte-level", TEXTS, vocab_size=900)
     writer = read_writer("anchor", tokenizer)
     (space,) = plain_ids(tokenizer, " ")
     assert not TokenCut(writer, space).allows(plain_ids(tokenizer, "the")[0])
@@ -45,7 +45,7 @@ def test_behind_a_space_by_itself_stands_what_has_no_space_before_it() -> None:
 @pytest.mark.parametrize("kind", sorted({kind for kinds in KINDS for kind in kinds[:2]}))
 def test_tokens_of_real_text_leave_each_other(kind: str) -> None:
     """Along the tokenizer's own writing, every token is cut before the next, and may stand before it."""
-    tokenizer = make_trained_tokenizer(kind, TEXTS, vocab_size=420)
+    tokenizer = make_trained_tokenizer(kind, TEXTS, vocab_size=900)
     writer = read_writer("anchor", tokenizer)
     for text in TEXTS[:-1]:
         ids = writer.encode(text.encode()) or []
