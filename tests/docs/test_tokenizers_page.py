@@ -50,3 +50,20 @@ def test_byte_by_byte() -> None:
     free, own = (f"{row[name]:.3f}".replace("-", "−") for name in ("likelihood", "likelihood_of_own"))
     assert f"{row['num_prompts']} of these prompts), has {row['agreement']:.1%}"[:-1] in PAGE
     assert f"free texts of {free} (Gemma's own there {own}); it takes {row['forwards']:.2f} evaluations" in PAGE
+
+
+def test_fine_tunes_that_are_carried_over() -> None:
+    rows = [json.loads(line) for line in (RESULTS / "tokenizers_smollm2.jsonl").read_text().splitlines()]
+    points = [row for row in rows if "alpha" in row]
+    assert points
+    for row in points:
+        shown = f"{row['estimate'] * 100:.1f} ({row['low'] * 100:.1f} to {row['high'] * 100:.1f})"
+        shown += f", α = {row['alpha']:g}" if row["chosen"] else ""
+        assert shown in PAGE, (row["task"], row["method"])
+    (gain,) = (
+        row
+        for row in rows
+        if (row["task"], row.get("minus")) == ("sst2", "target PT α = 0") and row["method"].startswith("eft")
+    )
+    assert gain["p_holm"] < 1e-20
+    assert f"{gain['difference'] * 100:.0f} points above it" in PAGE
