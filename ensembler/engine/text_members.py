@@ -29,6 +29,7 @@ from ensembler.errors import RunError
 from ensembler.tokenization.token_cut import TokenCut
 
 _MOST_ROUNDS = 8
+_NEARLY_0 = -1e-7  # the log-prob of a candidate that is certain: 0 is that of no candidate
 _END = Continuation(b"", ends=True)
 
 
@@ -155,9 +156,9 @@ class TextMembers:
             found[role][:, self._never] = -math.inf
         for at, (tokens, question) in enumerate(zip(ids, questions, strict=True)):
             for role, values in own.items():
-                found[role][at, tokens] = values[at, tokens]
+                found[role][at, tokens] = values[at, tokens].clamp(max=_NEARLY_0)
             for role in self.members:
-                found[role][at, tokens] = self._log_probs(role, question)
+                found[role][at, tokens] = self._log_probs(role, question).clamp(max=_NEARLY_0)
         return {role: values.to(of_anchor.device) for role, values in found.items()}
 
     def own_log_probs(self, logits: Tensor) -> Tensor:
