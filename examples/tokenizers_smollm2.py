@@ -10,7 +10,7 @@ files of examples/tasks expect them. OUT gets
     OUT/rows.jsonl           the methods with their intervals, and each pair of them with the exact test of McNemar
 
 Of SST-2, MRPC and BoolQ the first 100 rows of the dev set choose α and the next ones report it; of GSM8K 100 questions
-are answered at given α, and the share is counted that ends in the required form, `#### ` and a number. About an hour on
+are answered at given α, and the share is counted that ends in the required form, `#### ` and a number. Some hours on
 two CPU cores; a finished part is not made again.
 """
 
@@ -148,7 +148,7 @@ def measured(folder: Path, rule: str) -> dict[float, dict[str, float]]:
             "SELECT alpha, name, metric_values, answer FROM measurements"
             " JOIN points ON points.id = measurements.point JOIN documents ON documents.id = measurements.document"
             " JOIN answers ON answers.point = points.id AND answers.document = documents.id AND request = 0"
-            " WHERE rule = ? AND part != 'validation'",
+            " WHERE rule = ? AND COALESCE(part, '') != 'validation'",
             (rule,),
         )
         found: dict[float, dict[str, float]] = {}
