@@ -75,8 +75,9 @@ class DecodeLoop:
         self.cache.hold([row.ids for row in rows], [row.num_read for row in rows], first)
         with self._undone_if_it_fails():
             with timed(self._meter, "prefill"):
-                places = [Place(index, 0, row.ids, row.num_prompt) for index, row in enumerate(rows)]
-                logits = self._completed(self._read_prompts(rows, first), places)
+                logits = self._completed(
+                    self._read_prompts(rows, first), rows, [(index, 0) for index in range(len(rows))]
+                )
             requests = [TokenRequest(text, row, 0, index) for index, row in enumerate(rows) for text in row.texts]
             gained, ended = self._choose(logits, requests)
         self.rows += rows
@@ -95,18 +96,18 @@ class DecodeLoop:
             logits = self._read_drafting(num)
             num = next(iter(logits.values())).shape[1]
             guesses = self.drafter.peek(logits, self.rows) if self.drafter is not None and num == 1 else None
-            places = [
-                Place(index, offset, [*row.ids, *row.drafts[:offset]], row.num_prompt)
+            wanted = [
+                (index, offset)
                 for index, row in enumerate(self.rows)
                 if row.texts
                 for offset in range(min(1 + len(row.drafts), self._num_readable(row)))
             ]
             with timed(self._meter, "step" if num == 1 else "verify"):
-                logits = self._completed(logits, places)
+                logits = self._completed(logits, self.rows, wanted)
             requests = [
-                TokenRequest(text, self.rows[one.row], one.column, one.row * num + one.column)
-                for one in places
-                for text in self.rows[one.row].texts
+                TokenRequest(text, self.rows[index], offset, index * num + offset)
+                for index, offset in wanted
+                for text in self.rows[index].texts
             ]
             gained, ended = self._choose(logits, requests)
         grown = [(row, gained[row.texts[0]]) for row in rows]  # of texts that share a row, the first counts
@@ -150,9 +151,13 @@ class DecodeLoop:
             verified = self._run_members(self._newest(0, num), self.cache, drafter.others)
         return {role: torch.cat([step[role] for step in steps], dim=1) for role in steps[0]} | verified
 
-    def _completed(self, logits: Logits, places: Sequence[Place]) -> Logits:
-        """Return the logits of all members at the places where they are wanted."""
-        return logits if self._complete is None else self._complete(logits, places)
+    def _completed(self, logits: Logits, rows: Sequence[Row], wanted: Sequence[tuple[int, int]]) -> Logits:
+        """Return the logits of all members where they are wanted: at a row's newest token, or so many drafts behind."""
+        if self._complete is None:
+            return logits
+        found = ((rows[index], index, offset) for index, offset in wanted)
+        places = [Place(at, offset, [*row.ids, *row.drafts[:offset]], row.num_prompt) for row, at, offset in found]
+        return self._complete(logits, places)
 
     def _newest(self, offset: int, num: int) -> Step:
         """Return the input of `num` tokens from `offset` behind the newest one; what is not there is padding."""

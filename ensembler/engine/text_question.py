@@ -14,7 +14,7 @@ from ensembler.engine.text_member import Continuation, TextMember, TextState
 States = dict[str, TextState]
 """The state of each member, by role, behind one text."""
 Array = NDArray[np.float64]
-_NEARLY_0 = 1e-9
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Scores:
             one, other = self._ratio(group, high), self._ratio(group, low)
             is_open = np.any([np.isinf(low[role]) & np.isfinite(high[role]) for role in group], axis=0)
             total = np.sum([self.slopes[role] for role in group], axis=0)[:, None]
-            limit = np.where(np.abs(total) < _NEARLY_0, one, np.where(total > 0, -np.inf, np.inf))
+            limit = np.where(np.abs(total) < _ROUNDING, one, np.where(total > 0, -np.inf, np.inf))
             other = np.where(is_open, limit, other)
             least += np.minimum(one, other)
             most += np.maximum(one, other)

@@ -1,4 +1,4 @@
-"""What members asked for text keep from token to token, and from call to call: nothing that changes a result."""
+"""Members that are asked for text keep nothing from token to token, or from call to call, that changes a result."""
 
 from __future__ import annotations
 
