@@ -274,7 +274,8 @@ class TextMembers:
                     one.update(role, self.members[role])
             waiting = [one for one, _ in going]
         for one in questions:
-            share = max(sum(one.open_paths(role).values()) for role in self.members)
+            weights = one.weights()
+            share = max(sum(one.open_paths(role, weights).values()) for role in self.members)
             self.stats.num_asked += 1
             self.stats.num_certain += one.is_greedy and one.is_certain
             self.stats.sum_open += share
@@ -284,11 +285,12 @@ class TextMembers:
         """Return the paths that are evaluated next, by role: those with much of the open mass, where it matters."""
         is_certain = question.is_greedy and question.is_certain
         tolerance = 0.0 if question.is_greedy and not is_certain else self.plan.settings.tolerance
+        weights = question.weights()
         found: dict[str, list[Path]] = {}
         for group in self._groups:
             shares: dict[Path, float] = {}
             for role in group if not is_certain or len(group) > 1 else ():  # of a ratio the best one is to be known
-                for path, share in question.open_paths(role, tolerance).items():
+                for path, share in question.open_paths(role, weights, tolerance).items():
                     shares[path] = max(share, shares.get(path, 0.0))
             most = max(shares.values(), default=0.0)
             paths = [path for path, share in shares.items() if share >= most / 2]

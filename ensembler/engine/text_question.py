@@ -124,13 +124,13 @@ class Question:
         mean: Array = (drawn / np.where(total > 0, total, 1)).mean(0)
         return mean
 
-    def open_paths(self, role: str, tolerance: float = 0.0) -> dict[Path, float]:
-        """Return the share that is open, by path of a role: of the candidates, in their mean by weight, and of R(x).
+    def open_paths(self, role: str, weights: Array, tolerance: float = 0.0) -> dict[Path, float]:
+        """Return the share that is open, by path of a role: of the candidates, in their mean by `weights`, and of R(x).
 
         Either counts where it is more than `tolerance`; R(x) does not where the best candidate alone is wanted.
         """
         found: dict[Path, float] = {}
-        for weight, bounds in zip(self.weights().tolist(), self.bounds[role], strict=True):
+        for weight, bounds in zip(weights.tolist(), self.bounds[role], strict=True):
             if bounds.open and weight > 0:
                 for path, mass in bounds.open.items():
                     found[path] = found.get(path, 0.0) + weight * mass / bounds.high
