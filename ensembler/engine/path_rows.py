@@ -15,7 +15,7 @@ from ensembler.engine.model_runner import check_nan
 from ensembler.engine.prefill import prefill, unread_to_the_right
 from ensembler.engine.row_cache import RowCache
 
-_ROWS = 2
+_FEWEST_MORE = 2  # rows beside one for each text, and a quarter as many: for other ways to write some of them
 _LIVE = 16  # calls after which a row that nobody reads is of a text that has ended
 _COPIED = 4  # tokens that are copied from another row rather than read again
 
@@ -26,6 +26,7 @@ class PathRows:
     def __init__(self, members: MemberSet) -> None:
         self._members = members
         self._cache: RowCache | None = None
+        self._num_rows = 0
         self._calls = 0
         self._used: dict[int, int] = {}  # the last call that read each row
         (self.role,) = members.runners[0].roles
@@ -33,6 +34,7 @@ class PathRows:
     def forget(self) -> None:
         """Let go of all rows: the model may be another, elsewhere, or have other weights than when it read them."""
         self._cache = None
+        self._num_rows = 0
         self._used.clear()
 
     def logits(self, texts: Sequence[Sequence[int]], num_last: int = 1) -> Tensor:
@@ -62,11 +64,17 @@ class PathRows:
             self._used[row] = self._calls
         return wanted
 
+    def reserve(self, num_texts: int) -> int:
+        """Set for how many texts that go on there is to be room; return how many texts one forward may have then."""
+        self._num_rows = max(self._num_rows, num_texts + max(_FEWEST_MORE, num_texts // 4))
+        return self._num_rows
+
     def _reserved(self, num_texts: int, room: int) -> RowCache:
-        """Return the cache, with two rows for each text: one that goes on with it, one for ways that are left again."""
+        """Return the cache, with room for texts."""
+        num_rows = max(num_texts, self._num_rows)
         if self._cache is None:
-            self._cache = self._members.row_cache(_ROWS * num_texts, room + 1, room)
-        self._cache.reserve(_ROWS * num_texts, room)
+            self._cache = self._members.row_cache(num_rows, room + 1, room)
+        self._cache.reserve(num_rows, room)
         return self._cache
 
     def _place(self, cache: RowCache, texts: Sequence[Sequence[int]]) -> list[int]:

@@ -14,7 +14,7 @@ the first token that goes beyond it tells: a path that ends at the cut needs the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -107,18 +107,19 @@ def cover(
     *,
     ends: bool = False,
     cut: TokenCut | None = None,
-    is_settled: bool = False,
+    longer: Sequence[bytes] | None = None,
 ) -> Bounds:
     """Return the bounds of the probability that the text goes on with `text`; with `ends`, that it ends behind it.
 
     `nodes`: those that were evaluated, by path from the first, (). `cut`: of these texts, those that another tokenizer
-    cuts behind `text`; `is_settled`: paths that end there count as such, whatever follows.
+    cuts behind `text`; `longer`: what it would have to go on with to be cut otherwise, so that a path behind which none
+    of these may stand counts wholly; None where anything may tell.
     """
     bounds = Bounds()
     waiting: list[tuple[Path, bytes, float]] = [((), text, 1.0)]
     while waiting:
         path, rest, mass = waiting.pop()
-        if not rest and not ends and (cut is None or is_settled):
+        if not rest and not ends and (cut is None or _is_settled(writer, path, longer)):
             bounds.low += mass
             continue
         node = nodes.get(path)
@@ -146,3 +147,20 @@ def cover(
             if probability > 0 and (not behind or writer.can_go_on(token, behind)):
                 waiting.append(((*path, token), behind, mass * probability))
     return bounds
+
+
+def ceiling(nodes: Mapping[Path, NextTokens], tokens: TokenBytes, text: bytes, *, ends: bool = False) -> Bounds:
+    """Return bounds that are found at once, from 0 on: what any neighbours might write, wherever it is cut."""
+    return Bounds(undecided=cover(nodes, tokens, _AnyNeighbours(), text, ends=ends).high)
+
+
+class _AnyNeighbours:
+    def can_follow(self, first: int, second: int) -> bool:
+        return True
+
+    def can_go_on(self, token: int, text: bytes) -> bool:
+        return True
+
+
+def _is_settled(writer: Neighbours, path: Path, longer: Sequence[bytes] | None) -> bool:
+    return longer is not None and bool(path) and not any(writer.can_go_on(path[-1], one) for one in longer)

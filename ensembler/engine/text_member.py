@@ -17,13 +17,12 @@ from torch import Tensor
 
 from ensembler.engine.member_set import MemberSet
 from ensembler.engine.path_rows import PathRows
-from ensembler.engine.text_cover import Bounds, NextTokens, Path, cover
+from ensembler.engine.text_cover import Bounds, NextTokens, Path, ceiling, cover
 from ensembler.tokenization.stable_tokens import stable_tokens
 from ensembler.tokenization.token_cut import TokenCut
 from ensembler.tokenization.token_writer import TokenWriter
 
-_MOST_TEXTS = 16  # that are read in one forward: rows of a cache for more would take its memory
-_MOST_TEXTS_AHEAD = 4  # the same where the logits of many tokens are kept
+_MOST_TEXTS_AHEAD = 4  # that are read in one forward where the logits of many tokens are kept
 MOST_AHEAD = 16  # tokens: the distributions behind them are kept, each as large as the vocabulary
 _Utf8 = codecs.getincrementaldecoder("utf-8")  # keeps the bytes of a character that is not whole
 
@@ -32,8 +31,9 @@ _Utf8 = codecs.getincrementaldecoder("utf-8")  # keeps the bytes of a character 
 class Continuation:
     """Bytes behind a text, or with `ends` its end right behind them.
 
-    `cut`: the bytes as a token of another tokenizer. `longer`: the texts that the token is told apart from, of those
-    that begin with it; None for all that there are. `is_impossible`: the other tokenizer cuts no text so.
+    `cut`: the bytes as a token of another tokenizer. `longer`: what the texts go on with that the token is told apart
+    from, of those that begin with it; None for all that there are. `is_impossible`: the other tokenizer cuts no text
+    so.
     """
 
     text: bytes
@@ -169,26 +169,25 @@ class TextMember:
             state.tail + one.text,
             ends=one.ends,
             cut=one.cut,
-            is_settled=one.longer is not None and not self._parts(state, one.text, one.longer),
+            longer=one.longer,
         )
 
-    def _parts(self, state: TextState, text: bytes, longer: Sequence[bytes]) -> bool:
-        """Return whether the tokenizer may end a token behind `text` and then go on to one of the longer texts."""
-        if not longer:
-            return False
-        tokens = self._writer.encode(state.recent + text)
-        return tokens is not None and any(self._writer.can_go_on(tokens[-1], one[len(text) :]) for one in longer)
+    def ceiling(self, state: TextState, one: Continuation) -> Bounds:
+        """Return bounds of the same that are found at once: from 0 on, and wider."""
+        return ceiling(state.nodes, self._writer.tokens, state.tail + one.text, ends=one.ends)
 
     def evaluate(self, wanted: Sequence[tuple[TextState, Path]]) -> None:
         """Evaluate nodes, by path from the trunks of their states, together. Raises LogitsError for NaN."""
-        for start in range(0, len(wanted), _MOST_TEXTS):
-            part = wanted[start : start + _MOST_TEXTS]
+        num_rows = self._rows.reserve(len({id(state.nodes) for state, _ in wanted}))
+        for start in range(0, len(wanted), num_rows):
+            part = wanted[start : start + num_rows]
             logits = self._rows.logits([state.trunk + list(path) for state, path in part])
             for (state, path), node in zip(part, self._next_tokens(logits[:, -1]), strict=True):
                 state.nodes[path] = node
 
     def read_ahead(self, wanted: Sequence[tuple[TextState, bytes]]) -> None:
         """Evaluate together the nodes that the tokenizer's own writing of more text will pass."""
+        self._rows.reserve(len(wanted))
         for start in range(0, len(wanted), _MOST_TEXTS_AHEAD):
             part = [(state, self._ahead(state, text)) for state, text in wanted[start : start + _MOST_TEXTS_AHEAD]]
             known = [_num_known(state.nodes, path) for state, path in part]

@@ -238,12 +238,13 @@ class TextMembers:
         return replace(one, cut=None, is_impossible=False) if one.is_impossible else one
 
     def _told_apart(self, candidates: Sequence[Continuation]) -> list[Continuation]:
-        """Return candidates with those of their texts that begin with each."""
+        """Return candidates with what those of their texts go on with that begin with each."""
         texts = sorted(one.text for one in candidates if one.cut is not None)
         found = []
         for one in candidates:
             first = bisect_right(texts, one.text)
-            longer = tuple(takewhile(methodcaller("startswith", one.text), texts[first:]))
+            begun = takewhile(methodcaller("startswith", one.text), texts[first:])
+            longer = tuple(text[len(one.text) :] for text in begun)
             found.append(one if one.cut is None else replace(one, longer=longer))
         return found
 
@@ -251,8 +252,7 @@ class TextMembers:
         """Evaluate nodes, most open mass first, until all questions are answered, or rounds enough were run."""
         waiting = list(questions)
         for one in waiting:
-            for role, member in self.members.items():
-                one.update(role, member)
+            one.update(self.members, self.members)
         for _ in range(_MOST_ROUNDS):
             wanted: dict[str, dict[tuple[int, Path], tuple[TextState, Path]]] = {role: {} for role in self.members}
             going = []
@@ -270,10 +270,10 @@ class TextMembers:
                 if nodes:
                     self.members[role].evaluate(list(nodes.values()))
             for one, paths in going:
-                for role in (role for role, of_role in paths.items() if of_role):
-                    one.update(role, self.members[role])
+                one.update(self.members, [role for role, of_role in paths.items() if of_role])
             waiting = [one for one, _ in going]
         for one in questions:
+            one.narrow(self.members, is_last=True)
             weights = one.weights()
             share = max(sum(one.open_paths(role, weights).values()) for role in self.members)
             self.stats.num_asked += 1

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,7 @@ States = dict[str, TextState]
 """The state of each member, by role, behind one text."""
 Array = NDArray[np.float64]
 _ROUNDING = 1e-9
+_MOST_OPEN = 0.99  # of a candidate that is to be evaluated before others are looked at
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,49 @@ class Question:
     bounds: dict[str, list[Bounds]] = field(default_factory=dict)
     begun: dict[str, Bounds] = field(default_factory=dict)
 
-    def update(self, role: str, member: TextMember) -> None:
-        """Compute the bounds of a role from the nodes that are evaluated."""
-        state = self.states[role]
-        self.bounds[role] = [Bounds() if one.is_impossible else member.bounds(state, one) for one in self.candidates]
-        self.begun[role] = member.begun(state)
+    def __post_init__(self) -> None:
+        self._narrow = np.ones(len(self.candidates), dtype=bool)
+
+    def update(self, members: Mapping[str, TextMember], changed: Iterable[str]) -> None:
+        """Compute the bounds of the roles that have changed; where the best is enough, wide ones at first.
+
+        Of a ratio of members that share a tokenizer wide bounds would tell nothing.
+        """
+        everything = range(len(self.candidates))
+        has_wide = self.scores is not None and self.is_greedy and all(len(one) == 1 for one in self.scores.groups)
+        self._narrow[:] = not has_wide
+        for role in changed:
+            self.begun[role] = members[role].begun(self.states[role])
+            self.bounds[role] = [self._bounds(members[role], at) for at in everything]
+        self.narrow(members)
+
+    def narrow(self, members: Mapping[str, TextMember], *, is_last: bool = False) -> None:
+        """Compute the narrow bounds of candidates that may be the best, the highest first, and ever more of them.
+
+        Up to one of which most is open, unless this is the last time: evaluating that comes first.
+        """
+        while not self._narrow.all():
+            best, most = self._best()
+            may_win = most >= best[:, None]
+            known = np.where(may_win & self._narrow, most, -np.inf)
+            is_open = [self._is_open(at) for at in known.argmax(1).tolist()]
+            waiting = np.flatnonzero(may_win.any(0) & ~self._narrow)
+            if not len(waiting) or (not is_last and self._narrow.any() and all(is_open)):
+                break
+            wanted = sorted(waiting.tolist(), key=most.max(0).__getitem__, reverse=True)[: int(self._narrow.sum()) + 1]
+            self._narrow[wanted] = True
+            for role, at in product(members, wanted):
+                self.bounds[role][at] = self._bounds(members[role], at)
+
+    def _bounds(self, member: TextMember, at: int) -> Bounds:
+        one = self.candidates[at]
+        if one.is_impossible:
+            return Bounds()
+        find = member.bounds if self._narrow[at] else member.ceiling
+        return find(self.states[member.role], one)
+
+    def _is_open(self, at: int) -> bool:
+        return any(sum(of_role[at].open.values()) > _MOST_OPEN * of_role[at].high for of_role in self.bounds.values())
 
     def log_probs(self, role: str, bound: str = "middle") -> Array:
         """Return the log-probs (candidates,) of a role, or the lower or upper ones: 'low', 'high'."""
@@ -115,7 +155,7 @@ class Question:
             best, most = self._best()
             may_win = most >= best[:, None]
             is_open = may_win.sum(1) > 1
-            most = np.where(may_win, most, -np.inf)
+            most = np.where(may_win & self._narrow, most, -np.inf)
             most = most[is_open] if is_open.any() else most
             return np.bincount(most.argmax(1), minlength=num) / len(most)
         scores = self.scores.at({role: self.log_probs(role) for role in self.bounds})

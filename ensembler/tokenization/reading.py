@@ -95,6 +95,7 @@ def _make_writer(tokenizer: Any, data: Mapping[str, Any], byte_map: Mapping[str,
         symbols,
         added=added,
         takes_whole=bool(model.get("ignore_merges")),
+        has_pieces=byte_map is not None,
     )
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import numpy as np
-from numpy.typing import NDArray
 
 
 class TokenBytes:
@@ -28,7 +27,6 @@ class TokenBytes:
         self.starting = lru_cache(maxsize=1 << 16)(self._starting)
         self.within = lru_cache(maxsize=1 << 16)(self._within)
         self.by_byte = lru_cache(maxsize=1 << 16)(self._by_byte)
-        self._byte_at = cache(self._bytes_at)
 
     def __len__(self) -> int:
         return len(self.spelled)
@@ -50,12 +48,17 @@ class TokenBytes:
 
         Each entry is a byte, the first place, and one behind the last.
         """
-        bounds = first + np.searchsorted(self._byte_at(start)[first:last], np.arange(257))
-        found = zip(range(256), bounds[:-1].tolist(), bounds[1:].tolist(), strict=True)
-        return tuple((byte, low, high) for byte, low, high in found if low < high)
-
-    def _bytes_at(self, start: int) -> NDArray[np.int64]:
-        return np.array([one[start] if start < len(one) else -1 for one in self.spelled])
+        found = []
+        while first < last:
+            spelled = self.spelled[first]
+            if len(spelled) == start:  # at most the first one
+                first += 1
+                continue
+            byte = spelled[start]
+            high = bisect_left(self.spelled, byte + 1, lo=first, hi=last, key=lambda one: one[start])
+            found.append((byte, first, high))
+            first = high
+        return tuple(found)
 
     def id_of(self, spelled: bytes) -> int | None:
         """Return the id of the token that spells exactly these bytes, or None."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 import codecs
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, lru_cache
-from itertools import accumulate, pairwise
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache, cached_property, lru_cache
+from itertools import accumulate, islice, pairwise
 from typing import TypeVar
 
 import numpy as np
@@ -34,7 +34,8 @@ class TokenWriter:
 
     `split` cuts text into the pieces inside which tokens are merged, `symbols` gives the ids that a piece begins as,
     None where one cannot be written. `added`: tokens that are found in a text before anything else. `takes_whole`: a
-    piece that is a token is that token, whatever its merges.
+    piece that is a token is that token, whatever its merges. `has_pieces`: the pieces are the tokenizer's own; else
+    text is cut only where nothing would be merged, and merges alone tell which tokens stand side by side.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class TokenWriter:
         *,
         added: Mapping[bytes, int] | None = None,
         takes_whole: bool = False,
+        has_pieces: bool = True,
     ) -> None:
         self.tokens = tokens
         self._merges = merges
@@ -54,6 +56,7 @@ class TokenWriter:
         self._added = TokenBytes({token: spelled for spelled, token in (added or {}).items()})
         self._added_starts = {one[:2] for one in self._added.spelled}
         self._takes_whole = takes_whole
+        self._has_pieces = has_pieces
         self.pieces = _kept_by_length(self._pieces)
         self.can_follow = lru_cache(maxsize=1 << 18)(self._can_follow)
         self.can_go_on = lru_cache(maxsize=1 << 16)(self._can_go_on)
@@ -159,6 +162,8 @@ class TokenWriter:
 
     def _are_apart(self, before: bytes, after: bytes) -> bool:
         """Return whether a piece may begin with `after` behind `before`."""
+        if not (self._has_pieces or before in self._added.places or after in self._added.places):
+            return False
         try:
             (before + after).decode()
         except UnicodeDecodeError:
@@ -170,7 +175,12 @@ class TokenWriter:
         )
 
     def _can_go_on(self, token: int, text: bytes) -> bool:
-        """Return whether the tokenizer may write `token` and then tokens that begin with `text` together."""
+        """Return whether the tokenizer may write `token` and then tokens that begin with `text` together.
+
+        Most that cannot fail within some bytes, which many texts begin with: half of a text is asked for first.
+        """
+        if len(text) > 1 and not self.can_go_on(token, text[: 1 << (len(text) - 1).bit_length() - 1]):
+            return False
         for place in reversed(self.tokens.within(text)):
             after, rest = int(self.tokens.order[place]), text[len(self.tokens.spelled[place]) :]
             if self.can_follow(token, after) and (not rest or self.can_go_on(after, rest)):
@@ -181,18 +191,36 @@ class TokenWriter:
         """Return whether the tokenizer may write `token` and then one that begins with `text` and is longer."""
         first, last = self.tokens.starting(text)
         first += text in self.tokens.places
-        found: Sequence[int] = range(first, last)
-        if len(found) > _FEW:
+        found: Iterable[int] = range(first, last)
+        if last - first > _FEW:
             begun, behind = self._added.starting(text)
             if behind - begun > (text in self._added.places):  # added tokens stand behind any other
                 return True
             if self._are_apart(self.tokens.texts[token], text):
                 return True
             rank = self._crossing_rank(token, text)
-            found = [place for place in found if self.first_rank(place) < rank]
-        if len(found) > _MOST_TRIED:
+            if rank < math.inf:
+                found = self._merging_before(rank, text)
+        tried = list(islice(found, _MOST_TRIED + 1))
+        if len(tried) > _MOST_TRIED:
             return True
-        return any(self.can_follow(token, int(self.tokens.order[place])) for place in found)
+        return any(self.can_follow(token, int(self.tokens.order[place])) for place in tried)
+
+    def _merging_before(self, rank: float, text: bytes) -> Iterator[int]:
+        """Yield the places of longer tokens that begin with `text`, whose first symbol merges to its right before."""
+        behind = self._symbols(text) or [-1]
+        seen: set[int] = set()
+        for lower, merged in self._merges_by_left.get(behind[0], ()):
+            if lower >= rank:
+                return
+            start = self.tokens.texts.get(merged, b"")
+            if not start.startswith(text) and not text.startswith(start):
+                continue
+            first, last = self.tokens.starting(max(start, text, key=len))
+            for place in range(first + (self.tokens.spelled[first] == text), last):
+                if place not in seen and self.first_rank(place) < rank:
+                    yield place
+                seen.add(place)
 
     def _crossing_rank(self, token: int, text: bytes) -> float:
         """Return the rank at which the end of `token` merges with the first symbol of `text`; infinity for never.
@@ -212,6 +240,14 @@ class TokenWriter:
             if step is not None:
                 last, end, since = step.merged, step.left, step.rank
         return math.inf
+
+    @cached_property
+    def _merges_by_left(self) -> dict[int, list[tuple[int, int]]]:
+        """By the left one of two ids that merge: the ranks and what they become, lower ranks first."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for (left, _), step in sorted(self._merges.items(), key=lambda one: one[1]):
+            found.setdefault(left, []).append(step)
+        return found
 
     def _first_rank(self, place: int) -> float:
         """Return the rank at which the first symbol of a token merges with the next; infinity for a single one."""

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ensembler.engine.text_cover import NextTokens, Path, cover
+from ensembler.engine.text_cover import NextTokens, Path, ceiling, cover
 from ensembler.tokenization.token_bytes import TokenBytes
 
 ALPHABET = "ab"
@@ -177,3 +177,28 @@ def test_short_ranges_keep_their_digits_behind_a_large_sum(small: float) -> None
     tokens = TokenBytes({0: b"a", 1: b"z", 2: b"zz"})
     nodes = {(): node_of(np.array([1 - 2 * small, small, small]))}
     assert cover(nodes, tokens, Toy(tokens, 0, lambda *_: True), b"z").low == pytest.approx(2 * small, rel=1e-4)
+
+
+@given(toys(), texts, st.booleans(), st.integers(0, 6))
+@settings(max_examples=400, deadline=None)
+def test_nothing_is_above_the_bound_that_is_found_at_once(toy: Toy, text: str, ends: bool, num: int) -> None:
+    nodes, _ = evaluated(toy, text.encode(), num, ends=ends)
+    found = ceiling(nodes, toy.tokens, text.encode(), ends=ends)
+    cut = None if ends else Cut(toy, text.encode())
+    assert found.low == 0
+    assert found.high >= toy.truth(text.encode(), ends=ends) - 1e-12
+    assert found.high >= cover(nodes, toy.tokens, toy, text.encode(), ends=ends, cut=cut).high - 1e-12  # type: ignore[arg-type]
+
+
+def test_a_path_that_cannot_go_on_to_what_is_told_apart_is_settled() -> None:
+    """Behind `a` the tokenizer writes `b` or does not: it has `ab` in one token."""
+    tokens = TokenBytes({0: b"a", 1: b"b", 2: b"ab"})
+    for joins in (True, False):
+        toy = Toy(tokens, 3, lambda first, second, joins=joins: not joins or (first, second) != (0, 1))  # type: ignore[misc]
+        nodes = {(): toy.node(())}
+        cut: Any = Cut(toy, b"a")
+        in_one = float(toy.distribution(())[2]) * toy.leaves(b"b")
+        settled = cover(nodes, tokens, toy, b"a", cut=cut, longer=(b"b",))
+        assert settled.low == pytest.approx(in_one + (toy.distribution(())[0] if joins else 0.0))
+        assert settled.open == ({} if joins else {(0,): pytest.approx(toy.distribution(())[0])})
+        assert list(cover(nodes, tokens, toy, b"a", cut=cut).open) == [(0,)]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ensembler.engine.text_question import Scores
+from ensembler.engine.text_cover import Bounds
+from ensembler.engine.text_member import Continuation
+from ensembler.engine.text_question import Question, Scores
 
 parts = st.floats(0, 1).map(lambda value: value if value > 1e-6 else 0.0)
 shares = st.lists(st.tuples(parts, st.floats(1e-6, 1)), min_size=1, max_size=4)
@@ -52,3 +57,49 @@ def test_an_undefined_ratio_counts_as_0() -> None:
     none = np.array([-np.inf, -np.inf])
     assert found.at({"source_ft": none, "source_pt": none}).tolist() == [[0.0, 0.0]]
     assert found.at({"source_ft": none, "source_pt": np.zeros(2)}).tolist() == [[-np.inf, -np.inf]]
+
+
+@dataclass
+class Known:
+    """A member of which the bounds of each candidate are given: what is certain, what is open, and how much wider."""
+
+    role: str
+    numbers: list[tuple[float, float, float]]
+
+    def begun(self, state: Any) -> Bounds:
+        return Bounds(1.0)
+
+    def bounds(self, state: Any, one: Continuation) -> Bounds:
+        low, part, _ = self.numbers[int(one.text)]
+        return Bounds(low, {(1,): part} if part else {})
+
+    def ceiling(self, state: Any, one: Continuation) -> Bounds:
+        low, part, wider = self.numbers[int(one.text)]
+        return Bounds(undecided=low + part + wider)
+
+
+numbers = st.lists(st.tuples(parts, parts, parts), min_size=1, max_size=12)
+
+
+@given(numbers, st.sampled_from([-0.5, 0.5, 1.0]), st.floats(-3, 0))
+def test_wide_bounds_leave_the_best_where_it_is(
+    numbers: list[tuple[float, float, float]], slope: float, rest: float
+) -> None:
+    """Of a candidate that keeps them, the highest score is below one that is certain."""
+
+    def asked(groups: list[list[str]]) -> Question:
+        found = scores({"target_pt": slope}, groups, len(numbers))
+        found = Scores(found.base, np.array([rest]), found.slopes, groups)
+        texts = [Continuation(str(at).encode()) for at in range(len(numbers))]
+        question = Question({"target_pt": None}, texts, found, is_greedy=True)  # type: ignore[dict-item]
+        question.update({"target_pt": member}, ["target_pt"])  # type: ignore[dict-item]
+        return question
+
+    member = Known("target_pt", numbers)
+    question = asked([["target_pt"]])
+    question.narrow({"target_pt": member}, is_last=True)  # type: ignore[dict-item]
+    whole = Question(question.states, question.candidates, question.scores, is_greedy=True)
+    whole.bounds = {"target_pt": [member.bounds(None, one) for one in whole.candidates]}
+    whole.begun = question.begun
+    assert question.is_certain == whole.is_certain
+    assert question.weights().tolist() == whole.weights().tolist()
