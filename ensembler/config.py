@@ -298,7 +298,7 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
         content["members"] = {role: member.to_dict() for role, member in self.members.items()}
         if self.task == TEXTS:
             content.pop("task", None)
-        for name in _UNSAID:
+        for name in VOCABULARY_SETTINGS:
             if content.get(name) == getattr(EnsembleConfig, name):
                 del content[name]
         return {key: value for key, value in content.items() if key in _KEYS_WRITTEN and value is not None}
@@ -311,8 +311,8 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
 AutoConfig.register(EnsembleConfig.model_type, EnsembleConfig, exist_ok=True)
 _OWN_KEYS = tuple(name for name in EnsembleConfig.__annotations__ if name != "model_type")
 _KEYS_WRITTEN = {"model_type", "architectures", "transformers_version", *_OWN_KEYS}
-# Settings that most folders do without: not written where they are the defaults.
-_UNSAID = ("allow_renamed_special", "text_candidates", "text_tolerance", "chat_template")
+# How vocabularies that differ are combined. Most folders do without: not written where they are the defaults.
+VOCABULARY_SETTINGS = ("allow_renamed_special", "text_candidates", "text_tolerance", "chat_template")
 _KEYS_OF_TRANSFORMERS = {"attn_implementation", "experts_implementation", "model_type", "name_or_path", "num_labels"}
 _KEYS_OF_TRANSFORMERS |= {"output_attentions", "torch_dtype", "use_cache"}
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ensembler.config import VOCABULARY_SETTINGS
 from ensembler.evaluation.backends import Advance
 from ensembler.evaluation.documents import TEST
 from ensembler.evaluation.ensemble_plan import Plan
@@ -78,7 +79,8 @@ def _load(timed: Timed) -> Load:
     chats = [(ids, answerer.model.chat_of(text)) for ids, text in zip(prompts, texts, strict=True)]
     chats += [(list(request.tokens[0]), dict(request.others)) for request in requests]
     members = {role: member.to_dict() for role, member in plan.checked.config.members.items()}
-    config: dict[str, Any] = {"rule": method.rule, "members": members}
+    settings = {name: getattr(plan.checked.config, name) for name in VOCABULARY_SETTINGS}
+    config: dict[str, Any] = {"rule": method.rule, "members": members, **settings}
     if method.alone is not None:  # as its user would load it: without the others
         config = {"rule": "linear", "constant": {method.alone: 1.0}, "members": {method.alone: members[method.alone]}}
     assert isinstance(plan.options.batch_size, int)

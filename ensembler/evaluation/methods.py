@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from ensembler.config import EnsembleConfig, MemberConfig
+from ensembler.config import VOCABULARY_SETTINGS, EnsembleConfig, MemberConfig
 from ensembler.engine.grid import GridPoint
 from ensembler.errors import ConfigError
 from ensembler.evaluation.figures import NAMES, TRANSPORTED
@@ -208,9 +208,9 @@ def _together(experiment: Experiment, name: str, tuned: list[str], levels: Mappi
     ]
     alphas = list(experiment.alphas) if any(method.alpha is None for method in methods) else []
     alphas += [method.alpha for method in methods if method.alpha is not None]
-    allowed = experiment.allow_renamed_special
+    settings = {setting: getattr(experiment, setting) for setting in VOCABULARY_SETTINGS}
     rule = "eft" if name == "eft" else "base-change"  # of one anchor, or of the first
-    config = EnsembleConfig(rule=rule, members=members, allow_renamed_special=allowed)
+    config = EnsembleConfig(rule=rule, members=members, **settings)
     return Run(name, config, tuple(method.rule for method in methods), tuple(dict.fromkeys(alphas)), (*known, *methods))
 
 

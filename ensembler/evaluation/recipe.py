@@ -21,11 +21,12 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from ensembler.config import MemberConfig
+from ensembler.config import EnsembleConfig, MemberConfig
 from ensembler.errors import ConfigError, nearest
 from ensembler.evaluation.figures import ALL_METHODS, COSTS, METHODS, ROLES, TUNED
 from ensembler.evaluation.lm_eval_settings import PromptSettings
 from ensembler.rules import parse_alphas
+from ensembler.vocab import CHAT_TEMPLATES
 
 
 def _one_of(known: Sequence[str], kind: str) -> BeforeValidator:
@@ -152,7 +153,8 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
     role; `models` has those of the first. `methods`: by default all that the models allow. `alphas`: the grid that
     validation chooses from; `alpha` fixes it for a method. `validation`: a number of documents or a split.
     `num_fewshot`, `limit`, `apply_chat_template`, `fewshot_as_multiturn`, `system_instruction` and `gen_kwargs`: as in
-    lm-eval. `chat_template_kwargs`: variables of the chat template. `allow_renamed_special`: of `EnsembleConfig`.
+    lm-eval. `chat_template_kwargs`: variables of the chat template. `allow_renamed_special`, `text_candidates`,
+    `text_tolerance` and `chat_template`: of `EnsembleConfig`.
     `transport_data`: a file of labelled examples for patch:sign-mask; `transport_texts`: one of texts for
     patch:procrustes.
 
@@ -184,6 +186,9 @@ class Experiment(BaseModel, frozen=True, extra="forbid"):
     transport_data: FoundPath | None = None
     transport_texts: FoundPath | None = None
     allow_renamed_special: Flag = False
+    text_candidates: Count = EnsembleConfig.text_candidates
+    text_tolerance: Annotated[Number, Field(gt=0, lt=1)] = EnsembleConfig.text_tolerance
+    chat_template: Annotated[str, _one_of(CHAT_TEMPLATES, "chat template")] = EnsembleConfig.chat_template
     batch_size: Count = 8
     seed: CountFrom0 = 0
     cluster: Text | None = None

@@ -149,6 +149,9 @@ _OF_TEXTS = (
     "gen_kwargs",
     "chat_template_kwargs",
     "allow_renamed_special",
+    "text_candidates",
+    "text_tolerance",
+    "chat_template",
     "transport_data",
     "transport_texts",
 )
@@ -172,7 +175,7 @@ class ImageExperiment(Experiment, frozen=True, extra="forbid"):
     def _check_is_of_images(self) -> Self:
         if self.speed is not None:
             raise ConfigError("speed is measured of texts alone; leave it out, or write speed: false")
-        of_texts = [key for key in _OF_TEXTS if getattr(self, key)]
+        of_texts = [key for key in _OF_TEXTS if key in self.model_fields_set and getattr(self, key)]
         if of_texts:
             raise ConfigError(f"{of_texts[0]} is a setting of texts; leave it out of an experiment on images")
         return self

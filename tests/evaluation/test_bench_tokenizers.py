@@ -19,12 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from ensembler import EnsembleConfig
 from ensembler.engine.grid import GridPoint
 from ensembler.evaluation.figures import COSTS
-from ensembler.evaluation.measure import measure
+from ensembler.evaluation.measure import Load, measure
 from ensembler.preflight import check_ensemble
 
 MEMBERS = ("source_ft", "source_pt", "target_pt")
 RULES = ("base-change", "eft")
 ALPHAS = (0.2, 0.6, 1.0)
+SETTINGS = {"text_tolerance": 0.01, "text_candidates": 70}
 SPEED = {"rounds": 1, "num_prompts": 1, "new_tokens": 3, "num_examples": 2}
 
 
@@ -43,13 +44,24 @@ def models(home: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def ran(home: Path, models: dict[str, str]) -> Ran:
+def timed() -> list[Load]:
+    """What the costs of the benchmark were measured of."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def ran(home: Path, models: dict[str, str], timed: list[Load]) -> Ran:
     """The benchmark, with costs that this process measures."""
-    content = recipe({**models, "patch": str(home / "patch")}, home / "tasks/choice.yaml", speed=SPEED)
+
+    def measured(load: Load) -> dict[str, float | None]:
+        timed.append(load)
+        return measure(load)
+
+    content = recipe({**models, "patch": str(home / "patch")}, home / "tasks/choice.yaml", speed=SPEED, **SETTINGS)
     path = write_recipe(home / "r.yaml", content)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", home / "cache")
-        patch.setattr("ensembler.evaluation.costs._measure_apart", measure)
+        patch.setattr("ensembler.evaluation.costs._measure_apart", measured)
         return run_bench(path, home / "out", costs=True)
 
 
@@ -66,6 +78,7 @@ def test_each_rule_has_its_run_and_its_curve(ran: Ran) -> None:
         plan.name: "text" if plan.name in ("r.base-change", "r.eft", "r.patched") else "identical"
         for plan in study.plans
     }
+    assert SETTINGS.items() <= ran.bench.settings["runs"]["r.eft"]["ensemble"].items()
     compared = {(each.method, each.against) for each in ran.tasks[0].differences}
     assert {RULES, ("eft", "source_ft"), ("eft", "patch"), ("patch+base-change", "base-change")} <= compared
 
@@ -86,7 +99,7 @@ def test_members_are_what_lm_eval_finds(role: str, ran: Ran, home: Path, models:
 def test_ensembles_are_those_of_a_sweep(
     rule: str, ran: Ran, home: Path, models: dict[str, str], tmp_path: Path
 ) -> None:
-    checked = check_ensemble(EnsembleConfig(rule=rule, members=dict(models)))
+    checked = check_ensemble(EnsembleConfig(rule=rule, members=dict(models), **SETTINGS))
     assert checked.contract.is_text
     plan = plan_of(checked, [load_task(home / "tasks", "choice")], rules=[rule], alphas=ALPHAS)
     swept = run_plan(plan, tmp_path / "swept")
@@ -108,11 +121,14 @@ def flat(answers: list[Any]) -> list[float]:
     return [float(log_prob) for log_prob, _ in answers]
 
 
-def test_costs_are_of_the_same_methods(ran: Ran) -> None:
+def test_costs_are_of_the_same_methods(ran: Ran, timed: list[Load]) -> None:
+    together = [load.config for load in timed if not load.alone]
+    assert together
+    assert all(SETTINGS.items() <= config.items() for config in together)
     for method in ran.tasks[0].methods:
         assert method.error is None
         assert {"tokens_per_second", "examples_per_second", "weight_bytes"} <= method.cost.keys() <= set(COSTS), asdict(
             method
         )
-    alone, together = (ran.method(key).cost["weight_bytes"].median for key in ("source_ft", "eft"))
-    assert together > 2 * alone
+    alone, eft = (ran.method(key).cost["weight_bytes"].median for key in ("source_ft", "eft"))
+    assert eft > 2 * alone
