@@ -150,14 +150,16 @@ class TextMembers:
             )
             for at, (state, tokens, row) in enumerate(zip(states, ids, scores, strict=True))
         ]
-        self.refine(questions)
+        asked = not points or any(one.get(role) for one in points for role in self.members)
+        if asked:
+            self.refine(questions)
         found = {role: torch.zeros(scores.shape) for role in (*own, *self.members)}
         for role in self._forbidding:
             found[role][:, self._never] = -math.inf
         for at, (tokens, question) in enumerate(zip(ids, questions, strict=True)):
             for role, values in own.items():
                 found[role][at, tokens] = values[at, tokens].clamp(max=_NEARLY_0)
-            for role in self.members:
+            for role in self.members if asked else ():
                 found[role][at, tokens] = self._log_probs(role, question).clamp(max=_NEARLY_0)
         return {role: values.to(of_anchor.device) for role, values in found.items()}
 

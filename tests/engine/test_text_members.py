@@ -232,6 +232,19 @@ def test_a_grid_is_its_points_one_by_one_and_drafts_change_nothing(model: Ensemb
             assert torch.equal(ids[:, : alone.shape[1]], alone)
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_at_alpha_0_nobody_is_asked(model: EnsembleForCausalLM, do_sample: bool) -> None:
+    ids = model.tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    member = text_member(model, "target_pt")
+    before = member.num_evaluated
+    options = {"max_new_tokens": 6, "do_sample": do_sample, "custom_generate": Decoder("none", seed=3)}
+    with model.at(model.rule, 0.0):
+        found = model.generate(ids, **options)
+    assert member.num_evaluated == before
+    alone = model.members["source_ft"].generate(ids, max_new_tokens=6, do_sample=False)
+    assert do_sample or torch.equal(found, alone)
+
+
 def test_the_score_is_the_anchors_and_the_ratio_of_the_texts(model: EnsembleForCausalLM) -> None:
     row = {"prompt": "The quick brown", "continuation": " fox jumps over"}
     scored = score(model, [row], alpha=[0.0, 1.0, 2.0])[0]["log_prob"]
