@@ -43,6 +43,8 @@ def test_decode() -> None:
     certain, host = (f"{share:.0%}"[:-1] for share in (row["certain"], row["host_share"]))
     assert f"{row['evaluations']['target_pt']:.2f} evaluations of the target a token, {certain} % of the" in PAGE
     assert f"{row['seconds_ratio']:.1f} times the time of three SmolLM2s, {host} % of it outside" in PAGE
+    on_host = row["seconds"] * row["host_share"] / (row["num_prompts"] * 40)
+    assert f"({on_host * 1e3:.0f} ms a token)" in PAGE
 
 
 def test_byte_by_byte() -> None:
