@@ -80,7 +80,7 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         self._files: dict[str, MemberFiles] = {}
         self.member_set: MemberSet
         if text is not None:
-            self.member_set = TextMemberSet(text, self.members, backbones)
+            self.member_set = TextMemberSet(text, self.members, backbones, world)
         elif world is not None:
             self.member_set = RankedMembers(world, self.members, backbones, contract)
         else:
@@ -156,10 +156,6 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         cls, checked: CheckedEnsemble, *, attn_implementation: str | None = None, world: World | None = None
     ) -> EnsembleForCausalLM:
         """Load the members of a checked ensemble; with a `world` of several processes each loads its part of them."""
-        if checked.text is not None and world is not None:
-            raise ConfigError(
-                "the members have different tokenizers, and several processes were asked for; run them in one process"
-            )
         models, backbones = load_members(checked.files, world, attn_implementation=attn_implementation)
         if attn_implementation is not None:
             checked.config._attn_implementation = attn_implementation
@@ -282,9 +278,10 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
 
     @property
     def device(self) -> torch.device:
-        """The device of inputs and of combined logits: the anchor's."""
+        """The device of inputs and of combined logits: the anchor's, or that of another member where it is elsewhere."""
         runners = self.member_set.runners
-        return next((runner.device for runner in runners if self.rule.anchor in runner.roles), runners[0].device)
+        found = [one for one in runners if self.rule.anchor in one.roles] or runners
+        return found[0].device if found else next(self.anchor.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -222,9 +222,10 @@ def _complete_of(model: EnsembleForCausalLM, grid: Grid, cache: RowCache, *, is_
 def _run_of(model: EnsembleForCausalLM, grid: Grid) -> tuple[RunMembers, Grid]:
     """Return what runs the members of `model`, and the grid that combines the logits that it returns.
 
-    Of several processes each has some of the members: at one point the ranks' weighted sums are enough.
+    Of several processes each has some of the members: at one point the ranks' weighted sums are enough, but for members
+    that are asked for text.
     """
-    if model.world is None or len(grid) > 1:
+    if model.world is None or len(grid) > 1 or isinstance(model.member_set, TextMemberSet):
         return model.member_set.logits, grid.to(model.device)
     ((rule, alphas),) = grid.runs
     combination = make_combination(rule, model.contract, model.config.outside, tuple(model.contract.widths))

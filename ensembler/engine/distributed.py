@@ -11,8 +11,9 @@ from __future__ import annotations
 import pickle
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +26,7 @@ from ensembler.engine.ensemble_cache import EnsembleCache
 from ensembler.engine.grid import combine_members
 from ensembler.engine.member_set import MemberSet
 from ensembler.engine.model_runner import ModelRunner, Step, check_nan
+from ensembler.engine.path_rows import PathRows
 from ensembler.engine.row_cache import RowCache
 from ensembler.errors import ConfigError, EnsemblerError, RankError, RunError
 from ensembler.files import one_line
@@ -148,18 +150,30 @@ class World:
         self._wait_for(dist.all_reduce(term, async_op=True), self._timeout)
         return term
 
-    def gather(self, logits: Mapping[str, Tensor], contract: VocabularyContract) -> dict[str, Tensor]:
-        """Return the logits of all members in fp32, by role: (rows, kept positions, V_member)."""
-        like = next(iter(logits.values()))
-        gathered = {}
-        for rank, roles in enumerate(self.owners):
-            for role in roles:
-                whole = torch.empty(*like.shape[:-1], contract.widths[role], device=like.device)
-                if role in logits:
-                    whole.copy_(logits[role])
-                self._wait_for(dist.broadcast(whole, src=rank, async_op=True), self._timeout)
-                gathered[role] = whole
-        return gathered
+    def logits(self, step: Step, roles: Iterable[str], run: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the logits of some roles in fp32 on every rank, in their order; `run` gives those of this rank's.
+
+        Raises what `run` raises on one of them on all.
+        """
+        logits, failure = caught(run)
+        self.agree(step, failure, is_plain=False)
+        return self.gather(logits, roles)
+
+    def gather(self, logits: Mapping[str, Tensor], roles: Iterable[str]) -> dict[str, Tensor]:
+        """Return the logits (rows, kept positions, V_member) of some roles in fp32; `logits` are of this rank's."""
+        return {role: self._share(role, logits.get(role)) for role in roles}
+
+    def _share(self, role: str, values: Tensor | None) -> Tensor:
+        """Return the logits that the rank of a role has. Ranks that run none of a step's members know no shape."""
+        source = next(rank for rank, roles in enumerate(self.owners) if role in roles)
+        shape = torch.tensor([0] * 4 if values is None else [*values.shape, values.is_cuda])
+        self._wait_for(dist.broadcast(shape, src=source, async_op=True), self._timeout)
+        *sizes, is_cuda = shape.tolist()
+        whole = torch.empty(sizes, device="cuda" if is_cuda else "cpu")
+        if values is not None:
+            whole.copy_(values)
+        self._wait_for(dist.broadcast(whole, src=source, async_op=True), self._timeout)
+        return whole
 
     # -- when it fails ------------------------------------------------------------------------------------------------
 
@@ -248,10 +262,7 @@ class RankedMembers(MemberSet):
     ) -> dict[str, Tensor]:
         """Return the logits of all members by role, fp32, on every rank."""
         with self._advancing(cache):
-            logits, failure = self._own_logits(step, cache)
-            self._world.agree(step, failure, is_plain=False)
-            gathered = self._world.gather(logits, self.contract)
-        return {role: gathered[role] for role in self.contract.widths}
+            return self._world.logits(step, self.contract.widths, partial(super().logits, step, cache))
 
     def combined(
         self, step: Step, cache: EnsembleCache | RowCache | None, combination: Combination, alpha: float | Tensor
@@ -266,25 +277,46 @@ class RankedMembers(MemberSet):
         width = contract.widths[roles[0]]
         sum_is_enough = combination.cutoff is None and not (combination.neutral and contract.shared < width)
         with self._advancing(cache):
-            logits, failure = self._own_logits(step, cache)
+            logits, failure = caught(partial(super().logits, step, cache))
             term = None if failure is not None else _weighted(logits, roles, combination, contract.shared, alpha)
             is_plain = sum_is_enough and term is not None and bool(term.abs().amax() < _LARGE)
             if self._world.agree(step, failure, is_plain=is_plain) and term is not None:
                 return torch.nn.functional.pad(self._world.sum(term), (0, width - contract.shared), value=-torch.inf)
-            return combine_members(self._world.gather(logits, contract), combination, alpha, roles)
+            return combine_members(self._world.gather(logits, roles), combination, alpha, roles)
 
-    def _own_logits(
-        self, step: Step, cache: EnsembleCache | RowCache | None
-    ) -> tuple[dict[str, Tensor], EnsemblerError | None]:
-        """The logits of this rank's members, or their error, which the others have to learn before it is raised."""
-        try:
-            logits = super().logits(step, cache)
-            check_nan(logits)
-        except RankError:
-            raise
-        except EnsemblerError as error:
-            return {}, error
-        return logits, None
+
+class RankedRows(PathRows):
+    """The rows of a member with another tokenizer on the rank that runs it; the other ranks get its logits.
+
+    Each method is called by all ranks alike.
+    """
+
+    def __init__(self, world: World, members: MemberSet, role: str) -> None:
+        super().__init__(members, role)
+        self._world = world
+
+    def logits(self, texts: Sequence[Sequence[int]], num_last: int = 1) -> Tensor:
+        """Return the same logits on every rank, fp32. Raises what the member raises on its rank."""
+
+        def run() -> dict[str, Tensor]:
+            is_here = self.role in self._world.owners[self._world.rank]
+            return {self.role: logits(texts, num_last)} if is_here else {}
+
+        logits = super().logits
+        read = Step(torch.tensor([[token for text in texts for token in text]]))
+        return self._world.logits(read, [self.role], run)[self.role]
+
+
+def caught(run: Callable[[], Mapping[str, Tensor]]) -> tuple[Mapping[str, Tensor], EnsemblerError | None]:
+    """Return the logits of this rank's members, or their error, which the others learn before it is raised."""
+    try:
+        logits = run()
+        check_nan(logits)
+    except RankError:
+        raise
+    except EnsemblerError as error:
+        return {}, error
+    return logits, None
 
 
 def _weighted(

@@ -21,15 +21,15 @@ _COPIED = 4  # tokens that are copied from another row rather than read again
 
 
 class PathRows:
-    """The rows of the one member of a member set."""
+    """The rows of the member with a role, the one of a member set."""
 
-    def __init__(self, members: MemberSet) -> None:
+    def __init__(self, members: MemberSet, role: str) -> None:
+        self.role = role
         self._members = members
         self._cache: RowCache | None = None
         self._num_rows = 0
         self._calls = 0
         self._used: dict[int, int] = {}  # the last call that read each row
-        (self.role,) = members.runners[0].roles
 
     def forget(self) -> None:
         """Let go of all rows: the model may be another, elsewhere, or have other weights than when it read them."""

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ensembler.engine.member_set import MemberSet
 from ensembler.engine.path_rows import PathRows
 from ensembler.engine.text_cover import Bounds, NextTokens, Path, ceiling, cover
 from ensembler.tokenization.stable_tokens import stable_tokens
@@ -67,10 +66,10 @@ class TextState:
 class TextMember:
     """One member with a tokenizer of its own. `num_evaluated` counts the nodes that it has evaluated."""
 
-    def __init__(self, members: MemberSet, writer: TokenWriter, ends: Collection[int]) -> None:
-        """`members`: the one member; `ends`: the ids that end a text."""
-        self._rows = PathRows(members)
-        self.role = self._rows.role
+    def __init__(self, rows: PathRows, writer: TokenWriter, ends: Collection[int]) -> None:
+        """`ends`: the ids that end a text."""
+        self._rows = rows
+        self.role = rows.role
         self._writer = writer
         self._order = torch.from_numpy(writer.tokens.order)
         self._num_ids = 1 + int(self._order.max())  # of tokens that spell text: the model may have fewer

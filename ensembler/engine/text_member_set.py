@@ -7,6 +7,7 @@ spell, so that whoever combines logits combines them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor
 
 from ensembler.engine.backbone import Backbone
+from ensembler.engine.distributed import RankedRows, World
 from ensembler.engine.ensemble_cache import EnsembleCache
 from ensembler.engine.member_set import MemberSet, Timer
 from ensembler.engine.model_runner import ModelRunner, Step
+from ensembler.engine.path_rows import PathRows
 from ensembler.engine.prefill import Place
 from ensembler.engine.row_cache import RowCache
 from ensembler.engine.text_member import TextMember
@@ -49,21 +52,24 @@ class _Some(Mapping[str, Any]):
 class TextMemberSet(MemberSet):
     """Run the anchor, and the members of its tokenizer, by ids, and those of `text` by what its tokens spell.
 
-    `by_ids` runs the former alone.
+    `by_ids` runs the former alone. With a `world` of several processes each runs its members, and all ask alike.
     """
 
-    def __init__(self, plan: TextPlan, models: Any, backbones: Sequence[Backbone]) -> None:
+    def __init__(self, plan: TextPlan, models: Any, backbones: Sequence[Backbone], world: World | None = None) -> None:
         self._others: list[MemberSet] = []
         own = _Some(models, [role for role in models if role not in plan.readers])
         super().__init__(own, backbones, plan.contract)
-        self.roles = tuple(models)
+        self.roles = plan.roles
         self.by_ids = MemberSet(own, backbones, plan.contract)
+        self._world = world
         members = {}
         for role, reader in plan.readers.items():
-            vocabulary = make_contract([read_vocabulary(role, reader.tokenizer, models[role].config)])
-            alone = MemberSet(_Some(models, [role]), backbones, vocabulary)
+            here = [role] if role in models else []
+            known = [read_vocabulary(role, reader.tokenizer, models[role].config) for role in here]
+            alone = MemberSet(_Some(models, here), backbones, make_contract(known) if known else plan.contract)
             self._others.append(alone)
-            members[role] = TextMember(alone, reader.writer, reader.ends)
+            rows = PathRows(alone, role) if world is None else RankedRows(world, alone, role)
+            members[role] = TextMember(rows, reader.writer, reader.ends)
         self.text = TextMembers(plan, members)
 
     @property
@@ -92,7 +98,8 @@ class TextMemberSet(MemberSet):
                 "members with other tokenizers run in the decode loop, which this call does not use: decode with "
                 "generate, without beams and without a cache of your own"
             )
-        own = super().logits(step, cache, runners)
+        run = partial(super().logits, step, cache, runners)
+        own = run() if self._world is None else self._world.logits(step, self.contract.widths, run)
         if cache is not None:
             return own
         self.forget()

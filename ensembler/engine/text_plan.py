@@ -45,9 +45,11 @@ class TextReader:
 class TextPlan:
     """A plan of who is asked for text. `readers`: by role, those of all members that have not the anchor's tokenizer.
 
-    `contract`: of the anchor and the members that share its tokenizer. `raised`: the roles whose weight grows with α.
+    `roles`: all of them, as combinations take them. `contract`: of the anchor and the members that share its tokenizer.
+    `raised`: the roles whose weight grows with α.
     """
 
+    roles: tuple[str, ...]
     anchor_role: str
     anchor: TextReader
     readers: Mapping[str, TextReader]
@@ -84,7 +86,7 @@ def plan_text(
     own = [one for one in vocabularies if one.role not in others]
     contract = make_contract(own, allow_renamed_special=allow_renamed_special)
     raised = frozenset(role for role, slope in rule.slope.items() if slope > 0)
-    return TextPlan(anchor, readers.pop(anchor), readers, contract, raised, settings)
+    return TextPlan(tuple(rule.roles), anchor, readers.pop(anchor), readers, contract, raised, settings)
 
 
 def _are_alike(one: Any, other: Any) -> bool:

@@ -23,7 +23,7 @@ def test_texts_that_go_on_part_and_come_back_are_read_as_alone(model: EnsembleFo
     """More texts and ways to write them than rows; some end, and others begin."""
     member_set = model.member_set
     assert isinstance(member_set, TextMemberSet)
-    rows, alone = PathRows(member_set._others[0]), model.members["target_pt"]
+    rows, alone = PathRows(member_set._others[0], "target_pt"), model.members["target_pt"]
     pick = random.Random(0)
     texts = [[1, *pick.choices(range(5, 800), k=pick.randrange(1, 9))] for _ in range(6)]
     for _ in range(40):

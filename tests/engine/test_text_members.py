@@ -163,7 +163,15 @@ def test_the_same_tokenizer_through_text_decodes_as_by_ids(rule: str) -> None:
     vocabularies = [read_vocabulary(role, model.tokenizer, model.members[role].config) for role in model.rule.roles]
     raised = frozenset(role for role, slope in model.rule.slope.items() if slope > 0)
     settings = TextSettings(len(model.tokenizer), 0.001, anchor_chats=False)
-    plan = TextPlan(anchor, reader, dict.fromkeys(others, reader), make_contract(vocabularies[:1]), raised, settings)
+    plan = TextPlan(
+        tuple(model.rule.roles),
+        anchor,
+        reader,
+        dict.fromkeys(others, reader),
+        make_contract(vocabularies[:1]),
+        raised,
+        settings,
+    )
     model.member_set = TextMemberSet(plan, model.members, ())
     assert texts() == by_ids
     assert model.member_set.text.describe()["certain"] == 1

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from helpers.process_cases import torchrun as launch_ranks
+from helpers.text_cases import save_text_members
 
 
 def torchrun(size: int, *arguments: object) -> subprocess.Popen[str]:
@@ -46,6 +47,20 @@ def test_the_command_under_torchrun(tmp_path: Path) -> None:
     assert errors.count("texts: 6") == 1
     with pytest.raises(SystemExit) as ended:
         main([str(word) for word in [*options, "--output", tmp_path / "one.jsonl", "--draft", "ngram"]])
+    assert ended.value.code == 0
+    assert without_seconds(tmp_path / "three.jsonl") == without_seconds(tmp_path / "one.jsonl")
+
+
+def test_members_with_different_tokenizers_under_torchrun(tmp_path: Path) -> None:
+    from ensembler.cli.main import main
+
+    prompts = write_prompts(tmp_path / "prompts.jsonl", 3)
+    options = ["generate", save_text_members(tmp_path), "--data", prompts, "--max-new-tokens", 4]
+    run = torchrun(3, *options, "--output", tmp_path / "three.jsonl")
+    errors = run.communicate(timeout=120)[1]
+    assert run.returncode == 0, errors
+    with pytest.raises(SystemExit) as ended:
+        main([str(word) for word in [*options, "--output", tmp_path / "one.jsonl"]])
     assert ended.value.code == 0
     assert without_seconds(tmp_path / "three.jsonl") == without_seconds(tmp_path / "one.jsonl")
 
