@@ -278,7 +278,7 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
 
     @property
     def device(self) -> torch.device:
-        """The device of inputs and of combined logits: the anchor's, or that of another member where it is elsewhere."""
+        """The device of inputs and of combined logits: the anchor's, or another member's where it runs elsewhere."""
         runners = self.member_set.runners
         found = [one for one in runners if self.rule.anchor in one.roles] or runners
         return found[0].device if found else next(self.anchor.parameters()).device
