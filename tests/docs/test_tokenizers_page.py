@@ -69,3 +69,13 @@ def test_fine_tunes_that_are_carried_over() -> None:
     )
     assert gain["p_holm"] < 1e-20
     assert f"{gain['difference'] * 100:.0f} points above it" in PAGE
+
+
+def test_the_row_of_the_readme() -> None:
+    rows = [json.loads(line) for line in (RESULTS / "tokenizers_smollm2.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["task"] == "sst2" and "alpha" in row]
+    shown = {row["method"]: f"{row['estimate'] * 100:.1f}" for row in sorted(rows, key=lambda row: bool(row["chosen"]))}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    start = "| SmolLM2-135M, SST-2, Gemma 3 270M as the new base, [other tokens](docs/tokenizers.md) | "
+    assert f"{start}{shown['source FT']} | {shown['base-change']} | {shown['eft']} | does not fit | |" in readme
+    assert f"Gemma alone has {shown['target PT']} %" in readme
