@@ -216,7 +216,9 @@ class EnsembleConfig(PreTrainedConfig):  # type: ignore[misc,unused-ignore]
             raise ConfigError(f"text_candidates is {self.text_candidates!r}; expected a whole number of at least 1")
         self.text_tolerance = finite_number("text_tolerance", self.text_tolerance)
         if not 0 < self.text_tolerance < 1:
-            raise ConfigError(f"text_tolerance is {self.text_tolerance:g}; expected a number between 0 and 1, as 0.02")
+            raise ConfigError(
+                f"text_tolerance is {self.text_tolerance:g}; expected a number above 0 and below 1, as 0.02"
+            )
         if self.chat_template not in CHAT_TEMPLATES:
             raise ConfigError(f"chat_template is {self.chat_template!r}; expected one of: {', '.join(CHAT_TEMPLATES)}")
         check_roles(rule, self.members)

@@ -350,15 +350,17 @@ class EnsembleForCausalLM(folders.PushedFolder, PreTrainedModel, EnsembleGenerat
         """Run all members on `input_ids` (rows, positions) and return combined logits (rows, kept positions, V), fp32.
 
         V is the anchor's width. `logits_to_keep`: as in `transformers`, the last positions that are wanted (0: all).
-        `past_key_values`: of the forward before; one is made unless `use_cache` is False. `labels` (rows, positions;
-        −100 is ignored) adds the loss; `shift_labels` and `num_items_in_batch` belong to it. Raises LogitsError where a
-        member computed NaN; the cache then is as it was before.
+        `past_key_values`: of the forward before; one is made unless `use_cache` is False or tokenizers differ. `labels`
+        (rows, positions; −100 is ignored) adds the loss; `shift_labels` and `num_items_in_batch` belong to it. Raises
+        LogitsError where a member computed NaN; the cache then is as it was before.
         """
         for_loss = {name: options.pop(name) for name in _OF_LOSS if name in options}
         check_arguments(options, self.member_set.runners)
         if input_ids is None:
             raise InputError("an ensemble's forward needs input_ids; its members embed tokens by themselves")
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.contract.is_text
+        if past_key_values is None and use_cache:
             past_key_values = self.new_cache()
         step = Step(input_ids, attention_mask, position_ids, logits_to_keep if labels is None else 0)
         alpha = self.alpha_of_rows(input_ids.shape[0])

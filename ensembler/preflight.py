@@ -99,6 +99,8 @@ def check_ensemble(config: EnsembleConfig, loaded: Mapping[str, PreTrainedModel]
     anchor = files.get(rule.anchor)
     tokenizer = _read_own(AutoTokenizer, config, "tokenizer_config.json")
     generation_config = _read_own(GenerationConfig, config, "generation_config.json")
+    if text is not None and tokenizer is not None and tokenizer.get_vocab() != text.anchor.tokenizer.get_vocab():
+        tokenizer, generation_config = None, None  # the folder's are of a rule with another anchor
     if anchor is not None:
         tokenizer = tokenizer or anchor.tokenizer
         generation_config = generation_config or anchor.generation_config()
@@ -123,6 +125,12 @@ def _plan_text(
     if given is not None:
         raise MemberError(
             f"{given} was given as a model, without a tokenizer; beside other tokenizers, give its folder"
+        )
+    first, second = ({one.role: one.tokens for one in vocabularies}.get(role) for role in ("source_ft", "source_pt"))
+    if "source_pt" in files and first != second:
+        _logger.warning(
+            "source_ft and source_pt have different tokenizers, but a fine-tune has that of its base; check that "
+            "source_pt is the model that source_ft was tuned from"
         )
     settings = TextSettings(config.text_candidates, config.text_tolerance, config.chat_template == "anchor")
     try:

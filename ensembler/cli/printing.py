@@ -174,7 +174,8 @@ def _counts(row: Mapping[str, Any]) -> Iterator[str]:
         evaluations = ", ".join(f"{role} {num:.2f}" for role, num in text["evaluations"].items())
         yield (
             f"by text: evaluations per token: {evaluations}, rounds: {text['rounds']:.2f}, "
-            f"open: {text['mean_open']:.2%} (at most {text['largest_open']:.2%}), certain: {text['certain']:.1%}"
+            f"open: {text['mean_open']:.2%} (at most {text['largest_open']:.2%})"
+            + ("" if text["certain"] is None else f", certain: {text['certain']:.1%}")
         )
     for name, reason in row["eager"].items():
         yield f"without CUDA graphs: {name}, {reason}"

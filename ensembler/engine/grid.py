@@ -60,8 +60,8 @@ class Grid:
             rule = _find(name, own)
             if contract.is_text and (rule.anchor != own.anchor or not rule.is_anchor_times_ratio):
                 raise ConfigError(
-                    f"the rule {name!r} is in the grid of an ensemble by {own.name!r} whose members have different "
-                    f"tokenizers; run rules of other anchors than {own.anchor} one by one (--rule)"
+                    f"the rule {name!r} writes in other tokens than {own.name!r}, since the members have different "
+                    f"tokenizers; run it by itself (--rule {name})"
                 )
             runs.append((rule, tuple(rule.check_alpha(point.alpha) for point in run)))
         numbers = [(make_combination(rule, contract, outside, own.roles), list(alphas)) for rule, alphas in runs]

@@ -95,8 +95,8 @@ class TextMemberSet(MemberSet):
         """
         if isinstance(cache, EnsembleCache):
             raise InputError(
-                "members with other tokenizers run in the decode loop, which this call does not use: decode with "
-                "generate, without beams and without a cache of your own"
+                "an ensemble with different tokenizers keeps no cache of this kind: decode with generate, without "
+                "beams and without a cache of your own, and call the model itself with use_cache=False"
             )
         run = partial(super().logits, step, cache, runners)
         own = run() if self._world is None else self._world.logits(step, self.contract.widths, run)

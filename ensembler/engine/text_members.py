@@ -35,10 +35,13 @@ _END = Continuation(b"", ends=True)
 
 @dataclass
 class TextStats:
-    """Counts: texts of which the next token was asked for, rounds, and the shares that stayed open."""
+    """Counts: texts of which the next token was asked for, those of them where the best was enough, and where it was
+    certain; rounds, and the shares that stayed open.
+    """
 
     num_asked: int = 0
     num_rounds: int = 0
+    num_greedy: int = 0
     num_certain: int = 0
     sum_open: float = 0.0
     largest_open: float = 0.0
@@ -83,7 +86,7 @@ class TextMembers:
             "rounds": self.stats.num_rounds / num,
             "largest_open": self.stats.largest_open,
             "mean_open": self.stats.sum_open / num,
-            "certain": self.stats.num_certain / num,
+            "certain": self.stats.num_certain / self.stats.num_greedy if self.stats.num_greedy else None,
         }
 
     def begin(self, ids: Sequence[int]) -> States:
@@ -279,6 +282,7 @@ class TextMembers:
             weights = one.weights()
             share = max(sum(one.open_paths(role, weights).values()) for role in self.members)
             self.stats.num_asked += 1
+            self.stats.num_greedy += one.is_greedy
             self.stats.num_certain += one.is_greedy and one.is_certain
             self.stats.sum_open += share
             self.stats.largest_open = max(self.stats.largest_open, share)

@@ -92,6 +92,27 @@ def test_results_carry_the_level_of_the_contract(folder: Path, run: Run, tmp_pat
             assert "vocabulary" not in json.loads(out.read_text())
 
 
+@pytest.mark.parametrize("alpha", [0, 1])
+def test_a_folder_with_another_rule_writes_in_the_tokens_of_its_anchor(folder: Path, run: Run, alpha: int) -> None:
+    """The folder holds the tokenizer of base-change's anchor; EFT's is the target."""
+    options = ["--rule", "eft", "--alpha", alpha, "--prompt", "The quick brown", "--max-new-tokens", 6, "--json"]
+    members = [f"--{role.replace('_', '-')}={folder.parent / role}" for role in ("source_ft", "source_pt", "target_pt")]
+    found, expected = run("generate", folder, *options), run("generate", *members, *options)
+    assert found.code == expected.code == 0, found.err
+    texts = [json.loads(one.out) for one in (found, expected)]
+    assert texts[0]["text"] == texts[1]["text"]
+    assert texts[0]["num_tokens"] == texts[1]["num_tokens"]
+
+
+def test_a_source_pair_of_two_tokenizers_is_warned_of(folder: Path, run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    roles = {"source-ft": "source_ft", "source-pt": "target_pt", "target-pt": "source_pt"}
+    members = [f"--{role}={folder.parent / name}" for role, name in roles.items()]
+    found = run("inspect", *members)
+    assert found.code == 0, found.err
+    assert "source_ft and source_pt have different tokenizers" in found.err + caplog.text
+    assert "source_ft and source_pt have different tokenizers" not in run("inspect", folder).err
+
+
 @pytest.mark.parametrize("option", [["--offline-members"], ["--top-k-logits", 4]])
 def test_logits_of_all_tokens_are_not_kept(folder: Path, run: Run, tmp_path: Path, option: list[object]) -> None:
     rows = tmp_path / "rows.jsonl"
@@ -106,11 +127,11 @@ def test_logits_of_all_tokens_are_not_kept(folder: Path, run: Run, tmp_path: Pat
     ("options", "said"),
     [
         (["--text-candidates", 0], "text_candidates is 0; expected a whole number of at least 1"),
-        (["--text-tolerance", 1], "text_tolerance is 1; expected a number between 0 and 1, as 0.02"),
-        (["--text-tolerance", 0], "text_tolerance is 0; expected a number between 0 and 1, as 0.02"),
+        (["--text-tolerance", 1], "text_tolerance is 1; expected a number above 0 and below 1, as 0.02"),
+        (["--text-tolerance", 0], "text_tolerance is 0; expected a number above 0 and below 1, as 0.02"),
         (["--chat-template", "mine"], "chat_template is 'mine'; expected one of: per-member, anchor"),
-        (["--rule", "base-change,eft"], "the rule 'eft' is in the grid of an ensemble by 'base-change'"),
-        (["--num-beams", 2], "members with other tokenizers run in the decode loop"),
+        (["--rule", "base-change,eft"], "the rule 'eft' writes in other tokens than 'base-change'"),
+        (["--num-beams", 2], "an ensemble with different tokenizers keeps no cache of this kind"),
     ],
 )
 def test_bad_options_are_one_sentence(folder: Path, run: Run, options: list[object], said: str) -> None:

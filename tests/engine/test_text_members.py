@@ -240,6 +240,15 @@ def test_a_grid_is_its_points_one_by_one_and_drafts_change_nothing(model: Ensemb
             assert torch.equal(ids[:, : alone.shape[1]], alone)
 
 
+def test_the_model_called_by_itself_keeps_no_cache(model: EnsembleForCausalLM) -> None:
+    ids = model.tokenizer(PROMPTS[0], return_tensors="pt").input_ids
+    with torch.no_grad():
+        found = model(ids)
+    assert found.past_key_values is None
+    text = model.generate(ids, max_new_tokens=1, do_sample=False, custom_generate=Decoder("none"))
+    assert int(found.logits[0, -1].argmax()) == int(text[0, -1])
+
+
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_at_alpha_0_nobody_is_asked(model: EnsembleForCausalLM, do_sample: bool) -> None:
     ids = model.tokenizer(PROMPTS[0], return_tensors="pt").input_ids

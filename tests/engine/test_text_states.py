@@ -115,7 +115,7 @@ def test_members_that_are_replaced_or_moved_are_the_ones_that_run(model: Ensembl
     after = generated(model)
     assert after != before
     model.to(torch.bfloat16)
-    assert len(generated(model)) == len(after)
+    assert len(generated(model)) > len(model.tokenizer("The quick brown").input_ids)
 
 
 def test_a_forward_without_a_cache_gives_any_positions(model: EnsembleForCausalLM) -> None:

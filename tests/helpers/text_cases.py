@@ -13,7 +13,7 @@ from ensembler import EnsembleForCausalLM
 from ensembler.tokenization.reading import PROBES
 
 ROOT = Path(ensembler.__file__).parents[1]
-TEXTS = (*PROBES, (ROOT / "README.md").read_text(encoding="utf-8"))
+TEXTS = (*PROBES, (ROOT / "LICENSE").read_text(encoding="utf-8"))
 KINDS = (  # of the source pair, of the target, and the rule
     ("byte-level", "spaces", "base-change"),
     ("spaces with a prefix", "byte-level, takes whole", "base-change"),
