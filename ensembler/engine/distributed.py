@@ -157,22 +157,32 @@ class World:
         """
         logits, failure = caught(run)
         self.agree(step, failure, is_plain=False)
-        return self.gather(logits, roles)
+        gathered = {}
+        for role in roles:  # a rank that runs none of them knows no shape
+            values = logits.get(role)
+            shape = torch.tensor([0] * 4 if values is None else [*values.shape, values.is_cuda])
+            self._wait_for(dist.broadcast(shape, src=self._owner(role), async_op=True), self._timeout)
+            *sizes, is_cuda = shape.tolist()
+            gathered[role] = self._share(role, values, sizes, torch.device("cuda" if is_cuda else "cpu"))
+        return gathered
 
-    def gather(self, logits: Mapping[str, Tensor], roles: Iterable[str]) -> dict[str, Tensor]:
-        """Return the logits (rows, kept positions, V_member) of some roles in fp32; `logits` are of this rank's."""
-        return {role: self._share(role, logits.get(role)) for role in roles}
+    def gather(self, logits: Mapping[str, Tensor], contract: VocabularyContract) -> dict[str, Tensor]:
+        """Return the logits (rows, kept positions, V_member) of all members in fp32; every rank has some of them."""
+        like = next(iter(logits.values()))
+        return {
+            role: self._share(role, logits.get(role), [*like.shape[:-1], width], like.device)
+            for role, width in contract.widths.items()
+        }
 
-    def _share(self, role: str, values: Tensor | None) -> Tensor:
-        """Return the logits that the rank of a role has. Ranks that run none of a step's members know no shape."""
-        source = next(rank for rank, roles in enumerate(self.owners) if role in roles)
-        shape = torch.tensor([0] * 4 if values is None else [*values.shape, values.is_cuda])
-        self._wait_for(dist.broadcast(shape, src=source, async_op=True), self._timeout)
-        *sizes, is_cuda = shape.tolist()
-        whole = torch.empty(sizes, device="cuda" if is_cuda else "cpu")
+    def _owner(self, role: str) -> int:
+        return next(rank for rank, roles in enumerate(self.owners) if role in roles)
+
+    def _share(self, role: str, values: Tensor | None, sizes: Sequence[int], device: torch.device) -> Tensor:
+        """Return the logits that the rank of a role has."""
+        whole = torch.empty(*sizes, device=device)
         if values is not None:
             whole.copy_(values)
-        self._wait_for(dist.broadcast(whole, src=source, async_op=True), self._timeout)
+        self._wait_for(dist.broadcast(whole, src=self._owner(role), async_op=True), self._timeout)
         return whole
 
     # -- when it fails ------------------------------------------------------------------------------------------------
@@ -282,7 +292,7 @@ class RankedMembers(MemberSet):
             is_plain = sum_is_enough and term is not None and bool(term.abs().amax() < _LARGE)
             if self._world.agree(step, failure, is_plain=is_plain) and term is not None:
                 return torch.nn.functional.pad(self._world.sum(term), (0, width - contract.shared), value=-torch.inf)
-            return combine_members(self._world.gather(logits, roles), combination, alpha, roles)
+            return combine_members(self._world.gather(logits, contract), combination, alpha, roles)
 
 
 class RankedRows(PathRows):
@@ -303,7 +313,8 @@ class RankedRows(PathRows):
             return {self.role: logits(texts, num_last)} if is_here else {}
 
         logits = super().logits
-        read = Step(torch.tensor([[token for text in texts for token in text]]))
+        asked = [num_last, *map(len, texts), *self.role.encode()]  # which ranks have to agree on, too
+        read = Step(torch.tensor([[*asked, *(token for text in texts for token in text)]]))
         return self._world.logits(read, [self.role], run)[self.role]
 
 

@@ -21,7 +21,7 @@ _COPIED = 4  # tokens that are copied from another row rather than read again
 
 
 class PathRows:
-    """The rows of the member with a role, the one of a member set."""
+    """The rows of a member set that has one member, of a role."""
 
     def __init__(self, members: MemberSet, role: str) -> None:
         self.role = role
@@ -72,8 +72,10 @@ class PathRows:
     def _reserved(self, num_texts: int, room: int) -> RowCache:
         """Return the cache, with room for texts."""
         num_rows = max(num_texts, self._num_rows)
-        if self._cache is None:
+        if self._cache is None or self._cache.num_rows < num_rows:  # read anew, once: it would grow to a power of two
+            self._cache = None  # before the next is allocated
             self._cache = self._members.row_cache(num_rows, room + 1, room)
+            self._used.clear()
         self._cache.reserve(num_rows, room)
         return self._cache
 
@@ -81,6 +83,10 @@ class PathRows:
         """Return a row for each text: the free one that loses least, with what another one holds of the text copied."""
         rows: list[int] = []
         for text in texts:
+            ready = (row for row in range(cache.num_rows) if self._is_read(cache, row, text) and row not in rows)
+            if (row := next(ready, None)) is not None:
+                rows.append(row)
+                continue
             held = [cache.num_held(row, text) for row in range(cache.num_rows)]
             lost = [length - num for length, num in zip(cache.lengths, held, strict=True)]
             free = [row for row in range(cache.num_rows) if row not in rows]
@@ -91,6 +97,11 @@ class PathRows:
                 cache.hold([list(text[: held[best]])], [held[best]], row)
             rows.append(row)
         return rows
+
+    def _is_read(self, cache: RowCache, row: int, text: Sequence[int]) -> bool:
+        """Return whether a row holds the beginning of a text, all but a few tokens, and nothing else."""
+        num = cache.lengths[row]
+        return max(1, len(text) - _COPIED) <= num < len(text) and cache.num_held(row, text) == num
 
     def _is_live(self, row: int) -> bool:
         return self._used.get(row, -_LIVE) > self._calls - _LIVE

@@ -150,7 +150,7 @@ def cover(
 
 
 def ceiling(nodes: Mapping[Path, NextTokens], tokens: TokenBytes, text: bytes, *, ends: bool = False) -> Bounds:
-    """Return bounds that are found at once, from 0 on: what any neighbours might write, wherever it is cut."""
+    """Return wide bounds that cost little, from 0 on: what any neighbours might write, wherever it is cut."""
     return Bounds(undecided=cover(nodes, tokens, _AnyNeighbours(), text, ends=ends).high)
 
 

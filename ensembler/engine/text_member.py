@@ -12,6 +12,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -172,7 +173,7 @@ class TextMember:
         )
 
     def ceiling(self, state: TextState, one: Continuation) -> Bounds:
-        """Return bounds of the same that are found at once: from 0 on, and wider."""
+        """Return wide bounds of the same, which cost little."""
         return ceiling(state.nodes, self._writer.tokens, state.tail + one.text, ends=one.ends)
 
     def evaluate(self, wanted: Sequence[tuple[TextState, Path]]) -> None:
@@ -208,14 +209,16 @@ class TextMember:
     def _next_tokens(self, logits: Tensor) -> list[NextTokens]:
         """Return the distributions of logits (n, V)."""
         self.num_evaluated += len(logits)
-        log_probs = logits.float().log_softmax(-1)
-        if log_probs.shape[-1] < self._num_ids:
-            log_probs = torch.nn.functional.pad(log_probs, (0, self._num_ids - log_probs.shape[-1]), value=-math.inf)
+        found = []
         self._order = self._order.to(logits.device)
-        ordered, ends = log_probs[:, self._order], log_probs[:, self._ends].double().exp().sum(-1).tolist()
-        sums = torch.nn.functional.pad(ordered.exp().cumsum(-1, dtype=torch.float64), (1, 0))
-        columns = ordered.cpu().numpy(), sums.cpu().numpy(), ends
-        return [NextTokens(one.copy(), summed.copy(), end) for one, summed, end in zip(*columns, strict=True)]
+        for row in logits.float():
+            log_probs = row.log_softmax(-1)
+            if len(log_probs) < self._num_ids:
+                log_probs = torch.nn.functional.pad(log_probs, (0, self._num_ids - len(log_probs)), value=-math.inf)
+            ordered = log_probs[self._order].cpu().numpy()  # summed there: a GPU's sums differ from run to run
+            sums = np.concatenate([[0.0], np.exp(ordered).cumsum(dtype=np.float64)])
+            found.append(NextTokens(ordered, sums, float(log_probs[self._ends].double().exp().sum())))
+        return found
 
 
 def _num_known(nodes: Mapping[Path, NextTokens], path: Sequence[int]) -> int:

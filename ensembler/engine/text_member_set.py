@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ensembler.engine.backbone import Backbone
-from ensembler.engine.distributed import RankedRows, World
+from ensembler.engine.distributed import RankedMembers, RankedRows, World
 from ensembler.engine.ensemble_cache import EnsembleCache
 from ensembler.engine.member_set import MemberSet, Timer
 from ensembler.engine.model_runner import ModelRunner, Step
@@ -61,12 +61,15 @@ class TextMemberSet(MemberSet):
         super().__init__(own, backbones, plan.contract)
         self.roles = plan.roles
         self.by_ids = MemberSet(own, backbones, plan.contract)
+        if world is not None:
+            self.by_ids = RankedMembers(world, own, backbones, plan.contract)
         self._world = world
         members = {}
         for role, reader in plan.readers.items():
             here = [role] if role in models else []
             known = [read_vocabulary(role, reader.tokenizer, models[role].config) for role in here]
             alone = MemberSet(_Some(models, here), backbones, make_contract(known) if known else plan.contract)
+            alone.graphs = None  # its steps have many shapes
             self._others.append(alone)
             rows = PathRows(alone, role) if world is None else RankedRows(world, alone, role)
             members[role] = TextMember(rows, reader.writer, reader.ends)

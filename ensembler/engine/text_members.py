@@ -144,6 +144,7 @@ class TextMembers:
         own = {role: self.own_log_probs(values) for role, values in logits.items() if role != self.plan.anchor_role}
         num = min(self.plan.settings.num_candidates, scores.shape[-1])
         ids = [self._candidates(tokens) for tokens in scores.topk(num).indices.tolist()]
+        is_asked = not points or any(one.get(role) for one in points for role in self.members)
         questions = [
             Question(
                 state,
@@ -152,17 +153,17 @@ class TextMembers:
                 is_greedy,
             )
             for at, (state, tokens, row) in enumerate(zip(states, ids, scores, strict=True))
+            if is_asked
         ]
-        asked = not points or any(one.get(role) for one in points for role in self.members)
-        if asked:
-            self.refine(questions)
+        self.refine(questions)
         found = {role: torch.zeros(scores.shape) for role in (*own, *self.members)}
         for role in self._forbidding:
             found[role][:, self._never] = -math.inf
-        for at, (tokens, question) in enumerate(zip(ids, questions, strict=True)):
+        for at, tokens in enumerate(ids):
             for role, values in own.items():
                 found[role][at, tokens] = values[at, tokens].clamp(max=_NEARLY_0)
-            for role in self.members if asked else ():
+        for at, (tokens, question) in enumerate(zip(ids, questions, strict=False)):  # nobody is asked where none counts
+            for role in self.members:
                 found[role][at, tokens] = self._log_probs(role, question).clamp(max=_NEARLY_0)
         return {role: values.to(of_anchor.device) for role, values in found.items()}
 

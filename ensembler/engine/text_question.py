@@ -32,6 +32,14 @@ class Scores:
     slopes: Mapping[str, Array]
     groups: Sequence[Sequence[str]]
 
+    @property
+    def has_wide(self) -> bool:
+        """Whether an upper bound of each role's probability bounds the scores.
+
+        It tells nothing of a divisor, nor of a ratio of members that share a tokenizer.
+        """
+        return all(len(group) == 1 for group in self.groups) and all((one >= 0).all() for one in self.slopes.values())
+
     def at(self, log_probs: Mapping[str, Array]) -> Array:
         """Return the scores (points, candidates) for log-probs (candidates,) by role."""
         scores = self.base.copy()
@@ -51,8 +59,7 @@ class Scores:
             total = np.sum([self.slopes[role] for role in group], axis=0)[:, None]
             limit = np.where(np.abs(total) < _ROUNDING, one, np.where(total > 0, -np.inf, np.inf))
             other = np.where(is_open, limit, other)
-            least += np.minimum(one, other)
-            most += np.maximum(one, other)
+            least, most = _added(least, np.minimum(one, other)), _added(most, np.maximum(one, other))
         return least, most
 
     def _ratio(self, group: Sequence[str], log_probs: Mapping[str, Array]) -> Array:
@@ -64,6 +71,14 @@ class Scores:
                 ratio += np.where(slopes == 0, 0.0, slopes * log_probs[role])
         ratio[np.isnan(ratio) | (ratio == np.inf)] = 0.0
         return ratio
+
+
+def _added(one: Array, other: Array) -> Array:
+    """Return the sum of scores; what is forbidden on either side stays so."""
+    with np.errstate(invalid="ignore"):
+        found = one + other
+    found[np.isnan(found)] = -np.inf
+    return found
 
 
 @dataclass
@@ -84,13 +99,9 @@ class Question:
         self._narrow = np.ones(len(self.candidates), dtype=bool)
 
     def update(self, members: Mapping[str, TextMember], changed: Iterable[str]) -> None:
-        """Compute the bounds of the roles that have changed; where the best is enough, wide ones at first.
-
-        Of a ratio of members that share a tokenizer wide bounds would tell nothing.
-        """
+        """Compute the bounds of the roles that have changed; where the best is enough, wide ones at first."""
         everything = range(len(self.candidates))
-        has_wide = self.scores is not None and self.is_greedy and all(len(one) == 1 for one in self.scores.groups)
-        self._narrow[:] = not has_wide
+        self._narrow[:] = not (self.is_greedy and self.scores is not None and self.scores.has_wide)
         for role in changed:
             self.begun[role] = members[role].begun(self.states[role])
             self.bounds[role] = [self._bounds(members[role], at) for at in everything]
@@ -99,13 +110,13 @@ class Question:
     def narrow(self, members: Mapping[str, TextMember], *, is_last: bool = False) -> None:
         """Compute the narrow bounds of candidates that may be the best, the highest first, and ever more of them.
 
-        Up to one of which most is open, unless this is the last time: evaluating that comes first.
+        It stops at one that is nearly all open, which is to be evaluated before others are looked at, unless `is_last`.
         """
         while not self._narrow.all():
             best, most = self._best()
             may_win = most >= best[:, None]
             known = np.where(may_win & self._narrow, most, -np.inf)
-            is_open = [self._is_open(at) for at in known.argmax(1).tolist()]
+            is_open = [bool(np.isfinite(row.max())) and self._is_open(int(row.argmax())) for row in known]
             waiting = np.flatnonzero(may_win.any(0) & ~self._narrow)
             if not len(waiting) or (not is_last and self._narrow.any() and all(is_open)):
                 break

@@ -55,7 +55,7 @@ def score_texts(batch: Batch, members: TextMemberSet, grid: Grid) -> list[Scored
 
 def _own_log_probs(batch: Batch, members: TextMemberSet, num: int) -> dict[str, list[float]]:
     """Return by role the log-probs of all tokens of all continuations under the members of the anchor's tokenizer."""
-    found = {role: torch.zeros(num, dtype=torch.float64) for one in members.runners for role in one.roles}
+    found = {role: torch.zeros(num, dtype=torch.float64) for role in members.contract.widths}
     for one, logits in run_passes(batch.passes, members.by_ids):
         check_nan(logits)
         for role, values in logits.items():

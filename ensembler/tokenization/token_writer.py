@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache, cached_property, lru_cache
-from itertools import accumulate, islice, pairwise
+from itertools import accumulate, islice, pairwise, product
 from typing import TypeVar
 
 import numpy as np
@@ -24,6 +24,7 @@ _Found = TypeVar("_Found")
 _FEW = 32  # tokens that are tried as the next one without looking at their merges before
 _MOST_TRIED = 256  # of more, one is taken to follow: a bound is only larger then
 _WORD = b"x"  # spaces before the end of a text are cut otherwise than before a word
+_KINDS = (b"x", b".", b"1")  # of characters, as far as they decide where a piece ends
 _LONG = 256  # bytes: of texts that are longer, as prompts, few are kept
 _Utf8 = codecs.getincrementaldecoder("utf-8")  # keeps the bytes of a character that is not whole
 _SPACES = re.compile(r" *[^ ]+| +")  # a word of SentencePiece with the spaces in front of it
@@ -164,20 +165,23 @@ class TokenWriter:
         """Return whether a piece may begin with `after` behind `before`."""
         if not (self._has_pieces or before in self._added.places or after in self._added.places):
             return False
-        try:
-            (before + after).decode()
-        except UnicodeDecodeError:
+        begun, unfinished = _num_inside(before), _num_unfinished(after)
+        if _num_unfinished(before) or _num_inside(after):
             return False
-        # Neighbours may decide whether the last space of several, or the s of 's, is a piece of its own.
-        around = (before + after, before + after + b".")
+        # A character of which bytes are missing may be of any kind. Neighbours may decide whether the last space of
+        # several, the s of 's, or the next digit of a number is a piece of its own.
+        firsts = [kind + before[begun:] for kind in _KINDS] if begun else [before]
+        lasts = [after[: len(after) - unfinished] + kind for kind in _KINDS] if unfinished else [after]
+        ahead = (b"", b".", b"1", b"11") if before[:1].isdigit() else (b"", b".")
         return any(
-            len(before) in self.boundaries(one) or len(before) + 1 in self.boundaries(b"." + one) for one in around
+            len(front + first) in self.boundaries(front + first + last + end)
+            for first, last, front, end in product(firsts, lasts, ahead, (b"", b"."))
         )
 
     def _can_go_on(self, token: int, text: bytes) -> bool:
         """Return whether the tokenizer may write `token` and then tokens that begin with `text` together.
 
-        Most that cannot fail within some bytes, which many texts begin with: half of a text is asked for first.
+        Half of a text is asked for first: most that fail do so there, and many texts share it.
         """
         if len(text) > 1 and not self.can_go_on(token, text[: 1 << (len(text) - 1).bit_length() - 1]):
             return False
@@ -274,6 +278,18 @@ def joined_bytes(spelled: Sequence[bytes]) -> NDArray[np.bool_]:
     joined = np.zeros((256, 256), dtype=bool)
     joined[together[firsts], together[firsts + 1]] = True
     return joined
+
+
+def _num_inside(text: bytes) -> int:
+    """Return how many bytes at the beginning belong to a character that began before."""
+    return next((at for at, byte in enumerate(text) if byte & 0xC0 != 0x80), len(text))
+
+
+def _num_unfinished(text: bytes) -> int:
+    """Return how many bytes at the end belong to a character that goes on behind."""
+    decoder = _Utf8(errors="ignore")
+    decoder.decode(text[-4:])
+    return len(decoder.getstate()[0])
 
 
 def _whole_characters(text: bytes, num_bytes: int) -> bytes:

@@ -18,6 +18,7 @@ from ensembler.decoding.texts import complete_grid, complete_prompts
 from ensembler.engine.distributed import World
 from ensembler.engine.grid import GridPoint
 from ensembler.engine.text_member_set import TextMemberSet
+from ensembler.evaluation.backends import score
 
 TEXTS = ("The quick brown", "def f(x):", "It is 1234 and", "lazy dogs jump")
 
@@ -39,6 +40,11 @@ def decode_all(model: EnsembleForCausalLM) -> dict[str, list[list[int]]]:
     return found
 
 
+def scored(model: EnsembleForCausalLM) -> list[list[float]]:
+    rows = [{"prompt": "The quick", "continuation": text} for text in (" brown fox", " 12 dogs")]
+    return [row["log_prob"] for row in score(model, rows, alpha=[0.0, 1.0])]
+
+
 @pytest.mark.parametrize(("kinds", "size"), [(KINDS[0], 2), (KINDS[0], 3), (KINDS[2], 2)])
 def test_ranks_decode_what_one_process_decodes(kinds: tuple[str, str, str], size: int, tmp_path: Path) -> None:
     """A rank may run no member of the anchor's tokenizer, and another none that is asked for text."""
@@ -46,23 +52,25 @@ def test_ranks_decode_what_one_process_decodes(kinds: tuple[str, str, str], size
     assert isinstance(whole.member_set, TextMemberSet)
     plan, members = whole.member_set.text.plan, dict(whole.members.items())
     ids = whole.tokenizer("The quick brown fox", return_tensors="pt").input_ids  # type: ignore[misc]
-    expected = decode_all(whole)
+    expected, scores = decode_all(whole), scored(whole)
     with torch.no_grad():
         logits = whole(ids, use_cache=False).logits
 
     def task(world: World) -> Any:
         model = spread(world, members, whole, text=plan)
-        texts = decode_all(model)
+        model.tokenizer = plan.anchor.tokenizer
+        texts, own_scores = decode_all(model), scored(model)
         with torch.no_grad():
-            return texts, model(ids, use_cache=False).logits
+            return texts, own_scores, model(ids, use_cache=False).logits
 
     assert any(expected[f"plain 0.9 {at}"] != expected[f"plain 0.0 {at}"] for at in range(len(TEXTS)))
     results = run_ranks(size, task)
     assert all(isinstance(one, tuple) for one in results), results
-    for texts, own in results:
+    for texts, own_scores, own in results:
         assert texts == expected
+        assert own_scores == [pytest.approx(one, abs=1e-4) for one in scores]
         assert_close(own, logits, atol=1e-5, rtol=0)
-        assert torch.equal(own, results[0][1])
+        assert torch.equal(own, results[0][2])
 
 
 def test_a_member_that_fails_stops_all_with_its_name(tmp_path: Path) -> None:

@@ -103,3 +103,13 @@ def test_wide_bounds_leave_the_best_where_it_is(
     whole.begun = question.begun
     assert question.is_certain == whole.is_certain
     assert question.weights().tolist() == whole.weights().tolist()
+
+
+def test_what_one_group_forbids_stays_forbidden() -> None:
+    found = scores({"source_pt": -1.0, "target_pt": 1.0}, [["source_pt"], ["target_pt"]], 1)
+    none = np.array([-np.inf])
+    least, most = found.between(
+        {"source_pt": none, "target_pt": none}, {"source_pt": np.array([-1.0]), "target_pt": none}
+    )
+    assert (least.tolist(), most.tolist()) == ([[-np.inf]], [[-np.inf]])
+    assert not found.has_wide

@@ -45,7 +45,7 @@ def models(home: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def timed() -> list[Load]:
-    """What the costs of the benchmark were measured of."""
+    """Collect the loads whose costs were measured."""
     return []
 
 

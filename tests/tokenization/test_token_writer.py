@@ -103,6 +103,43 @@ def test_neighbours_are_those_that_the_tokenizer_writes(tokenizer: Any, writer: 
     assert wrong > 0
 
 
+def odd_texts(num: int) -> list[str]:
+    """Characters that are written in tokens which end inside of them, beside spaces, digits and others."""
+    chosen = random.Random(num)
+    odd = "ßÜŁ日本№中é’—🙂½ 中  \n\n1234567890.,'sabc-("
+    return ["".join(chosen.choices(odd, k=chosen.randrange(2, 12))) for _ in range(num)]
+
+
+def test_tokens_follow_each_other_inside_of_characters_too(tokenizer: Any, writer: TokenWriter) -> None:
+    """And so does each beginning of what follows, as one question."""
+    unknown = tokenizer.unk_token_id
+    for text in [*odd_texts(2000), *random_parts(100, 60)]:
+        ids = plain_ids(tokenizer, text)
+        if unknown in ids:
+            continue
+        for first, second in pairwise(ids):
+            assert writer.can_follow(first, second), (text, writer.tokens.texts[first], writer.tokens.texts[second])
+            after = writer.tokens.texts[second]
+            assert all(writer.can_go_on(first, after[:num]) for num in range(1, len(after) + 1)), text
+            assert all(writer.can_reach(first, after[:num]) for num in range(1, len(after))), text
+        whole = spelled(writer, ids)
+        first = ids[0]
+        rest = whole[len(writer.tokens.texts[first]) :]
+        assert all(writer.can_go_on(first, rest[:num]) for num in range(1, len(rest) + 1)), text
+
+
+def test_tokens_by_their_next_byte(writer: TokenWriter) -> None:
+    tokens = writer.tokens
+    for start in (b"", b" ", b"e", b"in", b"\xe2\x80", tokens.spelled[7]):
+        first, last = tokens.starting(start)
+        expected: dict[int, list[int]] = {}
+        for place in range(first, last):
+            if len(tokens.spelled[place]) > len(start):
+                expected.setdefault(tokens.spelled[place][len(start)], []).append(place)
+        found = tokens.by_byte(first, last, len(start))
+        assert {byte: [*range(low, high)] for byte, low, high in found} == expected
+
+
 @given(st.lists(st.integers(0, 3), max_size=12), st.randoms(use_true_random=False))
 @settings(max_examples=300, deadline=None)
 def test_merging_is_one_pair_at_a_time(symbols: list[int], chosen: random.Random) -> None:
