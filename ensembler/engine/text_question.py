@@ -34,7 +34,7 @@ class Scores:
 
     @property
     def has_wide(self) -> bool:
-        """Whether an upper bound of each role's probability bounds the scores.
+        """Return whether an upper bound of each role's probability bounds the scores.
 
         It tells nothing of a divisor, nor of a ratio of members that share a tokenizer.
         """
