@@ -23,6 +23,7 @@ from ensembler.vocab import (
     first_difference,
     make_contract,
     read_vocabulary,
+    text_roles,
 )
 
 _logger = logging.get_logger(__name__)
@@ -99,7 +100,7 @@ def check_ensemble(config: EnsembleConfig, loaded: Mapping[str, PreTrainedModel]
     anchor = files.get(rule.anchor)
     tokenizer = _read_own(AutoTokenizer, config, "tokenizer_config.json")
     generation_config = _read_own(GenerationConfig, config, "generation_config.json")
-    if text is not None and tokenizer is not None and tokenizer.get_vocab() != text.anchor.tokenizer.get_vocab():
+    if text is not None and text_roles([vocabularies[0], read_vocabulary("folder", tokenizer, text_config)]):
         tokenizer, generation_config = None, None  # the folder's are of a rule with another anchor
     if anchor is not None:
         tokenizer = tokenizer or anchor.tokenizer
@@ -126,8 +127,8 @@ def _plan_text(
         raise MemberError(
             f"{given} was given as a model, without a tokenizer; beside other tokenizers, give its folder"
         )
-    first, second = ({one.role: one.tokens for one in vocabularies}.get(role) for role in ("source_ft", "source_pt"))
-    if "source_pt" in files and first != second:
+    pair = [one for one in vocabularies if one.role in ("source_ft", "source_pt")]
+    if pair and text_roles(pair):
         _logger.warning(
             "source_ft and source_pt have different tokenizers, but a fine-tune has that of its base; check that "
             "source_pt is the model that source_ft was tuned from"

@@ -7,7 +7,6 @@ s is a token of another tokenizer, R counts the texts that this one cuts behind 
 
 from __future__ import annotations
 
-import codecs
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,11 +19,10 @@ from ensembler.engine.path_rows import PathRows
 from ensembler.engine.text_cover import Bounds, NextTokens, Path, ceiling, cover
 from ensembler.tokenization.stable_tokens import stable_tokens
 from ensembler.tokenization.token_cut import TokenCut
-from ensembler.tokenization.token_writer import TokenWriter
+from ensembler.tokenization.token_writer import TokenWriter, num_unfinished
 
 _MOST_TEXTS_AHEAD = 4  # that are read in one forward where the logits of many tokens are kept
 MOST_AHEAD = 16  # tokens: the distributions behind them are kept, each as large as the vocabulary
-_Utf8 = codecs.getincrementaldecoder("utf-8")  # keeps the bytes of a character that is not whole
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +108,7 @@ class TextMember:
         return self._with_longer_trunk(state)
 
     def _with_longer_trunk(self, state: TextState) -> TextState:
-        if not _ends_with_character(state.recent):
+        if num_unfinished(state.recent):
             return state
         stable = tuple(stable_tokens(self._writer, state.recent))
         new = stable[state.num_recent :]
@@ -224,9 +222,3 @@ class TextMember:
 def _num_known(nodes: Mapping[Path, NextTokens], path: Sequence[int]) -> int:
     """Return how many nodes along a path are there, from the trunk on without a gap."""
     return next((at for at in range(len(path) + 1) if tuple(path[:at]) not in nodes), len(path) + 1)
-
-
-def _ends_with_character(text: bytes) -> bool:
-    decoder = _Utf8(errors="ignore")  # the last bytes may begin inside of a character, too
-    decoder.decode(text[-4:])
-    return not decoder.getstate()[0]

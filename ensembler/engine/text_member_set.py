@@ -60,9 +60,8 @@ class TextMemberSet(MemberSet):
         own = _Some(models, [role for role in models if role not in plan.readers])
         super().__init__(own, backbones, plan.contract)
         self.roles = plan.roles
-        self.by_ids = MemberSet(own, backbones, plan.contract)
-        if world is not None:
-            self.by_ids = RankedMembers(world, own, backbones, plan.contract)
+        kind = MemberSet if world is None else partial(RankedMembers, world)
+        self.by_ids: MemberSet = kind(own, backbones, plan.contract)
         self._world = world
         members = {}
         for role, reader in plan.readers.items():

@@ -165,8 +165,8 @@ class TokenWriter:
         """Return whether a piece may begin with `after` behind `before`."""
         if not (self._has_pieces or before in self._added.places or after in self._added.places):
             return False
-        begun, unfinished = _num_inside(before), _num_unfinished(after)
-        if _num_unfinished(before) or _num_inside(after):
+        begun, unfinished = _num_inside(before), num_unfinished(after)
+        if num_unfinished(before) or _num_inside(after):
             return False
         # A character of which bytes are missing may be of any kind. Neighbours may decide whether the last space of
         # several, the s of 's, or the next digit of a number is a piece of its own.
@@ -212,9 +212,9 @@ class TokenWriter:
 
     def _merging_before(self, rank: float, text: bytes) -> Iterator[int]:
         """Yield the places of longer tokens that begin with `text`, whose first symbol merges to its right before."""
-        behind = self._symbols(text) or [-1]
+        (first_symbol, *_) = self._symbols(text) or [-1]
         seen: set[int] = set()
-        for lower, merged in self._merges_by_left.get(behind[0], ()):
+        for lower, merged in self._merges_by_left.get(first_symbol, ()):
             if lower >= rank:
                 return
             start = self.tokens.texts.get(merged, b"")
@@ -285,9 +285,9 @@ def _num_inside(text: bytes) -> int:
     return next((at for at, byte in enumerate(text) if byte & 0xC0 != 0x80), len(text))
 
 
-def _num_unfinished(text: bytes) -> int:
+def num_unfinished(text: bytes) -> int:
     """Return how many bytes at the end belong to a character that goes on behind."""
-    decoder = _Utf8(errors="ignore")
+    decoder = _Utf8(errors="ignore")  # the last bytes may begin inside of a character, too
     decoder.decode(text[-4:])
     return len(decoder.getstate()[0])
 

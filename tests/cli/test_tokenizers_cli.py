@@ -10,6 +10,7 @@ from helpers.commands import Run
 from helpers.text_cases import save_text_members
 from transformers import AutoTokenizer
 
+from ensembler import EnsembleForCausalLM
 from ensembler.errors import ConfigError
 from ensembler.evaluation.results_file import open_results
 from ensembler.folder import read
@@ -111,6 +112,19 @@ def test_a_source_pair_of_two_tokenizers_is_warned_of(folder: Path, run: Run, ca
     assert found.code == 0, found.err
     assert "source_ft and source_pt have different tokenizers" in found.err + caplog.text
     assert "source_ft and source_pt have different tokenizers" not in run("inspect", folder).err
+
+
+def test_added_tokens_make_no_other_tokenizer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the fine-tune beside its base, and in the folder, whose tokenizer may be changed by hand."""
+    folder = save_text_members(tmp_path)
+    for one in (tmp_path / "source_ft", folder):
+        tokenizer = AutoTokenizer.from_pretrained(one)
+        tokenizer.add_tokens(["<|mine|>"], special_tokens=True)
+        tokenizer.save_pretrained(one)
+    model = EnsembleForCausalLM.from_pretrained(folder)
+    assert "<|mine|>" in model.tokenizer.get_vocab()
+    assert "<|mine|>" not in EnsembleForCausalLM.from_pretrained(folder, rule="eft").tokenizer.get_vocab()
+    assert "source_ft and source_pt have different tokenizers" not in caplog.text
 
 
 @pytest.mark.parametrize("option", [["--offline-members"], ["--top-k-logits", 4]])

@@ -51,7 +51,7 @@ def test_ranks_decode_what_one_process_decodes(kinds: tuple[str, str, str], size
     whole = EnsembleForCausalLM.from_pretrained(save_text_members(tmp_path, *kinds))
     assert isinstance(whole.member_set, TextMemberSet)
     plan, members = whole.member_set.text.plan, dict(whole.members.items())
-    ids = whole.tokenizer("The quick brown fox", return_tensors="pt").input_ids  # type: ignore[misc]
+    ids = whole.tokenizer("The quick brown fox", return_tensors="pt").input_ids
     expected, scores = decode_all(whole), scored(whole)
     with torch.no_grad():
         logits = whole(ids, use_cache=False).logits

@@ -187,14 +187,14 @@ def test_nothing_is_above_the_bound_that_is_found_at_once(toy: Toy, text: str, e
     cut = None if ends else Cut(toy, text.encode())
     assert found.low == 0
     assert found.high >= toy.truth(text.encode(), ends=ends) - 1e-12
-    assert found.high >= cover(nodes, toy.tokens, toy, text.encode(), ends=ends, cut=cut).high - 1e-12  # type: ignore[arg-type]
+    assert found.high >= cover(nodes, toy.tokens, toy, text.encode(), ends=ends, cut=cut).high - 1e-12
 
 
 def test_a_path_that_cannot_go_on_to_what_is_told_apart_is_settled() -> None:
     """Behind `a` the tokenizer writes `b` or does not: it has `ab` in one token."""
     tokens = TokenBytes({0: b"a", 1: b"b", 2: b"ab"})
     for joins in (True, False):
-        toy = Toy(tokens, 3, lambda first, second, joins=joins: not joins or (first, second) != (0, 1))  # type: ignore[misc]
+        toy = Toy(tokens, 3, lambda first, second, joins=joins: not joins or (first, second) != (0, 1))
         nodes = {(): toy.node(())}
         cut: Any = Cut(toy, b"a")
         in_one = float(toy.distribution(())[2]) * toy.leaves(b"b")

@@ -91,13 +91,13 @@ def test_wide_bounds_leave_the_best_where_it_is(
         found = scores({"target_pt": slope}, groups, len(numbers))
         found = Scores(found.base, np.array([rest]), found.slopes, groups)
         texts = [Continuation(str(at).encode()) for at in range(len(numbers))]
-        question = Question({"target_pt": None}, texts, found, is_greedy=True)  # type: ignore[dict-item]
-        question.update({"target_pt": member}, ["target_pt"])  # type: ignore[dict-item]
+        question = Question({"target_pt": None}, texts, found, is_greedy=True)
+        question.update({"target_pt": member}, ["target_pt"])
         return question
 
     member = Known("target_pt", numbers)
     question = asked([["target_pt"]])
-    question.narrow({"target_pt": member}, is_last=True)  # type: ignore[dict-item]
+    question.narrow({"target_pt": member}, is_last=True)
     whole = Question(question.states, question.candidates, question.scores, is_greedy=True)
     whole.bounds = {"target_pt": [member.bounds(None, one) for one in whole.candidates]}
     whole.begun = question.begun
